@@ -1,0 +1,93 @@
+#include "core/cpu/allocator.h"
+
+#include <bit>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <unordered_map>
+#include <vector>
+
+namespace krait::core {
+
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+// Blocks are rounded up to a quarter of a power of two and kept by size when freed: a training step asks for
+// the same sizes again and again, and fresh pages from the system cost a fault each.
+class CpuAllocator final : public Allocator {
+ public:
+  void* allocate(size_t bytes) override {
+    if (bytes == 0) return nullptr;
+    const size_t size = rounded(bytes);
+    const std::lock_guard lock(mutex_);
+    void* p = nullptr;
+    if (auto it = free_.find(size); it != free_.end() && !it->second.empty()) {
+      p = it->second.back();
+      it->second.pop_back();
+    } else {
+      p = std::aligned_alloc(kAlignment, size);
+      if (!p) {
+        release_locked();
+        p = std::aligned_alloc(kAlignment, size);
+      }
+      KRAIT_CHECK(p, "out of memory: wanted {:.1f} MiB more, {:.1f} MiB in use; lower train.micro_batch_size",
+                  static_cast<double>(bytes) / (1 << 20), static_cast<double>(stats_.current_bytes) / (1 << 20));
+      stats_.reserved_bytes += static_cast<int64_t>(size);
+      ++stats_.system_allocations;
+    }
+    sizes_[p] = size;
+    stats_.current_bytes += static_cast<int64_t>(size);
+    stats_.peak_bytes = std::max(stats_.peak_bytes, stats_.current_bytes);
+    return p;
+  }
+
+  void deallocate(void* pointer) noexcept override {
+    const std::lock_guard lock(mutex_);
+    const auto it = sizes_.find(pointer);
+    if (it == sizes_.end()) return;
+    stats_.current_bytes -= static_cast<int64_t>(it->second);
+    free_[it->second].push_back(pointer);
+    sizes_.erase(it);
+  }
+
+  MemoryStats stats() const override {
+    const std::lock_guard lock(mutex_);
+    return stats_;
+  }
+  void reset_peak() override {
+    const std::lock_guard lock(mutex_);
+    stats_.peak_bytes = stats_.current_bytes;
+  }
+  void release_cached() override {
+    const std::lock_guard lock(mutex_);
+    release_locked();
+  }
+
+ private:
+  static size_t rounded(size_t bytes) {
+    const size_t step = std::max(kAlignment, std::bit_floor(bytes) / 4);
+    return (bytes + step - 1) / step * step;
+  }
+  void release_locked() {
+    for (auto& [size, blocks] : free_) {
+      for (void* p : blocks) std::free(p);
+      stats_.reserved_bytes -= static_cast<int64_t>(size * blocks.size());
+      blocks.clear();
+    }
+  }
+
+  mutable std::mutex mutex_;
+  std::unordered_map<size_t, std::vector<void*>> free_;
+  std::unordered_map<void*, size_t> sizes_;
+  MemoryStats stats_;
+};
+
+}  // namespace
+
+Allocator& cpu_allocator() {
+  static auto* instance = new CpuAllocator;  // outlives every static tensor
+  return *instance;
+}
+
+}  // namespace krait::core

@@ -1,0 +1,87 @@
+#include "core/copy.h"
+
+#include <cstring>
+
+#include "core/parallel.h"
+
+namespace krait::core::cpu {
+
+namespace {
+
+template <class D, class S>
+D convert(S value) {
+  if constexpr (std::is_same_v<D, bf16> || std::is_same_v<D, f16>)
+    return D(static_cast<float>(value));
+  else if constexpr (std::is_same_v<S, bf16> || std::is_same_v<S, f16>)
+    return static_cast<D>(static_cast<float>(value));
+  else
+    return static_cast<D>(value);
+}
+
+// The last dimension is the inner loop; the leading ones are walked by index.
+template <class D, class S>
+void copy_rows(Tensor& dst, const Tensor& src) {
+  const int64_t n = dst.ndim();
+  const int64_t inner = n == 0 ? 1 : dst.size(-1);
+  const int64_t ds = n == 0 ? 1 : dst.stride(-1), ss = n == 0 ? 1 : src.stride(-1);
+  const int64_t rows = dst.numel() / inner;
+  D* const d0 = dst.data<D>();
+  const S* const s0 = src.data<S>();
+  parallel_for(0, rows, std::max<int64_t>(1, 32768 / inner), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      int64_t rest = r, doff = 0, soff = 0;
+      for (int64_t i = n - 2; i >= 0; --i) {
+        const int64_t at = rest % dst.size(i);
+        rest /= dst.size(i);
+        doff += at * dst.stride(i);
+        soff += at * src.stride(i);
+      }
+      D* d = d0 + doff;
+      const S* s = s0 + soff;
+      if (ds == 1 && ss == 1) {
+        if constexpr (std::is_same_v<D, S>) {
+          std::memcpy(d, s, static_cast<size_t>(inner) * sizeof(D));
+        } else {
+#pragma omp simd
+          for (int64_t i = 0; i < inner; ++i) d[i] = convert<D>(s[i]);
+        }
+      } else {
+        for (int64_t i = 0; i < inner; ++i) d[i * ds] = convert<D>(s[i * ss]);
+      }
+    }
+  });
+}
+
+Tensor flat(const Tensor& t) { return t.view({-1}); }
+
+// Long contiguous tensors are cut into rows so that all threads share the work.
+Tensor rows_of(const Tensor& t, int64_t inner) { return t.view({-1, inner}); }
+
+}  // namespace
+
+void strided_copy(Tensor& dst, const Tensor& src) {
+  Tensor d = dst, s = src;
+  if (d.is_contiguous() && s.is_contiguous()) {
+    const int64_t n = d.numel();
+    int64_t inner = 1;
+    while (inner < 4096 && n % (inner * 2) == 0) inner *= 2;
+    d = inner >= 64 ? rows_of(d, inner) : flat(d);
+    s = inner >= 64 ? rows_of(s, inner) : flat(s);
+  }
+  visit_all(d.dtype(), [&]<class D>() { visit_all(s.dtype(), [&]<class S>() { copy_rows<D, S>(d, s); }); });
+}
+
+void fill(Tensor& dst, double value) {
+  visit_all(dst.dtype(), [&]<class T>() {
+    const T v = convert<T>(value);
+    if (dst.is_contiguous()) {
+      T* p = dst.data<T>();
+      parallel_for(0, dst.numel(), 1 << 15, [&](int64_t first, int64_t last) { std::fill(p + first, p + last, v); });
+      return;
+    }
+    const Tensor one = full({}, value, dst.dtype(), kCpu).expand(dst.shape());
+    copy_rows<T, T>(dst, one);
+  });
+}
+
+}  // namespace krait::core::cpu
