@@ -1,10 +1,8 @@
 // Catch2's runner, plus one rule: a selection of [cuda] cases on a machine without a GPU is skipped, not passed.
-#include "tests/testing/catch.h"
 #if KRAIT_CATCH_MAJOR >= 3
 #include <catch2/catch_session.hpp>
 #else
 #define CATCH_CONFIG_RUNNER
-#undef TWOBLUECUBES_SINGLE_INCLUDE_CATCH_HPP_INCLUDED
 #include <catch2/catch.hpp>
 #endif
 
