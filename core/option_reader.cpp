@@ -53,6 +53,8 @@ int64_t read_integer(const ConfigNode& node, const Range& range) {
     if (number && std::abs(*number) <= 0x1p53 && *number == std::floor(*number)) value = static_cast<int64_t>(*number);
   }
   if (!value || !range.contains(static_cast<double>(*value))) fail_type(node, "an integer" + range.str());
+  // Sums of two such values cannot overflow.
+  if (std::abs(static_cast<double>(*value)) > 0x1p61) fail_type(node, "an integer below 2^61");
   return *value;
 }
 

@@ -1,0 +1,85 @@
+#include "layers/attention_config.h"
+
+#include <cstdlib>
+#include <vector>
+
+namespace krait::layers {
+namespace {
+
+/// "8, 12 or 16": divisors of n nearest to `wanted`, those that `fits` accepts.
+template <class Fits>
+std::string near_divisors(int64_t n, int64_t wanted, Fits fits) {
+  std::vector<int64_t> below, above;
+  for (int64_t d = 1; d <= n; ++d) {
+    if (n % d == 0 && fits(d)) (d <= wanted ? below : above).push_back(d);
+  }
+  std::vector<int64_t> near(below.end() - std::min<int64_t>(2, static_cast<int64_t>(below.size())), below.end());
+  if (!above.empty()) near.push_back(above.front());
+  std::string text;
+  for (size_t i = 0; i < near.size(); ++i) {
+    text += (i == 0 ? "" : i + 1 == near.size() ? " or " : ", ") + fmt::format("{}", near[i]);
+  }
+  return text;
+}
+
+}  // namespace
+
+AttentionConfig read_attention_config(ConfigNode& section, int64_t d_model) {
+  AttentionConfig c;
+  OptionReader options(section);
+  options.read("n_heads", c.n_heads, at_least(0));
+  options.read("n_kv_heads", c.n_kv_heads, at_least(0));
+  options.read("alibi", c.alibi);
+  if (!options.given("rope")) c.rope = !c.alibi;
+  options.read("rope", c.rope);
+  options.read("rope_base", c.rope_base, above(0));
+  options.choice("rope_style", c.rope_style, {"half", "interleaved"});
+  options.read("rotary_dim", c.rotary_dim, at_least(0));
+  options.read("window", c.window, at_least(0));
+  options.read("bias", c.bias);
+  options.read("qk_norm", c.qk_norm);
+
+  if (c.n_heads == 0) {
+    if (d_model % 64 != 0) {
+      options.fail("n_heads", fmt::format("is needed: d_model {} does not split into heads of 64 channels", d_model),
+                   near_divisors(d_model, d_model / 64, [](int64_t) { return true; }));
+    }
+    c.n_heads = d_model / 64;
+    options.resolve("n_heads", c.n_heads);
+  }
+  const auto fits = [&](int64_t heads) { return !c.rope || (d_model / heads) % 2 == 0; };
+  if (d_model % c.n_heads != 0) {
+    options.fail("n_heads", fmt::format("{} heads do not divide the width {} (d_model)", c.n_heads, d_model),
+                 near_divisors(d_model, c.n_heads, fits));
+  }
+  c.head_dim = d_model / c.n_heads;
+  if (c.n_kv_heads == 0) {
+    c.n_kv_heads = c.n_heads;
+    options.resolve("n_kv_heads", c.n_kv_heads);
+  }
+  if (c.n_heads % c.n_kv_heads != 0) {
+    options.fail("n_kv_heads", fmt::format("{} key/value heads do not divide the {} query heads (n_heads)", c.n_kv_heads, c.n_heads),
+                 near_divisors(c.n_heads, c.n_kv_heads, [](int64_t) { return true; }));
+  }
+  if (!c.rope && options.given("rotary_dim") && c.rotary_dim != 0) {
+    options.fail("rotary_dim", fmt::format("{} has no effect with rope: false", c.rotary_dim), "rotary_dim: 0");
+  }
+  if (c.rope) {
+    if (!options.given("rotary_dim") || c.rotary_dim == 0) {
+      if (c.head_dim % 2 != 0) {
+        options.fail("n_heads", fmt::format("{} heads of {} channels: rope turns pairs and needs an even number", c.n_heads, c.head_dim),
+                     near_divisors(d_model, c.n_heads, fits));
+      }
+      c.rotary_dim = c.head_dim;
+      options.resolve("rotary_dim", c.rotary_dim);
+    }
+    if (c.rotary_dim % 2 != 0 || c.rotary_dim > c.head_dim) {
+      options.fail("rotary_dim", fmt::format("found {}, expected an even number up to the head width {} (d_model {} / n_heads {})",
+                                             c.rotary_dim, c.head_dim, d_model, c.n_heads));
+    }
+  }
+  options.finish();
+  return c;
+}
+
+}  // namespace krait::layers

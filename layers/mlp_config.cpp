@@ -1,0 +1,34 @@
+#include "layers/mlp_config.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace krait::layers {
+
+MlpConfig read_mlp_config(ConfigNode& section, int64_t d_model) {
+  MlpConfig c;
+  OptionReader options(section);
+  options.choice("type", c.type, {"none", "gelu", "gelu_tanh", "relu2", "silu", "swiglu"});
+  options.read("ratio", c.ratio, at_least(0));
+  options.read("hidden", c.hidden, at_least(0));
+  options.read("bias", c.bias);
+  options.finish();
+  if (c.type == "none") return c;
+  if (options.given("ratio") && options.given("hidden") && c.ratio != 0 && c.hidden != 0) {
+    options.fail("hidden", fmt::format("{} and ratio {} both set the hidden width", c.hidden, c.ratio), "leaving one out");
+  }
+  if (c.hidden == 0) {
+    if (c.ratio == 0) {
+      c.hidden = c.type == "swiglu" ? (8 * d_model + 3 * 128 - 1) / (3 * 128) * 128 : 4 * d_model;
+    } else {
+      // 2.667 x 768 means 2048, not 2048.256: a fraction is rounded to a multiple of 8, which matrix units like.
+      const double exact = c.ratio * static_cast<double>(d_model);
+      const double step = exact == std::floor(exact) ? 1 : 8;
+      c.hidden = std::max<int64_t>(static_cast<int64_t>(std::llround(exact / step) * static_cast<int64_t>(step)), 1);
+    }
+    if (!options.given("ratio") || c.ratio == 0) options.resolve("hidden", c.hidden);
+  }
+  return c;
+}
+
+}  // namespace krait::layers

@@ -1,0 +1,78 @@
+#include "layers/model_config.h"
+
+#include <algorithm>
+
+namespace krait::layers {
+
+const std::vector<LayerKind>& layer_kinds() {
+  static const std::vector<LayerKind> kinds{
+      {"attention", [](ConfigNode& section, int64_t d_model) { read_attention_config(section, d_model); }},
+  };
+  return kinds;
+}
+
+const ConfigNode& ModelConfig::options_of(const std::string& kind) const {
+  const ConfigNode* options = section.find(kind);
+  KRAIT_ASSERT(options, "model.{} was not read", kind);
+  return *options;
+}
+
+namespace {
+
+void check_layer_names(const ConfigNode& layers, const std::vector<std::string>& pattern) {
+  if (pattern.empty()) layers.fail("found an empty list, expected at least one layer name");
+  std::vector<std::string> names;
+  for (const LayerKind& kind : layer_kinds()) names.push_back(kind.name);
+  for (size_t i = 0; i < pattern.size(); ++i) {
+    if (std::find(names.begin(), names.end(), pattern[i]) != names.end()) continue;
+    std::string known;
+    for (const std::string& name : names) known += (known.empty() ? "" : ", ") + name;
+    layers.items().at(i).fail(fmt::format("found '{}', expected a layer name: {}", pattern[i], known), nearest_name(pattern[i], names));
+  }
+}
+
+}  // namespace
+
+ModelConfig read_model_config(ConfigNode& section) {
+  ModelConfig c;
+  OptionReader options(section);
+  options.choice("type", c.type, {"language_model", "classifier", "regressor"});
+  options.require("d_model");
+  options.read("d_model", c.d_model, between(1, 1 << 20));
+  options.require("n_layers");
+  options.read("n_layers", c.n_layers, between(1, 100'000));
+  options.read("vocab_size", c.vocab_size, between(0, 0x7FFFFFFF));
+  options.read("pad_vocab_multiple", c.pad_vocab_multiple, between(1, 65536));
+  options.read("layers", c.layers);
+  check_layer_names(*section.find("layers"), c.layers);
+  if (static_cast<int64_t>(c.layers.size()) > c.n_layers) {
+    options.fail("layers", fmt::format("a pattern of {} layers does not fit into n_layers {}", c.layers.size(), c.n_layers));
+  }
+  for (const LayerKind& kind : layer_kinds()) {
+    const bool used = std::find(c.layers.begin(), c.layers.end(), kind.name) != c.layers.end();
+    // Options of a kind that the pattern does not use are checked too, but need not be there.
+    ConfigNode* own = used ? &options.section(kind.name) : options.find_section(kind.name);
+    if (own) kind.read_options(*own, c.d_model);
+  }
+  c.mlp = read_mlp_config(options.section("mlp"), c.d_model);
+  options.choice("norm", c.norm, {"rms", "layer"});
+  options.read("norm_eps", c.norm_eps, above(0));
+  options.choice("position", c.position, {"none", "learned"});
+  options.read("max_positions", c.max_positions, at_least(0));
+  options.read("tie_embeddings", c.tie_embeddings);
+  options.read("dropout", c.dropout, below_one());
+  if (!options.given("embedding_dropout")) c.embedding_dropout = c.dropout;
+  options.read("embedding_dropout", c.embedding_dropout, below_one());
+  options.choice("init", c.init, {"gpt2", "llama"});
+  options.read("init_std", c.init_std, above(0));
+  options.choice("head", c.head, {"last", "pooled"});
+  options.read("n_classes", c.n_classes, at_least(0));
+  options.finish();
+  if (c.type != "language_model" && c.n_classes == 0) {
+    options.fail("n_classes", fmt::format("is required and missing for type {}", c.type));
+  }
+  c.section = section;
+  return c;
+}
+
+}  // namespace krait::layers

@@ -1,0 +1,53 @@
+#pragma once
+#include <string>
+#include <vector>
+
+#include "layers/attention_config.h"
+#include "layers/mlp_config.h"
+
+namespace krait::layers {
+
+/// The section `model` of a config: what every model has. Options of a layer kind are a map under the kind's name
+/// that the kind reads itself (layer_kinds() in model_config.cpp has one line for each).
+struct ModelConfig {
+  std::string type = "language_model";  // language_model | classifier | regressor
+  int64_t d_model = 0;                  // required
+  int64_t n_layers = 0;                 // required
+  int64_t vocab_size = 0;               // 0: from the data
+  int64_t pad_vocab_multiple = 1;       // rows of embedding and head; columns past vocab_size are masked
+  std::vector<std::string> layers{"attention"};  // a pattern, repeated over n_layers
+  MlpConfig mlp;
+  std::string norm = "rms";  // rms | layer
+  double norm_eps = 1e-5;
+  std::string position = "none";  // none | learned: an embedding of the position is added
+  int64_t max_positions = 0;      // of learned positions; 0: the longest context of data and eval
+  bool tie_embeddings = true;     // the head uses the embedding's matrix
+  double dropout = 0;             // after attention and MLP projections
+  double embedding_dropout = 0;   // after the embedding; default: dropout
+  std::string init = "gpt2";      // gpt2 | llama: see spec/transformer.md, section 6
+  double init_std = 0.02;
+  std::string head = "last";  // last | pooled: what classifiers and regressors look at
+  int64_t n_classes = 0;      // outputs of classifiers and regressors
+
+  /// The kind of layer i.
+  const std::string& kind_of(int64_t i) const { return layers[static_cast<size_t>(i) % layers.size()]; }
+  /// vocab_size rounded up to pad_vocab_multiple.
+  int64_t padded_vocab(int64_t vocab) const { return (vocab + pad_vocab_multiple - 1) / pad_vocab_multiple * pad_vocab_multiple; }
+  /// The options of a kind, complete; a kind without options of its own has an empty map.
+  const ConfigNode& options_of(const std::string& kind) const;
+
+  ConfigNode section;  // as read, complete
+};
+
+/// Reads and completes the section. Checks everything that the section alone can tell.
+ModelConfig read_model_config(ConfigNode& section);
+
+/// A kind of layer that `model.layers` may name.
+struct LayerKind {
+  std::string name;
+  /// Reads and completes the kind's options; throws ConfigError.
+  void (*read_options)(ConfigNode& section, int64_t d_model);
+};
+const std::vector<LayerKind>& layer_kinds();
+
+}  // namespace krait::layers
