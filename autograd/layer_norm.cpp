@@ -1,0 +1,36 @@
+#include "autograd/layer_norm.h"
+
+#include "kernels/layer_norm.h"
+
+namespace krait::autograd {
+
+namespace {
+
+// The gradient buffer of a leaf that has one.
+Tensor buffer_of(const Variable& v) { return v.accumulates_in_place() ? v.grad() : Tensor(); }
+
+}  // namespace
+
+Variable layer_norm(const Variable& x, const Variable& w, const Variable& b, double eps) {
+  auto [y, mean, rstd] = kernels::layer_norm_forward(x.data(), w.data(), b.data(), eps);
+  return record("layer_norm", {x, w, b}, y, [x = x.data(), w, b, mean = mean, rstd = rstd](const Tensor& dy) -> Grads {
+    auto grad =
+        kernels::layer_norm_backward(dy, {}, x, w.data(), b.data(), mean, rstd, buffer_of(w), buffer_of(b));
+    return {grad.dx, grad.dw, grad.db};
+  });
+}
+
+AddNorm add_layer_norm(const Variable& x, const Variable& residual, const Variable& w, const Variable& b, double eps) {
+  auto [sum, y, mean, rstd] = kernels::add_layer_norm_forward(x.data(), residual.data(), w.data(), b.data(), eps);
+  const Vars out = record(
+      "add_layer_norm", {x, residual, w, b}, {sum, y},
+      [sum = sum, w, b, mean = mean, rstd = rstd, dtype = x.dtype()](const std::vector<Tensor>& d) -> Grads {
+        if (!d[1].defined()) return {d[0].to(dtype), d[0], {}, {}};
+        auto grad = kernels::layer_norm_backward(d[1], d[0], sum, w.data(), b.data(), mean, rstd, buffer_of(w),
+                                                 buffer_of(b));
+        return {grad.dx, grad.dresidual, grad.dw, grad.db};
+      });
+  return {out[0], out[1]};
+}
+
+}  // namespace krait::autograd
