@@ -1,0 +1,276 @@
+#include "kernels/cpu/gemm.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/parallel.h"
+#include "core/tensor.h"
+
+// Blocked product after Goto & van de Geijn 2008, for the shapes of small models, where packing and threading cost
+// more than the library's arithmetic. b is packed into panels of kNR columns, shared by all threads. Contiguous rows
+// of a are read where they lie: their elements are broadcast one by one, so packing would only save address
+// arithmetic. Contiguous columns are packed by each thread, since walking them touches a page per element.
+namespace krait::kernels::cpu {
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kMR = 12;  // 24 accumulators, 2 of b, 1 of a: 27 of 32 registers
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kMR = 6;  // 12 + 2 + 1 of 16
+#else
+constexpr int kLanes = 4, kMR = 8;
+#endif
+constexpr int kNR = 2 * kLanes;
+constexpr int64_t kRows = 8 * kMR;         // rows of a that stay in the second-level cache
+constexpr int64_t kDepth = 768;            // k is cut into pieces of at most this
+constexpr int64_t kPacked = 1 << 20;       // floats of packed b: 4 MiB, third-level cache
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef float VecUnaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
+void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
+
+struct Tile {
+  int64_t k;
+  const float* a;
+  int64_t a_row, a_col;
+  const float* b;  // packed
+  float* c;
+  int64_t ldc;
+  int64_t columns;  // of c that exist
+  float alpha, beta;
+};
+
+void finish(float* c, Vec v, float alpha, float beta) {
+  v *= alpha;
+  if (beta != 0.0f) v += beta * load(c);
+  store(c, v);
+}
+
+// MR rows by NV vectors of c in registers. kRowA: a's rows are contiguous, else its columns.
+template <int MR, int NV, bool kRowA>
+void micro(const Tile& t) {
+  Vec acc[MR][NV] = {};
+  const float* a = t.a;
+  const float* b = t.b;
+  const int64_t a_row = kRowA ? t.a_row : 1;
+  const int64_t a_col = kRowA ? 1 : t.a_col;
+#pragma GCC unroll 2
+  for (int64_t p = 0; p < t.k; ++p) {
+    Vec bv[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) bv[v] = *reinterpret_cast<const Vec*>(b + v * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const float s = a[i * a_row];
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) acc[i][v] += s * bv[v];
+    }
+    a += a_col;
+    b += NV * kLanes;
+  }
+  if (t.columns == NV * kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) finish(t.c + i * t.ldc + v * kLanes, acc[i][v], t.alpha, t.beta);
+    return;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+    float row[NV * kLanes];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) store(row + v * kLanes, acc[i][v] * t.alpha);
+    float* c = t.c + i * t.ldc;
+    for (int64_t j = 0; j < t.columns; ++j) c[j] = row[j] + (t.beta != 0.0f ? t.beta * c[j] : 0.0f);
+  }
+}
+
+using Micro = void (*)(const Tile&);
+template <int NV, bool kRowA>
+Micro micro_of(int64_t rows) {
+  switch (rows) {
+    case 1: return micro<1, NV, kRowA>;
+    case 2: return micro<2, NV, kRowA>;
+    case 3: return micro<3, NV, kRowA>;
+    case 4: return micro<4, NV, kRowA>;
+    case 5: return micro<5, NV, kRowA>;
+    case 6: return micro<6, NV, kRowA>;
+#if defined(__AVX512F__)
+    case 7: return micro<7, NV, kRowA>;
+    case 8: return micro<8, NV, kRowA>;
+    case 9: return micro<9, NV, kRowA>;
+    case 10: return micro<10, NV, kRowA>;
+    case 11: return micro<11, NV, kRowA>;
+#elif !defined(__AVX__)
+    case 7: return micro<7, NV, kRowA>;
+#endif
+    default: return micro<kMR, NV, kRowA>;
+  }
+}
+Micro micro_of(int64_t rows, int nv, bool row_a) {
+  if (nv == 2) return row_a ? micro_of<2, true>(rows) : micro_of<2, false>(rows);
+  return row_a ? micro_of<1, true>(rows) : micro_of<1, false>(rows);
+}
+
+template <int S>
+void swap_bit(Vec (&r)[kLanes]) {
+  Mask low, high;
+  for (int l = 0; l < kLanes; ++l) {
+    low[l] = (l & S) ? kLanes + l - S : l;
+    high[l] = (l & S) ? kLanes + l : l + S;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & S) continue;
+    const Vec a = r[i], b = r[i + S];
+    r[i] = __builtin_shuffle(a, b, low);
+    r[i + S] = __builtin_shuffle(a, b, high);
+  }
+}
+
+void transpose_block(float* to, int64_t to_stride, const float* from, int64_t from_stride) {
+  Vec r[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) r[i] = load(from + i * from_stride);
+  swap_bit<1>(r);
+  swap_bit<2>(r);
+  if constexpr (kLanes > 4) swap_bit<(kLanes > 4 ? 4 : 1)>(r);
+  if constexpr (kLanes > 8) swap_bit<(kLanes > 8 ? 8 : 1)>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) store(to + i * to_stride, r[i]);
+}
+
+// k rows of `columns` <= width values to k rows of `width`, zeros behind.
+void pack_panel(float* to, const float* b, int64_t row_stride, int64_t col_stride, int64_t k, int64_t columns,
+                int64_t width) {
+  int64_t j = 0;
+  if (col_stride == 1) {
+    for (int64_t p = 0; p < k; ++p) {
+      const float* from = b + p * row_stride;
+      float* row = to + p * width;
+      if (columns == kNR) {
+        store(row, load(from));
+        store(row + kLanes, load(from + kLanes));
+      } else {
+        for (int64_t q = 0; q < columns; ++q) row[q] = from[q];
+        for (int64_t q = columns; q < width; ++q) row[q] = 0.0f;
+      }
+    }
+    return;
+  }
+  for (; j + kLanes <= columns; j += kLanes) {
+    const float* from = b + j * col_stride;
+    int64_t p = 0;
+    for (; p + kLanes <= k; p += kLanes) transpose_block(to + p * width + j, width, from + p, col_stride);
+    for (; p < k; ++p)
+      for (int64_t q = 0; q < kLanes; ++q) to[p * width + j + q] = from[q * col_stride + p];
+  }
+  for (; j < width; ++j)
+    for (int64_t p = 0; p < k; ++p) to[p * width + j] = j < columns ? b[j * col_stride + p] : 0.0f;
+}
+
+// Columns of a to tiles of kMR rows that are contiguous for each k.
+void pack_rows(float* to, const float* a, int64_t a_col, int64_t k, int64_t rows) {
+  for (int64_t i = 0; i < rows; i += kMR) {
+    const int64_t n = std::min<int64_t>(kMR, rows - i);
+    if (n == kMR)
+      for (int64_t p = 0; p < k; ++p) std::memcpy(to + p * kMR, a + p * a_col + i, kMR * sizeof(float));
+    else
+      for (int64_t p = 0; p < k; ++p)
+        for (int64_t r = 0; r < n; ++r) to[p * kMR + r] = a[p * a_col + i + r];
+    to += k * kMR;
+  }
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Threads along rows and columns of c so that the busiest has the fewest tiles.
+struct Grid {
+  int64_t rows = 1, columns = 1;
+};
+Grid thread_grid(int64_t row_tiles, int64_t column_tiles, int64_t threads) {
+  Grid best;
+  int64_t least = row_tiles * column_tiles;
+  for (int64_t r = 1; r <= threads; ++r) {
+    const int64_t c = threads / r;
+    const int64_t busiest = divide_up(row_tiles, r) * divide_up(column_tiles, c);
+    if (busiest < least || (busiest == least && r * c < best.rows * best.columns)) {
+      least = busiest;
+      best = {r, c};
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+void sgemm(int64_t m, int64_t n, int64_t k, float alpha, MatrixRef a, MatrixRef b, float beta, float* c, int64_t ldc,
+           const BlockDone& done) {
+  if (m == 0 || n == 0) return;
+  const bool row_a = a.col_stride == 1;
+  const int64_t pieces = std::max<int64_t>(1, divide_up(k, kDepth));
+  const int64_t depth = divide_up(divide_up(k, pieces), kLanes) * kLanes;
+  const int64_t width = std::max<int64_t>(kNR, std::min(divide_up(n, kNR) * kNR, kPacked / std::max<int64_t>(depth, 1) / kNR * kNR));
+  const double flops = 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
+  const int64_t threads = omp_in_parallel() || flops < 4e5 ? 1 : num_threads();
+  const Grid grid = thread_grid(divide_up(m, kMR), divide_up(std::min(n, width), kNR), threads);
+  const int64_t team = grid.rows * grid.columns;
+  const int64_t own = row_a ? 0 : kRows * depth;  // floats of packed a per thread
+  const Tensor buffer = empty({depth * width + team * own}, DType::f32, kCpu);
+  float* packed = buffer.data<float>();
+
+  const auto work = [&](int64_t id) {
+    float* packed_a = packed + depth * width + id * own;
+    for (int64_t j0 = 0; j0 < n; j0 += width) {
+      const int64_t nj = std::min(width, n - j0), panels = divide_up(nj, kNR);
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int64_t p0 = piece * depth, np = std::max<int64_t>(0, std::min(depth, k - p0));
+        for (int64_t q = panels * id / team; q < panels * (id + 1) / team; ++q) {
+          const int64_t columns = std::min<int64_t>(kNR, nj - q * kNR);
+          pack_panel(packed + q * kNR * depth, b.data + p0 * b.row_stride + (j0 + q * kNR) * b.col_stride,
+                     b.row_stride, b.col_stride, np, columns, columns > kLanes ? kNR : kLanes);
+        }
+        if (team > 1) {
+#pragma omp barrier
+        }
+        const int64_t tiles = divide_up(m, kMR), gr = id / grid.columns, gc = id % grid.columns;
+        const int64_t i_begin = tiles * gr / grid.rows * kMR, i_end = std::min(m, tiles * (gr + 1) / grid.rows * kMR);
+        const int64_t q_begin = panels * gc / grid.columns, q_end = panels * (gc + 1) / grid.columns;
+        const bool idle = gr >= grid.rows || q_begin == q_end;
+        for (int64_t i0 = i_begin; !idle && i0 < i_end; i0 += kRows) {
+          const int64_t i1 = std::min(i_end, i0 + kRows);
+          if (!row_a) pack_rows(packed_a, a.data + i0 + p0 * a.col_stride, a.col_stride, np, i1 - i0);
+          for (int64_t q = q_begin; q < q_end; ++q) {
+            const int64_t columns = std::min<int64_t>(kNR, nj - q * kNR);
+            Tile t{np, nullptr, a.row_stride, kMR, packed + q * kNR * depth, nullptr, ldc, columns, alpha,
+                   piece == 0 ? beta : 1.0f};
+            for (int64_t i = i0; i < i1; i += kMR) {
+              t.a = row_a ? a.data + i * a.row_stride + p0 : packed_a + (i - i0) * np;
+              t.c = c + i * ldc + j0 + q * kNR;
+              micro_of(std::min<int64_t>(kMR, i1 - i), columns > kLanes ? 2 : 1, row_a)(t);
+            }
+          }
+          if (done && piece == pieces - 1) done(i0, i1, j0 + q_begin * kNR, std::min(n, j0 + q_end * kNR));
+        }
+        if (team > 1 && (piece + 1 < pieces || j0 + width < n)) {
+#pragma omp barrier
+        }
+      }
+    }
+  };
+  if (team == 1) return work(0);
+  int started = 0;
+#pragma omp parallel num_threads(static_cast<int>(team))
+  {
+#pragma omp single
+    started = omp_get_num_threads();
+    if (started == team) work(omp_get_thread_num());
+  }
+  KRAIT_CHECK(started == team, "OpenMP started {} of {} threads; check OMP_THREAD_LIMIT", started, team);
+}
+
+}  // namespace krait::kernels::cpu
