@@ -1,0 +1,261 @@
+#include "core/parallel.h"
+#include "kernels/attention.h"
+#include "kernels/cpu/attention_unit.h"
+
+namespace krait::kernels::cpu {
+
+namespace {
+
+// Gradients of one (batch, key head), tile by tile. A tile of 64 queries and 64 keys gives S, P, dP and dS, and
+// adds its part to dq (64, d) and to dk, dv (64, d); tiles are visited with queries and keys in rising order, so sums
+// do not depend on which of the two is the outer loop.
+template <class T>
+class Unit {
+ public:
+  using A = accum_t<T>;
+
+  Unit(const Rows<const T>& q, const Rows<const T>& k, const Rows<const T>& v, const Rows<const T>& do_,
+       const A* lse, const A* delta, const AttentionMask& mask, int64_t hq, int64_t d, double scale, int64_t extra)
+      : q_(q), k_(k), v_(v), do_in_(do_), lse_(lse), delta_(delta), mask_(mask), hq_(hq), d_(d),
+        dp_(round_up(d, kLanes<A>)), scale_(static_cast<A>(scale)),
+        scratch_(8 * kTile * dp_ + 2 * kTile * kTile + extra), kt_(tile()), vt_(tile()), kr_(tile()), qr_(tile()),
+        dor_(tile()), dk_(tile()), dv_(tile()), dq_(tile()), s_(scratch_.take(kTile * kTile)),
+        ds_(scratch_.take(kTile * kTile)) {}
+
+  int64_t padded_width() const { return dp_; }
+  A* take(int64_t values) { return scratch_.take(values); }
+  A* dq() const { return dq_; }
+
+  void begin_keys(int64_t b, int64_t h, int64_t kb) {
+    j0_ = kb * kTile;
+    const int64_t n = std::min(kTile, mask_.lk - j0_);
+    pack_rows<A>(kr_, dp_, v_.at(b, j0_, h), v_.row, n, d_, kTile);
+    transpose(vt_, kTile, kr_, dp_, kTile, dp_);
+    pack_rows<A>(kr_, dp_, k_.at(b, j0_, h), k_.row, n, d_, kTile);
+    transpose(kt_, kTile, kr_, dp_, kTile, dp_);
+  }
+
+  void begin_queries(int64_t b, int64_t h, int64_t t) {
+    i0_ = t * kTile;
+    const int64_t n = std::min(kTile, mask_.lq - i0_);
+    rows_ = round_up(n, kStrip);
+    pack_rows<A>(qr_, dp_, q_.at(b, i0_, h), q_.row, n, d_, rows_);
+    pack_rows<A>(dor_, dp_, do_in_.at(b, i0_, h), do_in_.row, n, d_, rows_);
+    const int64_t at = (b * hq_ + h) * mask_.lq + i0_;
+    for (int64_t r = 0; r < rows_; ++r) {
+      row_lse_[r] = r < n ? lse_[at + r] : A{0};
+      row_delta_[r] = r < n ? delta_[at + r] : A{0};
+    }
+  }
+
+  void clear_key_sums() {
+    std::fill(dk_, dk_ + kTile * dp_, A{0});
+    std::fill(dv_, dv_ + kTile * dp_, A{0});
+  }
+
+  /// The tile of the current queries and keys; dq null: for the keys only.
+  void tile_gradients(const TileMask& view, A slope, A* dq, bool want_keys) {
+    int64_t first[kTile / kStrip], last[kTile / kStrip];
+    const int64_t strips = rows_ / kStrip;
+    for (int64_t x = 0; x < strips; ++x) {
+      const int64_t r0 = x * kStrip;
+      const StripView see = view.strip<A>(i0_ + r0, j0_);
+      first[x] = see.first;
+      last[x] = see.last;
+      const int64_t width = see.last - see.first;
+      if (width > 0) {
+        A* s = s_ + r0 * kTile;
+        A* ds = ds_ + r0 * kTile;
+        multiply_strip(s + see.first, kTile, qr_ + r0 * dp_, dp_, 1, kt_ + see.first, kTile, width, dp_, false);
+        multiply_strip(ds + see.first, kTile, dor_ + r0 * dp_, dp_, 1, vt_ + see.first, kTile, width, dp_, false);
+        for (int64_t r = 0; r < kStrip; ++r)
+          softmax_row(view, see, r, i0_ + r0, slope, s + r * kTile, ds + r * kTile, row_lse_[r0 + r],
+                      row_delta_[r0 + r]);
+        if (dq) multiply_strip(dq + r0 * dp_, dp_, ds + see.first, kTile, 1, kr_ + see.first * dp_, dp_, dp_, width, true);
+      }
+      if (want_keys && width < kTile) {
+        for (int64_t r = r0; r < r0 + kStrip; ++r) {
+          for (A* m : {s_ + r * kTile, ds_ + r * kTile}) {
+            std::fill(m, m + see.first, A{0});
+            std::fill(m + see.last, m + kTile, A{0});
+          }
+        }
+      }
+    }
+    if (!want_keys) return;
+    for (int64_t j = 0; j < kTile; j += kStrip) {
+      int64_t x0 = 0, x1 = strips;
+      while (x0 < x1 && !(last[x0] > j && first[x0] < j + kStrip)) ++x0;
+      while (x1 > x0 && !(last[x1 - 1] > j && first[x1 - 1] < j + kStrip)) --x1;
+      if (x0 == x1) continue;
+      const int64_t r0 = x0 * kStrip, n = (x1 - x0) * kStrip;
+      multiply_strip(dv_ + j * dp_, dp_, s_ + r0 * kTile + j, 1, kTile, dor_ + r0 * dp_, dp_, dp_, n, true);
+      multiply_strip(dk_ + j * dp_, dp_, ds_ + r0 * kTile + j, 1, kTile, qr_ + r0 * dp_, dp_, dp_, n, true);
+    }
+  }
+
+  void write_queries(const Rows<T>& out, int64_t b, int64_t h, int64_t t, const A* dq) const {
+    write(out, b, h, t, mask_.lq, dq, scale_);
+  }
+  void write_keys(const Rows<T>& dk, const Rows<T>& dv, int64_t b, int64_t h, int64_t kb) const {
+    write(dk, b, h, kb, mask_.lk, dk_, scale_);
+    write(dv, b, h, kb, mask_.lk, dv_, A{1});
+  }
+
+ private:
+  A* tile() { return scratch_.take(kTile * dp_); }
+
+  // s: scores to P; ds: dP to dS (without the scale, which dq and dk get at the end).
+  void softmax_row(const TileMask& view, const StripView& see, int64_t r, int64_t i0, A slope, A* s, A* ds, A lse,
+                   A delta) const {
+    constexpr A kNone = -std::numeric_limits<A>::infinity();
+    const int64_t n = see.last - see.first;
+    if (!see.partial && slope == 0) {
+      for (int64_t j = 0; j < n; j += kLanes<A>) {
+        A* x = s + see.first + j;
+        A* y = ds + see.first + j;
+#pragma omp simd
+        for (int l = 0; l < kLanes<A>; ++l) {
+          x[l] = vexp(x[l] * scale_ - lse);
+          y[l] = x[l] * (y[l] - delta);
+        }
+      }
+      return;
+    }
+    for (int64_t j = see.first; j < see.last; ++j) s[j] *= scale_;
+    view.apply(s, see, r, i0, j0_, slope);
+    for (int64_t j = 0; j < n; j += kLanes<A>) {
+      A* x = s + see.first + j;
+      A* y = ds + see.first + j;
+#pragma omp simd
+      for (int l = 0; l < kLanes<A>; ++l) {
+        const A p = vexp(x[l] - lse);
+        x[l] = x[l] == kNone ? A{0} : p;
+        y[l] = x[l] * (y[l] - delta);
+      }
+    }
+  }
+
+  void write(const Rows<T>& out, int64_t b, int64_t h, int64_t t, int64_t l, const A* from, A factor) const {
+    const int64_t i0 = t * kTile, n = std::min(kTile, l - i0);
+    for (int64_t r = 0; r < n; ++r) {
+      T* to = out.at(b, i0 + r, h);
+      for (int64_t c = 0; c < d_; ++c) to[c] = static_cast<T>(from[r * dp_ + c] * factor);
+    }
+  }
+
+  const Rows<const T>&q_, &k_, &v_, &do_in_;
+  const A *lse_, *delta_;
+  AttentionMask mask_;
+  int64_t hq_, d_, dp_;
+  A scale_;
+  Scratch<A> scratch_;
+  A *kt_, *vt_, *kr_, *qr_, *dor_, *dk_, *dv_, *dq_, *s_, *ds_;
+  A row_lse_[kTile], row_delta_[kTile];
+  int64_t i0_ = 0, j0_ = 0, rows_ = 0;
+};
+
+template <class T>
+void backward(Tensor& dq_, Tensor& dk_, Tensor& dv_, const Tensor& do_t, const Tensor& q_, const Tensor& k_,
+              const Tensor& v_, const Tensor& o_, const Tensor& lse, const AttentionOptions& options) {
+  using A = accum_t<T>;
+  const AttentionMask mask(q_, k_, options);
+  const int64_t b = q_.size(0), lq = mask.lq, lk = mask.lk, hq = q_.size(2), hkv = k_.size(2), d = q_.size(3);
+  const int64_t group = hq / hkv, q_tiles = (lq + kTile - 1) / kTile, k_tiles = (lk + kTile - 1) / kTile;
+  const Rows<const T> q(q_), k(k_), v(v_), do_(do_t), o(o_);
+  const Rows<T> dq(dq_), dk(dk_), dv(dv_);
+
+  const Tensor delta_ = empty({b, hq, lq}, dtype_of<A>, kCpu);  // D_i = do_i . o_i
+  A* delta = delta_.data<A>();
+  parallel_for(0, b * hq * lq, 1 + 16384 / d, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t i = item % lq, h = item / lq % hq, ib = item / (lq * hq);
+      const T* x = do_.at(ib, i, h);
+      const T* y = o.at(ib, i, h);
+      A dot = 0;
+#pragma omp simd reduction(+ : dot)
+      for (int64_t c = 0; c < d; ++c) dot += static_cast<A>(x[c]) * static_cast<A>(y[c]);
+      delta[item] = dot;
+    }
+  });
+  const auto make_unit = [&](int64_t extra) {
+    return Unit<T>(q, k, v, do_, lse.data<A>(), delta, mask, hq, d, options.scale, extra);
+  };
+  // Whether the tile may hold a score at all.
+  const auto seen = [&](const TileMask& view, int64_t t, int64_t kb) {
+    const int64_t i0 = t * kTile, i1 = std::min(lq, i0 + kTile), j0 = kb * kTile, j1 = std::min(lk, j0 + kTile);
+    return view.key_begin(i0) < j1 && view.key_end(i1 - 1) > j0 && !view.disjoint(i0, i1, j0, j1);
+  };
+
+  if (b * hkv >= 4 * num_threads() || b * hkv % num_threads() == 0) {
+    // One pass with dq of a whole head in the workspace: five products a tile.
+    parallel_for(0, b * hkv, 1, [&](int64_t begin, int64_t end) {
+      const int64_t dq_tile = kTile * round_up(d, kLanes<A>), size = group * q_tiles * dq_tile;
+      Unit<T> unit = make_unit(size);
+      A* sums = unit.take(size);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t ib = item / hkv, ih = item % hkv;
+        const TileMask view(mask, ib);
+        std::fill(sums, sums + size, A{0});
+        for (int64_t kb = 0; kb < k_tiles; ++kb) {
+          unit.begin_keys(ib, ih, kb);
+          unit.clear_key_sums();
+          for (int64_t g = 0; g < group; ++g) {
+            const A slope = static_cast<A>(view.slope(ih * group + g));
+            for (int64_t t = 0; t < q_tiles; ++t) {
+              if (!seen(view, t, kb)) continue;
+              unit.begin_queries(ib, ih * group + g, t);
+              unit.tile_gradients(view, slope, sums + (g * q_tiles + t) * dq_tile, true);
+            }
+          }
+          unit.write_keys(dk, dv, ib, ih, kb);
+        }
+        for (int64_t x = 0; x < group * q_tiles; ++x)
+          unit.write_queries(dq, ib, ih * group + x / q_tiles, x % q_tiles, sums + x * dq_tile);
+      }
+    });
+    return;
+  }
+  // Too few heads for the threads: tiles of keys, then tiles of queries. S and dP are made twice.
+  const auto folded = [](int64_t x, int64_t n) { return x % 2 ? n - 1 - x / 2 : x / 2; };  // evens out causal work
+  parallel_for(0, b * hkv * k_tiles, 1, [&](int64_t begin, int64_t end) {
+    Unit<T> unit = make_unit(0);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t kb = folded(item % k_tiles, k_tiles), ih = item / k_tiles % hkv, ib = item / (k_tiles * hkv);
+      const TileMask view(mask, ib);
+      unit.begin_keys(ib, ih, kb);
+      unit.clear_key_sums();
+      for (int64_t h = ih * group; h < (ih + 1) * group; ++h)
+        for (int64_t t = 0; t < q_tiles; ++t) {
+          if (!seen(view, t, kb)) continue;
+          unit.begin_queries(ib, h, t);
+          unit.tile_gradients(view, static_cast<A>(view.slope(h)), nullptr, true);
+        }
+      unit.write_keys(dk, dv, ib, ih, kb);
+    }
+  });
+  parallel_for(0, b * hq * q_tiles, 1, [&](int64_t begin, int64_t end) {
+    Unit<T> unit = make_unit(0);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t t = folded(item % q_tiles, q_tiles), h = item / q_tiles % hq, ib = item / (q_tiles * hq);
+      const TileMask view(mask, ib);
+      unit.begin_queries(ib, h, t);
+      std::fill(unit.dq(), unit.dq() + kTile * unit.padded_width(), A{0});
+      for (int64_t kb = 0; kb < k_tiles; ++kb) {
+        if (!seen(view, t, kb)) continue;
+        unit.begin_keys(ib, h / group, kb);
+        unit.tile_gradients(view, static_cast<A>(view.slope(h)), unit.dq(), false);
+      }
+      unit.write_queries(dq, ib, h, t, unit.dq());
+    }
+  });
+}
+
+}  // namespace
+
+void attention_backward(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, const Tensor& q, const Tensor& k,
+                        const Tensor& v, const Tensor& o, const Tensor& lse, const AttentionOptions& options) {
+  visit_float(q.dtype(), [&]<class T>() { backward<T>(dq, dk, dv, do_, q, k, v, o, lse, options); });
+}
+
+}  // namespace krait::kernels::cpu
