@@ -1,0 +1,60 @@
+#pragma once
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/flat_update.h"
+#include "kernels/grad_norm.h"
+
+namespace krait::train {
+
+enum class OptimizerType { adamw, sgd, lion };
+/// Throws ConfigError with the list of names.
+OptimizerType optimizer_type_from_name(std::string_view name);
+std::string_view name_of(OptimizerType type);
+
+struct OptimizerOptions {
+  OptimizerType type = OptimizerType::adamw;
+  double beta1 = 0.9, beta2 = 0.95;  // adamw, lion
+  double eps = 1e-8;                 // adamw
+  double momentum = 0;               // sgd
+  bool nesterov = false;             // sgd
+};
+
+/// Updates flat parameters in place from flat gradients, in one launch. Holds views of the buffers it is given
+/// (the caller keeps writing gradients into them) and owns its state.
+///
+/// One step:  optimizer.prepare(lr, step);                                     on the host, outside a graph
+///            clip = grad_norm(grad, max_norm, optimizer.skipped_steps());     may be captured from here
+///            optimizer.update(clip);
+class Optimizer {
+ public:
+  /// param fp32 or fp64 (n), grad like param or bf16 (n), compute bf16 (n) or undefined; see kernels::FlatUpdate.
+  Optimizer(const OptimizerOptions& options, Tensor param, Tensor grad, Tensor compute,
+            const std::vector<kernels::SegmentSpec>& segments);
+
+  /// Sets the scalars of step = 0, 1, ...; queued on the stream, never waits.
+  void prepare(double lr, int64_t step);
+  /// Reads nothing from the host. A step with a non-finite norm changes nothing but zeroes the gradients; it
+  /// counts as a step of the bias correction.
+  void update(const kernels::GradNorm& clip = {}, bool zero_grad = true);
+  void step(double lr, int64_t step_index, const kernels::GradNorm& clip = {}, bool zero_grad = true) {
+    prepare(lr, step_index);
+    update(clip, zero_grad);
+  }
+
+  /// int64 (1) on the device: how many updates a non-finite norm has skipped.
+  const Tensor& skipped_steps() const { return skipped_; }
+  /// What a checkpoint must hold, by name: "optimizer.exp_avg", ... Flat, in parameter order; to restore, copy into.
+  std::vector<std::pair<std::string, Tensor>> state() const;
+  const OptimizerOptions& options() const { return options_; }
+
+ private:
+  OptimizerOptions options_;
+  kernels::FlatUpdate buffers_;
+  kernels::OptimizerSegments segments_;
+  Tensor exp_avg_, exp_avg_sq_;  // exp_avg_ is the velocity of SGD
+  Tensor skipped_;
+};
+
+}  // namespace krait::train
