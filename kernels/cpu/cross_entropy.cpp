@@ -1,0 +1,144 @@
+#include "kernels/cross_entropy.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "core/parallel.h"
+#include "kernels/cpu/vector_math.h"
+
+namespace krait::kernels::cpu {
+
+namespace {
+
+// ds_j = factor [p_j (1 + 2 z lse) - (1 - eps) (j = y) - eps / V] over one row; padding gets 0.
+template <class T, class A>
+void gradient_row(T* ds, const T* s, int64_t v, int64_t valid, int64_t y, A lse, A factor,
+                  const CrossEntropyOptions& o) {
+  const A of_p = factor * (A(1) + A(2 * o.z_loss) * lse), smooth = factor * A(o.label_smoothing / static_cast<double>(valid));
+  const A at_y = of_p * vexp(static_cast<A>(s[y]) - lse) - factor * A(1 - o.label_smoothing) - smooth;
+#pragma omp simd
+  for (int64_t j = 0; j < valid; ++j)
+    ds[j] = static_cast<T>(of_p * vexp(static_cast<A>(s[j]) - lse) - smooth);
+  ds[y] = static_cast<T>(at_y);
+  std::fill(ds + valid, ds + v, T(A(0)));
+}
+
+int64_t grain(int64_t v) { return 1 + 4096 / v; }
+
+// The dtypes of logits and targets, as types.
+template <class F>
+void visit(const Tensor& logits, const Tensor& targets, F&& f) {
+  visit_float(logits.dtype(), [&]<class T>() {
+    visit_index(targets.dtype(), [&]<class I>() { f.template operator()<T, I>(); });
+  });
+}
+
+template <class A>
+A gradient_factor(double scale, const Tensor& count) {
+  return static_cast<A>(scale / std::max(1.0, static_cast<double>(count.data<float>()[0])));
+}
+
+}  // namespace
+
+void cross_entropy_rows(Tensor& rows, Tensor& nll, Tensor& lse_out, Tensor& dlogits, const Tensor& logits,
+                        const Tensor& targets, const Tensor& count, double scale, int64_t valid,
+                        const CrossEntropyOptions& o) {
+  const int64_t v = logits.size(1);
+  visit(logits, targets, [&]<class T, class I>() {
+    using A = accum_t<T>;
+    const A factor = gradient_factor<A>(scale, count), eps = A(o.label_smoothing);
+    const T* all = logits.data<T>();
+    T* gradients = dlogits.defined() ? dlogits.data<T>() : nullptr;
+    const I* target = targets.data<I>();
+    A *loss = rows.data<A>(), *plain = nll.data<A>(), *lses = lse_out.data<A>();
+    parallel_for(0, logits.size(0), grain(v), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const T* s = all + i * v;
+        A top = -std::numeric_limits<A>::infinity();
+#pragma omp simd reduction(max : top)
+        for (int64_t j = 0; j < valid; ++j) top = std::max(top, static_cast<A>(s[j]));
+        A sum = A(0), total = A(0);
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < valid; ++j) sum += vexp(static_cast<A>(s[j]) - top);
+        if (eps != A(0)) {
+#pragma omp simd reduction(+ : total)
+          for (int64_t j = 0; j < valid; ++j) total += static_cast<A>(s[j]);
+        }
+        const A lse = top + std::log(sum);
+        lses[i] = lse;
+        const auto y = static_cast<int64_t>(target[i]);
+        if (y == o.ignore_index) {
+          loss[i] = plain[i] = A(0);
+          if (gradients) std::fill_n(gradients + i * v, v, T(A(0)));
+          continue;
+        }
+        plain[i] = lse - static_cast<A>(s[y]);
+        loss[i] = (A(1) - eps) * plain[i] + A(o.z_loss) * lse * lse;
+        if (eps != A(0)) loss[i] += eps * (lse - total / static_cast<A>(valid));
+        if (gradients) gradient_row(gradients + i * v, s, v, valid, y, lse, factor, o);
+      }
+    });
+  });
+}
+
+void cross_entropy_gradient(Tensor& dlogits, const Tensor& dloss, const Tensor& logits, const Tensor& targets,
+                            const Tensor& lse, const Tensor& count, int64_t valid, const CrossEntropyOptions& o) {
+  const int64_t v = logits.size(1);
+  visit(logits, targets, [&]<class T, class I>() {
+    using A = accum_t<T>;
+    const A factor = gradient_factor<A>(static_cast<double>(dloss.data<A>()[0]), count);
+    parallel_for(0, logits.size(0), grain(v), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const auto y = static_cast<int64_t>(targets.data<I>()[i]);
+        T* ds = dlogits.data<T>() + i * v;
+        if (y == o.ignore_index)
+          std::fill_n(ds, v, T(A(0)));
+        else
+          gradient_row(ds, logits.data<T>() + i * v, v, valid, y, lse.data<A>()[i], factor, o);
+      }
+    });
+  });
+}
+
+void cross_entropy_reduce(Tensor& out, const Tensor& rows, const Tensor& count, double scale) {
+  visit_float(rows.dtype(), [&]<class A>() {
+    double sum = 0.0;
+    for (int64_t i = 0; i < rows.numel(); ++i) sum += static_cast<double>(rows.data<A>()[i]);
+    const double n = count.defined() ? std::max(1.0, static_cast<double>(count.data<float>()[0])) : 1.0;
+    out.data<A>()[0] = static_cast<A>(scale * sum / n);
+  });
+}
+
+void cross_entropy_count(Tensor& count, const Tensor& targets, int64_t valid, int64_t ignore_index) {
+  visit_index(targets.dtype(), [&]<class I>() {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < targets.numel(); ++i) {
+      const auto y = static_cast<int64_t>(targets.data<I>()[i]);
+      if (y == ignore_index) continue;
+      KRAIT_CHECK(y >= 0 && y < valid, "cross_entropy: target {} is {}, expected 0 to {} or ignore_index {}", i, y,
+                  valid - 1, ignore_index);
+      ++kept;
+    }
+    count.data<float>()[0] = static_cast<float>(kept);
+  });
+}
+
+void scale_by(Tensor& t, const Tensor& factor, bool must_be_one) {
+  const double f = factor.item();
+  if (f == 1.0) return;
+  KRAIT_CHECK(!must_be_one,
+              "linear_cross_entropy: the weight's gradient is summed in place during the forward, so the gradient of "
+              "the loss must be 1, found {}; pass the factor as loss_scale",
+              f);
+  visit_float(t.dtype(), [&]<class T>() {
+    using A = accum_t<T>;
+    T* p = t.data<T>();
+    parallel_for(0, t.numel(), 16384, [&](int64_t first, int64_t last) {
+#pragma omp simd
+      for (int64_t i = first; i < last; ++i) p[i] = static_cast<T>(static_cast<A>(p[i]) * static_cast<A>(f));
+    });
+  });
+}
+
+}  // namespace krait::kernels::cpu
