@@ -1,0 +1,12 @@
+#pragma once
+#include "autograd/variable.h"
+
+namespace krait {
+inline namespace autograd {
+
+/// y[..., :] = table[tokens[...], :]; table (v, d), tokens (...) int32 or int64. See kernels/embedding.h.
+/// The gradient is added straight into table.grad() where the table has a buffer of its dtype or fp32.
+Variable embedding(const Variable& table, const Tensor& tokens);
+
+}  // namespace autograd
+}  // namespace krait

@@ -1,0 +1,16 @@
+#pragma once
+#include "autograd/variable.h"
+#include "kernels/rope.h"
+
+namespace krait {
+inline namespace autograd {
+
+using kernels::RopeStyle;
+
+/// Rotary embedding of x (b, l, h, d) at positions (b, l) or (l), or at offset, offset + 1, ...; the last dimensions
+/// beyond the tables' 2 cos.size(1) pass through. Slices of a fused projection need no copy. See kernels/rope.h.
+Variable rope(const Variable& x, const Tensor& cos, const Tensor& sin, RopeStyle style, const Tensor& positions);
+Variable rope(const Variable& x, const Tensor& cos, const Tensor& sin, RopeStyle style, int64_t offset = 0);
+
+}  // namespace autograd
+}  // namespace krait

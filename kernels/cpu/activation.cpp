@@ -1,0 +1,135 @@
+#include "kernels/activation.h"
+
+#include "core/parallel.h"
+#include "kernels/cpu/vector_math.h"
+
+namespace krait::kernels::cpu {
+
+namespace {
+
+constexpr int64_t kGrain = 8192;
+
+template <class A>
+struct ValueAndSlope { A value, slope; };
+
+// Branch-free per element, so that the loops over them vectorise. The unused half folds away.
+struct Silu {
+  template <class A>
+  static ValueAndSlope<A> at(A x) {
+    const A c = x < A(-110) ? A(-110) : x;  // silu(-infinity) = 0, not -infinity * 0
+    const A s = vsigmoid(c);
+    return {c * s, s * (A(1) + c * (A(1) - s))};
+  }
+};
+struct GeluTanh {
+  template <class A>
+  static ValueAndSlope<A> at(A x) {
+    const A k = A(0.79788456080286535588), q = A(0.044715);
+    const A t = vtanh(k * (x + q * x * x * x)), half = A(0.5) * (A(1) + t);
+    return {x * half, half + A(0.5) * x * (A(1) - t * t) * k * (A(1) + A(3) * q * x * x)};
+  }
+};
+struct GeluErf {
+  template <class A>
+  static ValueAndSlope<A> at(A x) {
+    const A phi = A(0.5) * (A(1) + verf(x * A(0.70710678118654752440)));
+    return {x * phi, phi + x * A(0.39894228040143267794) * vexp(A(-0.5) * x * x)};
+  }
+};
+struct Relu2 {
+  template <class A>
+  static ValueAndSlope<A> at(A x) {
+    const A p = x > A(0) ? x : A(0);
+    return {p * p, A(2) * p};
+  }
+};
+
+template <class F>
+void visit_activation(Activation f, F&& body) {
+  switch (f) {
+    case Activation::silu: return body.template operator()<Silu>();
+    case Activation::gelu_tanh: return body.template operator()<GeluTanh>();
+    case Activation::gelu_erf: return body.template operator()<GeluErf>();
+    case Activation::relu2: return body.template operator()<Relu2>();
+  }
+}
+
+// Calls body.operator()<T, Function>() for the dtype and the activation.
+template <class F>
+void visit_both(DType dtype, Activation f, F&& body) {
+  visit_float(dtype, [&]<class T>() { visit_activation(f, [&]<class Fn>() { body.template operator()<T, Fn>(); }); });
+}
+
+}  // namespace
+
+void activation_forward(Tensor& y_out, const Tensor& x_in, Activation f) {
+  visit_both(x_in.dtype(), f, [&]<class T, class Fn>() {
+    T* __restrict y = y_out.data<T>();
+    const T* __restrict x = x_in.data<T>();
+    parallel_for(0, x_in.numel(), kGrain, [=](int64_t first, int64_t last) {
+#pragma omp simd
+      for (int64_t i = first; i < last; ++i) y[i] = static_cast<T>(Fn::at(static_cast<accum_t<T>>(x[i])).value);
+    });
+  });
+}
+
+void activation_backward(Tensor& dx_out, const Tensor& dy_in, const Tensor& x_in, Activation f) {
+  visit_both(x_in.dtype(), f, [&]<class T, class Fn>() {
+    using A = accum_t<T>;
+    T* __restrict dx = dx_out.data<T>();
+    const T* __restrict dy = dy_in.data<T>();
+    const T* __restrict x = x_in.data<T>();
+    parallel_for(0, x_in.numel(), kGrain, [=](int64_t first, int64_t last) {
+#pragma omp simd
+      for (int64_t i = first; i < last; ++i)
+        dx[i] = static_cast<T>(static_cast<A>(dy[i]) * Fn::at(static_cast<A>(x[i])).slope);
+    });
+  });
+}
+
+void glu_forward(Tensor& y_out, const Tensor& gate_in, const Tensor& up_in, Activation f) {
+  const int64_t r = y_out.size(0), n = y_out.size(1), stride = gate_in.stride(0);
+  visit_both(y_out.dtype(), f, [&]<class T, class Fn>() {
+    using A = accum_t<T>;
+    T* y_all = y_out.data<T>();
+    const T *gate_all = gate_in.data<T>(), *up_all = up_in.data<T>();
+    parallel_for(0, r, std::max<int64_t>(1, kGrain / n), [=](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        T* __restrict y = y_all + i * n;
+        const T* __restrict gate = gate_all + i * stride;
+        const T* __restrict up = up_all + i * stride;
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j)
+          y[j] = static_cast<T>(Fn::at(static_cast<A>(gate[j])).value * static_cast<A>(up[j]));
+      }
+    });
+  });
+}
+
+void glu_backward(Tensor& dgate_out, Tensor& dup_out, const Tensor& dy_in, const Tensor& gate_in, const Tensor& up_in,
+                  Activation f) {
+  const int64_t r = dy_in.size(0), n = dy_in.size(1), stride = gate_in.stride(0), out_stride = dgate_out.stride(0);
+  visit_both(dy_in.dtype(), f, [&]<class T, class Fn>() {
+    using A = accum_t<T>;
+    T *dgate_all = dgate_out.data<T>(), *dup_all = dup_out.data<T>();
+    const T *dy_all = dy_in.data<T>(), *gate_all = gate_in.data<T>(), *up_all = up_in.data<T>();
+    parallel_for(0, r, std::max<int64_t>(1, kGrain / n), [=](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        T* __restrict dgate = dgate_all + i * out_stride;
+        T* __restrict dup = dup_all + i * out_stride;
+        const T* __restrict dy = dy_all + i * n;
+        const T* __restrict gate = gate_all + i * stride;
+        const T* __restrict up = up_all + i * stride;
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) {
+          const A d = static_cast<A>(dy[j]);
+          const ValueAndSlope<A> at = Fn::at(static_cast<A>(gate[j]));
+          dgate[j] = static_cast<T>(d * static_cast<A>(up[j]) * at.slope);
+          dup[j] = static_cast<T>(d * at.value);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace krait::kernels::cpu

@@ -1,0 +1,79 @@
+#include "kernels/embedding.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "core/parallel.h"
+#include "kernels/norm.h"
+
+namespace krait::kernels::cpu {
+
+namespace {
+
+template <class I>
+void check_range(const I* tokens, int64_t n, int64_t v) {
+  for (int64_t i = 0; i < n; ++i)
+    KRAIT_CHECK(tokens[i] >= 0 && tokens[i] < v, "embedding: token {} at position {} is outside [0, {})",
+                static_cast<int64_t>(tokens[i]), i, v);
+}
+
+}  // namespace
+
+void embedding_forward(Tensor& y, const Tensor& table, const Tensor& tokens) {
+  const int64_t v = table.size(0), n = tokens.numel(), row = table.size(1) * size_of(table.dtype());
+  visit_index(tokens.dtype(), [&]<class I>() {
+    const I* t = tokens.data<I>();
+    check_range(t, n, v);
+    if (n == 0 || row == 0) return;
+    const char* from = static_cast<const char*>(table.raw_data());
+    char* to = static_cast<char*>(y.raw_data());
+    parallel_for(0, n, std::max<int64_t>(1, 65536 / row), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        std::memcpy(to + i * row, from + static_cast<int64_t>(t[i]) * row, static_cast<size_t>(row));
+    });
+  });
+}
+
+// Positions are grouped by token with a counting sort, which keeps their order; each token's run is summed once.
+void embedding_backward(Tensor& dtable, const Tensor& dy, const Tensor& tokens) {
+  const int64_t v = dtable.size(0), d = dtable.size(1), n = tokens.numel();
+  std::vector<int64_t> order(static_cast<size_t>(n)), first_of(static_cast<size_t>(v) + 1, 0);
+  visit_index(tokens.dtype(), [&]<class I>() {
+    const I* t = tokens.data<I>();
+    check_range(t, n, v);
+    for (int64_t i = 0; i < n; ++i) ++first_of[static_cast<size_t>(t[i]) + 1];
+    for (size_t k = 0; k < static_cast<size_t>(v); ++k) first_of[k + 1] += first_of[k];
+    std::vector<int64_t> next(first_of.begin(), first_of.end() - 1);
+    for (int64_t i = 0; i < n; ++i) order[static_cast<size_t>(next[static_cast<size_t>(t[i])]++)] = i;
+  });
+  std::vector<int64_t> used;
+  for (int64_t k = 0; k < v; ++k)
+    if (first_of[static_cast<size_t>(k) + 1] > first_of[static_cast<size_t>(k)]) used.push_back(k);
+  const int64_t runs = static_cast<int64_t>(used.size());
+
+  visit_norm(dy.dtype(), dtable.dtype(), [&]<class T, class D>() {
+    using A = accum_t<D>;
+    D* out = dtable.data<D>();
+    const T* g = dy.data<T>();
+    parallel_for(0, runs, std::max<int64_t>(1, 16384 * runs / (n * d)), [&](int64_t first, int64_t last) {
+      const std::unique_ptr<A[]> buffer(new A[static_cast<size_t>(d)]);
+      A* __restrict sum = buffer.get();
+      for (int64_t r = first; r < last; ++r) {
+        const size_t token = static_cast<size_t>(used[static_cast<size_t>(r)]);
+        std::fill(sum, sum + d, A(0));
+        for (int64_t k = first_of[token]; k < first_of[token + 1]; ++k) {
+          const T* __restrict row = g + order[static_cast<size_t>(k)] * d;
+#pragma omp simd
+          for (int64_t j = 0; j < d; ++j) sum[j] += static_cast<A>(row[j]);
+        }
+        D* __restrict to = out + static_cast<int64_t>(token) * d;
+#pragma omp simd
+        for (int64_t j = 0; j < d; ++j) to[j] = static_cast<D>(static_cast<A>(to[j]) + sum[j]);
+      }
+    });
+  });
+}
+
+}  // namespace krait::kernels::cpu
