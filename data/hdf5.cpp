@@ -113,10 +113,13 @@ Handle file_access() {
 }  // namespace
 
 std::recursive_mutex& mutex() {
-  static std::recursive_mutex& instance = *[] {
-    H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
-    return new std::recursive_mutex;  // outlives every static object that holds a file
+  static std::recursive_mutex& instance = *new std::recursive_mutex;  // outlives every static that holds a file
+  // In a thread-safe build of the library each thread has its own setting.
+  thread_local const bool quiet = [] {
+    const std::lock_guard lock(instance);
+    return H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr) >= 0;
   }();
+  (void)quiet;
   return instance;
 }
 
