@@ -1,0 +1,96 @@
+#pragma once
+#include <exception>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/tensor.h"
+
+/// Checkpoints: RUN_DIR/checkpoints/step-00001000/
+///   shard-0000-of-0001.h5   /meta (JSON text as bytes), /tensors/<name> with attribute dtype; bits are exact
+///                           (bfloat16 and float16 as uint16, bool as uint8)
+///   manifest.json           format, format_version, step, and for each file its bytes and crc32c
+/// A directory of that name is always complete: it is written under a hidden name, synced and renamed.
+/// `best` is a symbolic link to the checkpoint with the best evaluation.
+namespace krait::train {
+
+struct NamedTensor {
+  std::string name;
+  Tensor value;  // any device
+};
+
+struct CheckpointOptions {
+  int64_t keep_latest = 2;  // older ones are removed once a newer one is published
+  bool keep_best = true;    // the target of `best` is not removed
+  bool async = true;        // write on a thread of its own
+};
+
+/// Writes the checkpoints of one run. A failed write leaves the earlier ones untouched and nothing of its own.
+class CheckpointWriter {
+ public:
+  /// Makes the directory and clears what a killed process left unfinished in it.
+  CheckpointWriter(std::string directory, const CheckpointOptions& options);
+  ~CheckpointWriter();  // waits; an error that nobody asked for is lost: call finish()
+  CheckpointWriter(const CheckpointWriter&) = delete;
+  CheckpointWriter& operator=(const CheckpointWriter&) = delete;
+
+  /// Takes copies of the tensors (async) and returns; they may change afterwards. `meta` is JSON text.
+  /// Waits for the write before it; throws the error of that one, without starting this one.
+  void save(int64_t step, const std::vector<NamedTensor>& tensors, const std::string& meta, bool is_best);
+  /// Waits for the write in flight and throws its error. Call it at the end of a run.
+  void finish();
+
+ private:
+  void write(int64_t step, const std::vector<NamedTensor>& tensors, const std::string& meta, bool is_best);
+  void prune(int64_t newest);
+  std::string directory_;
+  CheckpointOptions options_;
+  std::thread thread_;
+  std::exception_ptr error_;
+};
+
+/// One checkpoint, opened and verified: sizes and checksums of all its files. Throws Error that names the file at
+/// fault. Tensors are read as they are asked for.
+class CheckpointReader {
+ public:
+  explicit CheckpointReader(const std::string& path);
+  ~CheckpointReader();
+  CheckpointReader(CheckpointReader&&) noexcept;
+  const std::string& path() const { return path_; }
+  int64_t step() const { return step_; }
+  const std::string& meta() const { return meta_; }
+  std::vector<std::string> names() const;
+  bool has(const std::string& name) const;
+  Tensor read(const std::string& name) const;  // on the CPU
+  /// Fills the targets from the tensors named prefix + target.name. Names (none missing, none left over under the
+  /// prefix), shapes and dtypes are compared first: on an error no target has changed.
+  void read_into(const std::vector<NamedTensor>& targets, const std::string& prefix = "") const;
+
+ private:
+  struct Shard;
+  std::string path_, meta_;
+  int64_t step_ = 0;
+  std::unique_ptr<Shard> shard_;
+};
+
+struct CheckpointInfo {
+  int64_t step = 0;
+  std::string path;
+  int64_t bytes = 0;
+  bool best = false;
+  std::string problem;  // why it cannot be used; empty when whole
+};
+/// All checkpoints, oldest first. Without `verify` only the manifest and the file sizes are looked at.
+std::vector<CheckpointInfo> list_checkpoints(const std::string& directory, bool verify);
+
+/// The newest whole checkpoint; one message in `skipped` for each newer one that is damaged. None: nullopt.
+std::optional<CheckpointInfo> latest_checkpoint(const std::string& directory, std::vector<std::string>* skipped = nullptr);
+/// The one that `best` points at, else the newest.
+std::optional<CheckpointInfo> best_checkpoint(const std::string& directory, std::vector<std::string>* skipped = nullptr);
+
+/// "step-00001000"
+std::string checkpoint_name(int64_t step);
+
+}  // namespace krait::train

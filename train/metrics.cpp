@@ -1,0 +1,108 @@
+#include "train/metrics.h"
+
+#include <cmath>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "train/build_info.h"
+
+namespace krait::train {
+namespace {
+
+/// Writes one JSON object on one line, in the order of the calls.
+class LineWriter {
+ public:
+  LineWriter& add(const char* key, int64_t value) { return raw(key, fmt::format("{}", value)); }
+  LineWriter& add(const char* key, double value) {
+    return raw(key, std::isfinite(value) ? fmt::format("{}", value) : "null");
+  }
+  LineWriter& add(const char* key, const std::optional<double>& value) {
+    return value ? add(key, *value) : raw(key, "null");
+  }
+  LineWriter& add(const char* key, const std::string& value) { return raw(key, nlohmann::json(value).dump()); }
+  std::string str() const { return text_ + "}"; }
+
+ private:
+  LineWriter& raw(const char* key, const std::string& value) {
+    text_ += fmt::format("{}\"{}\":{}", text_.size() > 1 ? "," : "", key, value);
+    return *this;
+  }
+  std::string text_ = "{";
+};
+
+nlohmann::ordered_json eval_json(const std::optional<EvalMetrics>& m) {
+  return m ? nlohmann::ordered_json::parse(to_json(*m)) : nlohmann::ordered_json();
+}
+
+nlohmann::ordered_json optional_json(const std::optional<double>& value) {
+  return value ? nlohmann::ordered_json(*value) : nlohmann::ordered_json();
+}
+
+}  // namespace
+
+double StepMetrics::ppl() const { return std::exp(loss); }
+double EvalMetrics::ppl() const { return std::exp(nll); }
+
+std::string to_json(const StepMetrics& m) {
+  return LineWriter()
+      .add("step", m.step)
+      .add("tokens", m.tokens)
+      .add("loss", m.loss)
+      .add("ppl", m.ppl())
+      .add("lr", m.lr)
+      .add("grad_norm", m.grad_norm)
+      .add("tokens_per_s", m.tokens_per_s)
+      .add("mfu", m.mfu)
+      .add("mem_bytes", m.mem_bytes)
+      .add("time_s", m.time_s)
+      .str();
+}
+
+std::string to_json(const EvalMetrics& m) {
+  LineWriter line;
+  line.add("step", m.step).add("tokens", m.tokens).add("split", m.split).add("nll", m.nll).add("ppl", m.ppl());
+  if (m.bpb) line.add("bpb", m.bpb);
+  if (m.accuracy) line.add("accuracy", m.accuracy);
+  return line.add("time_s", m.time_s).str();
+}
+
+MetricsLog::MetricsLog(const std::string& path, int64_t last_step) {
+  std::string kept;
+  if (last_step >= 0 && std::filesystem::exists(path)) {
+    const std::string text = read_file(path);
+    size_t begin = 0;
+    for (size_t end; (end = text.find('\n', begin)) != std::string::npos; begin = end + 1) {
+      const std::string_view line(text.data() + begin, end - begin + 1);
+      const auto json = nlohmann::json::parse(line, nullptr, false);
+      if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) continue;
+      if (json["step"].get<int64_t>() <= last_step) kept += line;
+    }
+  }
+  write_file_atomic(path, kept);
+  file_ = AppendFile(path);
+}
+
+std::string to_json(const Summary& s) {
+  nlohmann::ordered_json json;
+  json["name"] = s.name;
+  json["status"] = s.status;
+  json["steps"] = s.steps;
+  json["tokens"] = s.tokens;
+  json["final_loss"] = s.final_loss;
+  json["final_eval"] = eval_json(s.final_eval);
+  json["best_eval"] = eval_json(s.best_eval);
+  json["parameters"] = s.parameters;
+  json["wall_time_s"] = s.wall_time_s;
+  json["tokens_per_s"] = s.tokens_per_s;
+  json["mfu"] = optional_json(s.mfu);
+  json["peak_mem_bytes"] = s.peak_mem_bytes;
+  json["device"] = s.device;
+  json["hardware"] = s.hardware;
+  json["precision"] = s.precision;
+  json["threads"] = s.threads;
+  json["krait_version"] = kVersion;
+  json["git_revision"] = git_revision();
+  return json.dump(2) + "\n";
+}
+
+}  // namespace krait::train

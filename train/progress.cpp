@@ -1,0 +1,93 @@
+#include "train/progress.h"
+
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace krait::train {
+
+std::string human_count(double value) {
+  for (const char* unit : {"", " k", " M", " G"}) {
+    if (std::abs(value) < 999.5 || unit == std::string_view(" G")) {
+      return fmt::format("{:.{}f}{}", value, std::abs(value) < 99.95 && *unit ? 1 : 0, unit);
+    }
+    value /= 1000;
+  }
+  return {};
+}
+
+std::string human_bytes(int64_t bytes) {
+  double value = static_cast<double>(bytes);
+  const char* const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  size_t unit = 0;
+  for (; value >= 1023.5 && unit + 1 < std::size(units); ++unit) value /= 1024;
+  return fmt::format("{:.{}f} {}", value, unit > 0 && value < 99.95 ? 1 : 0, units[unit]);
+}
+
+std::string human_time(double seconds) {
+  if (!std::isfinite(seconds) || seconds < 0) return "?";
+  const auto s = std::llround(std::min(seconds, 1e9));
+  if (s < 3600) return fmt::format("{}:{:02d}", s / 60, s % 60);
+  return fmt::format("{}:{:02d}:{:02d}", s / 3600, s / 60 % 60, s % 60);
+}
+
+std::string progress_line(const StepMetrics& m, int64_t total_steps, double seconds_left) {
+  return fmt::format("step {}/{}  loss {:.4f}  ppl {:.2f}  {} tokens/s  MFU {}  mem {}  ETA {}", m.step, total_steps, m.loss,
+                     m.ppl(), human_count(m.tokens_per_s), m.mfu ? fmt::format("{:.1f} %", 100 * *m.mfu) : "n/a",
+                     human_bytes(m.mem_bytes), human_time(seconds_left));
+}
+
+Progress::Progress(int64_t total_steps, int64_t first_step, std::FILE* out)
+    : total_(total_steps),
+      first_(first_step),
+      out_(out),
+      terminal_(::isatty(::fileno(out)) == 1),
+      start_(std::chrono::steady_clock::now()) {}
+
+void Progress::step(const StepMetrics& m) {
+  const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  const double done = static_cast<double>(m.step - first_);
+  const std::string line = progress_line(m, total_, done > 0 ? elapsed / done * static_cast<double>(total_ - m.step) : INFINITY);
+  if (!terminal_) return note(line);
+  live_ = line;
+  show();
+}
+
+void Progress::evaluation(const EvalMetrics& m) {
+  std::string line = fmt::format("step {}  {}: nll {:.4f}  ppl {:.2f}", m.step, m.split, m.nll, m.ppl());
+  if (m.bpb) line += fmt::format("  bits/byte {:.4f}", *m.bpb);
+  if (m.accuracy) line += fmt::format("  accuracy {:.2f} %", 100 * *m.accuracy);
+  note(line);
+}
+
+void Progress::note(const std::string& text) {
+  clear();
+  std::fprintf(out_, "%s\n", text.c_str());
+  show();
+  std::fflush(out_);
+}
+
+void Progress::finish() {
+  if (terminal_ && !live_.empty()) {
+    std::fputc('\n', out_);
+    live_.clear();
+  }
+  std::fflush(out_);
+}
+
+void Progress::clear() {
+  if (terminal_) std::fputs("\r\x1b[K", out_);
+}
+
+void Progress::show() {
+  if (!terminal_ || live_.empty()) return;
+  winsize size{};
+  const bool known = ::ioctl(::fileno(out_), TIOCGWINSZ, &size) == 0 && size.ws_col > 10;
+  clear();
+  std::fputs(live_.substr(0, known ? size.ws_col - 1u : 119u).c_str(), out_);
+  std::fflush(out_);
+}
+
+}  // namespace krait::train

@@ -1,0 +1,44 @@
+#pragma once
+#include <chrono>
+#include <cstdio>
+#include <string>
+
+#include "train/metrics.h"
+
+namespace krait::train {
+
+/// What a run shows: on a terminal one live line that is written over, elsewhere plain lines.
+class Progress {
+ public:
+  /// first_step: where a resumed run starts, for the estimate of the time left.
+  Progress(int64_t total_steps, int64_t first_step = 0, std::FILE* out = stdout);
+  ~Progress() { finish(); }
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+
+  void step(const StepMetrics& m);
+  void evaluation(const EvalMetrics& m);
+  /// A line of its own, above the live line.
+  void note(const std::string& text);
+  /// Ends the live line.
+  void finish();
+
+ private:
+  void clear();
+  void show();
+  int64_t total_, first_;
+  std::FILE* out_;
+  bool terminal_;
+  std::string live_;
+  std::chrono::steady_clock::time_point start_;
+};
+
+// "12.3 k", "1.5 GiB", "2:03:04": for people.
+std::string human_count(double value);
+std::string human_bytes(int64_t bytes);
+std::string human_time(double seconds);
+
+/// "step 10/100  loss 2.1  ppl 8.2  12.3 k tokens/s  MFU n/a  mem 1.5 GiB  ETA 0:10"
+std::string progress_line(const StepMetrics& m, int64_t total_steps, double seconds_left);
+
+}  // namespace krait::train
