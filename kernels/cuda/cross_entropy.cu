@@ -1,0 +1,268 @@
+#include "kernels/cross_entropy.h"
+
+#include <limits>
+
+#include "core/cuda/launch.cuh"
+
+namespace krait::kernels::cuda {
+
+namespace {
+
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T at[V];
+};
+
+__device__ inline float exp_of(float x) { return expf(x); }
+__device__ inline double exp_of(double x) { return exp(x); }
+__device__ inline float log_of(float x) { return logf(x); }
+__device__ inline double log_of(double x) { return log(x); }
+
+// Running sum of exp(s - top), joined in a fixed order.
+template <class A>
+struct Softmax {
+  A top, sum, total;  // total: plain sum of s, for smoothing
+
+  __device__ void join(const Softmax& o) {
+    const A high = top > o.top ? top : o.top;
+    sum = sum * exp_of(top - high) + o.sum * exp_of(o.top - high);
+    top = high;
+    total += o.total;
+  }
+};
+
+// Joins the threads' parts; every thread gets the result. blockDim.x is a multiple of 32.
+template <class A>
+__device__ Softmax<A> join_block(Softmax<A> mine) {
+  __shared__ A shared[3][33];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const auto join_warp = [](Softmax<A> s) {
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2)
+      s.join({__shfl_xor_sync(~0u, s.top, d), __shfl_xor_sync(~0u, s.sum, d), __shfl_xor_sync(~0u, s.total, d)});
+    return s;
+  };
+  mine = join_warp(mine);
+  if (lane == 0) {
+    shared[0][warp] = mine.top;
+    shared[1][warp] = mine.sum;
+    shared[2][warp] = mine.total;
+  }
+  __syncthreads();
+  if (warp == 0) {
+    const bool have = lane < warps;
+    const Softmax<A> s = join_warp(Softmax<A>{have ? shared[0][lane] : std::numeric_limits<A>::lowest(),
+                                              have ? shared[1][lane] : A(0), have ? shared[2][lane] : A(0)});
+    __syncwarp();
+    if (lane == 0) {
+      shared[0][32] = s.top;
+      shared[1][32] = s.sum;
+      shared[2][32] = s.total;
+    }
+  }
+  __syncthreads();
+  return {shared[0][32], shared[1][32], shared[2][32]};
+}
+
+struct Settings {
+  int64_t v, valid, ignore;
+  double smoothing, z_loss;
+};
+
+// Each thread writes what it alone has read, so ds may be s. Ignored rows and padding get 0, a bad target NaN.
+template <class T, class A, int V>
+__device__ void gradient_row(T* ds, const T* s, int64_t y, A lse, A factor, const Settings& o) {
+  const bool ignored = y == o.ignore, bad = !ignored && (y < 0 || y >= o.valid);
+  const A of_p = factor * (A(1) + A(2 * o.z_loss) * lse);
+  const A smooth = factor * A(o.smoothing / static_cast<double>(o.valid)), hit = factor * A(1 - o.smoothing);
+  for (int64_t i = threadIdx.x * V; i < o.v; i += int64_t{blockDim.x} * V) {
+    Pack<T, V> p{};
+    if (!ignored) {
+      p = *reinterpret_cast<const Pack<T, V>*>(s + i);
+#pragma unroll
+      for (int q = 0; q < V; ++q) {
+        const int64_t j = i + q;
+        A d = A(0);
+        if (j < o.valid) d = of_p * exp_of(static_cast<A>(p.at[q]) - lse) - smooth - (j == y ? hit : A(0));
+        if (bad) d = std::numeric_limits<A>::quiet_NaN();
+        p.at[q] = static_cast<T>(d);
+      }
+    }
+    *reinterpret_cast<Pack<T, V>*>(ds + i) = p;
+  }
+}
+
+template <class A>
+__device__ A divided_by_count(A value, const float* count) {
+  return value / static_cast<A>(fmaxf(*count, 1.0f));
+}
+
+// One block per row; the second pass reads the row from the second-level cache: all rows in flight fit there.
+// Bound by memory: read once, with gradients written once.
+template <class T, class I, int V>
+__global__ void rows_kernel(accum_t<T>* rows, accum_t<T>* nll, accum_t<T>* lse_out, T* dlogits, const T* logits,
+                            const I* targets, const float* count, double scale, Settings o) {
+  using A = accum_t<T>;
+  const int64_t row = blockIdx.x;
+  const T* s = logits + row * o.v;
+  Softmax<A> mine{std::numeric_limits<A>::lowest(), A(0), A(0)};
+  for (int64_t i = threadIdx.x * V; i < o.valid; i += int64_t{blockDim.x} * V) {
+    const Pack<T, V> p = *reinterpret_cast<const Pack<T, V>*>(s + i);
+    A high = mine.top;
+#pragma unroll
+    for (int q = 0; q < V; ++q)
+      if (i + q < o.valid && static_cast<A>(p.at[q]) > high) high = static_cast<A>(p.at[q]);
+    if (high > mine.top) {
+      mine.sum *= exp_of(mine.top - high);
+      mine.top = high;
+    }
+#pragma unroll
+    for (int q = 0; q < V; ++q)
+      if (i + q < o.valid) {
+        mine.sum += exp_of(static_cast<A>(p.at[q]) - high);
+        mine.total += static_cast<A>(p.at[q]);
+      }
+  }
+  const Softmax<A> all = join_block(mine);
+  const A lse = all.top + log_of(all.sum);
+  const auto y = static_cast<int64_t>(targets[row]);
+  if (threadIdx.x == 0) {
+    A plain = A(0), loss = A(0);
+    if (y != o.ignore) {
+      const bool good = y >= 0 && y < o.valid;
+      plain = good ? lse - static_cast<A>(s[y]) : std::numeric_limits<A>::quiet_NaN();
+      loss = A(1 - o.smoothing) * plain + A(o.z_loss) * lse * lse;
+      if (o.smoothing != 0.0) loss += A(o.smoothing) * (lse - all.total / static_cast<A>(o.valid));
+    }
+    rows[row] = loss;
+    nll[row] = plain;
+    lse_out[row] = lse;
+  }
+  if (!dlogits) return;  // the same for the whole grid
+  __syncthreads();       // s[y] has been read
+  gradient_row<T, A, V>(dlogits + row * o.v, s, y, lse, divided_by_count(static_cast<A>(scale), count), o);
+}
+
+template <class T, class I, int V>
+__global__ void gradient_kernel(T* dlogits, const accum_t<T>* dloss, const T* logits, const I* targets,
+                                const accum_t<T>* lse, const float* count, Settings o) {
+  using A = accum_t<T>;
+  const int64_t row = blockIdx.x;
+  gradient_row<T, A, V>(dlogits + row * o.v, logits + row * o.v, static_cast<int64_t>(targets[row]), lse[row],
+                        divided_by_count(*dloss, count), o);
+}
+
+// Sum over the one block of kSumThreads threads, in a fixed order; thread 0 gets it.
+constexpr int kSumThreads = 1024;
+template <class A>
+__device__ A sum_block(A value) {
+  __shared__ A shared[kSumThreads];
+  shared[threadIdx.x] = value;
+  for (int d = kSumThreads / 2; d > 0; d /= 2) {
+    __syncthreads();
+    if (threadIdx.x < d) shared[threadIdx.x] += shared[threadIdx.x + d];
+  }
+  return shared[0];
+}
+
+template <class A>
+__global__ void reduce_kernel(A* out, const A* rows, const float* count, double scale, int64_t n) {
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < n; i += kSumThreads) sum += static_cast<double>(rows[i]);
+  sum = sum_block(sum);
+  if (threadIdx.x == 0) *out = static_cast<A>(scale * sum / (count ? static_cast<double>(fmaxf(*count, 1.0f)) : 1.0));
+}
+
+template <class I>
+__global__ void count_kernel(float* count, const I* targets, int64_t n, int64_t ignore) {
+  int64_t kept = 0;
+  for (int64_t i = threadIdx.x; i < n; i += kSumThreads) kept += static_cast<int64_t>(targets[i]) != ignore;
+  kept = sum_block(kept);
+  if (threadIdx.x == 0) *count = static_cast<float>(kept);
+}
+
+// A factor of 1, the usual case, costs one read.
+template <class T>
+__global__ void scale_kernel(T* t, const accum_t<T>* factor, bool must_be_one, int64_t n) {
+  using A = accum_t<T>;
+  A f = *factor;
+  if (f == A(1)) return;
+  if (must_be_one) f = std::numeric_limits<A>::quiet_NaN();
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < n; i += stride)
+    t[i] = static_cast<T>(static_cast<A>(t[i]) * f);
+}
+
+bool aligned(const Tensor& t) { return !t.defined() || reinterpret_cast<uintptr_t>(t.raw_data()) % 16 == 0; }
+
+// Dtypes and vector width as compile-time values: 16-byte accesses when every row begins on such a boundary.
+template <class F>
+void visit(const Tensor& logits, const Tensor& dlogits, const Tensor& targets, F&& f) {
+  visit_float(logits.dtype(), [&]<class T>() {
+    visit_index(targets.dtype(), [&]<class I>() {
+      constexpr int kWidth = 16 / sizeof(T);
+      if (logits.size(1) % kWidth == 0 && aligned(logits) && aligned(dlogits))
+        f.template operator()<T, I, kWidth>();
+      else
+        f.template operator()<T, I, 1>();
+    });
+  });
+}
+
+Settings settings_of(const Tensor& logits, int64_t valid, const CrossEntropyOptions& o) {
+  return {logits.size(1), valid, o.ignore_index, o.label_smoothing, o.z_loss};
+}
+
+LaunchConfig config_of(const Tensor& logits) {
+  const int64_t v = logits.size(1);
+  return {.grid = logits.size(0), .block = v >= 8192 ? 1024 : v >= 1024 ? 256 : 64,
+          .stream = current_stream(logits.device())};
+}
+
+}  // namespace
+
+void cross_entropy_rows(Tensor& rows, Tensor& nll, Tensor& lse, Tensor& dlogits, const Tensor& logits,
+                        const Tensor& targets, const Tensor& count, double scale, int64_t valid,
+                        const CrossEntropyOptions& options) {
+  visit(logits, dlogits, targets, [&]<class T, class I, int V>() {
+    using A = accum_t<T>;
+    launch(rows_kernel<T, I, V>, config_of(logits), rows.data<A>(), nll.data<A>(), lse.data<A>(),
+           dlogits.defined() ? dlogits.data<T>() : nullptr, logits.data<T>(), targets.data<I>(), count.data<float>(),
+           scale, settings_of(logits, valid, options));
+  });
+}
+
+void cross_entropy_gradient(Tensor& dlogits, const Tensor& dloss, const Tensor& logits, const Tensor& targets,
+                            const Tensor& lse, const Tensor& count, int64_t valid,
+                            const CrossEntropyOptions& options) {
+  visit(logits, dlogits, targets, [&]<class T, class I, int V>() {
+    using A = accum_t<T>;
+    launch(gradient_kernel<T, I, V>, config_of(logits), dlogits.data<T>(), dloss.data<A>(), logits.data<T>(),
+           targets.data<I>(), lse.data<A>(), count.data<float>(), settings_of(logits, valid, options));
+  });
+}
+
+void cross_entropy_reduce(Tensor& out, const Tensor& rows, const Tensor& count, double scale) {
+  visit_float(rows.dtype(), [&]<class A>() {
+    if constexpr (!std::is_same_v<A, bf16>)  // sums are never bf16
+      launch(reduce_kernel<A>, {.grid = 1, .block = kSumThreads, .stream = current_stream(rows.device())},
+             out.data<A>(), rows.data<A>(), count.defined() ? count.data<float>() : nullptr, scale, rows.numel());
+  });
+}
+
+void cross_entropy_count(Tensor& count, const Tensor& targets, int64_t, int64_t ignore_index) {
+  visit_index(targets.dtype(), [&]<class I>() {
+    launch(count_kernel<I>, {.grid = 1, .block = kSumThreads, .stream = current_stream(targets.device())},
+           count.data<float>(), targets.data<I>(), targets.numel(), ignore_index);
+  });
+}
+
+void scale_by(Tensor& t, const Tensor& factor, bool must_be_one) {
+  visit_float(t.dtype(), [&]<class T>() {
+    launch(scale_kernel<T>,
+           {.grid = std::min<int64_t>(ceil_div(t.numel(), 256), 132 * 16), .stream = current_stream(t.device())},
+           t.data<T>(), factor.data<accum_t<T>>(), must_be_one, t.numel());
+  });
+}
+
+}  // namespace krait::kernels::cuda
