@@ -27,7 +27,7 @@ Tensor as_three(const Tensor& x, const std::vector<bool>& flags) {
   for (int64_t d = 0; d < n; ++d) {
     if (!flags[static_cast<size_t>(d)] || x.size(d) == 1) continue;
     if (first == n) first = d;
-    for (int64_t k = std::max(last, first) + 1; k < d && last >= 0; ++k)
+    for (int64_t k = last + 1; last >= 0 && k < d; ++k)
       apart = apart || (!flags[static_cast<size_t>(k)] && x.size(k) != 1);
     last = d;
   }
