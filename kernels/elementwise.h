@@ -66,8 +66,9 @@ namespace kernels {
   X(abs_grad, b > A(0) ? a : (b < A(0) ? -a : a * b)) /* b = x */               \
   X(sin_grad, a * math::cos(b))                /* b = x */                      \
   X(cos_grad, -a * math::sin(b))               /* b = x */                      \
-  X(tanh_grad, a * (A(1) - b * b))             /* b = y */                      \
-  X(sigmoid_grad, a * b * (A(1) - b))          /* b = y */                      \
+  /* from x: 1 - y^2 of a y rounded to bf16 would have no correct digit near 1 */ \
+  X(tanh_grad, a * (A(1) - math::tanh(b) * math::tanh(b)))                      \
+  X(sigmoid_grad, a * math::sigmoid(b) * math::sigmoid(-b))                     \
   X(erf_grad, a * A(1.1283791670955126) * math::exp(-b * b)) /* b = x */        \
   X(softplus_grad, a * math::sigmoid(b))       /* b = x */                      \
   X(logsigmoid_grad, a * math::sigmoid(-b))    /* b = x */                      \
