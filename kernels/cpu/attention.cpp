@@ -144,10 +144,7 @@ void forward_few(Tensor& o, Tensor& lse, const Tensor& q_, const Tensor& k_, con
         A now = peak;
         for (int64_t j = 0; j < n; ++j) {
           const T* key = k.at(ib, j0 + j, h / group);
-          A dot = 0;
-#pragma omp simd reduction(+ : dot)
-          for (int64_t c = 0; c < d; ++c) dot += static_cast<A>(query[c]) * static_cast<A>(key[c]);
-          dot *= static_cast<A>(options.scale);
+          A dot = dot_row<A>(query, key, d) * static_cast<A>(options.scale);
           if (slope != 0) dot -= slope * static_cast<A>(std::abs(mask.position(ib, i) - j0 - j));
           if (mask.q_segments && mask.q_segments[ib * lq + i] != mask.k_segments[ib * mask.lk + j0 + j]) dot = kNone;
           s[j] = dot;

@@ -18,8 +18,8 @@ class Unit {
        const A* lse, const A* delta, const AttentionMask& mask, int64_t hq, int64_t d, double scale, int64_t extra)
       : q_(q), k_(k), v_(v), do_in_(do_), lse_(lse), delta_(delta), mask_(mask), hq_(hq), d_(d),
         dp_(round_up(d, kLanes<A>)), scale_(static_cast<A>(scale)),
-        scratch_(8 * kTile * dp_ + 2 * kTile * kTile + extra), kt_(tile()), vt_(tile()), kr_(tile()), qr_(tile()),
-        dor_(tile()), dk_(tile()), dv_(tile()), dq_(tile()), s_(scratch_.take(kTile * kTile)),
+        scratch_(8 * kTile * dp_ + 2 * kTile * kTile + extra), kt_(tile()), vt_(tile()), kr_(tile()), own_qr_(tile()),
+        own_dor_(tile()), dk_(tile()), dv_(tile()), dq_(tile()), s_(scratch_.take(kTile * kTile)),
         ds_(scratch_.take(kTile * kTile)) {}
 
   int64_t padded_width() const { return dp_; }
@@ -35,12 +35,23 @@ class Unit {
     transpose(kt_, kTile, kr_, dp_, kTile, dp_);
   }
 
+  /// Packed queries and their gradients of one tile: (64, d) each.
+  void pack_queries(A* qr, A* dor, int64_t b, int64_t h, int64_t t) const {
+    const int64_t i0 = t * kTile, n = std::min(kTile, mask_.lq - i0), rows = round_up(n, kStrip);
+    pack_rows<A>(qr, dp_, q_.at(b, i0, h), q_.row, n, d_, rows);
+    pack_rows<A>(dor, dp_, do_in_.at(b, i0, h), do_in_.row, n, d_, rows);
+  }
+
   void begin_queries(int64_t b, int64_t h, int64_t t) {
+    pack_queries(own_qr_, own_dor_, b, h, t);
+    begin_queries(own_qr_, own_dor_, b, h, t);
+  }
+  void begin_queries(const A* qr, const A* dor, int64_t b, int64_t h, int64_t t) {
+    qr_ = qr;
+    dor_ = dor;
     i0_ = t * kTile;
     const int64_t n = std::min(kTile, mask_.lq - i0_);
     rows_ = round_up(n, kStrip);
-    pack_rows<A>(qr_, dp_, q_.at(b, i0_, h), q_.row, n, d_, rows_);
-    pack_rows<A>(dor_, dp_, do_in_.at(b, i0_, h), do_in_.row, n, d_, rows_);
     const int64_t at = (b * hq_ + h) * mask_.lq + i0_;
     for (int64_t r = 0; r < rows_; ++r) {
       row_lse_[r] = r < n ? lse_[at + r] : A{0};
@@ -108,31 +119,13 @@ class Unit {
   // s: scores to P; ds: dP to dS (without the scale, which dq and dk get at the end).
   void softmax_row(const TileMask& view, const StripView& see, int64_t r, int64_t i0, A slope, A* s, A* ds, A lse,
                    A delta) const {
-    constexpr A kNone = -std::numeric_limits<A>::infinity();
     const int64_t n = see.last - see.first;
-    if (!see.partial && slope == 0) {
-      for (int64_t j = 0; j < n; j += kLanes<A>) {
-        A* x = s + see.first + j;
-        A* y = ds + see.first + j;
-#pragma omp simd
-        for (int l = 0; l < kLanes<A>; ++l) {
-          x[l] = vexp(x[l] * scale_ - lse);
-          y[l] = x[l] * (y[l] - delta);
-        }
-      }
-      return;
-    }
-    for (int64_t j = see.first; j < see.last; ++j) s[j] *= scale_;
-    view.apply(s, see, r, i0, j0_, slope);
-    for (int64_t j = 0; j < n; j += kLanes<A>) {
-      A* x = s + see.first + j;
-      A* y = ds + see.first + j;
-#pragma omp simd
-      for (int l = 0; l < kLanes<A>; ++l) {
-        const A p = vexp(x[l] - lse);
-        x[l] = x[l] == kNone ? A{0} : p;
-        y[l] = x[l] * (y[l] - delta);
-      }
+    if (see.partial || slope != 0) {
+      for (int64_t j = see.first; j < see.last; ++j) s[j] *= scale_;
+      view.apply(s, see, r, i0, j0_, slope);
+      softmax_gradient_row(s + see.first, ds + see.first, n, A{1}, lse, delta);
+    } else {
+      softmax_gradient_row(s + see.first, ds + see.first, n, scale_, lse, delta);
     }
   }
 
@@ -150,7 +143,8 @@ class Unit {
   int64_t hq_, d_, dp_;
   A scale_;
   Scratch<A> scratch_;
-  A *kt_, *vt_, *kr_, *qr_, *dor_, *dk_, *dv_, *dq_, *s_, *ds_;
+  A *kt_, *vt_, *kr_, *own_qr_, *own_dor_, *dk_, *dv_, *dq_, *s_, *ds_;
+  const A *qr_ = nullptr, *dor_ = nullptr;
   A row_lse_[kTile], row_delta_[kTile];
   int64_t i0_ = 0, j0_ = 0, rows_ = 0;
 };
@@ -170,12 +164,7 @@ void backward(Tensor& dq_, Tensor& dk_, Tensor& dv_, const Tensor& do_t, const T
   parallel_for(0, b * hq * lq, 1 + 16384 / d, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t i = item % lq, h = item / lq % hq, ib = item / (lq * hq);
-      const T* x = do_.at(ib, i, h);
-      const T* y = o.at(ib, i, h);
-      A dot = 0;
-#pragma omp simd reduction(+ : dot)
-      for (int64_t c = 0; c < d; ++c) dot += static_cast<A>(x[c]) * static_cast<A>(y[c]);
-      delta[item] = dot;
+      delta[item] = dot_row<A>(do_.at(ib, i, h), o.at(ib, i, h), d);
     }
   });
   const auto make_unit = [&](int64_t extra) {
@@ -188,15 +177,19 @@ void backward(Tensor& dq_, Tensor& dk_, Tensor& dv_, const Tensor& do_t, const T
   };
 
   if (b * hkv >= 4 * num_threads() || b * hkv % num_threads() == 0) {
-    // One pass with dq of a whole head in the workspace: five products a tile.
+    // One pass with q, do and dq of a key head in the workspace: five products a tile.
     parallel_for(0, b * hkv, 1, [&](int64_t begin, int64_t end) {
-      const int64_t dq_tile = kTile * round_up(d, kLanes<A>), size = group * q_tiles * dq_tile;
-      Unit<T> unit = make_unit(size);
+      const int64_t one = kTile * round_up(d, kLanes<A>), size = group * q_tiles * one;
+      Unit<T> unit = make_unit(3 * size);
       A* sums = unit.take(size);
+      A* queries = unit.take(size);
+      A* gradients = unit.take(size);
       for (int64_t item = begin; item < end; ++item) {
         const int64_t ib = item / hkv, ih = item % hkv;
         const TileMask view(mask, ib);
         std::fill(sums, sums + size, A{0});
+        for (int64_t x = 0; x < group * q_tiles; ++x)
+          unit.pack_queries(queries + x * one, gradients + x * one, ib, ih * group + x / q_tiles, x % q_tiles);
         for (int64_t kb = 0; kb < k_tiles; ++kb) {
           unit.begin_keys(ib, ih, kb);
           unit.clear_key_sums();
@@ -204,14 +197,15 @@ void backward(Tensor& dq_, Tensor& dk_, Tensor& dv_, const Tensor& do_t, const T
             const A slope = static_cast<A>(view.slope(ih * group + g));
             for (int64_t t = 0; t < q_tiles; ++t) {
               if (!seen(view, t, kb)) continue;
-              unit.begin_queries(ib, ih * group + g, t);
-              unit.tile_gradients(view, slope, sums + (g * q_tiles + t) * dq_tile, true);
+              const int64_t at = (g * q_tiles + t) * one;
+              unit.begin_queries(queries + at, gradients + at, ib, ih * group + g, t);
+              unit.tile_gradients(view, slope, sums + at, true);
             }
           }
           unit.write_keys(dk, dv, ib, ih, kb);
         }
         for (int64_t x = 0; x < group * q_tiles; ++x)
-          unit.write_queries(dq, ib, ih * group + x / q_tiles, x % q_tiles, sums + x * dq_tile);
+          unit.write_queries(dq, ib, ih * group + x / q_tiles, x % q_tiles, sums + x * one);
       }
     });
     return;

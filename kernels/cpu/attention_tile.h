@@ -38,6 +38,7 @@ template <class A, int NV>
 inline void multiply_block(A* c, int64_t c_row, const A* a, int64_t a_row, int64_t a_col, const A* b, int64_t b_row,
                            int64_t k, bool add) {
   Vec<A> sum[kStrip][NV];
+#pragma GCC unroll 8
   for (int i = 0; i < kStrip; ++i)
     for (int j = 0; j < NV; ++j) sum[i][j] = add ? load(c + i * c_row + j * kLanes<A>) : Vec<A>{};
   for (int64_t x = 0; x < k; ++x) {
@@ -49,6 +50,7 @@ inline void multiply_block(A* c, int64_t c_row, const A* a, int64_t a_row, int64
       for (int j = 0; j < NV; ++j) sum[i][j] += factor * row[j];
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < kStrip; ++i)
     for (int j = 0; j < NV; ++j) store(c + i * c_row + j * kLanes<A>, sum[i][j]);
 }

@@ -107,17 +107,53 @@ class TileMask {
   const int32_t* k_ids_ = nullptr;
 };
 
+/// exp below this is 0: results next to the smallest normal number would cost a trap of the processor each.
+template <class A> inline constexpr A kExpFloor = std::is_same_v<A, double> ? A(-700) : A(-87);
+
 /// s = exp(s - shift) over n values, a multiple of the vector length; returns the sum per lane.
+/// (flatten: an exp that is called instead of inlined is not vectorised.)
 template <class A>
-inline Vec<A> exp_row(A* s, int64_t n, A shift) {
+[[gnu::flatten, gnu::noinline]] Vec<A> exp_row(A* s, int64_t n, A shift) {
   Vec<A> sum{};
   for (int64_t j = 0; j < n; j += kLanes<A>) {
     A* x = s + j;
 #pragma omp simd
-    for (int l = 0; l < kLanes<A>; ++l) x[l] = vexp(x[l] - shift);
+    for (int l = 0; l < kLanes<A>; ++l) {
+      const A y = x[l] - shift, p = vexp(y > kExpFloor<A> ? y : kExpFloor<A>);
+      x[l] = y > kExpFloor<A> ? p : A{0};
+    }
     sum += load(x);
   }
   return sum;
+}
+
+/// Scores to P = exp(scale s - lse), and dP to dS = P (dP - delta). Scores of -infinity give 0 for any lse.
+template <class A>
+[[gnu::flatten, gnu::noinline]] void softmax_gradient_row(A* s, A* ds, int64_t n, A scale, A lse, A delta) {
+  for (int64_t j = 0; j < n; j += kLanes<A>) {
+    A* x = s + j;
+    A* y = ds + j;
+#pragma omp simd
+    for (int l = 0; l < kLanes<A>; ++l) {
+      const A z = x[l] * scale - lse, p = vexp(z > kExpFloor<A> ? z : kExpFloor<A>);
+      x[l] = z > kExpFloor<A> ? p : A{0};  // also where z is NaN: unseen keys of a row without keys
+      y[l] = x[l] * (y[l] - delta);
+    }
+  }
+}
+
+/// sum_c x[c] y[c] in a fixed order.
+template <class A, class T>
+inline A dot_row(const T* x, const T* y, int64_t d) {
+  constexpr int n = kLanes<A>;
+  A part[n] = {}, tail = 0;
+  int64_t c = 0;
+  for (; c + n <= d; c += n) {
+#pragma omp simd
+    for (int l = 0; l < n; ++l) part[l] += static_cast<A>(x[c + l]) * static_cast<A>(y[c + l]);
+  }
+  for (; c < d; ++c) tail += static_cast<A>(x[c]) * static_cast<A>(y[c]);
+  return total<A>(load(part)) + tail;
 }
 
 }  // namespace krait::kernels::cpu
