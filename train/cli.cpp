@@ -1,0 +1,81 @@
+#include "train/cli.h"
+
+#include <cstdio>
+#include <new>
+
+#include "core/config_node.h"
+#include "train/build_info.h"
+
+namespace krait::train::cli {
+namespace {
+
+int report(const std::string& message, int status) {
+  std::fflush(stdout);
+  std::fprintf(stderr, "error: %s\n", message.c_str());
+  return status;
+}
+
+/// The chain of subcommands from the first arguments: unknown ones get the nearest name.
+void check_command_names(const CLI::App& app, int argc, const char* const* argv) {
+  const CLI::App* level = &app;
+  std::string path = "krait";
+  for (int i = 1; i < argc && argv[i][0] != '-'; ++i) {
+    const auto commands = level->get_subcommands([](const CLI::App*) { return true; });
+    if (commands.empty()) return;
+    std::vector<std::string> names;
+    const CLI::App* next = nullptr;
+    for (const CLI::App* command : commands) {
+      names.push_back(command->get_name());
+      if (command->get_name() == argv[i]) next = command;
+    }
+    if (!next) {
+      std::string list;
+      for (const std::string& name : names) list += (list.empty() ? "" : ", ") + name;
+      const std::string near = nearest_name(argv[i], names);
+      throw ConfigError(fmt::format("{}: unknown command '{}'{}\n       commands: {}", path, argv[i],
+                                    near.empty() ? "" : "; did you mean " + near + "?", list));
+    }
+    level = next;
+    path += std::string(" ") + argv[i];
+  }
+}
+
+/// CLI11's messages, on one line, with a pointer to the help of the command they are about.
+std::string usage_error(const CLI::App& app, const CLI::ParseError& e) {
+  std::string path = "krait";
+  for (const CLI::App* level = &app; level;) {
+    const auto chosen = level->get_subcommands();
+    level = chosen.empty() ? nullptr : chosen.front();
+    if (level) path += " " + level->get_name();
+  }
+  std::string message = e.what();
+  while (!message.empty() && message.back() == '\n') message.pop_back();
+  return fmt::format("{}: {}\n       try {} --help", path, message, path);
+}
+
+}  // namespace
+
+int run(int argc, const char* const* argv, const std::vector<AddCommand>& commands) {
+  CLI::App app("Krait trains sequence models from a YAML file.", "krait");
+  app.set_version_flag("--version", fmt::format("krait {} (git {})", kVersion, git_revision()));
+  app.require_subcommand(1);
+  Action action;
+  for (const AddCommand add : commands) add(app, action);
+  try {
+    check_command_names(app, argc, argv);
+    app.parse(argc, argv);
+    return action();
+  } catch (const CLI::Success& e) {  // --help, --version
+    return app.exit(e);
+  } catch (const CLI::ParseError& e) {
+    return report(usage_error(app, e), 2);
+  } catch (const ConfigError& e) {
+    return report(e.what(), 2);
+  } catch (const std::bad_alloc&) {
+    return report("out of memory; lower train.micro_batch_size or the model's size", 1);
+  } catch (const std::exception& e) {
+    return report(e.what(), 1);
+  }
+}
+
+}  // namespace krait::train::cli

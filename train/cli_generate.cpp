@@ -1,0 +1,28 @@
+#include <memory>
+
+#include "train/cli.h"
+#include "train/commands.h"
+#include "train/launcher.h"
+
+namespace krait::train::cli {
+
+void add_generate(CLI::App& app, Action& action) {
+  const auto command = std::make_shared<GenerateCommand>();
+  CLI::App* sub = app.add_subcommand("generate", "Continue a text with a trained model");
+  sub->add_option("RUN_DIR", command->run_dir, "Run directory")->required();
+  sub->add_option("--prompt", command->prompt, "Text to continue");
+  sub->add_option("--max-tokens", command->max_tokens, "Tokens to generate")->capture_default_str()->check(CLI::PositiveNumber);
+  sub->add_option("--temperature", command->temperature, "0: always the likeliest token")->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
+  sub->add_option("--top-p", command->top_p, "Draw from the likeliest tokens of this total probability")->capture_default_str()
+      ->check(CLI::Range(0.0, 1.0));
+  sub->add_option_function<uint64_t>("--seed", [command](const uint64_t& seed) { command->seed = seed; }, "[the run's]");
+  sub->callback([command, &action] {
+    action = [command] {
+      require_single_rank(detect_launch());
+      return run_generate(*command);
+    };
+  });
+}
+
+}  // namespace krait::train::cli

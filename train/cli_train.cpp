@@ -1,0 +1,24 @@
+#include <memory>
+
+#include "train/cli.h"
+#include "train/commands.h"
+#include "train/launcher.h"
+
+namespace krait::train::cli {
+
+void add_train(CLI::App& app, Action& action) {
+  const auto command = std::make_shared<TrainCommand>();
+  CLI::App* sub = app.add_subcommand("train", "Train a model from a config file");
+  sub->add_option("CONFIG", command->config, "YAML file")->required();
+  sub->add_option("overrides", command->overrides, "key.path=value, parsed as YAML");
+  sub->add_option("--run-dir", command->run_dir, "Where the run is written [runs/<name>-<date>-<time>]");
+  sub->add_flag("--resume", command->resume, "Continue the run in --run-dir from its latest whole checkpoint");
+  sub->callback([command, &action] {
+    action = [command] {
+      require_single_rank(detect_launch());
+      return run_train(*command);
+    };
+  });
+}
+
+}  // namespace krait::train::cli

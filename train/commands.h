@@ -1,0 +1,46 @@
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace krait::train {
+
+// What the command line asks for. Each run_* returns the exit status of success; failures are thrown
+// (ConfigError: status 2, anything else: 1).
+
+struct TrainCommand {
+  std::string config;                  // file
+  std::vector<std::string> overrides;  // key.path=value
+  std::string run_dir;                 // empty: runs/<name>-<date>-<time>
+  bool resume = false;
+};
+int run_train(const TrainCommand& command);
+
+struct EvalCommand {
+  std::string run_dir;
+  std::vector<std::string> overrides;
+  std::string data;    // a token store, or a text file; empty: the run's
+  std::string split;   // empty: eval.split
+  int64_t context = 0, stride = 0;  // 0: the config's
+  bool json = false;
+};
+int run_eval(const EvalCommand& command);
+
+struct GenerateCommand {
+  std::string run_dir;
+  std::string prompt;
+  int64_t max_tokens = 256;
+  double temperature = 1.0;  // 0: the likeliest token
+  double top_p = 1.0;
+  std::optional<uint64_t> seed;  // none: the run's
+};
+int run_generate(const GenerateCommand& command);
+
+struct InfoCommand {
+  std::string run_dir;  // empty: about this build and machine
+  bool verify = false;
+};
+int run_info(const InfoCommand& command);
+
+}  // namespace krait::train

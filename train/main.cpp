@@ -1,0 +1,13 @@
+#include <csignal>
+
+#include "train/cli.h"
+
+int main(int argc, char** argv) {
+  // A limit on the size of files is an error of the write that meets it, like a full disk, and not the end.
+  std::signal(SIGXFSZ, SIG_IGN);
+  using namespace krait::train;
+  return cli::run(argc, argv,
+                  {
+                      cli::add_info,
+                  });
+}
