@@ -1,0 +1,145 @@
+#include "autograd/dropout.h"
+
+#include <cmath>
+
+#include "autograd/elementwise.h"
+#include "core/parallel.h"
+#include "core/random.h"
+#include "kernels/dropout.h"
+#include "tests/testing/op_case.h"
+
+using namespace krait;
+
+namespace {
+
+Tensor step_at(int64_t value, Device device = kCpu) { return from_vector<int64_t>({value}).view({}).to(device); }
+
+// The source of random numbers while a test runs.
+struct Source {
+  explicit Source(int64_t step, int64_t batch_offset = 0) { current_random() = {7, step_at(step), batch_offset}; }
+  ~Source() { current_random() = {}; }
+};
+
+const std::vector<std::vector<Shape>> kShapes = {{{1}}, {{3, 5, 7}}, {{2, 4099}}, {{0, 3}}};
+
+// u < p, straight from the definition in core/random.h.
+bool dropped(int64_t element, uint64_t key, uint64_t step, double p) {
+  const Philox r = philox(key, static_cast<uint64_t>(element / 4), step);
+  return uniform_from_bits(r.word[element % 4]) < static_cast<float>(p);
+}
+
+OpFunction by_definition(double p, bool add) {
+  return [=](const Vars& in) -> Outputs {
+    auto v = in[0].data().to_vector<double>();
+    const uint64_t key = random_key(7, "d");
+    for (size_t i = 0; i < v.size(); ++i) {
+      v[i] = dropped(static_cast<int64_t>(i), key, 3, p) ? 0 : v[i] / (1 - p);
+      if (add) v[i] += in[1].data().to_vector<double>()[i];
+    }
+    return Variable(from_vector(v, in[0].shape()));
+  };
+}
+
+Variable on_device(const Variable& x, const std::function<Variable()>& f) {
+  current_random().step = step_at(3, x.device());
+  return f();
+}
+
+OpCase plain() {
+  OpCase c;
+  c.name = "dropout";
+  c.run = [](const Vars& in) { return on_device(in[0], [&] { return dropout(in[0], 0.25, "d"); }); };
+  c.reference = by_definition(0.25, false);
+  c.shapes = kShapes;
+  return c;
+}
+OpCase fused() {
+  OpCase c = plain();
+  c.name = "dropout_add";
+  c.run = [](const Vars& in) { return on_device(in[0], [&] { return dropout_add(in[0], in[1], 0.25, "d"); }); };
+  c.reference = by_definition(0.25, true);
+  c.shapes = {{{1}, {1}}, {{3, 5, 7}, {3, 5, 7}}, {{3, 1031}, {3, 1031}}, {{0, 3}, {0, 3}}};
+  return c;
+}
+
+}  // namespace
+
+TEST_CASE("dropout keeps what the stream of random numbers says") {
+  const Source source(3);
+  check_reference(plain());
+  check_reference(fused());
+}
+TEST_CASE("dropout passes gradcheck") {
+  const Source source(3);
+  check_grad(plain());
+  check_grad(fused());
+}
+TEST_CASE("dropout: cuda equals cpu bit for bit", "[cuda]") {
+  const Source source(3);
+  OpCase a = plain(), b = fused();
+  for (OpCase* c : {&a, &b}) {
+    c->tolerance = {{DType::f32, 0}, {DType::bf16, 0}};
+    check_twin(*c);
+  }
+}
+
+TEST_CASE("a sequence's mask depends on its global index, not on the rank or its place in the batch") {
+  const Tensor x = ones({4, 3, 11}, DType::f32, kCpu);
+  const auto run = [&](int64_t begin, int64_t end) {
+    const Source source(5, begin);
+    return dropout(Variable(x.slice(0, begin, end)), 0.5, "d").data().to_vector<float>();
+  };
+  const auto whole = run(0, 4);
+  for (int64_t row = 0; row < 4; ++row) {
+    const auto one = run(row, row + 1);
+    CHECK(std::equal(one.begin(), one.end(), whole.begin() + row * 33));
+  }
+  CHECK(!std::equal(whole.begin(), whole.begin() + 33, whole.begin() + 33));
+}
+
+TEST_CASE("steps and streams give other masks; threads do not") {
+  const Variable x(ones({100003}, DType::f32, kCpu));
+  const auto run = [&](int64_t step, const char* stream) {
+    const Source source(step);
+    return dropout(x, 0.5, stream).data().to_vector<float>();
+  };
+  const auto a = run(1, "a");
+  CHECK(a != run(2, "a"));
+  CHECK(a != run(1, "b"));
+  set_num_threads(1);
+  CHECK(a == run(1, "a"));
+  set_num_threads(0);
+}
+
+TEST_CASE("dropout keeps the mean and drops the fraction asked for") {
+  const Source source(1);
+  const Variable x(ones({1000000}, DType::f32, kCpu));
+  for (const double p : {0.1, 0.5, 0.9}) {
+    double zero = 0, total = 0;
+    for (const float v : dropout(x, p, "d").data().to_vector<float>()) {
+      zero += v == 0;
+      total += v;
+    }
+    CHECK(std::abs(zero / 1e6 - p) < 4 * std::sqrt(p * (1 - p) / 1e6));
+    CHECK(total / 1e6 == Approx(1).margin(4 * std::sqrt(p / (1 - p) / 1e6)));
+  }
+}
+
+TEST_CASE("dropout of p = 0 is the input itself, and refusals say what is missing") {
+  const Variable x(ones({3}, DType::f32, kCpu));
+  CHECK(dropout(x, 0, "d").data().storage() == x.data().storage());
+  current_random() = {};
+  CHECK(contains(error_of([&] { dropout(x, 0.5, "d"); }), "the step is undefined"));
+  const Source source(0);
+  CHECK(contains(error_of([&] { dropout(x, 1.0, "d"); }), "p is 1, expected 0 <= p < 1"));
+  CHECK(contains(error_of([&] { dropout_add(x, Variable(ones({4}, DType::f32, kCpu)), 0.5, "d"); }),
+                 "x (3,) does not match the residual (4,)"));
+}
+
+TEST_CASE("the threshold is the exact comparison with p") {
+  for (const double p : {0.1, 0.25, 0.3, 0.5, 0.9, 1e-9}) {
+    const uint32_t t = kernels::dropout_threshold(p);
+    CHECK(static_cast<double>(t - 1) / 16777216.0 < p);
+    CHECK(static_cast<double>(t) / 16777216.0 >= p);
+  }
+}
