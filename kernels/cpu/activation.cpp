@@ -39,7 +39,7 @@ struct GeluErf {
 struct Relu2 {
   template <class A>
   static ValueAndSlope<A> at(A x) {
-    const A p = x > A(0) ? x : A(0);
+    const A p = x < A(0) ? A(0) : x;  // keeps NaN
     return {p * p, A(2) * p};
   }
 };

@@ -1,0 +1,18 @@
+#include "kernels/layer_norm.h"
+
+#include "kernels/cuda/norm_backward.cuh"
+
+namespace krait::kernels::cuda {
+
+void layer_norm_forward(Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual,
+                        const Tensor& w, const Tensor& b, double eps) {
+  norm_forward<true>(y, sum, mean, rstd, x, residual, w, b, eps);
+}
+
+void layer_norm_backward(Tensor& dresidual, Tensor& dx, Tensor& dw, bool add_dw, Tensor& db, bool add_db,
+                         const Tensor& dy, const Tensor& dr, const Tensor& x, const Tensor& w, const Tensor& mean,
+                         const Tensor& rstd) {
+  norm_backward<true>(dresidual, dx, dw, add_dw, db, add_db, dy, dr, x, w, mean, rstd);
+}
+
+}  // namespace krait::kernels::cuda

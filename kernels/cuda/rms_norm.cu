@@ -1,0 +1,19 @@
+#include "kernels/rms_norm.h"
+
+#include "kernels/cuda/norm_backward.cuh"
+
+namespace krait::kernels::cuda {
+
+void rms_norm_forward(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, const Tensor& residual, const Tensor& w,
+                      double eps) {
+  Tensor no_mean;
+  norm_forward<false>(y, sum, no_mean, rstd, x, residual, w, Tensor(), eps);
+}
+
+void rms_norm_backward(Tensor& dresidual, Tensor& dx, Tensor& dw, bool add_dw, const Tensor& dy, const Tensor& dr,
+                       const Tensor& x, const Tensor& w, const Tensor& rstd) {
+  Tensor no_db;
+  norm_backward<false>(dresidual, dx, dw, add_dw, no_db, false, dy, dr, x, w, Tensor(), rstd);
+}
+
+}  // namespace krait::kernels::cuda
