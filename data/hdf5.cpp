@@ -55,9 +55,17 @@ Type type_from(hid_t type) {
   return Type::other;
 }
 
-// H5Ewalk2 downward visits the failed API call first and the cause last: keep the last description.
+// H5Ewalk2 downward visits the failed API call first and the cause last: keep the last description. That of a failed
+// system call is several lines; its part "error message = 'No space left on device'" says it all.
 herr_t keep_last(unsigned, const H5E_error2_t* error, void* out) {
-  if (error->desc && *error->desc) *static_cast<std::string*>(out) = error->desc;
+  if (!error->desc || !*error->desc) return 0;
+  std::string_view cause = error->desc;
+  constexpr std::string_view kSystem = "error message = '";
+  if (const size_t at = cause.find(kSystem); at != std::string_view::npos) {
+    cause.remove_prefix(at + kSystem.size());
+    cause = cause.substr(0, cause.find('\''));
+  }
+  *static_cast<std::string*>(out) = cause;
   return 0;
 }
 
@@ -97,6 +105,13 @@ OpenAttribute open_attribute(Id object, const std::string& where, const std::str
   const Handle space = own<H5Sclose>(check(H5Aget_space(out.attribute.id()), what));
   KRAIT_CHECK(H5Sget_simple_extent_npoints(space.id()) == 1, "{}: the attribute {} is not a single value", where, name);
   return out;
+}
+
+// Without times, the same contents give the same bytes.
+Handle creation_list(hid_t kind) {
+  Handle list = own<H5Pclose>(check(H5Pcreate(kind), "hdf5"));
+  check(H5Pset_obj_track_times(list.id(), false), "hdf5");
+  return list;
 }
 
 Handle file_access() {
@@ -328,7 +343,8 @@ std::vector<std::string> Group::names() const {
 
 Group Group::create_group(const std::string& name) {
   const Lock lock(mutex());
-  Handle handle = own<H5Gclose>(check(H5Gcreate2(id(), name.c_str(), H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT),
+  const Handle creation = creation_list(H5P_GROUP_CREATE);
+  Handle handle = own<H5Gclose>(check(H5Gcreate2(id(), name.c_str(), H5P_DEFAULT, creation.id(), H5P_DEFAULT),
                                       fmt::format("{}: cannot create the group {}", where(), name)));
   return Group(std::move(handle), file_, join(path_, name));
 }
@@ -355,7 +371,7 @@ Dataset Group::create_dataset(const std::string& name, Type type, const std::vec
       shape.empty()
           ? scalar_space()
           : own<H5Sclose>(check(H5Screate_simple(static_cast<int>(sizes.size()), sizes.data(), most.data()), what));
-  const Handle creation = own<H5Pclose>(check(H5Pcreate(H5P_DATASET_CREATE), what));
+  const Handle creation = creation_list(H5P_DATASET_CREATE);
   if (chunked) {
     const std::vector<hsize_t> chunk(options.chunk.begin(), options.chunk.end());
     check(H5Pset_chunk(creation.id(), static_cast<int>(chunk.size()), chunk.data()), what);
@@ -390,8 +406,9 @@ std::string Group::read_bytes(const std::string& name) const {
 
 File File::create(const std::string& path) {
   const Lock lock(mutex());
+  const Handle creation = creation_list(H5P_FILE_CREATE);
   const Handle access = file_access();
-  Handle handle = own<H5Fclose>(check(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access.id()),
+  Handle handle = own<H5Fclose>(check(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, creation.id(), access.id()),
                                       fmt::format("{}: cannot create the file", path)));
   return File(std::move(handle), path, "/");
 }
