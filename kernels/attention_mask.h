@@ -44,6 +44,18 @@ struct AttentionMask {
     const int64_t p = position(batch, i) + 1 - window, end = key_end(batch, i);
     return p < 0 ? 0 : p < end ? p : end;
   }
+  /// Queries [query_begin(j0), query_end(j1)) are those that see a key of [j0, j1), segments aside.
+  KRAIT_HOST_DEVICE int64_t query_begin(int64_t batch, int64_t j0) const {
+    if (j0 >= length(batch)) return lq;
+    if (!causal) return 0;
+    const int64_t i = j0 - position(batch, 0);
+    return i < 0 ? 0 : i < lq ? i : lq;
+  }
+  KRAIT_HOST_DEVICE int64_t query_end(int64_t batch, int64_t j1) const {
+    if (window == 0) return lq;
+    const int64_t i = j1 + window - 1 - position(batch, 0);
+    return i < 0 ? 0 : i < lq ? i : lq;
+  }
 };
 
 }  // namespace kernels

@@ -1,0 +1,38 @@
+#pragma once
+#include "kernels/attention.h"
+
+namespace krait::kernels::cuda {
+
+// Krait's own kernels: each serves every option.
+
+/// CUDA cores, any dtype and head size.
+void attention_forward_simt(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
+                            const AttentionOptions& options);
+void attention_backward_simt(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, const Tensor& q, const Tensor& k,
+                             const Tensor& v, const Tensor& lse, const Tensor& delta, const AttentionOptions& options);
+
+/// Tensor cores: bf16, d of 32, 64, 96 or 128, rows aligned to 16 bytes.
+bool attention_mma_serves(const Tensor& t);
+void attention_forward_mma(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
+                           const AttentionOptions& options);
+void attention_backward_mma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, const Tensor& q, const Tensor& k,
+                            const Tensor& v, const Tensor& lse, const Tensor& delta, const AttentionOptions& options);
+
+/// Few queries against many keys: keys are split over blocks and the parts combined.
+void attention_forward_decode(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
+                              const AttentionOptions& options);
+
+// The vendor's kernels (cuDNN); in a build without cuDNN they never serve.
+
+/// Whether cuDNN computes exactly this: bf16, d a multiple of 8 up to 128, causal or full from aligned ends,
+/// no window, documents, ALiBi or cache lengths, lq and lk above 1, compute capability 8.0.
+bool attention_cudnn_supported(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);
+/// False when no plan could be built (said once on stderr): the own kernel must serve.
+bool attention_forward_cudnn(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
+                             const AttentionOptions& options);
+bool attention_backward_cudnn(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, const Tensor& q, const Tensor& k,
+                              const Tensor& v, const Tensor& o, const Tensor& lse, const AttentionOptions& options);
+/// "cuDNN 9.19.0"
+std::string attention_cudnn_version();
+
+}  // namespace krait::kernels::cuda
