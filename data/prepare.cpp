@@ -209,9 +209,9 @@ class Encode final : public Dealer {
   std::vector<std::vector<int32_t>> encode(std::string_view piece, const Place& place) const {
     std::vector<std::string_view> blocks;
     std::vector<size_t> starts;
-    constexpr size_t kBlock = size_t{1} << 17;
+    const size_t block = std::max(size_t{1} << 17, piece.size() / static_cast<size_t>(num_threads()) + 1);
     for (size_t at = 0; at < piece.size();) {
-      const size_t newline = at + kBlock < piece.size() ? piece.find('\n', at + kBlock) : std::string_view::npos;
+      const size_t newline = at + block < piece.size() ? piece.find('\n', at + block) : std::string_view::npos;
       const size_t end = newline == std::string_view::npos ? piece.size() : newline + 1;
       blocks.push_back(piece.substr(at, end - at));
       starts.push_back(at);

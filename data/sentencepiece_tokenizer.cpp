@@ -1,6 +1,7 @@
 #include <sentencepiece_processor.h>
 #include <sentencepiece_trainer.h>
 
+#include <mutex>
 #include <source_location>
 #include <unordered_map>
 
@@ -40,15 +41,26 @@ class SentencePieceTokenizer final : public Tokenizer {
                 "sentencepiece tokenizer: byte {} of the text (0x{:02X}) is not UTF-8; convert the text, or use the "
                 "byte tokenizer",
                 bad, static_cast<unsigned char>(text[bad]));
+    // No piece has a space behind another character, or a line end, so words with the spaces before them are
+    // independent, and a cache of them saves most of the work.
+    std::unique_ptr<Cache> cache = borrow_cache();
     std::vector<int32_t> ids;
-    std::vector<int> line_ids;
-    while (!text.empty()) {
-      const size_t end = text.find('\n');
-      const std::string_view line = text.substr(0, end == std::string_view::npos ? text.size() : end + 1);
-      text.remove_prefix(line.size());
-      check(processor_.Encode({line.data(), line.size()}, &line_ids), "sentencepiece tokenizer");
-      ids.insert(ids.end(), line_ids.begin(), line_ids.end());
+    ids.reserve(text.size() / 3);
+    std::string word;
+    std::vector<int> word_ids;
+    for (size_t at = 0, end = 0; at < text.size(); at = end) {
+      end = word_end(text, at);
+      word.assign(text, at, end - at);
+      const bool fits = word.size() <= kMaxWord;
+      const auto found = fits ? cache->find(word) : cache->end();
+      if (found == cache->end()) check(processor_.Encode(word, &word_ids), "sentencepiece tokenizer");
+      const std::vector<int>& got = found == cache->end() ? word_ids : found->second;
+      ids.insert(ids.end(), got.begin(), got.end());
+      if (fits && found == cache->end()) cache->emplace(word, word_ids);
+      if (cache->size() >= kMaxCached) cache->clear();
     }
+    const std::lock_guard lock(mutex_);
+    idle_caches_.push_back(std::move(cache));
     return ids;
   }
 
@@ -59,6 +71,27 @@ class SentencePieceTokenizer final : public Tokenizer {
   std::string serialize() const override { return "krait-tokenizer 1 sentencepiece\n" + model_; }
 
  private:
+  using Cache = std::unordered_map<std::string, std::vector<int>>;
+  static constexpr size_t kMaxCached = size_t{1} << 17;  // words; about 20 MB
+
+  static constexpr size_t kMaxWord = 64;  // bytes
+
+  // One for each call at a time, kept for later calls. An exception loses it, which is harmless.
+  std::unique_ptr<Cache> borrow_cache() const {
+    const std::lock_guard lock(mutex_);
+    if (idle_caches_.empty()) return std::make_unique<Cache>();
+    std::unique_ptr<Cache> cache = std::move(idle_caches_.back());
+    idle_caches_.pop_back();
+    return cache;
+  }
+
+  // Of a word with the spaces before and the line end behind it.
+  static size_t word_end(std::string_view text, size_t at) {
+    while (at < text.size() && text[at] == ' ') ++at;
+    while (at < text.size() && text[at] != ' ' && text[at] != '\n') ++at;
+    return at < text.size() && text[at] == '\n' ? at + 1 : at;
+  }
+
   std::string bytes_of(int id) const {
     if (processor_.IsControl(id)) return {};
     const std::string& piece = processor_.IdToPiece(id);
@@ -72,6 +105,8 @@ class SentencePieceTokenizer final : public Tokenizer {
   sentencepiece::SentencePieceProcessor processor_;
   std::string model_;
   std::vector<std::string> bytes_;  // of each id
+  mutable std::mutex mutex_;
+  mutable std::vector<std::unique_ptr<Cache>> idle_caches_;
 };
 
 // Hands lines to the library one at a time.
@@ -112,6 +147,7 @@ TokenizerPtr train_sentencepiece(const std::function<std::optional<std::string>(
       {"remove_extra_whitespaces", "false"},
       {"add_dummy_prefix", "false"},
       {"allow_whitespace_only_pieces", "true"},
+      {"split_by_whitespace", "true"},  // encode() relies on it
       {"character_coverage", options.byte_fallback ? "0.9999" : "1.0"},
       {"shuffle_input_sentence", "false"},
       {"max_sentence_length", "16384"},

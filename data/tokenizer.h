@@ -45,8 +45,8 @@ TokenizerPtr make_byte_tokenizer(bool eos);
 /// One id for each code point, in the given (sorted) order; with `eos`, the last id ends a document.
 TokenizerPtr make_char_tokenizer(std::vector<char32_t> sorted_alphabet, bool eos);
 
-/// SentencePiece with the text kept exactly: no normalisation, no removed spaces, no prefix. Each line is encoded
-/// on its own, so the ids do not depend on how the text was cut into blocks of lines.
+/// SentencePiece with the text kept exactly: no normalisation, no removed spaces, no prefix. Words are encoded apart,
+/// so the ids do not depend on how the text was cut into blocks of lines.
 struct SentencePieceOptions {
   int64_t vocab_size = 8192;
   std::string model = "unigram";  // or "bpe"
