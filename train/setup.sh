@@ -18,6 +18,10 @@ if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
   exit 0
 fi
 
+# After Debian 12, sentencepiece.pc asks for protobuf's development files.
+debian_12=$(. /etc/os-release && [ "${ID:-} ${VERSION_ID:-}" = "debian 12" ] && echo yes || true)
+[ -n "$debian_12" ] || packages+=(libprotobuf-dev)
+
 missing=()
 for package in "${packages[@]}"; do
   state=$(dpkg-query -W -f '${db:Status-Status} ' "$package" 2>/dev/null || true)
