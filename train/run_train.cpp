@@ -37,6 +37,7 @@ int run_train(const TrainCommand& command) {
   const std::string data_file = find_data_file(config);
   const data::TokenStorePtr store = data::TokenStore::open(data_file);
   Session session = make_session(config, store, store->tokenizer());
+  const TrainData data = open_train_data(session);
   const RunDirectory directory = RunDirectory::create(command.run_dir, config.name, command.resume);
   if (directory.has_run()) {
     const Config before = load_config(directory.config_file());
@@ -45,7 +46,7 @@ int run_train(const TrainCommand& command) {
   }
   fmt::print("run: {}\n", directory.path());
   print_plan(session);
-  Trainer trainer(session, directory, command.resume);
+  Trainer trainer(session, data, directory, command.resume);
   directory.write_config(config.to_yaml());
   const Summary summary = trainer.run();
   directory.write_summary(to_json(summary));

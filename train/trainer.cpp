@@ -24,7 +24,21 @@ data::TokensPtr split_of(const Session& session, const std::string& key, const s
 
 }  // namespace
 
-Trainer::Trainer(Session& session, const RunDirectory& directory, bool resume)
+TrainData open_train_data(const Session& session) {
+  const Config& c = session.config;
+  TrainData d;
+  d.train = split_of(session, "data.split", c.data.split);
+  if (d.train->size() < c.data.context + 1)
+    c.fail("data.context",
+           fmt::format("{} tokens need {} in a row, but {} has {}", c.data.context, c.data.context + 1,
+                       d.train->where(), d.train->size()),
+           fmt::format("{} or less", std::max<int64_t>(d.train->size() - 1, 1)));
+  if (session.store->has_split(c.eval.split) || c.eval.interval > 0)
+    d.eval = split_of(session, "eval.split", c.eval.split);
+  return d;
+}
+
+Trainer::Trainer(Session& session, const TrainData& data, const RunDirectory& directory, bool resume)
     : session_(session), config_(session.config), directory_(directory), step_(session),
       total_steps_(session.config.total_steps()) {
   const Config& c = config_;
@@ -44,16 +58,9 @@ Trainer::Trainer(Session& session, const RunDirectory& directory, bool resume)
   first_step_ = state_.step;
 
   const data::Documents documents = data::documents_from_name(c.data.documents);
-  const data::TokensPtr tokens = split_of(session, "data.split", c.data.split);
-  if (tokens->size() < c.data.context + 1)
-    c.fail("data.context",
-           fmt::format("{} tokens need {} in a row, but {} has {}", c.data.context, c.data.context + 1,
-                       tokens->where(), tokens->size()),
-           fmt::format("{} or less", std::max<int64_t>(tokens->size() - 1, 1)));
   const data::DatasetPtr crops = data::random_crops(
-      tokens, {c.data.context, c.train.micro_batch_size, static_cast<uint64_t>(c.seed), documents});
-  if (session.store->has_split(c.eval.split) || c.eval.interval > 0)
-    eval_tokens_ = split_of(session, "eval.split", c.eval.split);
+      data.train, {c.data.context, c.train.micro_batch_size, static_cast<uint64_t>(c.seed), documents});
+  eval_tokens_ = data.eval;
   batches_ = std::make_unique<data::Prefetcher>(crops, first_step_ * c.gradient_accumulation());
 
   metrics_ = std::make_unique<MetricsLog>(directory.metrics_file(), first_step_ > 0 ? first_step_ : -1);

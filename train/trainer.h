@@ -10,10 +10,16 @@
 
 namespace krait::train {
 
+/// The splits a run reads. Opening them checks what the config asks of them, before anything is written.
+struct TrainData {
+  data::TokensPtr train, eval;  // eval is null when there is no such split and none is asked for
+};
+TrainData open_train_data(const Session& session);
+
 /// A training run from its first step, or the checkpoint it resumes from, to its last.
 class Trainer {
  public:
-  Trainer(Session& session, const RunDirectory& directory, bool resume);
+  Trainer(Session& session, const TrainData& data, const RunDirectory& directory, bool resume);
   /// Trains until the last step or a stop signal, which leaves a checkpoint. Returns what summary.json holds.
   Summary run();
 
