@@ -69,7 +69,9 @@ class Reader {
     }
     if constexpr (std::is_same_v<A, double>) switch (dtype_) {
         case DType::f64: return copy<double>(first, n, buffer);
+        case DType::i32: return copy<int32_t>(first, n, buffer);
         case DType::i64: return copy<int64_t>(first, n, buffer);
+        case DType::u8: return copy<uint8_t>(first, n, buffer);
         default: break;
       }
     throw_error(fmt::format("elementwise operations do not take {}", dtype_));

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "core/parallel.h"
-#include "kernels/cpu/put.h"
 #include "kernels/norm.h"
 
 namespace krait::kernels::cpu {
@@ -71,7 +70,7 @@ void embedding_backward(Tensor& dtable, const Tensor& dy, const Tensor& tokens) 
         }
         D* __restrict to = out + static_cast<int64_t>(token) * d;
 #pragma omp simd
-        for (int64_t j = 0; j < d; ++j) put(to[j], static_cast<A>(to[j]) + sum[j]);
+        for (int64_t j = 0; j < d; ++j) to[j] = static_cast<D>(static_cast<A>(to[j]) + sum[j]);
       }
     });
   });

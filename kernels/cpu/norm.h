@@ -4,7 +4,6 @@
 #include <memory>
 
 #include "core/parallel.h"
-#include "kernels/cpu/put.h"
 #include "kernels/norm.h"
 
 // RMSNorm and LayerNorm (kCentred) rows on the CPU; the two differ in the mean and the bias.
@@ -65,7 +64,7 @@ void norm_forward(Tensor& y_out, Tensor& sum_out, Tensor& mean_out, Tensor& rstd
           R* __restrict sum = sum_all + i * c;
 #pragma omp simd
           for (int64_t j = 0; j < c; ++j) {
-            put(sum[j], static_cast<A>(x[j]) + static_cast<A>(residual[j]));
+            sum[j] = static_cast<R>(static_cast<A>(x[j]) + static_cast<A>(residual[j]));
             v[j] = static_cast<A>(sum[j]);
           }
         } else {
@@ -77,10 +76,10 @@ void norm_forward(Tensor& y_out, Tensor& sum_out, Tensor& mean_out, Tensor& rstd
         rstd[i] = s.rstd;
         if (b != nullptr) {
 #pragma omp simd
-          for (int64_t j = 0; j < c; ++j) put(y[j], (v[j] - s.mean) * s.rstd * w[j] + b[j]);
+          for (int64_t j = 0; j < c; ++j) y[j] = static_cast<X>((v[j] - s.mean) * s.rstd * w[j] + b[j]);
         } else {
 #pragma omp simd
-          for (int64_t j = 0; j < c; ++j) put(y[j], (v[j] - s.mean) * s.rstd * w[j]);
+          for (int64_t j = 0; j < c; ++j) y[j] = static_cast<X>((v[j] - s.mean) * s.rstd * w[j]);
         }
       }
     });
@@ -162,11 +161,11 @@ void norm_backward(Tensor& dr_out, Tensor& dx_out, Tensor& dw_out, bool add_dw, 
           }
           R* __restrict dr = dr_all + i * c;
 #pragma omp simd
-          for (int64_t j = 0; j < c; ++j) put(dr[j], d[j]);
+          for (int64_t j = 0; j < c; ++j) dr[j] = static_cast<R>(d[j]);
           if (dx_all != nullptr) {
             X* __restrict dx = dx_all + i * c;
 #pragma omp simd
-            for (int64_t j = 0; j < c; ++j) put(dx[j], d[j]);
+            for (int64_t j = 0; j < c; ++j) dx[j] = static_cast<X>(d[j]);
           }
         }
       }
