@@ -7,7 +7,19 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/dtype.h"
+
 namespace krait::kernels::cpu {
+
+/// d = v, rounded to d's type. Under `#pragma omp simd` GCC turns `d = bf16(v)` into one temporary per lane and
+/// then gives up on the loop; this form vectorises (and so does `#pragma GCC ivdep` with the other).
+template <class T, class A>
+inline void put(T& d, A v) {
+  if constexpr (std::is_same_v<T, bf16>)
+    d.bits = bf16(static_cast<float>(v)).bits;
+  else
+    d = static_cast<T>(v);
+}
 
 /// a b + c, in one instruction where the target has one.
 inline float multiply_add(float a, float b, float c) {
