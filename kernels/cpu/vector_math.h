@@ -1,25 +1,14 @@
 #pragma once
 // Elementary functions for CPU inner loops. The float forms have no branches and no calls, so that a loop over
 // them under `#pragma omp simd` becomes vector code (the standard library's do not without -ffast-math).
+// Always inlined: one call left in a loop keeps it scalar.
 // Errors stay under 2.5 units in the last place; infinities, NaN, signed zeros,
 // overflow and underflow give what std:: gives. The double forms call std::.
 #include <bit>
 #include <cmath>
 #include <cstdint>
 
-#include "core/dtype.h"
-
 namespace krait::kernels::cpu {
-
-/// d = v, rounded to d's type. Under `#pragma omp simd` GCC turns `d = bf16(v)` into one temporary per lane and
-/// then gives up on the loop; this form vectorises (and so does `#pragma GCC ivdep` with the other).
-template <class T, class A>
-inline void put(T& d, A v) {
-  if constexpr (std::is_same_v<T, bf16>)
-    d.bits = bf16(static_cast<float>(v)).bits;
-  else
-    d = static_cast<T>(v);
-}
 
 /// a b + c, in one instruction where the target has one.
 inline float multiply_add(float a, float b, float c) {
@@ -60,7 +49,7 @@ inline float power_of_two(int32_t n) { return from_bits(static_cast<uint32_t>(n 
 
 }  // namespace detail
 
-inline float vexp(float x) {
+[[gnu::always_inline]] inline float vexp(float x) {
   float c = x > 90.0f ? 90.0f : x;
   c = c < -105.0f ? -105.0f : c;
   const auto [n, e] = detail::exp_parts(c);
@@ -68,7 +57,7 @@ inline float vexp(float x) {
   return (e + 1.0f) * detail::power_of_two(half) * detail::power_of_two(n - half);
 }
 
-inline float vexpm1(float x) {
+[[gnu::always_inline]] inline float vexpm1(float x) {
   float c = x > 90.0f ? 90.0f : x;
   c = c < -20.0f ? -20.0f : c;
   const auto [n, e] = detail::exp_parts(c);
@@ -79,7 +68,7 @@ inline float vexpm1(float x) {
   return x == 0.0f ? x : y;
 }
 
-inline float vlog(float x) {
+[[gnu::always_inline]] inline float vlog(float x) {
   const bool subnormal = x < 0x1p-126f;
   const float scaled = subnormal ? x * 0x1p25f : x;
   // x = 2^k m with m in [sqrt(1/2), sqrt(2))
@@ -106,31 +95,33 @@ inline float vlog(float x) {
   return x >= 0.0f ? y : __builtin_nanf("");  // negative and NaN
 }
 
-inline float vlog1p(float x) {
+[[gnu::always_inline]] inline float vlog1p(float x) {
   const float u = 1.0f + x;
   const float lost = x - (u - 1.0f);  // what rounding took from u
   const float y = vlog(u) + (x > 1e7f || u <= 0.0f ? 0.0f : lost / u);
   return u == 1.0f ? x : y;
 }
 
-inline float vtanh(float x) {
+[[gnu::always_inline]] inline float vtanh(float x) {
   const float a = std::fabs(x);
   const float t = vexpm1(a > 10.0f ? 20.0f : 2.0f * a);
   return std::copysign(t / (t + 2.0f), x);
 }
 
-inline float vsigmoid(float x) { return 1.0f / (1.0f + vexp(-x)); }
+[[gnu::always_inline]] inline float vsigmoid(float x) { return 1.0f / (1.0f + vexp(-x)); }
 
 /// x sigmoid(x); 0 at -infinity.
-inline float vsilu(float x) {
+[[gnu::always_inline]] inline float vsilu(float x) {
   const float c = x < -110.0f ? -110.0f : x;
   return c / (1.0f + vexp(-c));
 }
 
 /// log(1 + e^x)
-inline float vsoftplus(float x) { return (x > 0.0f ? x : 0.0f) + vlog1p(vexp(-std::fabs(x))); }
+[[gnu::always_inline]] inline float vsoftplus(float x) {
+  return (x > 0.0f ? x : 0.0f) + vlog1p(vexp(-std::fabs(x)));
+}
 
-inline float verf(float x) {
+[[gnu::always_inline]] inline float verf(float x) {
   const float a = std::fabs(x), s = x * x;
   // |x| < 0.93: erf(x) = x + x p(x^2)
   float p = 0x1.5e062ep-14f;
