@@ -12,5 +12,11 @@ using kernels::RopeStyle;
 Variable rope(const Variable& x, const Tensor& cos, const Tensor& sin, RopeStyle style, const Tensor& positions);
 Variable rope(const Variable& x, const Tensor& cos, const Tensor& sin, RopeStyle style, int64_t offset = 0);
 
+/// Rotates the first `heads` heads of x (b, l, h, d) and passes the others on, IN PLACE: the queries and keys of a
+/// fused projection without a copy. The function that made x must not need its output in backward, and nobody else
+/// may read x afterwards.
+Variable rope_heads_(const Variable& x, int64_t heads, const Tensor& cos, const Tensor& sin, RopeStyle style,
+                     const Tensor& positions, int64_t offset);
+
 }  // namespace autograd
 }  // namespace krait

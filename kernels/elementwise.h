@@ -92,7 +92,7 @@ namespace kernels {
   X(pow_grad_base, c == A(0) ? A(0) : a * c * math::pow(b, c - A(1)))                                         \
   X(pow_grad_exponent, b == A(0) ? A(0) : a * math::pow(b, c) * math::log(b))
 
-// X(name, value): bool Tensor name(a, b); integers are compared exactly up to 2^53.
+// X(name, value): bool Tensor name(a, b); int64 too, exact up to 2^53.
 #define KRAIT_COMPARISON(X) \
   X(less, a < b)            \
   X(greater, a > b)         \

@@ -27,8 +27,7 @@ void check_layer_names(const ConfigNode& layers, const std::vector<std::string>&
     if (std::find(names.begin(), names.end(), pattern[i]) != names.end()) continue;
     std::string known;
     for (const std::string& name : names) known += (known.empty() ? "" : ", ") + name;
-    const ConfigNode& item = layers.items().at(i);
-    item.fail(fmt::format("found '{}', expected a layer name: {}", item.shown(), known), nearest_name(pattern[i], names));
+    layers.items().at(i).fail(fmt::format("found '{}', expected a layer name: {}", pattern[i], known), nearest_name(pattern[i], names));
   }
 }
 

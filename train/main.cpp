@@ -8,6 +8,9 @@ int main(int argc, char** argv) {
   using namespace krait::train;
   return cli::run(argc, argv,
                   {
+                      cli::add_train,
+                      cli::add_eval,
+                      cli::add_generate,
                       cli::add_data,
                       cli::add_info,
                   });

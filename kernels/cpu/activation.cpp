@@ -1,6 +1,7 @@
 #include "kernels/activation.h"
 
 #include "core/parallel.h"
+#include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
 
 namespace krait::kernels::cpu {
@@ -15,7 +16,7 @@ struct ValueAndSlope { A value, slope; };
 // Branch-free per element, so that the loops over them vectorise. The unused half folds away.
 struct Silu {
   template <class A>
-  static ValueAndSlope<A> at(A x) {
+  [[gnu::always_inline]] static ValueAndSlope<A> at(A x) {
     const A c = x < A(-110) ? A(-110) : x;  // silu(-infinity) = 0, not -infinity * 0
     const A s = vsigmoid(c);
     return {c * s, s * (A(1) + c * (A(1) - s))};
@@ -23,7 +24,7 @@ struct Silu {
 };
 struct GeluTanh {
   template <class A>
-  static ValueAndSlope<A> at(A x) {
+  [[gnu::always_inline]] static ValueAndSlope<A> at(A x) {
     const A k = A(0.79788456080286535588), q = A(0.044715);
     const A t = vtanh(k * (x + q * x * x * x)), half = A(0.5) * (A(1) + t);
     return {x * half, half + A(0.5) * x * (A(1) - t * t) * k * (A(1) + A(3) * q * x * x)};
@@ -31,14 +32,14 @@ struct GeluTanh {
 };
 struct GeluErf {
   template <class A>
-  static ValueAndSlope<A> at(A x) {
+  [[gnu::always_inline]] static ValueAndSlope<A> at(A x) {
     const A phi = A(0.5) * (A(1) + verf(x * A(0.70710678118654752440)));
     return {x * phi, phi + x * A(0.39894228040143267794) * vexp(A(-0.5) * x * x)};
   }
 };
 struct Relu2 {
   template <class A>
-  static ValueAndSlope<A> at(A x) {
+  [[gnu::always_inline]] static ValueAndSlope<A> at(A x) {
     const A p = x < A(0) ? A(0) : x;  // keeps NaN
     return {p * p, A(2) * p};
   }
@@ -68,7 +69,7 @@ void activation_forward(Tensor& y_out, const Tensor& x_in, Activation f) {
     const T* __restrict x = x_in.data<T>();
     parallel_for(0, x_in.numel(), kGrain, [=](int64_t first, int64_t last) {
 #pragma omp simd
-      for (int64_t i = first; i < last; ++i) y[i] = static_cast<T>(Fn::at(static_cast<accum_t<T>>(x[i])).value);
+      for (int64_t i = first; i < last; ++i) put(y[i], Fn::at(static_cast<accum_t<T>>(x[i])).value);
     });
   });
 }
@@ -82,7 +83,7 @@ void activation_backward(Tensor& dx_out, const Tensor& dy_in, const Tensor& x_in
     parallel_for(0, x_in.numel(), kGrain, [=](int64_t first, int64_t last) {
 #pragma omp simd
       for (int64_t i = first; i < last; ++i)
-        dx[i] = static_cast<T>(static_cast<A>(dy[i]) * Fn::at(static_cast<A>(x[i])).slope);
+        put(dx[i], static_cast<A>(dy[i]) * Fn::at(static_cast<A>(x[i])).slope);
     });
   });
 }
@@ -100,7 +101,7 @@ void glu_forward(Tensor& y_out, const Tensor& gate_in, const Tensor& up_in, Acti
         const T* __restrict up = up_all + i * stride;
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j)
-          y[j] = static_cast<T>(Fn::at(static_cast<A>(gate[j])).value * static_cast<A>(up[j]));
+          put(y[j], Fn::at(static_cast<A>(gate[j])).value * static_cast<A>(up[j]));
       }
     });
   });
@@ -124,8 +125,8 @@ void glu_backward(Tensor& dgate_out, Tensor& dup_out, const Tensor& dy_in, const
         for (int64_t j = 0; j < n; ++j) {
           const A d = static_cast<A>(dy[j]);
           const ValueAndSlope<A> at = Fn::at(static_cast<A>(gate[j]));
-          dgate[j] = static_cast<T>(d * static_cast<A>(up[j]) * at.slope);
-          dup[j] = static_cast<T>(d * at.value);
+          put(dgate[j], d * static_cast<A>(up[j]) * at.slope);
+          put(dup[j], d * at.value);
         }
       }
     });

@@ -50,14 +50,12 @@ void dropout(Tensor& y_out, const Tensor& x_in, const Tensor& residual, const Dr
 #pragma omp simd
           for (int64_t i = 0; i < end - begin; ++i) {
             const A kept = multiply_add(static_cast<A>(x[i]), scale, static_cast<A>(r[i]));
-            put(y[i], (bits[i] >> 8) < threshold ? static_cast<A>(r[i]) : kept);
+            y[i] = static_cast<T>((bits[i] >> 8) < threshold ? static_cast<A>(r[i]) : kept);
           }
         } else {
 #pragma omp simd
-          for (int64_t i = 0; i < end - begin; ++i) {
-            const A kept = static_cast<A>(x[i]) * scale;
-            put(y[i], (bits[i] >> 8) < threshold ? A(0) : kept);
-          }
+          for (int64_t i = 0; i < end - begin; ++i)
+            y[i] = static_cast<T>((bits[i] >> 8) < threshold ? A(0) : static_cast<A>(x[i]) * scale);
         }
       }
     });

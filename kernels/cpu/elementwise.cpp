@@ -69,9 +69,7 @@ class Reader {
     }
     if constexpr (std::is_same_v<A, double>) switch (dtype_) {
         case DType::f64: return copy<double>(first, n, buffer);
-        case DType::i32: return copy<int32_t>(first, n, buffer);
         case DType::i64: return copy<int64_t>(first, n, buffer);
-        case DType::u8: return copy<uint8_t>(first, n, buffer);
         default: break;
       }
     throw_error(fmt::format("elementwise operations do not take {}", dtype_));
@@ -122,7 +120,7 @@ template <class T, class A>
 void store(Tensor& y, int64_t first, int64_t n, const A* values) {
   T* const out = y.data<T>() + first;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) put(out[i], values[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(values[i]);
 }
 
 template <class A>

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/parallel.h"
+#include "kernels/cpu/put.h"
 #include "kernels/norm.h"
 
 namespace krait::kernels::cpu {
@@ -17,6 +18,19 @@ void check_range(const I* tokens, int64_t n, int64_t v) {
   for (int64_t i = 0; i < n; ++i)
     KRAIT_CHECK(tokens[i] >= 0 && tokens[i] < v, "embedding: token {} at position {} is outside [0, {})",
                 static_cast<int64_t>(tokens[i]), i, v);
+}
+
+// Functions of their own, with pointers as parameters: GCC gathers through captured pointers.
+template <class T, class A>
+void add_row(A* __restrict sum, const T* __restrict row, int64_t d) {
+#pragma omp simd
+  for (int64_t j = 0; j < d; ++j) sum[j] += static_cast<A>(row[j]);
+}
+
+template <class D, class A>
+void add_to_row(D* __restrict to, const A* __restrict sum, int64_t d) {
+#pragma omp simd
+  for (int64_t j = 0; j < d; ++j) put(to[j], static_cast<A>(to[j]) + sum[j]);
 }
 
 }  // namespace
@@ -59,18 +73,13 @@ void embedding_backward(Tensor& dtable, const Tensor& dy, const Tensor& tokens) 
     const T* g = dy.data<T>();
     parallel_for(0, runs, std::max<int64_t>(1, 16384 * runs / (n * d)), [&](int64_t first, int64_t last) {
       const std::unique_ptr<A[]> buffer(new A[static_cast<size_t>(d)]);
-      A* __restrict sum = buffer.get();
+      A* sum = buffer.get();
       for (int64_t r = first; r < last; ++r) {
         const size_t token = static_cast<size_t>(used[static_cast<size_t>(r)]);
         std::fill(sum, sum + d, A(0));
-        for (int64_t k = first_of[token]; k < first_of[token + 1]; ++k) {
-          const T* __restrict row = g + order[static_cast<size_t>(k)] * d;
-#pragma omp simd
-          for (int64_t j = 0; j < d; ++j) sum[j] += static_cast<A>(row[j]);
-        }
-        D* __restrict to = out + static_cast<int64_t>(token) * d;
-#pragma omp simd
-        for (int64_t j = 0; j < d; ++j) to[j] = static_cast<D>(static_cast<A>(to[j]) + sum[j]);
+        for (int64_t k = first_of[token]; k < first_of[token + 1]; ++k)
+          add_row(sum, g + order[static_cast<size_t>(k)] * d, d);
+        add_to_row(out + static_cast<int64_t>(token) * d, sum, d);
       }
     });
   });

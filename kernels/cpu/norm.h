@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "core/parallel.h"
+#include "kernels/cpu/put.h"
 #include "kernels/norm.h"
 
 // RMSNorm and LayerNorm (kCentred) rows on the CPU; the two differ in the mean and the bias.
@@ -38,6 +39,35 @@ RowStatistics<A> row_statistics(const A* __restrict v, int64_t c, A eps) {
   return {first + shift, A(1) / std::sqrt(variance + eps)};
 }
 
+// Rows are functions of their own, with pointers as parameters: GCC gathers through captured pointers.
+template <class X, class A>
+void load_row(A* __restrict v, const X* __restrict x, int64_t c) {
+#pragma omp simd
+  for (int64_t j = 0; j < c; ++j) v[j] = static_cast<A>(x[j]);
+}
+
+// sum = x + residual, rounded; v = that.
+template <class X, class R, class A>
+void sum_row(R* __restrict sum, A* __restrict v, const X* __restrict x, const R* __restrict residual, int64_t c) {
+#pragma omp simd
+  for (int64_t j = 0; j < c; ++j) {
+    put(sum[j], static_cast<A>(x[j]) + static_cast<A>(residual[j]));
+    v[j] = static_cast<A>(sum[j]);
+  }
+}
+
+template <class X, class A>
+void normalise_row(X* __restrict y, const A* __restrict v, const A* __restrict w, const A* __restrict b, A mean,
+                   A rstd, int64_t c) {
+  if (b != nullptr) {
+#pragma omp simd
+    for (int64_t j = 0; j < c; ++j) put(y[j], (v[j] - mean) * rstd * w[j] + b[j]);
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < c; ++j) put(y[j], (v[j] - mean) * rstd * w[j]);
+  }
+}
+
 template <bool kCentred>
 void norm_forward(Tensor& y_out, Tensor& sum_out, Tensor& mean_out, Tensor& rstd_out, const Tensor& x_in,
                   const Tensor& residual_in, const Tensor& w_in, const Tensor& b_in, double eps) {
@@ -51,53 +81,70 @@ void norm_forward(Tensor& y_out, Tensor& sum_out, Tensor& mean_out, Tensor& rstd
     A* rstd = rstd_out.data<A>();
     const X* x_all = x_in.data<X>();
     const R* residual_all = fused ? residual_in.data<R>() : nullptr;
-    const A* __restrict w = w_in.data<A>();
-    const A* __restrict b = b_in.defined() ? b_in.data<A>() : nullptr;
+    const A* w = w_in.data<A>();
+    const A* b = b_in.defined() ? b_in.data<A>() : nullptr;
     parallel_for(0, r, std::max<int64_t>(1, kNormGrain / c), [&](int64_t first, int64_t last) {
       const std::unique_ptr<A[]> row(new A[static_cast<size_t>(c)]);
-      A* __restrict v = row.get();
+      A* v = row.get();
       for (int64_t i = first; i < last; ++i) {
-        const X* __restrict x = x_all + i * c;
-        X* __restrict y = y_all + i * c;
-        if (fused) {
-          const R* __restrict residual = residual_all + i * c;
-          R* __restrict sum = sum_all + i * c;
-#pragma omp simd
-          for (int64_t j = 0; j < c; ++j) {
-            sum[j] = static_cast<R>(static_cast<A>(x[j]) + static_cast<A>(residual[j]));
-            v[j] = static_cast<A>(sum[j]);
-          }
-        } else {
-#pragma omp simd
-          for (int64_t j = 0; j < c; ++j) v[j] = static_cast<A>(x[j]);
-        }
+        if (fused)
+          sum_row(sum_all + i * c, v, x_all + i * c, residual_all + i * c, c);
+        else
+          load_row(v, x_all + i * c, c);
         const auto s = row_statistics<kCentred>(v, c, static_cast<A>(eps));
         if (kCentred) mean[i] = s.mean;
         rstd[i] = s.rstd;
-        if (b != nullptr) {
-#pragma omp simd
-          for (int64_t j = 0; j < c; ++j) y[j] = static_cast<X>((v[j] - s.mean) * s.rstd * w[j] + b[j]);
-        } else {
-#pragma omp simd
-          for (int64_t j = 0; j < c; ++j) y[j] = static_cast<X>((v[j] - s.mean) * s.rstd * w[j]);
-        }
+        normalise_row(y_all + i * c, v, w, b, s.mean, s.rstd, c);
       }
     });
   });
+}
+
+template <class T, class A>
+void add_row(A* __restrict d, const T* __restrict values, int64_t c) {
+#pragma omp simd
+  for (int64_t j = 0; j < c; ++j) d[j] += static_cast<A>(values[j]);
 }
 
 // dst = or += the sum over chunks of partial (chunks, c), in chunk order; partial is spent.
 template <class A>
 void sum_chunks(A* dst, bool add, A* partial, int64_t chunks, int64_t c) {
   parallel_for(0, c, 4096, [&](int64_t first, int64_t last) {
-    A* __restrict sum = partial;
-    for (int64_t k = 1; k < chunks; ++k) {
-      const A* __restrict p = partial + k * c;
-#pragma omp simd
-      for (int64_t j = first; j < last; ++j) sum[j] += p[j];
-    }
-    for (int64_t j = first; j < last; ++j) dst[j] = (add ? dst[j] : A(0)) + (chunks > 0 ? sum[j] : A(0));
+    for (int64_t k = 1; k < chunks; ++k) add_row(partial + first, partial + k * c + first, last - first);
+    if (!add) std::fill(dst + first, dst + last, A(0));
+    if (chunks > 0) add_row(dst + first, partial + first, last - first);
   });
+}
+
+// One row of the backward. Adds its part to dw and db; leaves the gradient in d (c), a scratch row.
+template <bool kCentred, class A, class X, class R>
+void backward_row(A* __restrict d, A* __restrict dw, A* __restrict db, const X* __restrict dy, const R* __restrict x,
+                  const A* __restrict w, A mean, A rstd, int64_t c) {
+  A sum_g = 0, sum_gx = 0;
+#pragma omp simd reduction(+ : sum_g, sum_gx)
+  for (int64_t j = 0; j < c; ++j) {
+    const A up = static_cast<A>(dy[j]), xhat = (static_cast<A>(x[j]) - mean) * rstd, g = up * w[j];
+    dw[j] += up * xhat;
+    d[j] = g;
+    sum_g += g;
+    sum_gx += g * xhat;
+  }
+  if (db != nullptr) {
+#pragma omp simd
+    for (int64_t j = 0; j < c; ++j) db[j] += static_cast<A>(dy[j]);
+  }
+  const A mean_g = kCentred ? sum_g / static_cast<A>(c) : A(0), mean_gx = sum_gx / static_cast<A>(c);
+#pragma omp simd
+  for (int64_t j = 0; j < c; ++j) {
+    const A xhat = (static_cast<A>(x[j]) - mean) * rstd;
+    d[j] = rstd * (d[j] - mean_g - xhat * mean_gx);
+  }
+}
+
+template <class T, class A>
+void put_row(T* __restrict to, const A* __restrict d, int64_t c) {
+#pragma omp simd
+  for (int64_t j = 0; j < c; ++j) put(to[j], d[j]);
 }
 
 // Rows are cut into chunks by the shape alone, so that dw and db do not depend on the number of threads.
@@ -119,54 +166,22 @@ void norm_backward(Tensor& dr_out, Tensor& dx_out, Tensor& dw_out, bool add_dw, 
     const X* dy_all = dy_in.data<X>();
     const R* add_all = dr_in.defined() ? dr_in.data<R>() : nullptr;
     const R* x_all = x_in.data<R>();
-    const A* __restrict w = w_in.data<A>();
+    const A* w = w_in.data<A>();
     const A* means = kCentred ? mean_in.data<A>() : nullptr;
     const A* rstds = rstd_in.data<A>();
-    const A per_c = A(1) / static_cast<A>(c);
     parallel_for(0, chunks, std::max<int64_t>(1, kNormGrain / (c * chunk)), [&](int64_t first, int64_t last) {
       const std::unique_ptr<A[]> row(new A[static_cast<size_t>(c)]);
-      A* __restrict d = row.get();
+      A* d = row.get();
       for (int64_t k = first; k < last; ++k) {
-        A* __restrict dw = dw_all + k * c;
+        A* dw = dw_all + k * c;
         std::fill(dw, dw + c, A(0));
         if (want_db) std::fill(db_all + k * c, db_all + (k + 1) * c, A(0));
         for (int64_t i = k * chunk; i < std::min(r, (k + 1) * chunk); ++i) {
-          const X* __restrict dy = dy_all + i * c;
-          const R* __restrict x = x_all + i * c;
-          const A mean = kCentred ? means[i] : A(0), rstd = rstds[i];
-          A sum_g = 0, sum_gx = 0;
-#pragma omp simd reduction(+ : sum_g, sum_gx)
-          for (int64_t j = 0; j < c; ++j) {
-            const A up = static_cast<A>(dy[j]), xhat = (static_cast<A>(x[j]) - mean) * rstd, g = up * w[j];
-            dw[j] += up * xhat;
-            d[j] = g;
-            sum_g += g;
-            sum_gx += g * xhat;
-          }
-          if (want_db) {
-            A* __restrict db = db_all + k * c;
-#pragma omp simd
-            for (int64_t j = 0; j < c; ++j) db[j] += static_cast<A>(dy[j]);
-          }
-          const A mean_g = kCentred ? sum_g * per_c : A(0), mean_gx = sum_gx * per_c;
-#pragma omp simd
-          for (int64_t j = 0; j < c; ++j) {
-            const A xhat = (static_cast<A>(x[j]) - mean) * rstd;
-            d[j] = rstd * (d[j] - mean_g - xhat * mean_gx);
-          }
-          if (add_all != nullptr) {
-            const R* __restrict add = add_all + i * c;
-#pragma omp simd
-            for (int64_t j = 0; j < c; ++j) d[j] += static_cast<A>(add[j]);
-          }
-          R* __restrict dr = dr_all + i * c;
-#pragma omp simd
-          for (int64_t j = 0; j < c; ++j) dr[j] = static_cast<R>(d[j]);
-          if (dx_all != nullptr) {
-            X* __restrict dx = dx_all + i * c;
-#pragma omp simd
-            for (int64_t j = 0; j < c; ++j) dx[j] = static_cast<X>(d[j]);
-          }
+          backward_row<kCentred>(d, dw, want_db ? db_all + k * c : nullptr, dy_all + i * c, x_all + i * c, w,
+                                 kCentred ? means[i] : A(0), rstds[i], c);
+          if (add_all != nullptr) add_row(d, add_all + i * c, c);
+          put_row(dr_all + i * c, d, c);
+          if (dx_all != nullptr) put_row(dx_all + i * c, d, c);
         }
       }
     });

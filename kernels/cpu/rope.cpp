@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/parallel.h"
+#include "kernels/cpu/put.h"
 
 namespace krait::kernels::cpu {
 
@@ -19,8 +20,8 @@ void rotate_half(T* y, const T* x, const A* cos, const A* sin, A sign, int64_t h
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
     const A a = static_cast<A>(x[i]), b = static_cast<A>(x[i + half]), s = sign * sin[i];
-    y[i] = static_cast<T>(a * cos[i] - b * s);
-    y[i + half] = static_cast<T>(a * s + b * cos[i]);
+    put(y[i], a * cos[i] - b * s);
+    put(y[i + half], a * s + b * cos[i]);
   }
 }
 
@@ -29,8 +30,8 @@ void rotate_interleaved(T* y, const T* x, const A* cos, const A* sin, A sign, in
 #pragma omp simd
   for (int64_t i = 0; i < half; ++i) {
     const A a = static_cast<A>(x[2 * i]), b = static_cast<A>(x[2 * i + 1]), s = sign * sin[i];
-    y[2 * i] = static_cast<T>(a * cos[i] - b * s);
-    y[2 * i + 1] = static_cast<T>(a * s + b * cos[i]);
+    put(y[2 * i], a * cos[i] - b * s);
+    put(y[2 * i + 1], a * s + b * cos[i]);
   }
 }
 

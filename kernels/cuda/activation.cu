@@ -16,7 +16,9 @@ __device__ __forceinline__ float erf_of(float x) { return erff(x); }
 __device__ __forceinline__ double erf_of(double x) { return erf(x); }
 // 1 - 2 / (e^2x + 1): absolute error 1e-7 in fp32, and right at both infinities. __fdividef needs a divisor below
 // 2^126, so the argument is cut at 40, where tanh is 1.
-__device__ __forceinline__ float tanh_of(float x) { return 1.0f - __fdividef(2.0f, __expf(2.0f * fminf(x, 40.0f)) + 1.0f); }
+__device__ __forceinline__ float tanh_of(float x) {
+  return 1.0f - __fdividef(2.0f, __expf(2.0f * fminf(x, 40.0f)) + 1.0f);
+}
 __device__ __forceinline__ double tanh_of(double x) { return tanh(x); }
 
 template <class A>

@@ -46,6 +46,9 @@ constexpr int64_t kDecodeQueries = 4;
 bool use_cudnn(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   return options.vendor_library && attention_cudnn_supported(q, k, v, options);
 }
+bool use_cudnn_backward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+  return options.vendor_library && attention_cudnn_backward_supported(q, k, v, options);
+}
 bool use_mma(const Tensor& q, const Tensor& k, const Tensor& v) {
   return attention_mma_serves(q) && attention_mma_serves(k) && attention_mma_serves(v);
 }
@@ -82,7 +85,8 @@ void attention_forward(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k,
 
 void attention_backward(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, const Tensor& q, const Tensor& k,
                         const Tensor& v, const Tensor& o, const Tensor& lse, const AttentionOptions& options) {
-  if (use_cudnn(q, k, v, options) && attention_backward_cudnn(dq, dk, dv, do_, q, k, v, o, lse, options)) return;
+  if (use_cudnn_backward(q, k, v, options) && attention_backward_cudnn(dq, dk, dv, do_, q, k, v, o, lse, options))
+    return;
   const Tensor delta = attention_delta(do_, o);
   bool mma = use_mma(q, k, v);
   for (const Tensor& t : {do_, dq, dk, dv}) mma = mma && attention_mma_serves(t);
@@ -94,14 +98,14 @@ void attention_backward(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, c
 
 void attention_kernel_name(std::string& name, const Tensor& q, const Tensor& k, const Tensor& v,
                            const AttentionOptions& options) {
+  const char* own = use_mma(q, k, v) ? "own, bf16 tensor cores" : "own, CUDA cores";
   if (use_cudnn(q, k, v, options))
-    name = attention_cudnn_version() + " flash attention, deterministic backward";
+    name = fmt::format("{} forward, backward {}", attention_cudnn_version(),
+                       use_cudnn_backward(q, k, v, options) ? "the same, deterministic" : own);
   else if (q.size(1) <= kDecodeQueries)
-    name = "own split-key step kernel";
-  else if (use_mma(q, k, v))
-    name = "own flash attention, bf16 tensor cores";
+    name = fmt::format("own, split keys, {}", name_of(q.dtype()));
   else
-    name = fmt::format("own blockwise attention, {} on CUDA cores", name_of(q.dtype()));
+    name = fmt::format("{}, {}", own, name_of(q.dtype()));
 }
 
 }  // namespace krait::kernels::cuda

@@ -24,9 +24,13 @@ void attention_forward_decode(Tensor& o, Tensor& lse, const Tensor& q, const Ten
 
 // The vendor's kernels (cuDNN); in a build without cuDNN they never serve.
 
-/// Whether cuDNN computes exactly this: bf16, d a multiple of 8 up to 128, causal or full from aligned ends,
-/// no window, documents, ALiBi or cache lengths, lq and lk above 1, compute capability 8.0.
+/// Whether cuDNN computes exactly this: bf16, d a multiple of 8 up to 128, rows aligned to 16 bytes, lq and lk above 1,
+/// full attention or causal with lq == lk and no offset; no window, documents, ALiBi or cache lengths.
+/// Forward: compute capability 8.0. Backward, where only a deterministic plan will do: Hopper, and a workspace for dP
+/// (cuDNN keeps that matrix to make dq without atomics) of at most 2 GiB.
 bool attention_cudnn_supported(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);
+bool attention_cudnn_backward_supported(const Tensor& q, const Tensor& k, const Tensor& v,
+                                        const AttentionOptions& options);
 /// False when no plan could be built (said once on stderr): the own kernel must serve.
 bool attention_forward_cudnn(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
                              const AttentionOptions& options);

@@ -14,8 +14,8 @@ struct Strides { int64_t b, l, h; };
 template <class T, int V, class I>
 __global__ void rope_kernel(T* y, const T* x, const accum_t<T>* __restrict__ cos, const accum_t<T>* __restrict__ sin,
                             const I* __restrict__ positions, int64_t positions_b, int64_t positions_l, int64_t offset,
-                            int64_t max_len, Strides ys, Strides xs, int64_t l, int h, int d, int half, bool interleaved,
-                            bool inverse) {
+                            int64_t max_len, Strides ys, Strides xs, int64_t l, int h, int d, int half,
+                            bool interleaved, bool inverse) {
   using A = accum_t<T>;
   const int64_t ib = blockIdx.x / l, il = blockIdx.x - ib * l;
   const int64_t at = positions != nullptr ? static_cast<int64_t>(positions[ib * positions_b + il * positions_l]) : il;

@@ -4,6 +4,9 @@
 namespace krait::kernels::cuda {
 
 bool attention_cudnn_supported(const Tensor&, const Tensor&, const Tensor&, const AttentionOptions&) { return false; }
+bool attention_cudnn_backward_supported(const Tensor&, const Tensor&, const Tensor&, const AttentionOptions&) {
+  return false;
+}
 bool attention_forward_cudnn(Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&, const AttentionOptions&) {
   return false;
 }

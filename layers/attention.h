@@ -1,0 +1,43 @@
+#pragma once
+#include "kernels/attention.h"
+#include "kernels/rope.h"
+#include "layers/attention_config.h"
+#include "layers/layer_context.h"
+#include "layers/linear.h"
+#include "layers/mixer.h"
+#include "layers/norm.h"
+
+namespace krait::layers {
+
+/// Causal self-attention (Vaswani et al. 2017), with rotary positions (Su et al. 2021), grouped keys and values
+/// (Ainslie et al. 2023), a sliding window and ALiBi (Press et al. 2022):
+///   [q; k; v] = x W_qkv^T      o = softmax(scale q k^T + mask) v      y = o W_o^T
+/// The state is the cache of keys (after rotation) and values: all max_length positions, or with a window the
+/// last window - 1.
+class Attention final : public Mixer {
+ public:
+  Attention(const AttentionConfig& config, const LayerContext& context);
+
+  Variable forward(const Variable& x, const SequenceInfo& info, LayerState* state) override;
+  Tensor step(const Tensor& x, LayerState& state) override;
+  LayerState initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const override;
+  std::string norm_name() const override { return "attn_norm"; }
+  std::string prefix() const override { return ""; }
+  double extra_flops_per_token(int64_t context) const override;
+  std::string kernel_name(int64_t batch, int64_t context, DType dtype, Device device,
+                          bool has_segments) const override;
+
+ private:
+  int64_t heads() const { return config_.n_heads + 2 * config_.n_kv_heads; }
+  Variable project(const Variable& x, const Tensor& positions, int64_t offset);
+  Tensor with_cache(const Tensor& qkv, const SequenceInfo& info, LayerState& state);
+  kernels::AttentionOptions options(Device device) const;
+
+  AttentionConfig config_;
+  Parameter qkv_weight_, qkv_bias_;
+  std::shared_ptr<Norm> q_norm_, k_norm_;
+  std::shared_ptr<Linear> out_;
+  mutable Tensor cos_, sin_, slopes_;  // tables, made on first use on the device of the input
+};
+
+}  // namespace krait::layers

@@ -1,0 +1,33 @@
+#pragma once
+#include "layers/layer_context.h"
+#include "layers/mixer.h"
+#include "layers/mlp.h"
+#include "layers/norm.h"
+
+namespace krait::layers {
+
+/// The residual stream between blocks. `pending` is what the last branch computed and nobody has added yet: the
+/// next norm adds it in the same pass. Undefined before the first branch.
+struct ResidualStream {
+  Variable residual, pending;
+};
+
+/// Pre-norm residual block: r += mixer(norm(r)); r += mlp(norm(r)), the second only where there is an mlp.
+class Block final : public Module {
+ public:
+  Block(std::shared_ptr<Mixer> mixer, std::shared_ptr<FeedForward> mlp, const NormConfig& norm,
+        const LayerContext& context);
+  ResidualStream forward(const ResidualStream& in, const SequenceInfo& info, LayerState* state);
+  Mixer& mixer() const { return *mixer_; }
+
+ private:
+  LayerContext context_;
+  std::shared_ptr<Norm> mixer_norm_, mlp_norm_;
+  std::shared_ptr<Mixer> mixer_;
+  std::shared_ptr<FeedForward> mlp_;
+};
+
+/// Adds what is pending and normalises. Returns the norm; the stream then holds the sum and nothing pending.
+Variable add_and_norm(ResidualStream& stream, const Norm& norm);
+
+}  // namespace krait::layers

@@ -1,0 +1,38 @@
+#pragma once
+#include <string>
+#include <vector>
+
+#include "layers/block.h"
+#include "layers/model_config.h"
+
+namespace krait::layers {
+
+/// State of a whole stack, for streaming evaluation and generation.
+struct DecoderState {
+  std::vector<LayerState> layers;
+  int64_t length = 0;  // positions consumed so far
+};
+
+/// A stack of residual blocks with any pattern of mixers, and a final norm.
+class Decoder final : public Module {
+ public:
+  Decoder(const ModelConfig& config, int64_t context);
+
+  /// x (b, l, d) to norm_f of the residual stream (b, l, d).
+  Variable forward(const Variable& x, const SequenceInfo& info, DecoderState* state);
+  DecoderState initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const;
+  double extra_flops_per_token(int64_t context) const;
+  /// One line per layer kind: which kernel will serve it.
+  std::vector<std::string> kernel_lines(int64_t batch, int64_t context, DType dtype, Device device,
+                                        bool has_segments) const;
+  /// Keep only each block's input and run the block again in backward.
+  void set_recompute(bool on) { recompute_ = on; }
+
+ private:
+  std::vector<std::shared_ptr<Block>> blocks_;
+  std::vector<std::string> kinds_;  // of the blocks
+  std::shared_ptr<Norm> norm_f_;
+  bool recompute_ = false;
+};
+
+}  // namespace krait::layers

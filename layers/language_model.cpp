@@ -1,0 +1,71 @@
+#include "autograd/dropout.h"
+#include "autograd/elementwise.h"
+#include "autograd/embedding.h"
+#include "autograd/shape.h"
+#include "kernels/cross_entropy.h"
+#include "layers/model.h"
+
+namespace krait::layers {
+
+LanguageModel::LanguageModel(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss)
+    : loss_options_(loss), vocab_size_(shape.vocab_size), max_positions_(config.max_positions),
+      tied_(config.tie_embeddings), embedding_dropout_(config.embedding_dropout) {
+  KRAIT_CHECK(vocab_size_ > 0, "a language model needs tokens, but the data have none; set model.type: classifier");
+  const int64_t rows = config.padded_vocab(vocab_size_), d = config.d_model;
+  const Initializer init = normal(config.init_std);
+  loss_options_.valid_vocab = rows == vocab_size_ ? 0 : vocab_size_;
+  embedding_ = parameter("embedding.weight", {rows, d}, init, {.embedding = true});
+  if (config.position == "learned")
+    positions_ = parameter("position_embedding.weight", {max_positions_, d}, init, {.embedding = true});
+  decoder_ = child<Decoder>("", config, shape.context);
+  if (!tied_) head_ = parameter("lm_head.weight", {rows, d}, init);
+}
+
+Variable LanguageModel::hidden(const ModelInput& input, DecoderState* state) {
+  const int64_t l = input.tokens.size(1), offset = state ? state->length : 0;
+  Variable x = embedding(embedding_, input.tokens);
+  if (positions_.defined()) {
+    KRAIT_CHECK(input.info.positions.defined() || offset + l <= max_positions_,
+                "position {} is past the {} learned positions (model.max_positions); lower the context, or use "
+                "model.position: none with rope",
+                offset + l - 1, max_positions_);
+    x = x + (input.info.positions.defined() ? embedding(positions_, input.info.positions)
+                                            : slice(positions_, 0, offset, offset + l));
+  }
+  x = dropout(x, training() ? embedding_dropout_ : 0.0, "embedding");
+  return decoder_->forward(x, input.info, state);
+}
+
+ModelLoss LanguageModel::loss(const ModelInput& input, const Tensor& target_count) {
+  const Variable h = hidden(input, nullptr);
+  const LossOut out = linear_cross_entropy(reshape(h, {-1, h.size(-1)}), head(), input.targets.reshape({-1}),
+                                           loss_options_, 1.0, 0, target_count);
+  return {out.loss, out.nll_sum, out.count, {}};
+}
+
+Tensor LanguageModel::token_nll(const ModelInput& input, DecoderState* state) {
+  const NoGrad guard;
+  const Tensor h = hidden(input, state).data();
+  return kernels::linear_cross_entropy_nll(h.flatten_leading(), head().data(), input.targets.reshape({-1}),
+                                           loss_options_)
+      .view(input.targets.shape());
+}
+
+Variable LanguageModel::logits(const ModelInput& input) {
+  const Variable all = linear(hidden(input, nullptr), head());
+  return all.size(-1) == vocab_size_ ? all : slice(all, -1, 0, vocab_size_);
+}
+
+Tensor LanguageModel::next_logits(const Tensor& tokens, DecoderState& state) {
+  const NoGrad guard;
+  ModelInput input;
+  input.tokens = tokens;
+  const Variable last(hidden(input, &state).data().select(1, -1).contiguous());
+  return linear(last, head()).data().slice(-1, 0, vocab_size_);
+}
+
+DecoderState LanguageModel::initial_state(int64_t batch, int64_t max_length, const StoreOptions& store) const {
+  return decoder_->initial_state(batch, max_length, store.compute, store.device);
+}
+
+}  // namespace krait::layers

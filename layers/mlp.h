@@ -1,0 +1,42 @@
+#pragma once
+#include <string>
+
+#include "layers/layer_context.h"
+#include "layers/linear.h"
+#include "layers/mlp_config.h"
+
+namespace krait::layers {
+
+/// What mixes channels at each position: x (b, l, d) to the same shape.
+class FeedForward : public Module {
+ public:
+  virtual Variable forward(const Variable& x) = 0;
+};
+
+/// y = W_proj act(W_fc x + b) + b. GELU in the erf form (Hendrycks & Gimpel 2016) or its tanh form, which the
+/// matrix product applies itself; squared ReLU (So et al. 2021); SiLU.
+class Mlp final : public FeedForward {
+ public:
+  Mlp(const MlpConfig& config, const LayerContext& context);
+  Variable forward(const Variable& x) override;
+
+ private:
+  std::string type_;
+  std::shared_ptr<Linear> fc_, proj_;
+};
+
+/// y = W_down (SiLU(W_gate x) * W_up x) (Shazeer 2020). Gate and up are one matrix product.
+class SwiGlu final : public FeedForward {
+ public:
+  SwiGlu(const MlpConfig& config, const LayerContext& context);
+  Variable forward(const Variable& x) override;
+
+ private:
+  Parameter gate_up_, bias_;
+  std::shared_ptr<Linear> down_;
+};
+
+/// The layer that the config names; null for `none`.
+std::shared_ptr<FeedForward> make_mlp(const MlpConfig& config, const LayerContext& context);
+
+}  // namespace krait::layers

@@ -1,0 +1,103 @@
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "autograd/cross_entropy.h"
+#include "layers/decoder.h"
+#include "layers/parameter_store.h"
+
+namespace krait::layers {
+
+/// One micro-batch on the model's device.
+struct ModelInput {
+  Tensor tokens;   // (b, l) int32 or int64; undefined for continuous inputs
+  Tensor inputs;   // (b, l, features) floating, instead of tokens
+  Tensor targets;  // language model (b, l) int64, -100 ignored; classifier (b) int64; regressor (b, outputs)
+  SequenceInfo info;
+};
+
+/// Loss of a micro-batch. Sums and counts let micro-batches and ranks be put together exactly.
+struct ModelLoss {
+  Variable loss;    // scalar fp32 (fp64 in fp64): what backward() starts from; its seed must be 1
+  Tensor loss_sum;  // scalar: sum over the counted targets, nats for a language model
+  Tensor count;     // scalar: counted targets
+  Tensor correct;   // scalar: right answers; undefined where that has no meaning
+};
+
+/// What the data decide.
+struct ModelShape {
+  int64_t vocab_size = 0;      // of the tokenizer; 0 for continuous inputs
+  int64_t input_features = 0;  // of continuous inputs
+  int64_t context = 0;         // training length
+};
+
+/// A trainable model: a backbone with a head.
+class Model : public Module {
+ public:
+  /// The part of the batch's mean loss that this micro-batch contributes: loss_sum / target_count, where
+  /// target_count (scalar fp32 on the device) counts the targets of the whole batch, over all micro-batches and
+  /// ranks. Undefined: this micro-batch's own count.
+  virtual ModelLoss loss(const ModelInput& input, const Tensor& target_count) = 0;
+  virtual Decoder& decoder() = 0;
+  /// Model FLOPs of training one token: 6 per matrix parameter in a product and 3 times the extra forward FLOPs
+  /// (attention counted causal). Recomputation is not counted.
+  double train_flops_per_token(int64_t context);
+
+ protected:
+  /// Elements of embeddings that also serve as the head's matrix.
+  virtual int64_t tied_head_parameters() const { return 0; }
+};
+
+/// Next-token prediction: embedding, decoder, head (tied or not).
+class LanguageModel final : public Model {
+ public:
+  LanguageModel(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss = {});
+  ModelLoss loss(const ModelInput& input, const Tensor& target_count) override;
+  Decoder& decoder() override { return *decoder_; }
+  int64_t vocab_size() const { return vocab_size_; }
+
+  /// Negative log-likelihood of every target, (b, l) fp32 in nats, 0 where ignored. With a state, continues from it.
+  Tensor token_nll(const ModelInput& input, DecoderState* state);
+  /// Logits of every position (b, l, vocab_size), without the padded columns.
+  Variable logits(const ModelInput& input);
+  /// Consumes tokens (b, l) and returns the logits after the last one, (b, vocab_size).
+  Tensor next_logits(const Tensor& tokens, DecoderState& state);
+  DecoderState initial_state(int64_t batch, int64_t max_length, const StoreOptions& store) const;
+
+ private:
+  Variable hidden(const ModelInput& input, DecoderState* state);
+  int64_t tied_head_parameters() const override { return tied_ ? embedding_.shape().numel() : 0; }
+  const Variable& head() const { return tied_ ? embedding_.variable() : head_.variable(); }
+
+  CrossEntropyOptions loss_options_;
+  int64_t vocab_size_ = 0, max_positions_ = 0;
+  bool tied_ = false;
+  double embedding_dropout_ = 0;
+  Parameter embedding_, positions_, head_;
+  std::shared_ptr<Decoder> decoder_;
+};
+
+/// One answer per sequence: embedding or linear encoder, decoder, pooled or last position, linear head.
+/// Classifier: cross-entropy over classes. Regressor: mean squared error over the outputs.
+class SequenceModel final : public Model {
+ public:
+  SequenceModel(const ModelConfig& config, const ModelShape& shape);
+  ModelLoss loss(const ModelInput& input, const Tensor& target_count) override;
+  Decoder& decoder() override { return *decoder_; }
+  /// (b, outputs): class logits or predictions.
+  Variable predict(const ModelInput& input);
+
+ private:
+  bool regressor_ = false;
+  bool pooled_ = false;
+  Parameter embedding_;
+  std::shared_ptr<Linear> encoder_, head_;
+  std::shared_ptr<Decoder> decoder_;
+};
+
+/// The model that a config describes. `loss`: label smoothing and z-loss of a language model.
+std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelShape& shape,
+                                  const CrossEntropyOptions& loss = {});
+
+}  // namespace krait::layers

@@ -1,0 +1,72 @@
+#include "layers/module.h"
+
+#include <algorithm>
+
+namespace krait::layers {
+
+Initializer normal(double std, double mean) {
+  return [=](Tensor& value, uint64_t key) { fill_normal_(value, mean, std, key); };
+}
+Initializer uniform(double low, double high) {
+  return [=](Tensor& value, uint64_t key) { fill_uniform_(value, low, high, key); };
+}
+Initializer constant(double v) {
+  return [=](Tensor& value, uint64_t) { fill_(value, v); };
+}
+
+const Variable& Parameter::variable() const {
+  KRAIT_ASSERT(data_ && data_->value.defined(), "a parameter is used before a ParameterStore holds its module.");
+  return data_->value;
+}
+
+void Module::collect(const std::string& prefix, std::vector<NamedParameter>& out) const {
+  for (const Entry& e : entries_) {
+    if (e.parameter) {
+      const bool known =
+          std::any_of(out.begin(), out.end(), [&](const NamedParameter& p) { return p.data == e.parameter; });
+      if (!known) out.push_back({prefix, e.parameter});
+    } else {
+      e.module->collect(e.name.empty() ? prefix : prefix + e.name + ".", out);
+    }
+  }
+}
+
+std::vector<NamedParameter> Module::parameters() const {
+  std::vector<NamedParameter> out;
+  collect("", out);
+  return out;
+}
+
+void Module::set_training(bool on) {
+  training_ = on;
+  for (const Entry& e : entries_)
+    if (e.module) e.module->set_training(on);
+}
+
+Parameter Module::parameter(std::string name, const Shape& shape, Initializer init, ParameterOptions options) {
+  const int64_t rows = shape.ndim() > 0 ? shape[0] : 1;
+  auto data = std::make_shared<ParameterData>();
+  data->parts.push_back({std::move(name), rows, std::move(init)});
+  data->shape = shape;
+  data->options = options;
+  entries_.push_back({"", data, nullptr});
+  return Parameter(data);
+}
+
+Parameter Module::stacked_parameter(std::vector<ParameterPart> parts, const Shape& trailing,
+                                    ParameterOptions options) {
+  auto data = std::make_shared<ParameterData>();
+  int64_t rows = 0;
+  for (const ParameterPart& p : parts) rows += p.rows;
+  data->shape = trailing.inserted(0, rows);
+  data->parts = std::move(parts);
+  data->options = options;
+  entries_.push_back({"", data, nullptr});
+  return Parameter(data);
+}
+
+void Module::add_child(std::string name, std::shared_ptr<Module> module) {
+  entries_.push_back({std::move(name), nullptr, std::move(module)});
+}
+
+}  // namespace krait::layers

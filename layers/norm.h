@@ -1,0 +1,28 @@
+#pragma once
+#include <string>
+
+#include "autograd/layer_norm.h"
+#include "autograd/rms_norm.h"
+#include "layers/module.h"
+
+namespace krait::layers {
+
+struct NormConfig {
+  std::string type = "rms";  // rms (Zhang & Sennrich 2019) | layer (Ba et al. 2016)
+  double eps = 1e-5;
+};
+
+/// Normalisation over the last dimension; the weights stay fp32 in every precision and are not decayed.
+class Norm final : public Module {
+ public:
+  Norm(int64_t d_model, const NormConfig& config);
+  Variable forward(const Variable& x) const;
+  /// residual + x, and its norm, in one pass.
+  AddNorm forward_add(const Variable& x, const Variable& residual) const;
+
+ private:
+  NormConfig config_;
+  Parameter weight_, bias_;
+};
+
+}  // namespace krait::layers

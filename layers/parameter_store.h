@@ -1,0 +1,65 @@
+#pragma once
+#include <string>
+#include <vector>
+
+#include "layers/module.h"
+
+namespace krait::layers {
+
+struct StoreOptions {
+  Device device = kCpu;
+  DType master = DType::f32;   // f32, or f64 for tests
+  DType compute = DType::f32;  // f32, bf16, or f64 with an f64 master
+  uint64_t seed = 0;
+};
+
+/// All parameters of a model in a few flat buffers, in registration order: one fused optimizer launch, bucketed
+/// reduction, trivial sharding. Each parameter begins at a multiple of kAlignment elements; the gaps stay zero.
+///   master  (n) fp32: what the optimizer updates and checkpoints hold
+///   grad    (n) fp32: backward adds to it; the optimizer zeroes it
+///   compute (n) bf16: copy of master for the matrix products (undefined when compute == master dtype)
+class ParameterStore {
+ public:
+  static constexpr int64_t kAlignment = 64;
+
+  /// Lays out, initialises and binds the module's parameters.
+  ParameterStore(Module& module, const StoreOptions& options);
+
+  struct Entry {
+    std::string name;        // full name of the first part
+    int64_t offset, length;  // in elements of the flat buffers
+    Shape shape;
+    ParameterOptions options;
+  };
+  const std::vector<Entry>& entries() const { return entries_; }
+  int64_t numel() const { return numel_; }                      // flat length, gaps included
+  int64_t parameter_count() const { return parameter_count_; }  // without gaps
+  const StoreOptions& options() const { return options_; }
+
+  Tensor& master() { return master_; }
+  Tensor& grad() { return grad_; }
+  Tensor& compute() { return compute_; }
+  /// compute = master, rounded. After loading; the optimizer keeps both in step otherwise.
+  void refresh_compute();
+
+  struct NamedTensor {
+    std::string name;
+    Tensor value;
+  };
+  /// Views into the buffers, one per public name (parts of fused parameters apart).
+  std::vector<NamedTensor> named_masters() const { return named(master_); }
+  std::vector<NamedTensor> named_grads() const { return named(grad_); }
+  /// The same cut of any buffer that is laid out like them (optimizer state).
+  std::vector<NamedTensor> named(const Tensor& flat) const;
+  /// The parameter with this public name; throws with the known names otherwise.
+  Tensor named_master(const std::string& name) const;
+
+ private:
+  StoreOptions options_;
+  std::vector<Entry> entries_;
+  std::vector<NamedParameter> parameters_;
+  int64_t numel_ = 0, parameter_count_ = 0;
+  Tensor master_, grad_, compute_;
+};
+
+}  // namespace krait::layers

@@ -1,0 +1,77 @@
+#include <hdf5.h>
+
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "train/commands.h"
+#include "train/evaluate.h"
+#include "train/files.h"
+#include "train/run_state.h"
+
+namespace krait::train {
+
+namespace {
+
+// A token store made with the run's tokenizer, or plain text to be encoded with it.
+data::TokensPtr tokens_to_evaluate(const Session& session, const std::string& file, const std::string& split) {
+  if (H5Fis_hdf5(file.c_str()) <= 0) return data::encode_text(read_file(file), *session.tokenizer, file);
+  const data::TokenStorePtr store = data::TokenStore::open(file);
+  KRAIT_CHECK(store->tokenizer()->serialize() == session.tokenizer->serialize(),
+              "{} was made with another tokenizer ({}, {} ids) than the run's ({}, {} ids); prepare it with "
+              "--tokenizer-from the run's data",
+              file, store->tokenizer()->name(), store->vocab_size(), session.tokenizer->name(),
+              session.tokenizer->vocab_size());
+  return store->split(split);
+}
+
+void print_text(const EvalResult& r, const LoadedRun& run, const std::string& where, const EvalOptions& options) {
+  fmt::print("{} (step {}) on {}\n", run.checkpoint, run.step, where);
+  fmt::print("  tokens {}   nll {:.6f} nats/token   perplexity {:.4f}\n", r.tokens, r.nll, r.ppl);
+  if (r.bytes > 0)
+    fmt::print("  bytes {}   bits per byte {:.4f}   byte perplexity {:.4f}\n", r.bytes, r.bpb, r.byte_ppl);
+  if (r.word_ppl > 0) fmt::print("  words and line ends {}   word perplexity {:.3f}\n", r.words, r.word_ppl);
+  fmt::print("  {}\n  {:.1f} s, {:.0f} tokens/s\n", describe_convention(options), r.seconds,
+             static_cast<double>(r.tokens) / r.seconds);
+}
+
+void print_json(const EvalResult& r, const LoadedRun& run, const std::string& where, const EvalOptions& options) {
+  nlohmann::ordered_json j{{"checkpoint", run.checkpoint}, {"step", run.step},     {"data", where},
+                           {"tokens", r.tokens},           {"nll", r.nll},         {"ppl", r.ppl},
+                           {"context", options.context},   {"stride", options.stride}};
+  if (r.bytes > 0) {
+    j["bytes"] = r.bytes;
+    j["bpb"] = r.bpb;
+    j["byte_ppl"] = r.byte_ppl;
+  }
+  if (r.word_ppl > 0) {
+    j["words"] = r.words;
+    j["word_ppl"] = r.word_ppl;
+  }
+  j["convention"] = describe_convention(options);
+  j["seconds"] = r.seconds;
+  fmt::print("{}\n", j.dump());
+}
+
+}  // namespace
+
+int run_eval(const EvalCommand& command) {
+  std::vector<std::string> overrides = command.overrides;
+  if (command.context > 0) {
+    overrides.push_back(fmt::format("eval.context={}", command.context));
+    if (command.stride == 0) overrides.push_back(fmt::format("eval.stride={}", command.context));
+  }
+  if (command.stride > 0) overrides.push_back(fmt::format("eval.stride={}", command.stride));
+  LoadedRun run = load_finished_run(command.run_dir, overrides);
+  const Config& c = run.session.config;
+  const std::string file = command.data.empty() ? find_data_file(c) : command.data;
+  KRAIT_CHECK(std::filesystem::exists(file), "{}: no such file; give --data FILE", file);
+  const data::TokensPtr tokens =
+      tokens_to_evaluate(run.session, file, command.split.empty() ? c.eval.split : command.split);
+  const EvalOptions options{c.eval.context, c.eval.stride, c.eval.micro_batch_size, c.eval.max_tokens,
+                            data::documents_from_name(c.data.documents)};
+  const EvalResult result = evaluate(run.session, tokens, options);
+  (command.json ? print_json : print_text)(result, run, tokens->where(), options);
+  return 0;
+}
+
+}  // namespace krait::train

@@ -1,0 +1,24 @@
+#include "train/commands.h"
+#include "train/generate.h"
+#include "train/run_state.h"
+
+namespace krait::train {
+
+int run_generate(const GenerateCommand& command) {
+  LoadedRun run = load_finished_run(command.run_dir, {});
+  GenerateOptions options;
+  options.prompt = command.prompt;
+  options.max_tokens = command.max_tokens;
+  options.temperature = command.temperature;
+  options.top_p = command.top_p;
+  options.seed = command.seed.value_or(static_cast<uint64_t>(run.session.config.seed));
+  fmt::print("{}", command.prompt);
+  generate(run.session, options, [](const std::string& text) {
+    fmt::print("{}", text);
+    std::fflush(stdout);
+  });
+  fmt::print("\n");
+  return 0;
+}
+
+}  // namespace krait::train

@@ -1,0 +1,65 @@
+#include "train/commands.h"
+#include "train/trainer.h"
+
+namespace krait::train {
+
+namespace {
+
+void print_plan(Session& session) {
+  const Config& c = session.config;
+  for (const std::string& line : describe_session(session)) fmt::print("{}\n", line);
+  const double flops = session.model->train_flops_per_token(c.data.context);
+  fmt::print("model: {} layers, width {}, {} parameters ({} master weights, {} compute)\n", c.model.n_layers,
+             c.model.d_model, human_count(static_cast<double>(session.parameters->parameter_count())),
+             session.parameters->options().master, session.parameters->options().compute);
+  int64_t decayed = 0, plain = 0;
+  for (const auto& e : session.parameters->entries()) {
+    const bool decays = e.options.embedding ? c.optimizer.decay_embeddings : e.options.decay;
+    (decays && c.optimizer.weight_decay > 0 ? decayed : plain) += e.length;
+  }
+  fmt::print("optimizer: {}, lr {}, weight decay {} on {} parameters, none on {}\n", c.optimizer.type, c.optimizer.lr,
+             c.optimizer.weight_decay, human_count(static_cast<double>(decayed)),
+             human_count(static_cast<double>(plain)));
+  fmt::print("step: {} tokens = {} sequences of {} x {} micro-batches; {} steps, {} tokens in all\n",
+             c.train.tokens_per_step, c.train.micro_batch_size, c.data.context, c.gradient_accumulation(),
+             c.total_steps(), human_count(static_cast<double>(c.total_steps() * c.train.tokens_per_step)));
+  const double peak = peak_flops(session.device, c.runtime.precision, c.runtime.tf32);
+  fmt::print("model FLOPs: {:.4g} per trained token = 6 x matrix parameters + 3 x attention (2 x context x width "
+             "per layer, causal); MFU = tokens/s x FLOPs / {}\n",
+             flops, peak > 0 ? fmt::format("{:.4g} FLOP/s", peak) : std::string("peak (n/a on this device)"));
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int run_train(const TrainCommand& command) {
+  Config config = load_config(command.config, command.overrides);
+  const std::string data_file = find_data_file(config);
+  const data::TokenStorePtr store = data::TokenStore::open(data_file);
+  Session session = make_session(config, store, store->tokenizer());
+  const TrainData data = open_train_data(session);
+  const RunDirectory directory = RunDirectory::create(command.run_dir, config.name, command.resume);
+  if (directory.has_run()) {
+    const Config before = load_config(directory.config_file());
+    for (const std::string& line : config_differences(before.tree, config.tree))
+      fmt::print("changed since the run began: {}\n", line);
+  }
+  fmt::print("run: {}\n", directory.path());
+  print_plan(session);
+  Trainer trainer(session, data, directory, command.resume);
+  directory.write_config(config.to_yaml());
+  const Summary summary = trainer.run();
+  directory.write_summary(to_json(summary));
+  if (summary.final_eval)
+    fmt::print("{}: nll {:.4f}  ppl {:.3f}", summary.final_eval->split, summary.final_eval->nll,
+               summary.final_eval->ppl());
+  if (summary.final_eval && summary.final_eval->bpb) fmt::print("  bits per byte {:.4f}", *summary.final_eval->bpb);
+  if (summary.final_eval && summary.best_eval)
+    fmt::print("  (best nll {:.4f} at step {})", summary.best_eval->nll, summary.best_eval->step);
+  fmt::print("\n{} after {} steps, {} of training at {} tokens/s, peak memory {}; run directory {}\n", summary.status,
+             summary.steps, human_time(summary.wall_time_s), human_count(summary.tokens_per_s),
+             human_bytes(summary.peak_mem_bytes), directory.path());
+  return 0;
+}
+
+}  // namespace krait::train

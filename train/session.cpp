@@ -1,0 +1,117 @@
+#include "train/session.h"
+
+#include "core/parallel.h"
+#include "kernels/matmul.h"
+
+namespace krait::train {
+
+layers::LanguageModel& Session::language_model(const char* purpose) {
+  auto* lm = dynamic_cast<layers::LanguageModel*>(model.get());
+  KRAIT_CHECK(lm, "{} needs a language model, but model.type is {}", purpose, config.model.type);
+  return *lm;
+}
+
+namespace {
+
+Device pick_device(const RuntimeConfig& runtime) {
+  if (runtime.device == "cpu") return kCpu;
+  if (runtime.device == "auto" && cuda_device_count() == 0) return kCpu;
+  return cuda_device();
+}
+
+DType compute_dtype(const std::string& precision) {
+  if (precision == "bf16") return DType::bf16;
+  return precision == "fp64" ? DType::f64 : DType::f32;
+}
+
+void check_supported(const Config& config) {
+  if (config.data.state != "reset")
+    config.fail("data.state",
+                fmt::format("found {}, but no layer of this model carries state between windows", config.data.state),
+                "state: reset");
+}
+
+}  // namespace
+
+Session make_session(const Config& config, data::TokenStorePtr store, data::TokenizerPtr tokenizer) {
+  check_supported(config);
+  Session s;
+  s.config = config;
+  s.store = std::move(store);
+  s.tokenizer = std::move(tokenizer);
+  s.device = pick_device(config.runtime);
+  set_num_threads(static_cast<int>(config.runtime.threads));
+  kernels::set_tf32(config.runtime.tf32);
+
+  layers::ModelShape shape;
+  shape.vocab_size = s.tokenizer->vocab_size();
+  shape.context = config.data.context;
+  if (config.model.vocab_size > 0) {
+    if (config.model.vocab_size < shape.vocab_size)
+      config.fail("model.vocab_size",
+                  fmt::format("{} is less than the {} tokens of the data", config.model.vocab_size, shape.vocab_size),
+                  fmt::format("{} or 0", shape.vocab_size));
+    shape.vocab_size = config.model.vocab_size;
+  }
+  CrossEntropyOptions loss;
+  loss.label_smoothing = config.train.label_smoothing;
+  loss.z_loss = config.train.z_loss;
+  s.model = layers::make_model(config.model, shape, loss);
+  s.model->decoder().set_recompute(config.train.recompute == "block");
+
+  const DType compute = compute_dtype(config.runtime.precision);
+  s.parameters = std::make_unique<layers::ParameterStore>(
+      *s.model, layers::StoreOptions{.device = s.device,
+                                     .master = compute == DType::f64 ? DType::f64 : DType::f32,
+                                     .compute = compute,
+                                     .seed = static_cast<uint64_t>(config.seed)});
+  return s;
+}
+
+layers::ModelInput to_device(const data::Batch& batch, Device device) {
+  layers::ModelInput input;
+  const auto move = [&](const Tensor& t) { return t.defined() ? t.to(device) : t; };
+  input.tokens = move(batch.tokens);
+  input.inputs = move(batch.inputs);
+  input.targets = move(batch.labels.defined() ? batch.labels : batch.targets);
+  input.info.segments = move(batch.segments);
+  input.info.positions = move(batch.positions);
+  return input;
+}
+
+std::vector<std::string> describe_session(Session& s) {
+  const Config& c = s.config;
+  std::vector<std::string> lines;
+  const DeviceInfo info = device_info(s.device);
+  lines.push_back(s.device.is_cpu() ? fmt::format("device: cpu, {} ({} threads)", info.name, num_threads())
+                                    : fmt::format("device: {}, {}", s.device, info.name));
+  const bool packed = c.data.documents == "pack";
+  const DType compute = s.parameters->options().compute;
+  for (const std::string& line :
+       s.model->decoder().kernel_lines(c.train.micro_batch_size, c.data.context, compute, s.device, packed)) {
+    if (c.runtime.require_fast && line.find("slow") != std::string::npos)
+      c.fail("runtime.require_fast", fmt::format("a slow path would serve this run: {}", line), "require_fast: false");
+    lines.push_back("kernel: " + line);
+  }
+  if (c.runtime.require_fast && s.device.is_cpu() && compute == DType::bf16)
+    c.fail("runtime.require_fast", "bf16 on a CPU is converted to fp32 for every product", "precision: fp32");
+  return lines;
+}
+
+double peak_flops(Device device, const std::string& precision, bool tf32) {
+  if (device.is_cpu()) return 0;
+  struct Peak {
+    const char* name;
+    double bf16, tf32, fp32;  // dense TFLOP/s of the vendor's data sheets
+  };
+  static constexpr Peak kPeaks[] = {{"H100 80GB HBM3", 989.4, 494.7, 66.9}, {"H200", 989.4, 494.7, 66.9},
+                                    {"H100 PCIe", 756.0, 378.0, 51.2},      {"A100", 312.0, 156.0, 19.5},
+                                    {"L40S", 362.0, 183.0, 91.6},           {"RTX 4090", 165.2, 82.6, 82.6}};
+  const std::string name = device_info(device).name;
+  for (const Peak& p : kPeaks)
+    if (name.find(p.name) != std::string::npos && precision != "fp64")
+      return 1e12 * (precision == "bf16" ? p.bf16 : tf32 ? p.tf32 : p.fp32);
+  return 0;
+}
+
+}  // namespace krait::train

@@ -1,0 +1,38 @@
+#pragma once
+#include <memory>
+#include <string>
+
+#include "core/upload.h"
+#include "data/dataset.h"
+#include "data/token_store.h"
+#include "layers/model.h"
+#include "train/config.h"
+
+namespace krait::train {
+
+/// A config brought to life on one device: data, model, parameters. What train, eval and generate share.
+struct Session {
+  Config config;
+  Device device;
+  data::TokenStorePtr store;        // may be null for evaluation on other text
+  data::TokenizerPtr tokenizer;
+  std::unique_ptr<layers::Model> model;
+  std::unique_ptr<layers::ParameterStore> parameters;
+
+  /// The model as a language model; throws when it is not one.
+  layers::LanguageModel& language_model(const char* purpose);
+};
+
+/// Applies runtime settings (threads, device, TF32) and builds the model with its initial values.
+Session make_session(const Config& config, data::TokenStorePtr store, data::TokenizerPtr tokenizer);
+
+/// The CPU batch on the session's device, as the model takes it.
+layers::ModelInput to_device(const data::Batch& batch, Device device);
+
+/// Lines about the hardware and the kernels that will serve the run; refuses slow paths with require_fast.
+std::vector<std::string> describe_session(Session& session);
+
+/// Dense peak of the device for this precision in FLOP/s; 0 where it is not known.
+double peak_flops(Device device, const std::string& precision, bool tf32);
+
+}  // namespace krait::train

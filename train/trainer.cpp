@@ -1,0 +1,192 @@
+#include "train/trainer.h"
+
+#include <chrono>
+
+#include "core/allocator.h"
+#include "core/parallel.h"
+#include "train/signals.h"
+
+namespace krait::train {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+data::TokensPtr split_of(const Session& session, const std::string& key, const std::string& name) {
+  if (!session.store->has_split(name)) {
+    std::string known;
+    for (const std::string& s : session.store->splits()) known += (known.empty() ? "" : ", ") + s;
+    session.config.fail(key, fmt::format("found {}, but {} has: {}", name, session.store->path(), known), known);
+  }
+  return session.store->split(name);
+}
+
+}  // namespace
+
+TrainData open_train_data(const Session& session) {
+  const Config& c = session.config;
+  TrainData d;
+  d.train = split_of(session, "data.split", c.data.split);
+  if (d.train->size() < c.data.context + 1)
+    c.fail("data.context",
+           fmt::format("{} tokens need {} in a row, but {} has {}", c.data.context, c.data.context + 1,
+                       d.train->where(), d.train->size()),
+           fmt::format("{} or less", std::max<int64_t>(d.train->size() - 1, 1)));
+  if (session.store->has_split(c.eval.split) || c.eval.interval > 0)
+    d.eval = split_of(session, "eval.split", c.eval.split);
+  return d;
+}
+
+Trainer::Trainer(Session& session, const TrainData& data, const RunDirectory& directory, bool resume)
+    : session_(session), config_(session.config), directory_(directory), step_(session),
+      total_steps_(session.config.total_steps()) {
+  const Config& c = config_;
+  if (resume) {
+    std::vector<std::string> skipped;
+    const auto found = latest_checkpoint(directory.checkpoints(), &skipped);
+    for (const std::string& message : skipped) fmt::print(stderr, "warning: {}\n", message);
+    if (found) {
+      const CheckpointReader reader(found->path);
+      load_run(session, step_.optimizer(), reader);
+      state_ = run_state_from_json(reader.meta(), reader.path());
+      fmt::print("resumed after step {} from {}\n", state_.step, found->path);
+    } else {
+      fmt::print("no checkpoint yet: starting from step 0\n");
+    }
+  }
+  first_step_ = state_.step;
+
+  const data::Documents documents = data::documents_from_name(c.data.documents);
+  const data::DatasetPtr crops = data::random_crops(
+      data.train, {c.data.context, c.train.micro_batch_size, static_cast<uint64_t>(c.seed), documents});
+  eval_tokens_ = data.eval;
+  batches_ = std::make_unique<data::Prefetcher>(crops, first_step_ * c.gradient_accumulation());
+
+  metrics_ = std::make_unique<MetricsLog>(directory.metrics_file(), first_step_ > 0 ? first_step_ : -1);
+  if (c.logging.tensorboard)
+    tensorboard_ = std::make_unique<TensorBoardWriter>(directory.tensorboard(), first_step_ > 0 ? first_step_ : -1);
+  checkpoints_ = std::make_unique<CheckpointWriter>(
+      directory.checkpoints(), CheckpointOptions{c.checkpoint.keep_latest, c.checkpoint.keep_best, c.checkpoint.async});
+  flops_per_token_ = session.model->train_flops_per_token(c.data.context);
+  peak_flops_ = peak_flops(session.device, c.runtime.precision, c.runtime.tf32);
+}
+
+void Trainer::train_step() {
+  const int64_t accumulation = config_.gradient_accumulation();
+  std::vector<data::Batch> batches;
+  for (int64_t i = 0; i < accumulation; ++i) batches.push_back(*batches_->next());
+  step_.run(batches, state_.step);
+  ++state_.step;
+  state_.tokens += config_.train.tokens_per_step;
+  window_tokens_ += config_.train.tokens_per_step;
+}
+
+// Reading the loss waits for the device, so that times are of finished work.
+void Trainer::log_step() {
+  const StepReport report = step_.report();
+  StepMetrics& m = last_;
+  m.step = state_.step;
+  m.tokens = state_.tokens;
+  m.loss = report.loss;
+  m.grad_norm = report.grad_norm;
+  m.lr = step_.learning_rate_at(state_.step - 1);
+  m.tokens_per_s = window_seconds_ > 0 ? static_cast<double>(window_tokens_) / window_seconds_ : 0;
+  m.mfu.reset();
+  if (peak_flops_ > 0) m.mfu = m.tokens_per_s * flops_per_token_ / peak_flops_;
+  m.mem_bytes = allocator(session_.device).stats().peak_bytes;
+  m.time_s = state_.time_s;
+  metrics_->write(m);
+  progress_->step(m);
+  if (report.skipped)
+    progress_->note(fmt::format("step {}: the gradient norm is not finite; the step was skipped", state_.step));
+  if (!tensorboard_) return;
+  std::vector<std::pair<std::string, double>> scalars{
+      {"train/loss", m.loss}, {"train/ppl", m.ppl()}, {"train/lr", m.lr}, {"train/grad_norm", m.grad_norm},
+      {"speed/tokens_per_s", m.tokens_per_s}, {"memory/peak_bytes", static_cast<double>(m.mem_bytes)}};
+  if (m.mfu) scalars.emplace_back("speed/mfu", *m.mfu);
+  tensorboard_->write(m.step, scalars);
+}
+
+bool Trainer::evaluate_now() {
+  if (!eval_tokens_) return false;
+  const EvalConfig& e = config_.eval;
+  const EvalResult r = evaluate(session_, eval_tokens_,
+                                {e.context, e.stride, e.micro_batch_size, e.max_tokens,
+                                 data::documents_from_name(config_.data.documents)});
+  EvalMetrics m;
+  m.step = state_.step;
+  m.tokens = state_.tokens;
+  m.split = e.split;
+  m.nll = r.nll;
+  if (r.bytes > 0) m.bpb = r.bpb;
+  m.time_s = state_.time_s;
+  last_eval_ = m;
+  metrics_->write(m);
+  progress_->evaluation(m);
+  if (tensorboard_)
+    tensorboard_->write(m.step, {{"eval/" + m.split + "_nll", m.nll}, {"eval/" + m.split + "_ppl", m.ppl()}});
+  const bool best = !state_.best || m.nll < state_.best->nll;
+  if (best) state_.best = m;
+  return best;
+}
+
+void Trainer::save(bool is_best) {
+  checkpoints_->save(state_.step, checkpoint_tensors(session_, step_.optimizer()), to_json(state_), is_best);
+}
+
+Summary Trainer::run() {
+  const StopSignals signals;
+  progress_ = std::make_unique<Progress>(total_steps_, first_step_);
+  const auto due = [&](int64_t interval) { return interval > 0 && state_.step % interval == 0; };
+  bool stopped = false;
+  allocator(session_.device).reset_peak();
+  while (state_.step < total_steps_ && !stopped) {
+    const auto start = Clock::now();
+    train_step();
+    const bool last = state_.step == total_steps_;
+    stopped = stop_requested() != 0;
+    const bool log = due(config_.logging.interval) || last || stopped || state_.step == first_step_ + 1;
+    const bool eval = due(config_.eval.interval) || last;
+    const bool checkpoint = due(config_.checkpoint.interval) || last || stopped;
+    if (log || eval || checkpoint) synchronize(session_.device);
+    const double seconds = seconds_since(start);
+    state_.time_s += seconds;
+    window_seconds_ += seconds;
+    trained_seconds_ += seconds;
+    if (log) {
+      log_step();
+      trained_tokens_ += window_tokens_;
+      window_tokens_ = 0;
+      window_seconds_ = 0;
+    }
+    const bool best = eval && evaluate_now();
+    if (checkpoint || (best && config_.checkpoint.keep_best)) save(best);
+  }
+  checkpoints_->finish();
+  progress_->finish();
+  return summary(stopped && state_.step < total_steps_);
+}
+
+Summary Trainer::summary(bool interrupted) const {
+  Summary s;
+  s.name = config_.name;
+  s.status = interrupted ? "interrupted" : "finished";
+  s.steps = state_.step;
+  s.tokens = state_.tokens;
+  s.parameters = session_.parameters->parameter_count();
+  s.final_loss = last_.loss;
+  s.final_eval = last_eval_;
+  s.best_eval = state_.best;
+  s.wall_time_s = state_.time_s;
+  s.tokens_per_s = trained_seconds_ > 0 ? static_cast<double>(trained_tokens_) / trained_seconds_ : 0;
+  if (peak_flops_ > 0) s.mfu = s.tokens_per_s * flops_per_token_ / peak_flops_;
+  s.peak_mem_bytes = allocator(session_.device).stats().peak_bytes;
+  s.device = session_.device.str();
+  s.hardware = device_info(session_.device).name;
+  s.precision = config_.runtime.precision;
+  s.threads = num_threads();
+  return s;
+}
+
+}  // namespace krait::train

@@ -1,0 +1,52 @@
+#pragma once
+#include <memory>
+#include <optional>
+
+#include "train/evaluate.h"
+#include "train/progress.h"
+#include "train/run_directory.h"
+#include "train/run_state.h"
+#include "train/tensorboard.h"
+
+namespace krait::train {
+
+/// The splits a run reads. Opening them checks what the config asks of them, before anything is written.
+struct TrainData {
+  data::TokensPtr train, eval;  // eval is null when there is no such split and none is asked for
+};
+TrainData open_train_data(const Session& session);
+
+/// A training run from its first step, or the checkpoint it resumes from, to its last.
+class Trainer {
+ public:
+  Trainer(Session& session, const TrainData& data, const RunDirectory& directory, bool resume);
+  /// Trains until the last step or a stop signal, which leaves a checkpoint. Returns what summary.json holds.
+  Summary run();
+
+ private:
+  void train_step();
+  void log_step();
+  bool evaluate_now();  // whether it is the best so far
+  void save(bool is_best);
+  Summary summary(bool interrupted) const;
+
+  Session& session_;
+  const Config& config_;
+  const RunDirectory& directory_;
+  TrainStep step_;
+  RunState state_;
+  int64_t first_step_ = 0, total_steps_ = 0;
+  double flops_per_token_ = 0, peak_flops_ = 0;
+  std::unique_ptr<data::Prefetcher> batches_;
+  data::TokensPtr eval_tokens_;
+  std::unique_ptr<MetricsLog> metrics_;
+  std::unique_ptr<TensorBoardWriter> tensorboard_;
+  std::unique_ptr<CheckpointWriter> checkpoints_;
+  std::unique_ptr<Progress> progress_;
+  StepMetrics last_;
+  std::optional<EvalMetrics> last_eval_;
+  double window_seconds_ = 0, trained_seconds_ = 0;  // since the last logged step; of this process
+  int64_t window_tokens_ = 0, trained_tokens_ = 0;
+};
+
+}  // namespace krait::train
