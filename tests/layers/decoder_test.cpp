@@ -1,0 +1,261 @@
+#include "autograd/elementwise.h"
+#include "layers/model.h"
+#include "tests/testing/op_case.h"
+
+namespace krait::layers {
+
+namespace {
+
+struct Variant {
+  std::string name;
+  bool rope = true, alibi = false, learned = false;
+  int64_t window = 0, kv_heads = 2;
+  std::string mlp = "swiglu", norm = "rms";
+  bool qk_norm = false;
+};
+const std::vector<Variant> kVariants{{"llama"},
+                                     {.name = "gpt2", .rope = false, .learned = true, .kv_heads = 4, .mlp = "gelu_tanh", .norm = "layer"},
+                                     {.name = "window", .window = 5},
+                                     {.name = "alibi", .rope = false, .alibi = true, .kv_heads = 1, .mlp = "relu2"},
+                                     {.name = "qk_norm", .mlp = "silu", .qk_norm = true}};
+
+ModelConfig config_of(const Variant& v) {
+  ConfigNode section = ConfigNode::map();
+  section.set("d_model", ConfigNode::of(int64_t{32}));
+  section.set("n_layers", ConfigNode::of(int64_t{2}));
+  section.set("norm", ConfigNode::of(v.norm));
+  section.set("position", ConfigNode::of(std::string(v.learned ? "learned" : "none")));
+  section.set("max_positions", ConfigNode::of(int64_t{64}));
+  section.set("pad_vocab_multiple", ConfigNode::of(int64_t{8}));
+  ConfigNode attention = ConfigNode::map();
+  attention.set("n_heads", ConfigNode::of(int64_t{4}));
+  attention.set("n_kv_heads", ConfigNode::of(v.kv_heads));
+  attention.set("rope", ConfigNode::of(v.rope));
+  attention.set("alibi", ConfigNode::of(v.alibi));
+  attention.set("window", ConfigNode::of(v.window));
+  attention.set("qk_norm", ConfigNode::of(v.qk_norm));
+  section.set("attention", attention);
+  ConfigNode mlp = ConfigNode::map();
+  mlp.set("type", ConfigNode::of(v.mlp));
+  section.set("mlp", mlp);
+  return read_model_config(section);
+}
+
+constexpr int64_t kVocab = 29, kLength = 17;
+
+struct TestModel {
+  explicit TestModel(const ModelConfig& config, Device device = kCpu, DType compute = DType::f64)
+      : model(config, {.vocab_size = kVocab, .context = kLength}),
+        store(model, {.device = device, .master = compute == DType::f64 ? DType::f64 : DType::f32,
+                      .compute = compute, .seed = 5}) {
+    // Larger weights than at the start of training, so that attention is far from uniform.
+    Tensor scale = full({}, 6.0, store.master().dtype(), device).expand(store.master().shape());
+    Variable product = Variable(store.master()) * Variable(scale);
+    copy_(store.master(), product.data());
+    store.refresh_compute();
+  }
+  LanguageModel model;
+  ParameterStore store;
+};
+
+ModelInput random_input(int64_t b, int64_t l, uint64_t seed) {
+  ModelInput input;
+  input.tokens = random_integers({b, l}, {0, kVocab}, seed);
+  input.targets = random_integers({b, l}, {0, kVocab}, seed + 1);
+  return input;
+}
+
+}  // namespace
+
+TEST_CASE("chunks with a cache give the logits of the whole sequence, and so do single steps") {
+  for (const Variant& v : kVariants) {
+    INFO(v.name);
+    TestModel t(config_of(v));
+    const ModelInput input = random_input(2, kLength, 11);
+    const NoGrad guard;
+    const Tensor whole = t.model.logits(input).data();
+    for (const std::vector<int64_t>& cuts : {std::vector<int64_t>{1, 3, 8, 5}, std::vector<int64_t>(kLength, 1)}) {
+      DecoderState state = t.model.initial_state(2, kLength, t.store.options());
+      int64_t at = 0;
+      for (const int64_t n : cuts) {
+        const Tensor last = t.model.next_logits(input.tokens.slice(1, at, at + n), state);
+        at += n;
+        CHECK(relative_error(last, whole.select(1, at - 1)) < 1e-10);
+      }
+      CHECK(state.length == kLength);
+    }
+  }
+}
+
+TEST_CASE("a full cache says what to raise") {
+  TestModel t(config_of(kVariants[0]));
+  DecoderState state = t.model.initial_state(1, 4, t.store.options());
+  const std::string message = error_of([&] { t.model.next_logits(random_input(1, 5, 3).tokens, state); });
+  CHECK(contains(message, "the key/value cache holds 4 positions, 5 are needed"));
+}
+
+TEST_CASE("documents packed into one row give the losses and gradients of the documents apart") {
+  for (const Variant& v : kVariants) {
+    INFO(v.name);
+    const std::vector<int64_t> lengths{6, 1, 10};
+    const ModelInput packed = [&] {
+      ModelInput input = random_input(1, kLength, 21);
+      std::vector<int32_t> segments, positions;
+      for (size_t d = 0; d < lengths.size(); ++d)
+        for (int64_t i = 0; i < lengths[d]; ++i) {
+          segments.push_back(static_cast<int32_t>(d));
+          positions.push_back(static_cast<int32_t>(i));
+        }
+      input.info.segments = from_vector(segments, {1, kLength});
+      input.info.positions = from_vector(positions, {1, kLength});
+      return input;
+    }();
+    TestModel together(config_of(v)), apart(config_of(v));
+    const Tensor count = full({}, kLength, DType::f32, kCpu);
+    const ModelLoss one = together.model.loss(packed, count);
+    backward(one.loss);
+    double sum = 0;
+    int64_t at = 0;
+    for (const int64_t n : lengths) {
+      ModelInput piece;
+      piece.tokens = packed.tokens.slice(1, at, at + n);
+      piece.targets = packed.targets.slice(1, at, at + n);
+      const ModelLoss part = apart.model.loss(piece, count);
+      backward(part.loss);
+      sum += part.loss.data().item();
+      at += n;
+    }
+    CHECK(one.loss.data().item() == Approx(sum).epsilon(1e-12));
+    CHECK(relative_error(together.store.grad(), apart.store.grad()) < 1e-10);
+  }
+}
+
+TEST_CASE("recomputing blocks changes neither loss nor gradients") {
+  const Variant& v = kVariants[1];
+  TestModel plain(config_of(v)), again(config_of(v));
+  again.model.decoder().set_recompute(true);
+  const ModelInput input = random_input(3, kLength, 31);
+  const ModelLoss a = plain.model.loss(input, {}), b = again.model.loss(input, {});
+  CHECK(a.loss.data().item() == b.loss.data().item());
+  backward(a.loss);
+  backward(b.loss);
+  CHECK(relative_error(again.store.grad(), plain.store.grad()) == 0.0);
+}
+
+TEST_CASE("micro-batches with the count of the whole batch add up to its gradient") {
+  TestModel whole(config_of(kVariants[0])), parts(config_of(kVariants[0]));
+  ModelInput input = random_input(4, kLength, 41);
+  for (int64_t i = 0; i < 23; ++i) input.targets.data<int64_t>()[i] = -100;  // uneven over the micro-batches
+  const ModelLoss all = whole.model.loss(input, {});
+  backward(all.loss);
+  CHECK(all.count.item() == 4 * kLength - 23);
+  double sum = 0;
+  for (int64_t i = 0; i < 4; i += 2) {
+    ModelInput half;
+    half.tokens = input.tokens.slice(0, i, i + 2);
+    half.targets = input.targets.slice(0, i, i + 2);
+    const ModelLoss part = parts.model.loss(half, full({}, 4 * kLength - 23, DType::f32, kCpu));
+    backward(part.loss);
+    sum += part.loss.data().item();
+  }
+  CHECK(sum == Approx(all.loss.data().item()).epsilon(1e-12));
+  CHECK(relative_error(parts.store.grad(), whole.store.grad()) < 1e-12);
+}
+
+TEST_CASE("padded vocabulary columns take no probability and get no gradient") {
+  TestModel t(config_of(kVariants[0]));
+  const ModelInput input = random_input(2, kLength, 51);
+  CHECK(t.model.logits(input).data().size(-1) == kVocab);
+  backward(t.model.loss(input, {}).loss);
+  for (const auto& [name, grad] : t.store.named_grads()) {
+    if (name != "embedding.weight") continue;
+    CHECK(grad.size(0) == 32);
+    CHECK(relative_error(grad.slice(0, kVocab, 32), zeros({3, 32}, DType::f64, kCpu)) == 0.0);
+  }
+}
+
+TEST_CASE("token_nll is the loss per token, and continues from a state") {
+  TestModel t(config_of(kVariants[0]));
+  const ModelInput input = random_input(2, kLength, 61);
+  const Tensor nll = t.model.token_nll(input, nullptr);
+  double sum = 0;
+  for (const double x : nll.to_vector<double>()) sum += x;
+  CHECK(sum == Approx(t.model.loss(input, {}).loss_sum.item()).epsilon(1e-9));
+  DecoderState state = t.model.initial_state(2, kLength, t.store.options());
+  int64_t at = 0;
+  for (const int64_t n : {7, 10}) {
+    ModelInput piece;
+    piece.tokens = input.tokens.slice(1, at, at + n);
+    piece.targets = input.targets.slice(1, at, at + n);
+    CHECK(relative_error(t.model.token_nll(piece, &state), nll.slice(1, at, at + n)) < 1e-9);
+    at += n;
+  }
+}
+
+TEST_CASE("initial values follow the seed and the name: residual projections are scaled by depth") {
+  const ModelConfig c = config_of(kVariants[0]);
+  const auto std_of = [](const Tensor& t) {
+    double sum = 0;
+    for (const double x : t.to_vector<double>()) sum += x * x;
+    return std::sqrt(sum / static_cast<double>(t.numel()));
+  };
+  LanguageModel a(c, {.vocab_size = kVocab, .context = kLength}), b(c, {.vocab_size = kVocab, .context = kLength});
+  ParameterStore first(a, {.seed = 5}), second(b, {.seed = 6});
+  CHECK(std_of(first.named_master("layers.0.wq.weight")) == Approx(0.02).epsilon(0.1));
+  CHECK(std_of(first.named_master("layers.1.wo.weight")) == Approx(0.01).epsilon(0.1));
+  CHECK(std_of(first.named_master("layers.1.down.weight")) == Approx(0.01).epsilon(0.1));
+  CHECK(relative_error(first.named_master("norm_f.weight"), ones({32}, DType::f64, kCpu)) == 0.0);
+  CHECK(relative_error(first.master(), second.master()) > 0.1);
+  CHECK(contains(error_of([&] { first.named_master("layers.0.wq"); }), "no parameter is named layers.0.wq"));
+}
+
+TEST_CASE("a classifier and a regressor pass gradients from pooled and last positions") {
+  for (const std::string type : {"classifier", "regressor"})
+    for (const std::string head : {"pooled", "last"}) {
+      INFO(type << " " << head);
+      ModelConfig c = config_of(kVariants[0]);
+      c.type = type;
+      c.head = head;
+      c.n_classes = 3;
+      SequenceModel model(c, {.input_features = 2, .context = kLength});
+      ParameterStore store(model, {.master = DType::f64, .compute = DType::f64, .seed = 9});
+      ModelInput input;
+      input.inputs = random_tensor({4, kLength, 2}, Normal{}, 71);
+      input.targets = type == "classifier" ? random_integers({4}, {0, 3}, 72) : random_tensor({4, 3}, Normal{}, 72);
+      const auto loss_at = [&] { return model.loss(input, {}); };
+      const ModelLoss at = loss_at();
+      backward(at.loss);
+      CHECK(at.count.item() == 4);
+      // One gradient by finite differences, through the whole model.
+      Tensor w = store.named_master("encoder.weight");
+      double* p = w.data<double>();
+      const double h = 1e-6, analytic = store.named_grads()[0].value.to_vector<double>()[1], old = p[1];
+      REQUIRE(store.named_grads()[0].name == "encoder.weight");
+      p[1] = old + h;
+      const double up = loss_at().loss.data().item();
+      p[1] = old - h;
+      const double down = loss_at().loss.data().item();
+      p[1] = old;
+      CHECK(analytic == Approx((up - down) / (2 * h)).epsilon(1e-5).margin(1e-9));
+    }
+}
+
+TEST_CASE("cuda: the language model's loss and gradients equal the cpu's", "[cuda]") {
+  for (const Variant& v : kVariants)
+    for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+      INFO(v.name << " " << name_of(dtype));
+      TestModel cpu(config_of(v), kCpu, dtype), gpu(config_of(v), cuda_device(), dtype);
+      const ModelInput input = random_input(3, kLength, 81);
+      ModelInput there = input;
+      there.tokens = input.tokens.to(cuda_device());
+      there.targets = input.targets.to(cuda_device());
+      const ModelLoss a = cpu.model.loss(input, {}), b = gpu.model.loss(there, {});
+      backward(a.loss);
+      backward(b.loss);
+      const double tolerance = dtype == DType::f64 ? 1e-9 : dtype == DType::f32 ? 2e-4 : 0.1;
+      CHECK(relative_error(b.loss.data(), a.loss.data()) <= tolerance);
+      CHECK(relative_error(gpu.store.grad(), cpu.store.grad()) <= tolerance);
+    }
+}
+
+}  // namespace krait::layers
