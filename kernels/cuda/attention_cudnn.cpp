@@ -19,7 +19,8 @@ namespace krait::kernels::cuda {
 
 namespace {
 
-constexpr size_t kOldestVersion = 91600;                 // older ones need extra masks for lk % 128 != 0
+constexpr size_t kOldestVersion = 90300;
+constexpr size_t kAnyLengthVersion = 91600;                   // older ones need extra masks for lk % 128 != 0
 constexpr int64_t kMaxBackwardWorkspace = int64_t{2} << 30;  // bytes, for dP
 
 void check(cudnnStatus_t status, std::source_location where = std::source_location::current()) {
@@ -405,8 +406,10 @@ bool attention_cudnn_supported(const Tensor& q, const Tensor& k, const Tensor& v
   const bool plain = !options.alibi_slopes.defined() && !options.q_segments.defined() &&
                      !options.k_length.defined() && options.window == 0;
   const bool mask = !options.causal || (lq == lk && options.q_offset == 0);
-  return q.dtype() == DType::bf16 && plain && mask && d % 8 == 0 && d <= 128 && lq > 1 && lk > 1 && aligned(q) &&
-         aligned(k) && aligned(v) && cudnnGetVersion() >= kOldestVersion && capability(q.device()) >= 80;
+  const size_t version = cudnnGetVersion();
+  const bool length = version >= kAnyLengthVersion || (version >= kOldestVersion && lq % 128 == 0 && lk % 128 == 0);
+  return q.dtype() == DType::bf16 && plain && mask && length && d % 8 == 0 && d <= 128 && lq > 1 && lk > 1 &&
+         aligned(q) && aligned(k) && aligned(v) && capability(q.device()) >= 80;
 }
 
 bool attention_cudnn_backward_supported(const Tensor& q, const Tensor& k, const Tensor& v,

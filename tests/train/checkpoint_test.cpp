@@ -1,5 +1,6 @@
 #include "train/checkpoint.h"
 
+#include <cmath>
 #include <sys/resource.h>
 #include <sys/wait.h>
 
