@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/parallel.h"
+#include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
 
 namespace krait::kernels::cpu {
@@ -50,12 +51,14 @@ void dropout(Tensor& y_out, const Tensor& x_in, const Tensor& residual, const Dr
 #pragma omp simd
           for (int64_t i = 0; i < end - begin; ++i) {
             const A kept = multiply_add(static_cast<A>(x[i]), scale, static_cast<A>(r[i]));
-            y[i] = static_cast<T>((bits[i] >> 8) < threshold ? static_cast<A>(r[i]) : kept);
+            put(y[i], (bits[i] >> 8) < threshold ? static_cast<A>(r[i]) : kept);
           }
         } else {
 #pragma omp simd
-          for (int64_t i = 0; i < end - begin; ++i)
-            y[i] = static_cast<T>((bits[i] >> 8) < threshold ? A(0) : static_cast<A>(x[i]) * scale);
+          for (int64_t i = 0; i < end - begin; ++i) {
+            const A kept = static_cast<A>(x[i]) * scale;
+            put(y[i], (bits[i] >> 8) < threshold ? A(0) : kept);
+          }
         }
       }
     });

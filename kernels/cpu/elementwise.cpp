@@ -4,6 +4,7 @@
 #include <array>
 
 #include "core/parallel.h"
+#include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
 
 namespace krait::kernels::cpu {
@@ -120,7 +121,7 @@ template <class T, class A>
 void store(Tensor& y, int64_t first, int64_t n, const A* values) {
   T* const out = y.data<T>() + first;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(values[i]);
+  for (int64_t i = 0; i < n; ++i) put(out[i], values[i]);
 }
 
 template <class A>

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/parallel.h"
+#include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
 
 namespace krait::kernels::cpu {
@@ -44,7 +45,7 @@ void softmax_forward(Tensor& y_out, const Tensor& x_in) {
       const A scale = A(1) / s;
       // exp again instead of a stored fp32 row: bf16 results are rounded once, and no scratch is needed.
 #pragma omp simd
-      for (int64_t k = 0; k < c; ++k) y[k] = static_cast<T>(vexp(static_cast<A>(x[k]) - m) * scale);
+      for (int64_t k = 0; k < c; ++k) put(y[k], vexp(static_cast<A>(x[k]) - m) * scale);
     });
   });
 }
@@ -60,7 +61,7 @@ void softmax_backward(Tensor& dx_out, const Tensor& dy_in, const Tensor& y_in) {
 #pragma omp simd reduction(+ : dot)
       for (int64_t k = 0; k < c; ++k) dot += static_cast<A>(dy[k]) * static_cast<A>(y[k]);
 #pragma omp simd
-      for (int64_t k = 0; k < c; ++k) dx[k] = static_cast<T>(static_cast<A>(y[k]) * (static_cast<A>(dy[k]) - dot));
+      for (int64_t k = 0; k < c; ++k) put(dx[k], static_cast<A>(y[k]) * (static_cast<A>(dy[k]) - dot));
     });
   });
 }
@@ -78,7 +79,7 @@ void log_softmax_forward(Tensor& y_out, const Tensor& x_in) {
       for (int64_t k = 0; k < c; ++k) s += vexp(static_cast<A>(x[k]) - m);
       const A log_s = vlog(s);
 #pragma omp simd
-      for (int64_t k = 0; k < c; ++k) y[k] = static_cast<T>(static_cast<A>(x[k]) - m - log_s);
+      for (int64_t k = 0; k < c; ++k) put(y[k], static_cast<A>(x[k]) - m - log_s);
     });
   });
 }
@@ -95,7 +96,7 @@ void log_softmax_backward(Tensor& dx_out, const Tensor& dy_in, const Tensor& y_i
       for (int64_t k = 0; k < c; ++k) total += static_cast<A>(dy[k]);
 #pragma omp simd
       for (int64_t k = 0; k < c; ++k)
-        dx[k] = static_cast<T>(static_cast<A>(dy[k]) - vexp(static_cast<A>(y[k])) * total);
+        put(dx[k], static_cast<A>(dy[k]) - vexp(static_cast<A>(y[k])) * total);
     });
   });
 }
