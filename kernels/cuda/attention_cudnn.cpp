@@ -225,13 +225,12 @@ struct Plan {
     int64_t count = 0;
     check(cudnnBackendGetAttribute(heuristics.get(), CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR, 0,
                                    &count, nullptr));
-    KRAIT_CHECK(count > 0, "cuDNN offers no engine for this attention");
     std::vector<Descriptor> engines;
     std::vector<cudnnBackendDescriptor_t> raw;
     for (int64_t i = 0; i < count; ++i) raw.push_back(engines.emplace_back(CUDNN_BACKEND_ENGINECFG_DESCRIPTOR).get());
     check(cudnnBackendGetAttribute(heuristics.get(), CUDNN_ATTR_ENGINEHEUR_RESULTS, CUDNN_TYPE_BACKEND_DESCRIPTOR,
-                                   count, &count, raw.data()));
-    std::string reason;
+                                   count, &count, raw.data()));  // leaves out those that cannot run here
+    std::string reason = "no engine of cuDNN takes this problem on this device";
     for (int64_t i = 0; i < count; ++i) {
       try {
         auto candidate = std::make_unique<Descriptor>(CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR);
