@@ -22,7 +22,7 @@ struct AttentionOptions {
   double scale = 0;             // 0: d^(-1/2)
   bool causal = true;           // keys j <= p
   int64_t window = 0;           // causal only: keys p - window < j <= p, so `window` keys with the own one; 0: all
-  Tensor alibi_slopes;          // (hq) fp32
+  Tensor alibi_slopes;          // (hq) fp32; like the segments, copied at every call unless on the device of q
   Tensor q_segments;            // (b, lq) int32 document ids: only keys of the same id are seen
   Tensor k_segments;            // (b, lk) int32; undefined with lq == lk: the same as q_segments
   std::optional<int64_t> q_offset;  // default lk - lq, or k_length - lq where k_length is given

@@ -3,7 +3,9 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/allocator.h"
 #include "core/parallel.h"
+#include "core/stream.h"
 #include "tests/testing/op_case.h"
 
 namespace krait {
@@ -186,6 +188,48 @@ TEST_CASE("slices of a fused projection give what separate tensors give on cuda"
     CHECK(relative_error(dq, x.dq) < 1e-2);
     CHECK(relative_error(dk, x.dk) < 1e-2);
     CHECK(relative_error(dv, x.dv) < 1e-2);
+  }
+}
+
+TEST_CASE("a captured step follows the length of the cache", "[cuda]") {
+  if (cuda_device_count() == 0) return;
+  const Inputs in(2, 1, 600, 4, 2, 64, DType::bf16, cuda_device());
+  Tensor length = full({}, 3, DType::i64, cuda_device());
+  MemoryPool pool(cuda_device());
+  CapturedGraph graph(cuda_device());
+  Tensor o;
+  {
+    const MemoryPool::Scope scope(pool);
+    graph.begin();
+    o = kernels::attention_step(in.q, in.k, in.v, length);
+    graph.end();
+  }
+  for (const double n : {1.0, 300.0, 600.0}) {
+    fill_(length, n);
+    graph.replay();
+    const auto l = static_cast<int64_t>(n);
+    CHECK(relative_error(o, kernels::attention_forward(in.q, in.k.slice(1, 0, l), in.v.slice(1, 0, l)).o) < 1e-2);
+  }
+}
+
+TEST_CASE("captured attention gives the bits of attention launched one by one", "[cuda]") {
+  if (cuda_device_count() == 0) return;
+  const Inputs in(2, 256, 256, 4, 4, 64, DType::bf16, cuda_device());
+  for (const bool vendor : {true, false}) {
+    AttentionOptions options;
+    options.vendor_library = vendor;
+    const All eager(in, options);  // also builds plans, which must not happen while recording
+    MemoryPool pool(cuda_device());
+    CapturedGraph graph(cuda_device());
+    std::optional<All> captured;
+    {
+      const MemoryPool::Scope scope(pool);
+      graph.begin();
+      captured.emplace(in, options);
+      graph.end();
+    }
+    graph.replay();
+    for (size_t i = 0; i < 5; ++i) CHECK(same_bits(captured->tensors()[i], eager.tensors()[i]));
   }
 }
 
