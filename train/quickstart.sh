@@ -50,7 +50,7 @@ elif [ "$status" -ne 0 ]; then
 fi
 
 say "Held-out perplexity"
-"$krait" eval "$run" --split valid
+"$krait" eval "$run" eval.max_tokens=0 --split valid
 
 say "A sample"
 "$krait" generate "$run" --prompt "And " --max-tokens 400 --temperature 0.8 --top-p 0.95 --seed 1
