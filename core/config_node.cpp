@@ -77,6 +77,14 @@ void ConfigNode::merge(const ConfigNode& other) {
   }
 }
 
+std::string ConfigNode::shown() const {
+  std::string shown = text_.size() > 60 ? text_.substr(0, 57) + "..." : text_;
+  for (char& c : shown) {
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) c = ' ';
+  }
+  return shown;
+}
+
 std::string ConfigNode::describe() const {
   switch (kind_) {
     case Kind::null: return "nothing";
@@ -84,8 +92,7 @@ std::string ConfigNode::describe() const {
     case Kind::map: return "a map";
     case Kind::scalar: break;
   }
-  const std::string shown = text_.size() > 60 ? text_.substr(0, 57) + "..." : text_;
-  return !quoted_ && is_plain_non_string(text_) ? shown : "string '" + shown + "'";
+  return !quoted_ && is_plain_non_string(text_) ? shown() : "string '" + shown() + "'";
 }
 
 void ConfigNode::fail(const std::string& message, const std::string& suggestion) const {

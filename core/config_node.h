@@ -70,7 +70,9 @@ class ConfigNode {
   /// Lays `other` over this node: maps are merged key by key, everything else is replaced.
   void merge(const ConfigNode& other);
 
-  /// "an integer", "string 'abc'", "a list": what was found, for messages.
+  /// A scalar's text fit for one line of a message: cut when long, without control characters.
+  std::string shown() const;
+  /// "5", "string 'abc'", "a list": what was found, for messages.
   std::string describe() const;
   /// Throws ConfigError "place: path: message", with "try suggestion" on a second line.
   [[noreturn]] void fail(const std::string& message, const std::string& suggestion = "") const;

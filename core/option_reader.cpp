@@ -144,8 +144,10 @@ void OptionReader::read(const std::string& name, std::vector<std::string>& value
     for (const ConfigNode& item : node->items()) value.push_back(read_text(item, "a name"));
     if (node->is_list()) return;  // items keep their places for later messages
   }
+  // Items keep a place too: that of the single name, or of the section for a default.
+  const ConfigNode* node = section_.find(name);
   ConfigNode list = ConfigNode::list();
-  for (const std::string& v : value) list.append(ConfigNode::of(v));
+  for (const std::string& v : value) list.append(ConfigNode::of(v)).set_mark(node ? node->mark() : section_.mark());
   store(name, std::move(list));
 }
 
@@ -155,7 +157,7 @@ void OptionReader::choice(const std::string& name, std::string& value, const std
     const std::string found = read_text(*node, expected);
     if (std::find(choices.begin(), choices.end(), found) == choices.end()) {
       const std::string near = nearest_name(found, choices);
-      node->fail(fmt::format("found '{}', expected {}", found, expected), near);
+      node->fail(fmt::format("found '{}', expected {}", node->shown(), expected), near);
     }
     value = found;
   }

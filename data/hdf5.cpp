@@ -128,7 +128,12 @@ Handle file_access() {
 }  // namespace
 
 std::recursive_mutex& mutex() {
-  static std::recursive_mutex& instance = *new std::recursive_mutex;  // outlives every static that holds a file
+  static std::recursive_mutex& instance = *[] {
+    // The library's own clean-up at exit follows stale pointers after a failed close (full disk) and crashes.
+    // Files here are closed by their owners.
+    H5dont_atexit();
+    return new std::recursive_mutex;  // outlives every static object that holds a file
+  }();
   // In a thread-safe build of the library each thread has its own setting.
   thread_local const bool quiet = [] {
     const std::lock_guard lock(instance);

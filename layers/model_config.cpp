@@ -27,7 +27,8 @@ void check_layer_names(const ConfigNode& layers, const std::vector<std::string>&
     if (std::find(names.begin(), names.end(), pattern[i]) != names.end()) continue;
     std::string known;
     for (const std::string& name : names) known += (known.empty() ? "" : ", ") + name;
-    layers.items().at(i).fail(fmt::format("found '{}', expected a layer name: {}", pattern[i], known), nearest_name(pattern[i], names));
+    const ConfigNode& item = layers.items().at(i);
+    item.fail(fmt::format("found '{}', expected a layer name: {}", item.shown(), known), nearest_name(pattern[i], names));
   }
 }
 

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/device.h"
+#include "data/hdf5.h"
 
 #ifndef KRAIT_GIT_REVISION
 #define KRAIT_GIT_REVISION "unknown"
@@ -23,6 +24,7 @@ extern "C" char* openblas_get_config(void) __attribute__((weak));
 std::string git_revision() { return KRAIT_GIT_REVISION; }
 
 std::vector<std::pair<std::string, std::string>> build_info() {
+  const std::lock_guard lock(data::hdf5::mutex());
   unsigned major = 0, minor = 0, patch = 0;
   const bool has_hdf5 = H5get_libversion(&major, &minor, &patch) >= 0;
   return {

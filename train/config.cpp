@@ -1,5 +1,6 @@
 #include "train/config.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <filesystem>
 
@@ -199,8 +200,9 @@ Config config_from_tree(ConfigNode tree) {
     c.name = std::filesystem::path(*mark.source).stem().string();
   }
   options.read("name", c.name);
-  if (c.name.empty() || c.name.find('/') != std::string::npos || c.name[0] == '.') {
-    options.fail("name", fmt::format("found '{}', expected a name that can be part of a directory's", c.name));
+  const auto unfit = [](char ch) { return ch == '/' || static_cast<unsigned char>(ch) < 0x20; };
+  if (c.name.empty() || c.name[0] == '.' || std::any_of(c.name.begin(), c.name.end(), unfit)) {
+    options.fail("name", fmt::format("found '{}', expected a name that can be part of a directory's", ConfigNode::of(c.name).shown()));
   }
   options.read("seed", c.seed, at_least(0));
   // All sections are named before any is read: a misspelt section is reported as such, not as a missing key.

@@ -102,6 +102,29 @@ TEST_CASE("krait info RUN_DIR: config, last metrics, checkpoints; --verify finds
   CHECK(info.err == "error: " + run + "/checkpoints: 1 of 2 checkpoints damaged\n");
 }
 
+TEST_CASE("krait data: prepares a text, inspects the store, and refuses what is none") {
+  const TemporaryDirectory tmp;
+  std::string text;
+  for (int i = 0; i < 200; ++i) text += fmt::format("line {} of a small text\n", i);
+  write_text(tmp / "a.txt", text);
+  const std::string store = tmp / "a.h5";
+  const Outcome made = krait_command("data prepare " + (tmp / "a.txt") + " -o " + store + " --tokenizer char -q");
+  CHECK(made.status == 0);
+  CHECK(contains(made.out, "train"));
+  CHECK(krait_command("data prepare " + (tmp / "a.txt") + " -o " + store + " -q").status != 0);  // never overwritten
+  const Outcome inspected = krait_command("data inspect " + store);
+  CHECK(inspected.status == 0);
+  CHECK(contains(inspected.out, "valid"));
+  const Outcome foreign = krait_command("data inspect " + (tmp / "a.txt"));
+  CHECK(foreign.status == 1);
+  CHECK(contains(foreign.err, "error: " + (tmp / "a.txt")));
+  CHECK(krait_command("data prepare " + (tmp / "none.txt") + " -o " + (tmp / "b.h5")).status != 0);
+  CHECK_FALSE(std::filesystem::exists(tmp / "b.h5"));
+  const Outcome unknown = krait_command("data prepar x");
+  CHECK(unknown.status == 2);
+  CHECK(contains(unknown.err, "error: krait data: unknown command 'prepar'; did you mean prepare?"));
+}
+
 TEST_CASE("launchers: what started this process is found; more than one rank is refused") {
   CHECK(detect_launch().world_size == 1);
   require_single_rank(detect_launch());
