@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "autograd/elementwise.h"
 #include "layers/model.h"
 #include "tests/testing/op_case.h"

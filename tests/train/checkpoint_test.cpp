@@ -1,6 +1,7 @@
 #include "train/checkpoint.h"
 
 #include <cmath>
+
 #include <sys/resource.h>
 #include <sys/wait.h>
 
