@@ -10,19 +10,19 @@
 namespace krait::kernels::cpu {
 
 namespace math {
-template <class A> A exp(A x) { return vexp(x); }
-template <class A> A expm1(A x) { return vexpm1(x); }
-template <class A> A log(A x) { return vlog(x); }
-template <class A> A log1p(A x) { return vlog1p(x); }
-template <class A> A tanh(A x) { return vtanh(x); }
-template <class A> A sigmoid(A x) { return vsigmoid(x); }
-template <class A> A softplus(A x) { return vsoftplus(x); }
-template <class A> A erf(A x) { return verf(x); }
-template <class A> A sqrt(A x) { return std::sqrt(x); }
-template <class A> A abs(A x) { return std::fabs(x); }
-template <class A> A sin(A x) { return std::sin(x); }
-template <class A> A cos(A x) { return std::cos(x); }
-template <class A> A pow(A x, A y) { return std::pow(x, y); }
+template <class A> [[gnu::always_inline]] inline A exp(A x) { return vexp(x); }
+template <class A> [[gnu::always_inline]] inline A expm1(A x) { return vexpm1(x); }
+template <class A> [[gnu::always_inline]] inline A log(A x) { return vlog(x); }
+template <class A> [[gnu::always_inline]] inline A log1p(A x) { return vlog1p(x); }
+template <class A> [[gnu::always_inline]] inline A tanh(A x) { return vtanh(x); }
+template <class A> [[gnu::always_inline]] inline A sigmoid(A x) { return vsigmoid(x); }
+template <class A> [[gnu::always_inline]] inline A softplus(A x) { return vsoftplus(x); }
+template <class A> [[gnu::always_inline]] inline A erf(A x) { return verf(x); }
+template <class A> [[gnu::always_inline]] inline A sqrt(A x) { return std::sqrt(x); }
+template <class A> [[gnu::always_inline]] inline A abs(A x) { return std::fabs(x); }
+template <class A> [[gnu::always_inline]] inline A sin(A x) { return std::sin(x); }
+template <class A> [[gnu::always_inline]] inline A cos(A x) { return std::cos(x); }
+template <class A> [[gnu::always_inline]] inline A pow(A x, A y) { return std::pow(x, y); }
 }  // namespace math
 
 namespace {
@@ -162,7 +162,7 @@ void run(Tensor& y, Inputs in, double p, double q) {
   struct name##_op {                                                                                        \
     static constexpr int inputs = n;                                                                        \
     template <class A>                                                                                      \
-    static A value([[maybe_unused]] A a, [[maybe_unused]] A b, [[maybe_unused]] A c, [[maybe_unused]] A p,  \
+    [[gnu::always_inline]] static A value([[maybe_unused]] A a, [[maybe_unused]] A b, [[maybe_unused]] A c, [[maybe_unused]] A p,  \
                    [[maybe_unused]] A q) {                                                                  \
       return static_cast<A>(expression);                                                                    \
     }                                                                                                       \

@@ -11,7 +11,7 @@
 namespace krait::kernels::cpu {
 
 /// a b + c, in one instruction where the target has one.
-inline float multiply_add(float a, float b, float c) {
+[[gnu::always_inline]] inline float multiply_add(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
 #else
@@ -21,15 +21,15 @@ inline float multiply_add(float a, float b, float c) {
 
 namespace detail {
 
-inline float from_bits(uint32_t u) { return std::bit_cast<float>(u); }
-inline uint32_t to_bits(float x) { return std::bit_cast<uint32_t>(x); }
+[[gnu::always_inline]] inline float from_bits(uint32_t u) { return std::bit_cast<float>(u); }
+[[gnu::always_inline]] inline uint32_t to_bits(float x) { return std::bit_cast<uint32_t>(x); }
 
 /// x = n ln 2 + r with |r| <= ln 2 / 2, and expm1(r). Needs |x| < 2^21; NaN passes through r.
 struct ExpParts {
   int32_t n;
   float expm1_r;
 };
-inline ExpParts exp_parts(float x) {
+[[gnu::always_inline]] inline ExpParts exp_parts(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 2^23: adding it rounds to an integer in the low bits
   const float t = multiply_add(x, 1.44269504f, kRound);
   const float nf = t - kRound;
@@ -45,7 +45,7 @@ inline ExpParts exp_parts(float x) {
   return {static_cast<int32_t>(to_bits(t) - to_bits(kRound)), multiply_add(q * r, r, r)};
 }
 
-inline float power_of_two(int32_t n) { return from_bits(static_cast<uint32_t>(n + 127) << 23); }
+[[gnu::always_inline]] inline float power_of_two(int32_t n) { return from_bits(static_cast<uint32_t>(n + 127) << 23); }
 
 }  // namespace detail
 
