@@ -130,13 +130,13 @@ namespace {
 
 using Node = Variable::Node;
 
-// Adds `g` to `slot`; writes in place only when nobody else can see the buffer.
+// Adds `g` to `slot`; writes in place only when nobody else can see the buffer and no two elements share memory.
 void add_to(Tensor& slot, bool may_write, const Tensor& g) {
   if (!slot.defined()) {
     slot = g;
     return;
   }
-  if (!may_write && slot.use_count() > 1) slot = slot.clone();
+  if (!may_write && (slot.use_count() > 1 || !slot.is_contiguous())) slot = slot.clone();
   kernels::accumulate(slot, g);
 }
 

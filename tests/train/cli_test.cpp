@@ -1,10 +1,7 @@
-#include <sys/wait.h>
-
-#include <cstdio>
 #include <cstdlib>
 
 #include "tests/testing/catch.h"
-#include "tests/train/temporary_directory.h"
+#include "tests/train/krait_command.h"
 #include "train/checkpoint.h"
 #include "train/launcher.h"
 #include "train/progress.h"
@@ -13,26 +10,12 @@
 
 using namespace krait;
 using namespace krait::train;
+using krait::testing::krait_command;
+using krait::testing::Outcome;
 using krait::testing::TemporaryDirectory;
 using krait::testing::write_text;
 
 namespace {
-
-struct Outcome {
-  int status = 0;
-  std::string out, err;
-};
-
-/// Runs the krait command as a user does: a process of its own, in the shell.
-Outcome krait_command(const std::string& arguments) {
-  const TemporaryDirectory tmp;
-  const char* bin = std::getenv("KRAIT_BIN");
-  const std::string program = bin ? bin : KRAIT_TEST_BINARY_DIR "/krait";
-  const int status = std::system(
-      fmt::format("'{}' {} > '{}' 2> '{}' < /dev/null", program, arguments, tmp / "out", tmp / "err").c_str());
-  REQUIRE(WIFEXITED(status));
-  return {WEXITSTATUS(status), read_file(tmp / "out"), read_file(tmp / "err")};
-}
 
 class Environment {
  public:

@@ -1,0 +1,280 @@
+// The whole path as a user walks it: text, token store, training, checkpoints, evaluation, generation.
+#include <csignal>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "core/device.h"
+#include "tests/train/krait_command.h"
+
+using namespace krait;
+using namespace krait::testing;
+using nlohmann::json;
+namespace fs = std::filesystem;
+
+namespace {
+
+// A text with structure to learn: repeated sentences with varying words.
+std::string sample_text(int lines) {
+  static const char* const who[] = {"the fox", "a bear", "my friend", "the old king"};
+  static const char* const what[] = {"sees", "follows", "greets", "forgets"};
+  std::string text;
+  uint32_t r = 1;
+  for (int i = 0; i < lines; ++i) {
+    const auto next = [&] { return (r = r * 1664525u + 1013904223u) >> 28; };
+    text += fmt::format("{} {} {}.\n", who[next() % 4], what[next() % 4], who[next() % 4]);
+  }
+  return text;
+}
+
+constexpr const char* kConfig = R"(name: tiny
+seed: 3
+runtime: {{device: {device}, precision: {precision}}}
+data: {{path: {data}, context: 32}}
+model:
+  d_model: 32
+  n_layers: 2
+  attention: {{n_heads: 2}}
+  mlp: {{type: swiglu}}
+  dropout: 0.1
+optimizer: {{lr: 3e-3}}
+lr_scheduler: {{warmup_steps: 5}}
+train: {{steps: 30, micro_batch_size: 4, tokens_per_step: 256}}
+eval: {{interval: 10}}
+checkpoint: {{interval: 10, keep_latest: 3}}
+logging: {{interval: 1}}
+)";
+
+/// A directory with a prepared token store and a config.
+struct Workplace {
+  explicit Workplace(const std::string& device = "cpu", const std::string& precision = "fp32") {
+    write_text(tmp / "text.txt", sample_text(400));
+    const Outcome prepared = krait_command(fmt::format("data prepare {} -o {} --tokenizer char -q", tmp / "text.txt", tmp / "tokens.h5"));
+    REQUIRE(prepared.status == 0);
+    write_text(config, fmt::format(fmt::runtime(kConfig), fmt::arg("device", device),
+                                   fmt::arg("precision", precision), fmt::arg("data", tmp / "tokens.h5")));
+  }
+  Outcome train(const std::string& run, const std::string& more = "") const {
+    return krait_command(fmt::format("train {} --run-dir {} {}", config, tmp / run, more));
+  }
+  TemporaryDirectory tmp;
+  std::string config = tmp / "tiny.yaml";
+};
+
+std::vector<json> metrics(const std::string& run) {
+  std::vector<json> lines;
+  std::ifstream file(run + "/metrics.jsonl");
+  for (std::string line; std::getline(file, line);) lines.push_back(json::parse(line));
+  return lines;
+}
+
+/// Step, split and every number that must not depend on the clock.
+std::vector<std::string> losses(const std::string& run) {
+  std::vector<std::string> out;
+  for (const json& m : metrics(run))
+    out.push_back(m.contains("split") ? fmt::format("{} {}", m["step"].dump(), m["nll"].dump())
+                                      : fmt::format("{} {} {} {}", m["step"].dump(), m["loss"].dump(),
+                                                    m["grad_norm"].dump(), m["lr"].dump()));
+  return out;
+}
+
+void check_run_repeats_and_resumes(const Workplace& w) {
+  const Outcome first = w.train("a");
+  INFO(first.out << first.err);
+  REQUIRE(first.status == 0);
+  REQUIRE(w.train("b").status == 0);
+  const auto whole = losses(w.tmp / "a");
+  CHECK(whole.size() == 33);  // 30 steps and 3 evaluations
+  CHECK(losses(w.tmp / "b") == whole);
+
+  // Stopped half-way through a longer schedule: same config, fewer steps done.
+  const Outcome other = w.train("c", "checkpoint.async=false");
+  REQUIRE(other.status == 0);
+  CHECK(losses(w.tmp / "c") == whole);
+  fs::remove_all(w.tmp / "c/checkpoints/step-00000030");
+  fs::remove_all(w.tmp / "c/checkpoints/step-00000020");
+  const Outcome resumed = w.train("c", "--resume");
+  INFO(resumed.out << resumed.err);
+  REQUIRE(resumed.status == 0);
+  CHECK(contains(resumed.out, "resumed after step 10"));
+  CHECK(losses(w.tmp / "c") == whole);
+
+  // Killed without warning at some instant.
+  for (const int milliseconds : {150, 400, 800}) {
+    const std::string run = w.tmp / fmt::format("k{}", milliseconds);
+    const pid_t child = ::fork();
+    REQUIRE(child >= 0);
+    if (child == 0) {
+      if (!std::freopen("/dev/null", "w", stdout)) ::_exit(1);
+      const std::string program = krait_program();
+      ::execl(program.c_str(), program.c_str(), "train", w.config.c_str(), "--run-dir", run.c_str(), nullptr);
+      ::_exit(1);
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+    ::kill(child, SIGKILL);
+    int status = 0;
+    ::waitpid(child, &status, 0);
+    const Outcome again = krait_command(fmt::format("train {} --run-dir {} --resume", w.config, run));
+    INFO(again.out << again.err);
+    REQUIRE(again.status == 0);
+    CHECK(losses(run) == whole);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("training learns, and leaves the run directory that DESIGN.md names") {
+  const Workplace w;
+  const Outcome out = w.train("run", "train.steps=60 lr_scheduler.warmup_steps=5");
+  INFO(out.out << out.err);
+  REQUIRE(out.status == 0);
+  CHECK(contains(out.out, "kernel: attention: "));
+  CHECK(contains(out.out, "x 2 micro-batches"));
+  const std::string run = w.tmp / "run";
+  for (const char* name : {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints/step-00000060/manifest.json", "tensorboard"})
+    CHECK(fs::exists(run + "/" + name));
+  const auto lines = metrics(run);
+  for (const char* key : {"step", "tokens", "loss", "ppl", "lr", "grad_norm", "tokens_per_s", "mfu", "mem_bytes", "time_s"})
+    CHECK(lines.front().contains(key));
+  CHECK(lines.front()["loss"].get<double>() > 2.9);
+  CHECK(lines.back()["nll"].get<double>() < 2.2);
+  CHECK(lines.back()["bpb"].get<double>() == Approx(lines.back()["nll"].get<double>() / std::log(2.0)));
+  const json summary = json::parse(train::read_file(run + "/summary.json"));
+  CHECK(summary["status"] == "finished");
+
+  const Outcome eval = krait_command("eval " + run + " --json --stride 16");
+  INFO(eval.err);
+  REQUIRE(eval.status == 0);
+  const json result = json::parse(eval.out);
+  CHECK(result["nll"].get<double>() < lines.back()["nll"].get<double>() + 0.02);  // more context per token
+  CHECK(contains(result["convention"].get<std::string>(), "stride 16"));
+
+  const Outcome text = krait_command("generate " + run + " --prompt 'the ' --max-tokens 40 --seed 7");
+  REQUIRE(text.status == 0);
+  CHECK(text.out.starts_with("the "));
+  CHECK(text.out.size() == 4 + 40 + 1);
+  CHECK(krait_command("generate " + run + " --prompt 'the ' --max-tokens 40 --seed 7").out == text.out);
+  CHECK(krait_command("generate " + run + " --prompt 'the ' --max-tokens 40 --seed 8").out != text.out);
+
+  // The resolved config is complete: it runs again and gives the same.
+  REQUIRE(krait_command(fmt::format("train {}/config.yaml --run-dir {}", run, w.tmp / "again")).status == 0);
+  CHECK(losses(w.tmp / "again") == losses(run));
+}
+
+TEST_CASE("two runs give the same losses; resume after a stop or a kill changes nothing") {
+  check_run_repeats_and_resumes(Workplace());
+}
+
+TEST_CASE("SIGTERM leaves a checkpoint and an orderly end") {
+  const Workplace w;
+  const std::string run = w.tmp / "run";
+  const int status = std::system(
+      fmt::format("'{}' train {} --run-dir {} train.steps=100000 > {} 2>&1 & pid=$!; sleep 1.5; kill -TERM $pid; wait $pid",
+                  krait_program(), w.config, run, w.tmp / "log").c_str());
+  REQUIRE(WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == 0);
+  const json summary = json::parse(train::read_file(run + "/summary.json"));
+  CHECK(summary["status"] == "interrupted");
+  const int64_t steps = summary["steps"];
+  CHECK(fs::exists(fmt::format("{}/checkpoints/step-{:08d}/manifest.json", run, steps)));
+}
+
+TEST_CASE("bad input: one clear error, a non-zero exit, nothing written") {
+  const Workplace w;
+  struct Case {
+    std::string overrides, message;
+    int status = 2;
+  };
+  const std::vector<Case> cases{
+      {"optimizer.weigth_decay=0.1", "unknown key; did you mean weight_decay?"},
+      {"optimizer.lr=fast", "found string 'fast', expected a number"},
+      {"model.attention.n_heads=5", "5 heads do not divide the width 32"},
+      {"train.tokens_per_step=300", "300 is not a multiple of 128"},
+      {"data.path=nowhere.h5", "no such file"},
+      {"data.context=100000 train.tokens_per_step=400000", "100000 tokens need 100001 in a row"},
+      {"eval.split=holdout", "found holdout, but"},
+      {"data.state=carry", "no layer of this model carries state"},
+      {"parallelism.tensor=2", "this build trains on one rank"},
+      {"model.vocab_size=3", "3 is less than the"}};
+  for (const Case& c : cases) {
+    INFO(c.overrides);
+    const Outcome out = w.train("never", c.overrides);
+    INFO(out.err);
+    CHECK(out.status == c.status);
+    CHECK(contains(out.err, c.message));
+    CHECK(out.err.starts_with("error: "));
+    CHECK_FALSE(fs::exists(w.tmp / "never"));
+  }
+  // A truncated and a foreign data file.
+  const std::string bytes = train::read_file(w.tmp / "tokens.h5");
+  write_text(w.tmp / "cut.h5", bytes.substr(0, bytes.size() / 2));
+  write_text(w.tmp / "foreign.h5", "not HDF5 at all");
+  for (const char* name : {"cut.h5", "foreign.h5"}) {
+    const Outcome out = w.train("never", "data.path=" + (w.tmp / name));
+    INFO(out.err);
+    CHECK(out.status == 1);
+    CHECK(out.err.starts_with("error: "));
+    CHECK(contains(out.err, name));
+    CHECK_FALSE(fs::exists(w.tmp / "never"));
+  }
+}
+
+TEST_CASE("a run directory with a run in it is left alone unless --resume is given") {
+  const Workplace w;
+  REQUIRE(w.train("run", "train.steps=10").status == 0);
+  const std::string before = train::read_file(w.tmp / "run/metrics.jsonl");
+  const Outcome out = w.train("run", "train.steps=10");
+  CHECK(out.status == 2);
+  CHECK(contains(out.err, "--resume"));
+  CHECK(train::read_file(w.tmp / "run/metrics.jsonl") == before);
+}
+
+TEST_CASE("a full disk ends the run with one error; the checkpoints before it stay whole") {
+  const Workplace w;
+  // A limit on file sizes stands for the full disk: the shard does not fit, everything else does.
+  const TemporaryDirectory logs;
+  REQUIRE(w.train("run", "train.steps=10").status == 0);
+  const int status = std::system(fmt::format("ulimit -f 64; '{}' train {} --run-dir {} --resume > {} 2> {}", krait_program(), w.config,
+                                             w.tmp / "run", logs / "out", logs / "err").c_str());
+  REQUIRE(WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == 1);
+  const std::string err = train::read_file(logs / "err");
+  INFO(err);
+  CHECK(contains(err, "error: "));
+  CHECK(krait_command("info " + (w.tmp / "run") + " --verify").status == 0);
+  CHECK(krait_command("eval " + (w.tmp / "run")).status == 0);
+}
+
+TEST_CASE("packed documents train and evaluate") {
+  const Workplace w;
+  std::string jsonl;
+  const std::string text = sample_text(300);
+  for (size_t at = 0, n = 10; at + n < text.size(); at += n, n = 10 + (at * 7) % 50)
+    jsonl += json{{"text", text.substr(at, n)}}.dump() + "\n";
+  write_text(w.tmp / "docs.jsonl", jsonl);
+  REQUIRE(krait_command(fmt::format("data prepare {} -o {} --tokenizer byte -q", w.tmp / "docs.jsonl", w.tmp / "docs.h5")).status == 0);
+  const Outcome out = w.train("run", fmt::format("data.path={} data.documents=pack", w.tmp / "docs.h5"));
+  INFO(out.out << out.err);
+  REQUIRE(out.status == 0);
+  const Outcome eval = krait_command("eval " + (w.tmp / "run"));
+  CHECK(contains(eval.out, "documents apart"));
+}
+
+TEST_CASE("cuda: bf16 runs repeat, resume after kill, and graphs change no loss", "[cuda]") {
+  const Workplace w("cuda", "bf16");
+  check_run_repeats_and_resumes(w);
+  REQUIRE(w.train("plain", "runtime.cuda_graphs=false").status == 0);
+  CHECK(losses(w.tmp / "plain") == losses(w.tmp / "a"));
+}
+
+TEST_CASE("cuda: fp32 training follows the cpu's losses", "[cuda]") {
+  const Workplace cpu("cpu"), gpu("cuda");
+  REQUIRE(cpu.train("run").status == 0);
+  REQUIRE(gpu.train("run").status == 0);
+  const auto a = metrics(cpu.tmp / "run"), b = metrics(gpu.tmp / "run");
+  REQUIRE(a.size() == b.size());
+  for (size_t i = 0; i < a.size(); ++i) {
+    const char* key = a[i].contains("split") ? "nll" : "loss";
+    CHECK(b[i][key].get<double>() == Approx(a[i][key].get<double>()).epsilon(2e-3));
+  }
+}
