@@ -25,7 +25,10 @@ ResidualStream Block::forward(const ResidualStream& in, const SequenceInfo& info
   const double p = training() ? context_.dropout : 0.0;
   ResidualStream stream = in;
   const Variable mixer_in = add_and_norm(stream, *mixer_norm_);
-  stream.pending = dropout(mixer_->forward(mixer_in, info, state), p, context_.stream("mixer"));
+  const bool one_step = state && mixer_in.size(1) == 1 && !info.segments.defined();
+  const Variable mixed =
+      one_step ? Variable(mixer_->step(mixer_in.data(), *state)) : mixer_->forward(mixer_in, info, state);
+  stream.pending = dropout(mixed, p, context_.stream("mixer"));
   if (!mlp_) return stream;
   const Variable mlp_in = add_and_norm(stream, *mlp_norm_);
   stream.pending = dropout(mlp_->forward(mlp_in), p, context_.stream("mlp"));

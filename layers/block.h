@@ -17,6 +17,7 @@ class Block final : public Module {
  public:
   Block(std::shared_ptr<Mixer> mixer, std::shared_ptr<FeedForward> mlp, const NormConfig& norm,
         const LayerContext& context);
+  /// With a state, a single position takes the mixer's step form.
   ResidualStream forward(const ResidualStream& in, const SequenceInfo& info, LayerState* state);
   Mixer& mixer() const { return *mixer_; }
 

@@ -6,7 +6,7 @@ set -euo pipefail
 
 packages=(
   build-essential cmake ninja-build ccache pkg-config
-  libhdf5-dev libyaml-cpp-dev libopenblas-openmp-dev libcli11-dev libspdlog-dev libfmt-dev
+  libhdf5-dev libyaml-cpp-dev libopenblas-openmp-dev libcli11-dev libfmt-dev
   nlohmann-json3-dev libsentencepiece-dev
   catch2
   "$@"
