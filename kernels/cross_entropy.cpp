@@ -11,7 +11,7 @@ namespace {
 int64_t valid_columns(int64_t v, const CrossEntropyOptions& o) {
   KRAIT_CHECK(o.valid_vocab >= 0 && o.valid_vocab <= v, "cross_entropy: valid_vocab {} with {} columns of logits",
               o.valid_vocab, v);
-  KRAIT_CHECK(v > 0, "cross_entropy: the logits have no columns");
+  KRAIT_CHECK(v > 0 && v < (int64_t{1} << 30), "cross_entropy: the logits have {} columns", v);
   KRAIT_CHECK(o.label_smoothing >= 0.0 && o.label_smoothing < 1.0, "cross_entropy: label_smoothing {} is not in [0, 1)",
               o.label_smoothing);
   return o.valid_vocab > 0 ? o.valid_vocab : v;
@@ -81,7 +81,7 @@ namespace {
 // Large enough that each product is one the hardware runs well, small enough that a chunk's logits stay modest.
 int64_t rows_per_chunk(int64_t v, DType dtype, Device device) {
   const int64_t row = v * size_of(dtype);
-  if (device.is_cuda()) return std::max<int64_t>(128, (int64_t{256} << 20) / row / 128 * 128);
+  if (device.is_cuda()) return std::max<int64_t>(128, (int64_t{512} << 20) / row / 128 * 128);
   return std::max<int64_t>(192, (int64_t{1} << 20) / row / 96 * 96);  // 1 MiB: second-level caches of two cores
 }
 

@@ -48,6 +48,10 @@ int run_train(const TrainCommand& command) {
   print_plan(session);
   Trainer trainer(session, data, directory, command.resume);
   directory.write_config(config.to_yaml());
+  if (trainer.complete()) {
+    fmt::print("all {} steps are done; raise train.steps to go on\n", config.total_steps());
+    return 0;
+  }
   const Summary summary = trainer.run();
   directory.write_summary(to_json(summary));
   if (summary.final_eval)

@@ -25,6 +25,10 @@ DType compute_dtype(const std::string& precision) {
 }
 
 void check_supported(const Config& config) {
+  if (config.model.type != "language_model")
+    config.fail("model.type",
+                fmt::format("found {}, but data.type {} has no labels to learn", config.model.type, config.data.type),
+                "type: language_model");
   if (config.data.state != "reset")
     config.fail("data.state",
                 fmt::format("found {}, but no layer of this model carries state between windows", config.data.state),

@@ -20,6 +20,8 @@ TrainData open_train_data(const Session& session);
 class Trainer {
  public:
   Trainer(Session& session, const TrainData& data, const RunDirectory& directory, bool resume);
+  /// A resumed run that had reached its last step already.
+  bool complete() const { return state_.step >= total_steps_; }
   /// Trains until the last step or a stop signal, which leaves a checkpoint. Returns what summary.json holds.
   Summary run();
 

@@ -18,6 +18,15 @@ __device__ inline double exp_of(double x) { return exp(x); }
 __device__ inline float log_of(float x) { return logf(x); }
 __device__ inline double log_of(double x) { return log(x); }
 
+// Of logits stored in T: for bf16 the hardware's exponential, whose error is far below their rounding.
+template <class T, class A>
+__device__ A exp_for(A x) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return __expf(x);
+  else
+    return exp_of(x);
+}
+
 // Running sum of exp(s - top), joined in a fixed order.
 template <class A>
 struct Softmax {
@@ -75,15 +84,16 @@ __device__ void gradient_row(T* ds, const T* s, int64_t y, A lse, A factor, cons
   const bool ignored = y == o.ignore, bad = !ignored && (y < 0 || y >= o.valid);
   const A of_p = factor * (A(1) + A(2 * o.z_loss) * lse);
   const A smooth = factor * A(o.smoothing / static_cast<double>(o.valid)), hit = factor * A(1 - o.smoothing);
-  for (int64_t i = threadIdx.x * V; i < o.v; i += int64_t{blockDim.x} * V) {
+  const int v = static_cast<int>(o.v), valid = static_cast<int>(o.valid), target = static_cast<int>(y);
+  for (int i = threadIdx.x * V; i < v; i += blockDim.x * V) {
     Pack<T, V> p{};
     if (!ignored) {
       p = *reinterpret_cast<const Pack<T, V>*>(s + i);
 #pragma unroll
       for (int q = 0; q < V; ++q) {
-        const int64_t j = i + q;
-        A d = A(0);
-        if (j < o.valid) d = of_p * exp_of(static_cast<A>(p.at[q]) - lse) - smooth - (j == y ? hit : A(0));
+        A d = of_p * exp_for<T>(static_cast<A>(p.at[q]) - lse) - smooth;
+        if (i + q == target) d -= hit;
+        if (i + q >= valid) d = A(0);
         if (bad) d = std::numeric_limits<A>::quiet_NaN();
         p.at[q] = static_cast<T>(d);
       }
@@ -106,22 +116,25 @@ __global__ void rows_kernel(accum_t<T>* rows, accum_t<T>* nll, accum_t<T>* lse_o
   const int64_t row = blockIdx.x;
   const T* s = logits + row * o.v;
   Softmax<A> mine{std::numeric_limits<A>::lowest(), A(0), A(0)};
-  for (int64_t i = threadIdx.x * V; i < o.valid; i += int64_t{blockDim.x} * V) {
+  const int valid = static_cast<int>(o.valid);
+  const bool smoothing = o.smoothing != 0.0;
+  for (int i = threadIdx.x * V; i < valid; i += blockDim.x * V) {
     const Pack<T, V> p = *reinterpret_cast<const Pack<T, V>*>(s + i);
-    A high = mine.top;
+    A x[V], high = mine.top;
 #pragma unroll
-    for (int q = 0; q < V; ++q)
-      if (i + q < o.valid && static_cast<A>(p.at[q]) > high) high = static_cast<A>(p.at[q]);
+    for (int q = 0; q < V; ++q) {
+      x[q] = i + q < valid ? static_cast<A>(p.at[q]) : -std::numeric_limits<A>::infinity();
+      high = x[q] > high ? x[q] : high;
+    }
     if (high > mine.top) {
-      mine.sum *= exp_of(mine.top - high);
+      mine.sum *= exp_for<T>(mine.top - high);
       mine.top = high;
     }
 #pragma unroll
-    for (int q = 0; q < V; ++q)
-      if (i + q < o.valid) {
-        mine.sum += exp_of(static_cast<A>(p.at[q]) - high);
-        mine.total += static_cast<A>(p.at[q]);
-      }
+    for (int q = 0; q < V; ++q) mine.sum += exp_for<T>(x[q] - high);
+    if (smoothing)
+      for (int q = 0; q < V; ++q)
+        if (i + q < valid) mine.total += x[q];
   }
   const Softmax<A> all = join_block(mine);
   const A lse = all.top + log_of(all.sum);

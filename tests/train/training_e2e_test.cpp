@@ -194,6 +194,7 @@ TEST_CASE("bad input: one clear error, a non-zero exit, nothing written") {
       {"data.context=100000 train.tokens_per_step=400000", "100000 tokens need 100001 in a row"},
       {"eval.split=holdout", "found holdout, but"},
       {"data.state=carry", "no layer of this model carries state"},
+      {"model.type=classifier model.n_classes=3", "data.type tokens has no labels to learn"},
       {"parallelism.tensor=2", "this build trains on one rank"},
       {"model.vocab_size=3", "3 is less than the"}};
   for (const Case& c : cases) {
@@ -223,6 +224,9 @@ TEST_CASE("a run directory with a run in it is left alone unless --resume is giv
   const Workplace w;
   REQUIRE(w.train("run", "train.steps=10").status == 0);
   const std::string before = train::read_file(w.tmp / "run/metrics.jsonl");
+  const Outcome done = w.train("run", "train.steps=10 --resume");
+  CHECK(done.status == 0);
+  CHECK(contains(done.out, "all 10 steps are done"));
   const Outcome out = w.train("run", "train.steps=10");
   CHECK(out.status == 2);
   CHECK(contains(out.err, "--resume"));
