@@ -23,6 +23,18 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const Atten
               "attention: window {} needs causal attention and a positive size", options.window);
 }
 
+// The step may be missing where only the kernel's name is asked for.
+void check_dropout(const AttentionOptions& options, const Tensor& q) {
+  const DropoutMask& mask = options.dropout;
+  KRAIT_CHECK(mask.p >= 0.0 && mask.p < 1.0, "attention: dropout p is {}, expected 0 <= p < 1", mask.p);
+  if (mask.p == 0.0) return;
+  KRAIT_CHECK(mask.offset >= 0, "attention: dropout from sequence {}, expected at least 0", mask.offset);
+  KRAIT_CHECK(mask.step.defined() && mask.step.dtype() == DType::i64 && mask.step.numel() == 1 &&
+                  mask.step.device() == q.device(),
+              "attention: the step of dropout is {}, expected an int64 scalar on {}; set current_random().step",
+              describe(mask.step), q.device());
+}
+
 // Everything the backends need, spelled out and on the right device.
 AttentionOptions complete(AttentionOptions options, const Tensor& q, const Tensor& k) {
   const int64_t b = q.size(0), lq = q.size(1), lk = k.size(1);
@@ -69,6 +81,7 @@ void check_gradient(const char* name, const Tensor& gradient, const Tensor& of) 
 AttentionOut attention_forward(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
                                const AttentionOptions& options) {
   check_shapes(q_in, k_in, v_in, options);
+  check_dropout(options, q_in);
   const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
   AttentionOut out{empty(q.shape(), q.dtype(), q.device()),
                    empty({q.size(0), q.size(2), q.size(1)}, accum_dtype(q.dtype()), q.device())};
@@ -87,6 +100,7 @@ AttentionGrad attention_backward(const Tensor& do_, const Tensor& q, const Tenso
 void attention_backward_into(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, const Tensor& q, const Tensor& k,
                              const Tensor& v, const Tensor& o, const Tensor& lse, const AttentionOptions& options) {
   check_shapes(q, k, v, options);
+  check_dropout(options, q);
   check_gradient("dq", dq, q);
   check_gradient("dk", dk, k);
   check_gradient("dv", dv, v);

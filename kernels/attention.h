@@ -5,6 +5,7 @@
 
 #include "core/dispatch.h"
 #include "core/tensor.h"
+#include "kernels/dropout.h"
 
 namespace krait {
 namespace kernels {
@@ -18,6 +19,11 @@ namespace kernels {
 /// Backward, with D_i = do_i . o_i and P recomputed from lse:
 ///   dv = P^T do     dS = P (do v^T - D)     dq = scale dS k     dk = scale dS^T q
 /// where dk and dv are summed over the query heads of a key head. No atomics: results repeat bit for bit.
+/// With dropout (Srivastava et al. 2014), m = 0 with probability p, else 1 / (1 - p), for each (b, h, i, j):
+///   o_i = sum_j m P[i,j] v_j      dv = (m P)^T do      dS = P (m (do v^T) - D)      lse and D as before
+/// m is never stored. It is word e % 4 of Philox call e / 4 (see RandomSource) with
+///   e = (((batch_offset + b) hq + h) lq + i) round_up(lk, 4) + j
+/// so that a call serves four neighbouring keys for any lk. CPU and CUDA draw the same mask.
 struct AttentionOptions {
   double scale = 0;             // 0: d^(-1/2)
   bool causal = true;           // keys j <= p
@@ -27,6 +33,7 @@ struct AttentionOptions {
   Tensor k_segments;            // (b, lk) int32; undefined with lq == lk: the same as q_segments
   std::optional<int64_t> q_offset;  // default lk - lq, or k_length - lq where k_length is given
   Tensor k_length;              // int32 or int64 on the device, one value or (b): keys from there on are unseen
+  DropoutMask dropout;  // of P; its offset counts sequences here (batch_offset above). p = 0: none
   bool vendor_library = true;   // false: Krait's own kernel even where cuDNN applies (comparisons, tests)
 };
 

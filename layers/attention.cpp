@@ -3,10 +3,11 @@
 #include "autograd/attention.h"
 #include "autograd/rope.h"
 #include "autograd/shape.h"
+#include "core/random.h"
 
 namespace krait::layers {
 
-Attention::Attention(const AttentionConfig& config, const LayerContext& context) : config_(config) {
+Attention::Attention(const AttentionConfig& config, const LayerContext& context) : config_(config), stream_(context.stream("attention")) {
   const int64_t q = config.n_heads * config.head_dim, kv = config.n_kv_heads * config.head_dim;
   const Initializer init = normal(context.init_std);
   qkv_weight_ = stacked_parameter({{"wq.weight", q, init}, {"wk.weight", kv, init}, {"wv.weight", kv, init}},
@@ -65,6 +66,10 @@ Variable Attention::forward(const Variable& x, const SequenceInfo& info, LayerSt
   }
   kernels::AttentionOptions o = options(x.device());
   o.q_segments = info.segments;
+  if (training() && config_.dropout > 0) {
+    const RandomSource& source = current_random();
+    o.dropout = {config_.dropout, random_key(source.seed, stream_), source.step, source.batch_offset};
+  }
   const Variable packed = reshape(qkv, {x.size(0), x.size(1), heads() * config_.head_dim});
   return out_->forward(attention_qkv(packed, config_.n_heads, config_.n_kv_heads, o));
 }
@@ -131,6 +136,7 @@ std::string Attention::kernel_name(int64_t batch, int64_t context, DType dtype, 
   const Tensor qkv = empty({batch, context, heads(), config_.head_dim}, dtype, device);
   const int64_t hq = config_.n_heads, hkv = config_.n_kv_heads;
   kernels::AttentionOptions o = options(device);
+  o.dropout.p = config_.dropout;
   if (has_segments) o.q_segments = o.k_segments = zeros({batch, context}, DType::i32, device);
   return kernels::attention_kernel_name(qkv.slice(2, 0, hq), qkv.slice(2, hq, hq + hkv),
                                         qkv.slice(2, hq + hkv, heads()), o);

@@ -11,7 +11,7 @@ namespace krait::layers {
 
 /// Causal self-attention (Vaswani et al. 2017), with rotary positions (Su et al. 2021), grouped keys and values
 /// (Ainslie et al. 2023), a sliding window and ALiBi (Press et al. 2022):
-///   [q; k; v] = x W_qkv^T      o = softmax(scale q k^T + mask) v      y = o W_o^T
+///   [q; k; v] = x W_qkv^T      o = dropout(softmax(scale q k^T + mask)) v      y = o W_o^T
 /// The state is the cache of keys (after rotation) and values: all max_length positions, or with a window the
 /// last window - 1.
 class Attention final : public Mixer {
@@ -34,6 +34,7 @@ class Attention final : public Mixer {
   kernels::AttentionOptions options(Device device) const;
 
   AttentionConfig config_;
+  std::string stream_;  // of the random numbers of dropout
   Parameter qkv_weight_, qkv_bias_;
   std::shared_ptr<Norm> q_norm_, k_norm_;
   std::shared_ptr<Linear> out_;

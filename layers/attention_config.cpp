@@ -24,8 +24,9 @@ std::string near_divisors(int64_t n, int64_t wanted, Fits fits) {
 
 }  // namespace
 
-AttentionConfig read_attention_config(ConfigNode& section, int64_t d_model) {
+AttentionConfig read_attention_config(ConfigNode& section, int64_t d_model, double dropout) {
   AttentionConfig c;
+  c.dropout = dropout;
   OptionReader options(section);
   options.read("n_heads", c.n_heads, at_least(0));
   options.read("n_kv_heads", c.n_kv_heads, at_least(0));
@@ -38,6 +39,7 @@ AttentionConfig read_attention_config(ConfigNode& section, int64_t d_model) {
   options.read("window", c.window, at_least(0));
   options.read("bias", c.bias);
   options.read("qk_norm", c.qk_norm);
+  options.read("dropout", c.dropout, below_one());
 
   if (c.n_heads == 0) {
     if (d_model % 64 != 0) {

@@ -17,10 +17,11 @@ struct AttentionConfig {
   bool alibi = false;
   bool bias = false;     // of the projections
   bool qk_norm = false;  // RMSNorm over each head of q and k
+  double dropout = 0;    // of the attention probabilities, in training; default: model.dropout
   int64_t head_dim = 0;  // derived: d_model / n_heads
 };
 
-/// Throws ConfigError with the place of the option at fault; completes the section.
-AttentionConfig read_attention_config(ConfigNode& section, int64_t d_model);
+/// Throws ConfigError with the place of the option at fault; completes the section. `dropout`: that of the model.
+AttentionConfig read_attention_config(ConfigNode& section, int64_t d_model, double dropout = 0);
 
 }  // namespace krait::layers

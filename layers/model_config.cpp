@@ -6,7 +6,9 @@ namespace krait::layers {
 
 const std::vector<LayerKind>& layer_kinds() {
   static const std::vector<LayerKind> kinds{
-      {"attention", [](ConfigNode& section, int64_t d_model) { read_attention_config(section, d_model); }},
+      {"attention", [](ConfigNode& section, const ModelConfig& model) {
+         read_attention_config(section, model.d_model, model.dropout);
+       }},
   };
   return kinds;
 }
@@ -44,6 +46,7 @@ ModelConfig read_model_config(ConfigNode& section) {
   options.read("n_layers", c.n_layers, between(1, 100'000));
   options.read("vocab_size", c.vocab_size, between(0, 0x7FFFFFFF));
   options.read("pad_vocab_multiple", c.pad_vocab_multiple, between(1, 65536));
+  options.read("dropout", c.dropout, below_one());  // before the layers, which default to it
   options.read("layers", c.layers);
   check_layer_names(*section.find("layers"), c.layers);
   if (static_cast<int64_t>(c.layers.size()) > c.n_layers) {
@@ -53,7 +56,7 @@ ModelConfig read_model_config(ConfigNode& section) {
     const bool used = std::find(c.layers.begin(), c.layers.end(), kind.name) != c.layers.end();
     // Options of a kind that the pattern does not use are checked too, but need not be there.
     ConfigNode* own = used ? &options.section(kind.name) : options.find_section(kind.name);
-    if (own) kind.read_options(*own, c.d_model);
+    if (own) kind.read_options(*own, c);
   }
   c.mlp = read_mlp_config(options.section("mlp"), c.d_model);
   options.choice("norm", c.norm, {"rms", "layer"});
@@ -61,7 +64,6 @@ ModelConfig read_model_config(ConfigNode& section) {
   options.choice("position", c.position, {"none", "learned"});
   options.read("max_positions", c.max_positions, at_least(0));
   options.read("tie_embeddings", c.tie_embeddings);
-  options.read("dropout", c.dropout, below_one());
   if (!options.given("embedding_dropout")) c.embedding_dropout = c.dropout;
   options.read("embedding_dropout", c.embedding_dropout, below_one());
   options.choice("init", c.init, {"gpt2", "llama"});

@@ -22,7 +22,7 @@ struct ModelConfig {
   std::string position = "none";  // none | learned: an embedding of the position is added
   int64_t max_positions = 0;      // of learned positions; 0: the longest context of data and eval
   bool tie_embeddings = true;     // the head uses the embedding's matrix
-  double dropout = 0;             // after attention and MLP projections
+  double dropout = 0;             // after attention and MLP projections; default of attention.dropout too
   double embedding_dropout = 0;   // after the embedding; default: dropout
   std::string init = "gpt2";      // gpt2 | llama: see spec/transformer.md, section 6
   double init_std = 0.02;
@@ -45,8 +45,8 @@ ModelConfig read_model_config(ConfigNode& section);
 /// A kind of layer that `model.layers` may name.
 struct LayerKind {
   std::string name;
-  /// Reads and completes the kind's options; throws ConfigError.
-  void (*read_options)(ConfigNode& section, int64_t d_model);
+  /// Reads and completes the kind's options; throws ConfigError. Of the model, d_model and dropout are read.
+  void (*read_options)(ConfigNode& section, const ModelConfig& model);
 };
 const std::vector<LayerKind>& layer_kinds();
 

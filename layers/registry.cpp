@@ -12,7 +12,8 @@ using Maker = std::shared_ptr<Mixer> (*)(ConfigNode options, const LayerContext&
 const std::vector<std::pair<std::string, Maker>>& makers() {
   static const std::vector<std::pair<std::string, Maker>> all{
       {"attention", [](ConfigNode options, const LayerContext& context) -> std::shared_ptr<Mixer> {
-         return std::make_shared<Attention>(read_attention_config(options, context.d_model), context);
+         return std::make_shared<Attention>(read_attention_config(options, context.d_model, context.dropout),
+                                            context);
        }},
   };
   return all;

@@ -40,6 +40,9 @@ void forward(Tensor& o, Tensor& lse, const Tensor& q_, const Tensor& k_, const T
   const Rows<T> out(o);
   A* lse_ = lse.data<A>();
   const A scale = static_cast<A>(options.scale);
+  const AttentionDropout dropout(q_, k_, options);
+  const uint64_t now_step = dropout.step ? static_cast<uint64_t>(*dropout.step) : 0;
+  const A keep_scale = static_cast<A>(dropout.keep_scale);  // applied at the end, with 1 / l
   const Cut cut(b * hkv, tiles);
 
   parallel_for(0, cut.units * cut.parts, 1, [&](int64_t begin, int64_t end) {
@@ -53,6 +56,7 @@ void forward(Tensor& o, Tensor& lse, const Tensor& q_, const Tensor& k_, const T
     A* s = scratch.take(kStrip * kTile);
     A* peak = scratch.take(kTile);
     Vec<A> sum[kTile];
+    alignas(64) A keep[kTile];
 
     for (int64_t item = begin; item < end; ++item) {
       const int64_t unit = item / cut.parts, part = item % cut.parts, ib = unit / hkv, ih = unit % hkv;
@@ -105,12 +109,16 @@ void forward(Tensor& o, Tensor& lse, const Tensor& q_, const Tensor& k_, const T
                   for (int64_t c = 0; c < dp; c += kLanes<A>) store<A>(to + c, load(to + c) * shrink);
                 }
                 sum[r0 + r] += exp_row(row + see.first, width, now);
+                if (dropout.step) {
+                  keep_row(keep, dropout, dropout.row(ib, h, i0 + r0 + r) + static_cast<uint64_t>(j0 / 4), now_step);
+                  multiply_row(row + see.first, keep + see.first, width, A{1});
+                }
               }
               multiply_strip(acc + r0 * dp, dp, s + see.first, kTile, 1, vr + at + see.first * dp, dp, dp, width, true);
             }
           }
           for (int64_t r = 0; r < n; ++r) {
-            const A l = total<A>(sum[r]), inverse = l > 0 ? 1 / l : A{0};
+            const A l = total<A>(sum[r]), inverse = l > 0 ? keep_scale / l : A{0};
             T* to = out.at(ib, i0 + r, h);
             for (int64_t c = 0; c < d; ++c) to[c] = static_cast<T>(acc[r * dp + c] * inverse);
             lse_[(ib * hq + h) * lq + i0 + r] = l > 0 ? peak[r] + std::log(l) : kNone;
@@ -121,7 +129,7 @@ void forward(Tensor& o, Tensor& lse, const Tensor& q_, const Tensor& k_, const T
   });
 }
 
-// Few queries (generation): rows of scores by dot products, each key and value read once per query head.
+// Few queries (generation, so no dropout): rows of scores by dot products, each key and value read once per query head.
 template <class T>
 void forward_few(Tensor& o, Tensor& lse, const Tensor& q_, const Tensor& k_, const Tensor& v_,
                  const AttentionOptions& options) {
@@ -178,15 +186,17 @@ void forward_few(Tensor& o, Tensor& lse, const Tensor& q_, const Tensor& k_, con
 void attention_forward(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
                        const AttentionOptions& options) {
   visit_float(q.dtype(), [&]<class T>() {
-    if (q.size(1) <= 2)
+    if (q.size(1) <= 2 && options.dropout.p == 0)  // generation
       forward_few<T>(o, lse, q, k, v, options);
     else
       forward<T>(o, lse, q, k, v, options);
   });
 }
 
-void attention_kernel_name(std::string& name, const Tensor& q, const Tensor&, const Tensor&, const AttentionOptions&) {
+void attention_kernel_name(std::string& name, const Tensor& q, const Tensor&, const Tensor&,
+                           const AttentionOptions& options) {
   name = fmt::format("blockwise, {}-byte vectors, {}", kVectorBytes, q.dtype());
+  if (options.dropout.p > 0) name += fmt::format(", dropout {}", options.dropout.p);
 }
 
 }  // namespace krait::kernels::cpu

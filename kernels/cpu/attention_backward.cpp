@@ -15,8 +15,10 @@ class Unit {
   using A = accum_t<T>;
 
   Unit(const Rows<const T>& q, const Rows<const T>& k, const Rows<const T>& v, const Rows<const T>& do_,
-       const A* lse, const A* delta, const AttentionMask& mask, int64_t hq, int64_t d, double scale, int64_t extra)
-      : q_(q), k_(k), v_(v), do_in_(do_), lse_(lse), delta_(delta), mask_(mask), hq_(hq), d_(d),
+       const A* lse, const A* delta, const AttentionMask& mask, const AttentionDropout& dropout, int64_t hq,
+       int64_t d, double scale, int64_t extra)
+      : q_(q), k_(k), v_(v), do_in_(do_), lse_(lse), delta_(delta), mask_(mask), dropout_(dropout),
+        step_(dropout.step ? static_cast<uint64_t>(*dropout.step) : 0), hq_(hq), d_(d),
         dp_(round_up(d, kLanes<A>)), scale_(static_cast<A>(scale)),
         scratch_(8 * kTile * dp_ + 2 * kTile * kTile + extra), kt_(tile()), vt_(tile()), kr_(tile()), own_qr_(tile()),
         own_dor_(tile()), dk_(tile()), dv_(tile()), dq_(tile()), s_(scratch_.take(kTile * kTile)),
@@ -52,6 +54,7 @@ class Unit {
     i0_ = t * kTile;
     const int64_t n = std::min(kTile, mask_.lq - i0_);
     rows_ = round_up(n, kStrip);
+    first_call_ = dropout_.row(b, h, i0_);
     const int64_t at = (b * hq_ + h) * mask_.lq + i0_;
     for (int64_t r = 0; r < rows_; ++r) {
       row_lse_[r] = r < n ? lse_[at + r] : A{0};
@@ -80,8 +83,7 @@ class Unit {
         multiply_strip(s + see.first, kTile, qr_ + r0 * dp_, dp_, 1, kt_ + see.first, kTile, width, dp_, false);
         multiply_strip(ds + see.first, kTile, dor_ + r0 * dp_, dp_, 1, vt_ + see.first, kTile, width, dp_, false);
         for (int64_t r = 0; r < kStrip; ++r)
-          softmax_row(view, see, r, i0_ + r0, slope, s + r * kTile, ds + r * kTile, row_lse_[r0 + r],
-                      row_delta_[r0 + r]);
+          softmax_row(view, see, r0 + r, slope, s + r * kTile, ds + r * kTile);
         if (dq) multiply_strip(dq + r0 * dp_, dp_, ds + see.first, kTile, 1, kr_ + see.first * dp_, dp_, dp_, width, true);
       }
       if (want_keys && width < kTile) {
@@ -116,13 +118,25 @@ class Unit {
  private:
   A* tile() { return scratch_.take(kTile * dp_); }
 
-  // s: scores to P; ds: dP to dS (without the scale, which dq and dk get at the end).
-  void softmax_row(const TileMask& view, const StripView& see, int64_t r, int64_t i0, A slope, A* s, A* ds, A lse,
-                   A delta) const {
+  // Row r of the tile. s: scores to m P; ds: do v^T to dS (without the scale, which dq and dk get at the end).
+  void softmax_row(const TileMask& view, const StripView& see, int64_t r, A slope, A* s, A* ds) const {
+    if (!dropout_.step) return gradient_row(view, see, r, slope, s, ds);
+    alignas(64) A keep[kTile];
+    const uint64_t call = first_call_ + static_cast<uint64_t>(r * dropout_.row_calls + j0_ / 4);
+    keep_row(keep, dropout_, call, step_);
+    const A factor = static_cast<A>(dropout_.keep_scale);
+    multiply_row(ds + see.first, keep + see.first, see.last - see.first, factor);
+    gradient_row(view, see, r, slope, s, ds);
+    multiply_row(s + see.first, keep + see.first, see.last - see.first, factor);
+  }
+
+  // s: scores to P; ds: dP to dS.
+  void gradient_row(const TileMask& view, const StripView& see, int64_t r, A slope, A* s, A* ds) const {
     const int64_t n = see.last - see.first;
+    const A lse = row_lse_[r], delta = row_delta_[r];
     if (see.partial || slope != 0) {
       for (int64_t j = see.first; j < see.last; ++j) s[j] *= scale_;
-      view.apply(s, see, r, i0, j0_, slope);
+      view.apply(s, see, r % kStrip, i0_ + r / kStrip * kStrip, j0_, slope);
       softmax_gradient_row(s + see.first, ds + see.first, n, A{1}, lse, delta);
     } else {
       softmax_gradient_row(s + see.first, ds + see.first, n, scale_, lse, delta);
@@ -140,6 +154,8 @@ class Unit {
   const Rows<const T>&q_, &k_, &v_, &do_in_;
   const A *lse_, *delta_;
   AttentionMask mask_;
+  AttentionDropout dropout_;
+  uint64_t step_, first_call_ = 0;
   int64_t hq_, d_, dp_;
   A scale_;
   Scratch<A> scratch_;
@@ -154,6 +170,7 @@ void backward(Tensor& dq_, Tensor& dk_, Tensor& dv_, const Tensor& do_t, const T
               const Tensor& v_, const Tensor& o_, const Tensor& lse, const AttentionOptions& options) {
   using A = accum_t<T>;
   const AttentionMask mask(q_, k_, options);
+  const AttentionDropout dropout(q_, k_, options);
   const int64_t b = q_.size(0), lq = mask.lq, lk = mask.lk, hq = q_.size(2), hkv = k_.size(2), d = q_.size(3);
   const int64_t group = hq / hkv, q_tiles = (lq + kTile - 1) / kTile, k_tiles = (lk + kTile - 1) / kTile;
   const Rows<const T> q(q_), k(k_), v(v_), do_(do_t), o(o_);
@@ -168,7 +185,7 @@ void backward(Tensor& dq_, Tensor& dk_, Tensor& dv_, const Tensor& do_t, const T
     }
   });
   const auto make_unit = [&](int64_t extra) {
-    return Unit<T>(q, k, v, do_, lse.data<A>(), delta, mask, hq, d, options.scale, extra);
+    return Unit<T>(q, k, v, do_, lse.data<A>(), delta, mask, dropout, hq, d, options.scale, extra);
   };
   // Whether the tile may hold a score at all.
   const auto seen = [&](const TileMask& view, int64_t t, int64_t kb) {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/attention_dropout.h"
 #include "kernels/attention_mask.h"
 #include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/vector_math.h"
@@ -125,6 +126,27 @@ template <class A>
     sum += load(x);
   }
   return sum;
+}
+
+/// m of dropout for the keys of one tile row: 0 or 1. `call` numbers the first four keys.
+template <class A>
+[[gnu::flatten, gnu::noinline]] void keep_row(A* keep, const AttentionDropout& dropout, uint64_t call, uint64_t now) {
+  alignas(64) uint32_t words[4][kTile / 4];
+#pragma omp simd
+  for (int64_t c = 0; c < kTile / 4; ++c) {
+    const Philox r = philox(dropout.key, call + static_cast<uint64_t>(c), now);
+    for (int w = 0; w < 4; ++w) words[w][c] = r.word[w];
+  }
+  const uint32_t threshold = dropout.threshold;
+  for (int64_t c = 0; c < kTile / 4; ++c)
+    for (int w = 0; w < 4; ++w) keep[4 * c + w] = (words[w][c] >> 8) < threshold ? A{0} : A{1};
+}
+
+/// x *= factor keep over n values.
+template <class A>
+inline void multiply_row(A* x, const A* keep, int64_t n, A factor) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) x[j] *= factor * keep[j];
 }
 
 /// Scores to P = exp(scale s - lse), and dP to dS = P (dP - delta). Scores of -infinity give 0 for any lse.

@@ -49,6 +49,9 @@ bool use_cudnn(const Tensor& q, const Tensor& k, const Tensor& v, const Attentio
 bool use_cudnn_backward(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   return options.vendor_library && attention_cudnn_backward_supported(q, k, v, options);
 }
+bool use_decode(const Tensor& q, const AttentionOptions& options) {
+  return q.size(1) <= kDecodeQueries && options.dropout.p == 0;
+}
 bool use_mma(const Tensor& q, const Tensor& k, const Tensor& v) {
   return attention_mma_serves(q) && attention_mma_serves(k) && attention_mma_serves(v);
 }
@@ -75,7 +78,7 @@ Tensor attention_delta(const Tensor& do_, const Tensor& o) {
 void attention_forward(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
                        const AttentionOptions& options) {
   if (use_cudnn(q, k, v, options) && attention_forward_cudnn(o, lse, q, k, v, options)) return;
-  if (q.size(1) <= kDecodeQueries)
+  if (use_decode(q, options))
     attention_forward_decode(o, lse, q, k, v, options);
   else if (use_mma(q, k, v))
     attention_forward_mma(o, lse, q, k, v, options);
@@ -102,10 +105,15 @@ void attention_kernel_name(std::string& name, const Tensor& q, const Tensor& k, 
   if (use_cudnn(q, k, v, options))
     name = fmt::format("{} forward, backward {}", attention_cudnn_version(),
                        use_cudnn_backward(q, k, v, options) ? "the same, deterministic" : own);
-  else if (q.size(1) <= kDecodeQueries)
+  else if (use_decode(q, options))
     name = fmt::format("own, split keys, {}", name_of(q.dtype()));
   else
     name = fmt::format("{}, {}", own, name_of(q.dtype()));
+  if (options.dropout.p == 0) return;
+  AttentionOptions evaluation = options;
+  evaluation.dropout = {};
+  name += fmt::format(", for dropout {}", options.dropout.p);
+  if (use_cudnn(q, k, v, evaluation)) name += fmt::format("; evaluation {}", attention_cudnn_version());
 }
 
 }  // namespace krait::kernels::cuda

@@ -1,6 +1,7 @@
 #pragma once
 // What the attention kernels for CUDA share: strided rows, visible tiles, launch parameters.
 #include "core/cuda/launch.cuh"
+#include "kernels/attention_dropout.h"
 #include "kernels/attention_mask.h"
 #include "kernels/cuda/attention_own.h"
 
@@ -54,6 +55,27 @@ struct HeadShape {
   HeadShape(const Tensor& q, const Tensor& k)
       : b(q.size(0)), hq(q.size(2)), hkv(k.size(2)), group(hq / hkv), d(static_cast<int>(q.size(3))) {}
 };
+
+/// Calls f<true>() with dropout, f<false>() without, which then costs nothing.
+template <class F>
+void visit_dropout(const AttentionDropout& dropout, F&& f) {
+  if (dropout.step)
+    f.template operator()<true>();
+  else
+    f.template operator()<false>();
+}
+
+/// Four lanes, x = 0 ... 3, that differ in two neighbouring bits of the lane number, the lower of value `stride`.
+/// Each made the kept bits of one Philox call; bit c of the result is bit x of what lane c made. Whole warps call it.
+__device__ inline uint32_t exchange_kept(uint32_t bits, int x, int stride) {
+  uint32_t result = (bits >> x & 1u) << x;
+#pragma unroll
+  for (int s = 1; s < 4; ++s) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, bits, s * stride);
+    result |= (other >> x & 1u) << (x ^ s);
+  }
+  return result;
+}
 
 /// D_i = do_i . o_i, (b, hq, lq) in the accumulation type.
 Tensor attention_delta(const Tensor& do_, const Tensor& o);

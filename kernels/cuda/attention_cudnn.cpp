@@ -403,7 +403,7 @@ float g_one = 1.0f, g_minus_infinity = -std::numeric_limits<float>::infinity(); 
 bool attention_cudnn_supported(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   const int64_t lq = q.size(1), lk = k.size(1), d = q.size(3);
   const bool plain = !options.alibi_slopes.defined() && !options.q_segments.defined() &&
-                     !options.k_length.defined() && options.window == 0;
+                     !options.k_length.defined() && options.window == 0 && options.dropout.p == 0;
   const bool mask = !options.causal || (lq == lk && options.q_offset == 0);
   const size_t version = cudnnGetVersion();
   const bool length = version >= kAnyLengthVersion || (version >= kOldestVersion && lq % 128 == 0 && lk % 128 == 0);

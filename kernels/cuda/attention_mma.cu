@@ -31,10 +31,41 @@ __device__ inline int64_t next_tile(const TileView& view, int64_t b, int64_t i0,
   return kb;
 }
 
-template <int D>
+// Dropout of a warp's 16 x N probabilities: bit 4 n + x is set where accumulator value x of columns 8 n ... is kept.
+// Rows are queries (from `row`, the first Philox call of query g, on; the one of query g + 8 is 8 rows further) and
+// columns keys, four neighbours a call: lanes t, t ^ 1 share two calls, make one each and swap.
+template <int N>
+__device__ inline uint32_t kept_by_query(const AttentionDropout& dropout, uint64_t now, uint64_t row, int64_t j0) {
+  const int t = threadIdx.x % 4, half = t % 2;
+  const uint64_t own = row + static_cast<uint64_t>(half * 8 * dropout.row_calls + j0 / 4 + t / 2);
+  uint32_t kept = 0;
+#pragma unroll 2  // all at once would take registers from the accumulators
+  for (int n = 0; n < N / 8; ++n) {
+    const uint32_t mine = dropout.kept(own + static_cast<uint64_t>(2 * n), now);
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, mine, 1);
+    const uint32_t low = half ? other : mine, high = half ? mine : other;  // of query g and of query g + 8
+    kept |= (low >> (2 * half) & 3u) << (4 * n) | (high >> (2 * half) & 3u) << (4 * n + 2);
+  }
+  return kept;
+}
+
+// The same where rows are keys (from j0 on) and columns queries; `row` is the first call of query 2t. Lanes of four
+// neighbouring keys share the four calls of (query, half), make one each and exchange bits.
+template <int N>
+__device__ inline uint32_t kept_by_key(const AttentionDropout& dropout, uint64_t now, uint64_t row, int64_t j0) {
+  const int g = threadIdx.x % 32 / 4, x = g % 4;  // x = 2 half + e
+  const uint64_t own = row + static_cast<uint64_t>(x % 2 * dropout.row_calls + (j0 + g + x / 2 * 8) / 4);
+  uint32_t kept = 0;
+#pragma unroll 2  // all at once would take registers from the accumulators
+  for (int n = 0; n < N / 8; ++n)
+    kept |= exchange_kept(dropout.kept(own + static_cast<uint64_t>(8 * n * dropout.row_calls), now), x, 4) << (4 * n);
+  return kept;
+}
+
+template <int D, bool Drop>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(Strided<bf16> o, float* lse, Strided<const bf16> q, Strided<const bf16> k, Strided<const bf16> v,
-                   TileView view, float scale, HeadShape shape, int64_t tiles) {
+                   TileView view, AttentionDropout dropout, float scale, HeadShape shape, int64_t tiles) {
   constexpr int N = 64, kTileSize = N * (D + 8);
   extern __shared__ __align__(16) bf16 shared_rows[];
   bf16* sq = shared_rows;
@@ -52,6 +83,8 @@ __global__ void __launch_bounds__(kThreads)
     copy_commit();
   };
 
+  const uint64_t now = Drop ? static_cast<uint64_t>(*dropout.step) : 0;
+  const uint64_t calls = Drop ? dropout.row(b, h, i0 + warp * 16 + g) : 0;
   float acc[D / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
   const int64_t end = (view.mask.key_end(b, i1 - 1) + N - 1) / N;
   int64_t kb = next_tile(view, b, i0, view.mask.key_begin(b, i0) / N, end, N);
@@ -70,6 +103,7 @@ __global__ void __launch_bounds__(kThreads)
     const bf16* sk = skv + stage * 2 * kTileSize;
     float s[N / 8][4];
     multiply_rows<N, D>(s, sq, warp * 16, sk);
+    [[maybe_unused]] const uint32_t kept = Drop ? kept_by_query<N>(dropout, now, calls, j0) : 0;
 
     const bool plain = to_score.plain && view.full(b, i0, i1, j0, j0 + N);
 #pragma unroll
@@ -108,6 +142,7 @@ __global__ void __launch_bounds__(kThreads)
           float& x = s[n][2 * half + e];
           x = exp2f(x - shift);
           l[half] += x;
+          if (Drop && !(kept >> (4 * n + 2 * half + e) & 1u)) x = 0.0f;
         }
       }
 #pragma unroll
@@ -128,17 +163,17 @@ __global__ void __launch_bounds__(kThreads)
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     const int64_t i = i0 + warp * 16 + g + 8 * half;
     if (i >= lq) continue;
-    store_row<D>(o.at(b, i, h), acc, half, sum > 0 ? 1 / sum : 0.0f);
+    store_row<D>(o.at(b, i, h), acc, half, sum > 0 ? (Drop ? static_cast<float>(dropout.keep_scale) : 1.0f) / sum : 0.0f);
     if (t == 0) lse[unit * lq + i] = sum > 0 ? m[half] * kLn2 + logf(sum) : -INFINITY;
   }
 }
 
 // dk, dv: rows are keys, columns are the queries of all heads of the group.
-template <int D, int N>
+template <int D, int N, bool Drop>
 __global__ void __launch_bounds__(kThreads)
     backward_keys_kernel(Strided<bf16> dk, Strided<bf16> dv, Strided<const bf16> do_, Strided<const bf16> q,
                          Strided<const bf16> k, Strided<const bf16> v, const float* lse, const float* delta,
-                         TileView view, float scale, HeadShape shape) {
+                         TileView view, AttentionDropout dropout, float scale, HeadShape shape) {
   constexpr int kRowTile = kRows * (D + 8), kColumnTile = N * (D + 8);
   extern __shared__ __align__(16) bf16 shared_rows[];
   bf16* sk = shared_rows;
@@ -172,6 +207,8 @@ __global__ void __launch_bounds__(kThreads)
     }
   };
 
+  const uint64_t now = Drop ? static_cast<uint64_t>(*dropout.step) : 0;
+  [[maybe_unused]] const float keep_scale = Drop ? static_cast<float>(dropout.keep_scale) : 1.0f;
   float dk_acc[D / 8][4] = {}, dv_acc[D / 8][4] = {};
   load_tile<kRows, D>(sk, k.at(b, j0, hk), k.row, lk - j0);
   load_tile<kRows, D>(sv, v.at(b, j0, hk), v.row, lk - j0);
@@ -181,6 +218,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int stage = 0; h < last_head; stage ^= 1) {
     const int64_t i0 = tile * N;
     const Scale to_score(scale, view, h);
+    const uint64_t calls = Drop ? dropout.row(b, h, i0 + 2 * t) : 0;
     ++tile;
     advance(h, tile);
     if (h < last_head) {
@@ -217,12 +255,26 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
-    accumulate_tile<N, D>(dv_acc, p, tdo);
+    [[maybe_unused]] const uint32_t kept = Drop ? kept_by_key<N>(dropout, now, calls, j0 + warp * 16) : 0;
+    if constexpr (Drop) {
+      float dropped[N / 8][4];
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) dropped[n][e] = kept >> (4 * n + e) & 1u ? p[n][e] : 0.0f;
+      accumulate_tile<N, D>(dv_acc, dropped, tdo);
+    } else {
+      accumulate_tile<N, D>(dv_acc, p, tdo);
+    }
     multiply_rows<N, D>(ds, sv, warp * 16, tdo);
 #pragma unroll
-    for (int n = 0; n < N / 8; ++n)
+    for (int n = 0; n < N / 8; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) ds[n][e] = p[n][e] * (ds[n][e] - s_delta[stage][n * 8 + 2 * t + e % 2]);
+      for (int e = 0; e < 4; ++e) {
+        if constexpr (Drop) ds[n][e] = kept >> (4 * n + e) & 1u ? ds[n][e] * keep_scale : 0.0f;
+        ds[n][e] = p[n][e] * (ds[n][e] - s_delta[stage][n * 8 + 2 * t + e % 2]);
+      }
+    }
     accumulate_tile<N, D>(dk_acc, ds, tq);
     __syncthreads();
   }
@@ -233,16 +285,16 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t j = j0 + warp * 16 + g + 8 * half;
     if (j >= lk) continue;
     store_row<D>(dk.at(b, j, hk), dk_acc, half, scale);
-    store_row<D>(dv.at(b, j, hk), dv_acc, half, 1.0f);
+    store_row<D>(dv.at(b, j, hk), dv_acc, half, keep_scale);
   }
 }
 
 // dq: rows are queries, columns are keys.
-template <int D>
+template <int D, bool Drop>
 __global__ void __launch_bounds__(kThreads)
     backward_queries_kernel(Strided<bf16> dq, Strided<const bf16> do_, Strided<const bf16> q, Strided<const bf16> k,
-                            Strided<const bf16> v, const float* lse, const float* delta, TileView view, float scale,
-                            HeadShape shape, int64_t tiles) {
+                            Strided<const bf16> v, const float* lse, const float* delta, TileView view,
+                            AttentionDropout dropout, float scale, HeadShape shape, int64_t tiles) {
   constexpr int N = 64, kTileSize = N * (D + 8);
   extern __shared__ __align__(16) bf16 shared_rows[];
   bf16* sq = shared_rows;
@@ -261,6 +313,9 @@ __global__ void __launch_bounds__(kThreads)
     copy_commit();
   };
 
+  const uint64_t now = Drop ? static_cast<uint64_t>(*dropout.step) : 0;
+  const uint64_t calls = Drop ? dropout.row(b, h, i0 + warp * 16 + g) : 0;
+  [[maybe_unused]] const float keep_scale = static_cast<float>(dropout.keep_scale);
   float acc[D / 8][4] = {}, row_lse[2], row_delta[2];
   int64_t row[2], low[2], high[2];
 #pragma unroll
@@ -291,6 +346,7 @@ __global__ void __launch_bounds__(kThreads)
     float s[N / 8][4], ds[N / 8][4];
     multiply_rows<N, D>(s, sq, warp * 16, sk);
     multiply_rows<N, D>(ds, sdo, warp * 16, sk + kTileSize);
+    [[maybe_unused]] const uint32_t kept = Drop ? kept_by_query<N>(dropout, now, calls, j0) : 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t p = view.mask.position(b, row[half]);
@@ -306,7 +362,9 @@ __global__ void __launch_bounds__(kThreads)
             const bool seen = j >= low[half] && j < high[half] && view.same_document(b, row[half], j);
             x = seen ? exp2f(to_score(x, p, j) - row_lse[half]) : 0.0f;
           }
-          ds[n][2 * half + e] = x * (ds[n][2 * half + e] - row_delta[half]);
+          float& y = ds[n][2 * half + e];
+          if constexpr (Drop) y = kept >> (4 * n + 2 * half + e) & 1u ? y * keep_scale : 0.0f;
+          y = x * (y - row_delta[half]);
         }
       }
     }
@@ -350,13 +408,16 @@ void attention_forward_mma(Tensor& o, Tensor& lse, const Tensor& q, const Tensor
                            const AttentionOptions& options) {
   const HeadShape shape(q, k);
   const View view(q, k, options);
+  const AttentionDropout dropout(q, k, options);
   visit_head_size(shape.d, [&]<int D>() {
     const int64_t tiles = ceil_div(q.size(1), kRows);
-    launch(forward_kernel<D>,
-           {.grid = tiles * shape.b * shape.hq, .block = kThreads, .shared = 5 * tile_bytes(64, D),
-            .stream = current_stream(q.device())},
-           Strided<bf16>(o), lse.data<float>(), Strided<const bf16>(q), Strided<const bf16>(k),
-           Strided<const bf16>(v), view.tiles, options.scale, shape, tiles);
+    visit_dropout(dropout, [&]<bool Drop>() {
+      launch(forward_kernel<D, Drop>,
+             {.grid = tiles * shape.b * shape.hq, .block = kThreads, .shared = 5 * tile_bytes(64, D),
+              .stream = current_stream(q.device())},
+             Strided<bf16>(o), lse.data<float>(), Strided<const bf16>(q), Strided<const bf16>(k),
+             Strided<const bf16>(v), view.tiles, dropout, options.scale, shape, tiles);
+    });
   });
 }
 
@@ -364,21 +425,25 @@ void attention_backward_mma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do
                             const Tensor& v, const Tensor& lse, const Tensor& delta, const AttentionOptions& options) {
   const HeadShape shape(q, k);
   const View view(q, k, options);
+  const AttentionDropout dropout(q, k, options);
   const Stream stream = current_stream(q.device());
   visit_head_size(shape.d, [&]<int D>() {
     constexpr int N = D > 64 ? 32 : 64;  // registers: two (16, D) sums and two (16, N) tiles a warp
     const int64_t q_tiles = ceil_div(q.size(1), kRows), k_tiles = ceil_div(k.size(1), kRows);
-    launch(backward_keys_kernel<D, N>,
-           {.grid = k_tiles * shape.b * shape.hkv, .block = kThreads,
-            .shared = 2 * tile_bytes(kRows, D) + 4 * tile_bytes(N, D), .stream = stream},
-           Strided<bf16>(dk), Strided<bf16>(dv), Strided<const bf16>(do_), Strided<const bf16>(q),
-           Strided<const bf16>(k), Strided<const bf16>(v), lse.data<float>(), delta.data<float>(), view.tiles,
-           options.scale, shape);
-    launch(backward_queries_kernel<D>,
-           {.grid = q_tiles * shape.b * shape.hq, .block = kThreads, .shared = 6 * tile_bytes(64, D),
-            .stream = stream},
-           Strided<bf16>(dq), Strided<const bf16>(do_), Strided<const bf16>(q), Strided<const bf16>(k),
-           Strided<const bf16>(v), lse.data<float>(), delta.data<float>(), view.tiles, options.scale, shape, q_tiles);
+    visit_dropout(dropout, [&]<bool Drop>() {
+      launch(backward_keys_kernel<D, N, Drop>,
+             {.grid = k_tiles * shape.b * shape.hkv, .block = kThreads,
+              .shared = 2 * tile_bytes(kRows, D) + 4 * tile_bytes(N, D), .stream = stream},
+             Strided<bf16>(dk), Strided<bf16>(dv), Strided<const bf16>(do_), Strided<const bf16>(q),
+             Strided<const bf16>(k), Strided<const bf16>(v), lse.data<float>(), delta.data<float>(), view.tiles,
+             dropout, options.scale, shape);
+      launch(backward_queries_kernel<D, Drop>,
+             {.grid = q_tiles * shape.b * shape.hq, .block = kThreads, .shared = 6 * tile_bytes(64, D),
+              .stream = stream},
+             Strided<bf16>(dq), Strided<const bf16>(do_), Strided<const bf16>(q), Strided<const bf16>(k),
+             Strided<const bf16>(v), lse.data<float>(), delta.data<float>(), view.tiles, dropout, options.scale, shape,
+             q_tiles);
+    });
   });
 }
 

@@ -3,7 +3,7 @@
 
 namespace krait::kernels::cuda {
 
-// Krait's own kernels: each serves every option.
+// Krait's own kernels: each serves every option, but see attention_forward_decode.
 
 /// CUDA cores, any dtype and head size.
 void attention_forward_simt(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -18,14 +18,15 @@ void attention_forward_mma(Tensor& o, Tensor& lse, const Tensor& q, const Tensor
 void attention_backward_mma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, const Tensor& q, const Tensor& k,
                             const Tensor& v, const Tensor& lse, const Tensor& delta, const AttentionOptions& options);
 
-/// Few queries against many keys: keys are split over blocks and the parts combined.
+/// Few queries against many keys: keys are split over blocks and the parts combined. For generation: no dropout.
 void attention_forward_decode(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
                               const AttentionOptions& options);
 
 // The vendor's kernels (cuDNN); in a build without cuDNN they never serve.
 
 /// Whether cuDNN computes exactly this: bf16, d a multiple of 8 up to 128, rows aligned to 16 bytes, lq and lk above 1,
-/// full attention or causal with lq == lk and no offset; no window, documents, ALiBi or cache lengths.
+/// full attention or causal with lq == lk and no offset; no window, documents, ALiBi, cache lengths or
+/// dropout.
 /// Forward: compute capability 8.0. Backward, where only a deterministic plan will do: Hopper, and a workspace for dP
 /// (cuDNN keeps that matrix to make dq without atomics) of at most 2 GiB.
 bool attention_cudnn_supported(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);

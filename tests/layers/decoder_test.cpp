@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "autograd/elementwise.h"
+#include "core/random.h"
 #include "layers/model.h"
 #include "tests/testing/op_case.h"
 
@@ -14,6 +15,7 @@ struct Variant {
   int64_t window = 0, kv_heads = 2;
   std::string mlp = "swiglu", norm = "rms";
   bool qk_norm = false;
+  double dropout = 0, attention_dropout = -1;  // -1: not given
 };
 const std::vector<Variant> kVariants{{"llama"},
                                      {.name = "gpt2", .rope = false, .learned = true, .kv_heads = 4, .mlp = "gelu_tanh", .norm = "layer"},
@@ -29,6 +31,7 @@ ModelConfig config_of(const Variant& v) {
   section.set("position", ConfigNode::of(std::string(v.learned ? "learned" : "none")));
   section.set("max_positions", ConfigNode::of(int64_t{64}));
   section.set("pad_vocab_multiple", ConfigNode::of(int64_t{8}));
+  section.set("dropout", ConfigNode::of(v.dropout));
   ConfigNode attention = ConfigNode::map();
   attention.set("n_heads", ConfigNode::of(int64_t{4}));
   attention.set("n_kv_heads", ConfigNode::of(v.kv_heads));
@@ -36,6 +39,7 @@ ModelConfig config_of(const Variant& v) {
   attention.set("alibi", ConfigNode::of(v.alibi));
   attention.set("window", ConfigNode::of(v.window));
   attention.set("qk_norm", ConfigNode::of(v.qk_norm));
+  if (v.attention_dropout >= 0) attention.set("dropout", ConfigNode::of(v.attention_dropout));
   section.set("attention", attention);
   ConfigNode mlp = ConfigNode::map();
   mlp.set("type", ConfigNode::of(v.mlp));
@@ -66,6 +70,14 @@ ModelInput random_input(int64_t b, int64_t l, uint64_t seed) {
   input.targets = random_integers({b, l}, {0, kVocab}, seed + 1);
   return input;
 }
+
+// The source of random numbers while a test runs.
+struct Source {
+  explicit Source(int64_t step, Device device = kCpu, int64_t batch_offset = 0) {
+    current_random() = {7, from_vector<int64_t>({step}).view({}).to(device), batch_offset};
+  }
+  ~Source() { current_random() = {}; }
+};
 
 }  // namespace
 
@@ -142,6 +154,69 @@ TEST_CASE("recomputing blocks changes neither loss nor gradients") {
   backward(a.loss);
   backward(b.loss);
   CHECK(relative_error(again.store.grad(), plain.store.grad()) == 0.0);
+}
+
+TEST_CASE("attention.dropout defaults to the model's, and the complete section shows it") {
+  const auto resolved = [](const Variant& v) {
+    ConfigNode section = config_of(v).options_of("attention");
+    const double shown = std::stod(section.find("dropout")->text());
+    CHECK(read_attention_config(section, 32).dropout == shown);
+    return shown;
+  };
+  CHECK(resolved({.name = "none"}) == 0.0);
+  CHECK(resolved({.name = "model", .dropout = 0.2}) == 0.2);
+  CHECK(resolved({.name = "own", .dropout = 0.2, .attention_dropout = 0.0}) == 0.0);
+  CHECK(contains(error_of([&] { resolved({.name = "all", .attention_dropout = 1.0}); }), "expected a number in [0, 1)"));
+}
+
+TEST_CASE("attention drops probabilities in training only, anew at each step") {
+  const Variant v{.name = "drop", .attention_dropout = 0.5};
+  TestModel plain(config_of({.name = "plain"})), drop(config_of(v));
+  const ModelInput input = random_input(3, kLength, 31);
+  const auto loss = [&](TestModel& t) { return t.model.loss(input, {}).loss.data().item(); };
+  const double expected = loss(plain);
+  drop.model.set_training(true);
+  {
+    const Source source(4);
+    const double once = loss(drop);
+    CHECK(std::abs(once - expected) > 1e-6);
+    CHECK(loss(drop) == once);
+    current_random().step = from_vector<int64_t>({5}).view({});
+    CHECK(loss(drop) != once);
+  }
+  drop.model.set_training(false);  // needs no random numbers
+  CHECK(loss(drop) == expected);
+  drop.model.set_training(true);  // a cache is not for training
+  DecoderState state = drop.model.initial_state(3, kLength, drop.store.options());
+  drop.model.next_logits(input.tokens, state);
+}
+
+TEST_CASE("recomputing blocks with dropout draws the same masks again") {
+  const Source source(9);
+  const Variant v{.name = "drop", .dropout = 0.2};
+  TestModel plain(config_of(v)), again(config_of(v));
+  for (TestModel* t : {&plain, &again}) t->model.set_training(true);
+  again.model.decoder().set_recompute(true);
+  const ModelInput input = random_input(3, kLength, 31);
+  const ModelLoss a = plain.model.loss(input, {}), b = again.model.loss(input, {});
+  CHECK(a.loss.data().item() == b.loss.data().item());
+  backward(a.loss);
+  backward(b.loss);
+  CHECK(relative_error(again.store.grad(), plain.store.grad()) == 0.0);
+}
+
+TEST_CASE("a sequence is dropped from alike in any micro-batch") {
+  const Variant v{.name = "drop", .dropout = 0.2};
+  TestModel t(config_of(v));
+  t.model.set_training(true);
+  const ModelInput input = random_input(4, kLength, 41);
+  const auto logits = [&](int64_t first, int64_t last) {
+    const Source source(2, kCpu, first);
+    ModelInput part;
+    part.tokens = input.tokens.slice(0, first, last);
+    return t.model.logits(part).data();
+  };
+  CHECK(relative_error(logits(1, 3), logits(0, 4).slice(0, 1, 3)) < 1e-12);
 }
 
 TEST_CASE("micro-batches with the count of the whole batch add up to its gradient") {
@@ -240,6 +315,29 @@ TEST_CASE("a classifier and a regressor pass gradients from pooled and last posi
       p[1] = old;
       CHECK(analytic == Approx((up - down) / (2 * h)).epsilon(1e-5).margin(1e-9));
     }
+}
+
+TEST_CASE("cuda: with dropout the loss and gradients equal the cpu's", "[cuda]") {
+  for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+    INFO(name_of(dtype));
+    const Variant v{.name = "drop", .dropout = 0.2};
+    TestModel cpu(config_of(v), kCpu, dtype), gpu(config_of(v), cuda_device(), dtype);
+    const ModelInput input = random_input(3, kLength, 81);
+    ModelInput there = input;
+    there.tokens = input.tokens.to(cuda_device());
+    there.targets = input.targets.to(cuda_device());
+    const auto run = [](TestModel& t, const ModelInput& in, Device device) {
+      const Source source(3, device);
+      t.model.set_training(true);
+      const Variable loss = t.model.loss(in, {}).loss;
+      backward(loss);
+      return loss.data();
+    };
+    const Tensor a = run(cpu, input, kCpu), b = run(gpu, there, cuda_device());
+    const double tolerance = dtype == DType::f64 ? 1e-9 : dtype == DType::f32 ? 2e-4 : 0.1;
+    CHECK(relative_error(b, a) <= tolerance);
+    CHECK(relative_error(gpu.store.grad(), cpu.store.grad()) <= tolerance);
+  }
 }
 
 TEST_CASE("cuda: the language model's loss and gradients equal the cpu's", "[cuda]") {
