@@ -85,6 +85,10 @@ TEST_CASE("config: defaults are filled in, derived values too") {
   CHECK(c.model.mlp.hidden == 512);
   CHECK(c.total_steps() == 100);
   CHECK(small({"train.steps=0", "train.tokens=1000"}).total_steps() == 2);
+  const auto dropout_of = [](const Config& config) { return config.model.options_of("attention").find("dropout")->text(); };
+  CHECK(dropout_of(c) == "0");
+  CHECK(dropout_of(small({"model.dropout=0.2"})) == "0.2");
+  CHECK(dropout_of(small({"model.dropout=0.2", "model.attention.dropout=0.1"})) == "0.1");
 }
 
 TEST_CASE("config: the resolved config reads to itself") {
@@ -162,6 +166,8 @@ TEST_CASE("config: wrong types and impossible values") {
         "       try attention");
   CHECK(error_with({"model.layers=[]"}) ==
         "override 'model.layers=[]': model.layers: found an empty list, expected at least one layer name");
+  CHECK(error_with({"model.attention.dropout=-1"}) ==
+        "override 'model.attention.dropout=-1': model.attention.dropout: found -1, expected a number in [0, 1)");
   CHECK(error_with({"model.dropout=1"}) == "override 'model.dropout=1': model.dropout: found 1, expected a number in [0, 1)");
   CHECK(contains(error_with({"name=a/b"}), "name: found 'a/b', expected a name"));
 }
