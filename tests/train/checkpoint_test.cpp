@@ -20,10 +20,6 @@ using krait::testing::TemporaryDirectory;
 using krait::testing::write_text;
 namespace fs = std::filesystem;
 
-// HDF5 itself leaks a little when closing a file fails, as on the full disk below.
-extern "C" const char* __lsan_default_suppressions();
-extern "C" const char* __lsan_default_suppressions() { return "leak:libhdf5"; }
-
 namespace {
 
 // Every storage type, with bit patterns that a conversion would change: NaN payloads, denormals, -0.
