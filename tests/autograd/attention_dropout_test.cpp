@@ -176,6 +176,11 @@ TEST_CASE("attention with dropout: cuda equals cpu", "[cuda]") {
     for (const auto& [b, l, hq, hkv, d] : std::vector<std::array<int64_t, 5>>{
              {2, 130, 4, 2, 64}, {1, 201, 2, 2, 128}, {1, 77, 2, 1, 96}, {2, 65, 3, 3, 32}, {1, 99, 2, 1, 40}, {1, 3, 4, 2, 64}})
       c.shapes.push_back({{b, l, hq, d}, {b, l, hkv, d}, {b, l, hkv, d}});
+    // A query that sees a single key has a gradient of exactly zero: only rounding would be compared.
+    const int64_t shortest = contains(c.name, "documents") ? 4 : 2;
+    std::erase_if(c.shapes, [&](const std::vector<Shape>& shapes) {
+      return shapes[0][1] > 0 && shapes[0][1] < shortest;
+    });
     check_twin(c);
   }
 }
