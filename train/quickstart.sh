@@ -53,7 +53,7 @@ say "Held-out perplexity"
 "$krait" eval "$run" eval.max_tokens=0 --split valid
 
 say "A sample"
-"$krait" generate "$run" --prompt "And " --max-tokens 400 --temperature 0.8 --top-p 0.95 --seed 1
+"$krait" generate "$run" --prompt "And " --max-tokens 120 --temperature 0.8 --top-p 0.95 --seed 1
 
 say "Done"
 echo "The run is in $run: config.yaml, metrics.jsonl, summary.json, checkpoints/, tensorboard/"
