@@ -142,4 +142,15 @@ std::string Attention::kernel_name(int64_t batch, int64_t context, DType dtype, 
                                         qkv.slice(2, hq + hkv, heads()), o);
 }
 
+LayerKind attention_kind() {
+  return {"attention",
+          [](ConfigNode& section, const ModelConfig& model) {
+            read_attention_config(section, model.d_model, model.dropout);
+          },
+          [](ConfigNode options, const LayerContext& context) -> std::shared_ptr<Mixer> {
+            return std::make_shared<Attention>(read_attention_config(options, context.d_model, context.dropout),
+                                               context);
+          }};
+}
+
 }  // namespace krait::layers

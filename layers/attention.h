@@ -6,6 +6,7 @@
 #include "layers/linear.h"
 #include "layers/mixer.h"
 #include "layers/norm.h"
+#include "layers/registry.h"
 
 namespace krait::layers {
 
@@ -40,5 +41,8 @@ class Attention final : public Mixer {
   std::shared_ptr<Linear> out_;
   mutable Tensor cos_, sin_, slopes_;  // tables, made on first use on the device of the input
 };
+
+/// The layer kind `attention`.
+LayerKind attention_kind();
 
 }  // namespace krait::layers

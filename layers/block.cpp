@@ -21,17 +21,21 @@ Variable add_and_norm(ResidualStream& stream, const Norm& norm) {
   return both.y;
 }
 
-ResidualStream Block::forward(const ResidualStream& in, const SequenceInfo& info, LayerState* state) {
+template <class Branch>
+void Block::add_branch(ResidualStream& stream, const Norm& norm, const char* name, Branch branch) const {
   const double p = training() ? context_.dropout : 0.0;
+  const Variable in = context_.post_norm ? stream.residual : add_and_norm(stream, norm);
+  stream.pending = dropout(branch(in), p, context_.stream(name));
+  if (context_.post_norm) stream = {add_and_norm(stream, norm), {}};
+}
+
+ResidualStream Block::forward(const ResidualStream& in, const SequenceInfo& info, LayerState* state) {
   ResidualStream stream = in;
-  const Variable mixer_in = add_and_norm(stream, *mixer_norm_);
-  const bool one_step = state && mixer_in.size(1) == 1 && !info.segments.defined();
-  const Variable mixed =
-      one_step ? Variable(mixer_->step(mixer_in.data(), *state)) : mixer_->forward(mixer_in, info, state);
-  stream.pending = dropout(mixed, p, context_.stream("mixer"));
-  if (!mlp_) return stream;
-  const Variable mlp_in = add_and_norm(stream, *mlp_norm_);
-  stream.pending = dropout(mlp_->forward(mlp_in), p, context_.stream("mlp"));
+  add_branch(stream, *mixer_norm_, "mixer", [&](const Variable& x) {
+    const bool one_step = state && x.size(1) == 1 && !info.segments.defined();
+    return one_step ? Variable(mixer_->step(x.data(), *state)) : mixer_->forward(x, info, state);
+  });
+  if (mlp_) add_branch(stream, *mlp_norm_, "mlp", [&](const Variable& x) { return mlp_->forward(x); });
   return stream;
 }
 

@@ -12,7 +12,8 @@ struct ResidualStream {
   Variable residual, pending;
 };
 
-/// Pre-norm residual block: r += mixer(norm(r)); r += mlp(norm(r)), the second only where there is an mlp.
+/// Residual block. Pre-norm: r += mixer(norm(r)); r += mlp(norm(r)). Post-norm: r = norm(r + mixer(r)) and so on.
+/// The second branch only where there is an mlp.
 class Block final : public Module {
  public:
   Block(std::shared_ptr<Mixer> mixer, std::shared_ptr<FeedForward> mlp, const NormConfig& norm,
@@ -22,6 +23,8 @@ class Block final : public Module {
   Mixer& mixer() const { return *mixer_; }
 
  private:
+  template <class Branch>
+  void add_branch(ResidualStream& stream, const Norm& norm, const char* name, Branch branch) const;
   LayerContext context_;
   std::shared_ptr<Norm> mixer_norm_, mlp_norm_;
   std::shared_ptr<Mixer> mixer_;

@@ -11,10 +11,12 @@ Decoder::Decoder(const ModelConfig& config, int64_t context_length) {
   LayerContext context;
   context.d_model = config.d_model;
   context.n_layers = config.n_layers;
+  context.n_branches = config.n_layers * (config.mlp.type == "none" ? 1 : 2);
   context.context = context_length;
   context.init_std = config.init_std;
   context.residual_std = config.init_std / std::sqrt(2.0 * static_cast<double>(config.n_layers));
   context.norm_eps = config.norm_eps;
+  context.post_norm = config.norm_position == "post";
   context.dropout = config.dropout;
   const NormConfig norm{config.norm, config.norm_eps};
   for (int64_t i = 0; i < config.n_layers; ++i) {
@@ -25,7 +27,7 @@ Decoder::Decoder(const ModelConfig& config, int64_t context_length) {
         child<Block>(fmt::format("layers.{}", i), std::move(mixer), make_mlp(config.mlp, context), norm, context));
     kinds_.push_back(kind);
   }
-  norm_f_ = child<Norm>("norm_f", config.d_model, norm);
+  if (!context.post_norm) norm_f_ = child<Norm>("norm_f", config.d_model, norm);
 }
 
 Variable Decoder::forward(const Variable& x, const SequenceInfo& info, DecoderState* state) {
@@ -41,13 +43,13 @@ Variable Decoder::forward(const Variable& x, const SequenceInfo& info, DecoderSt
     const Vars out = recompute(
         [block = blocks_[i], info](const Vars& v) {
           const ResidualStream s = block->forward({v[0], v.size() > 1 ? v[1] : Variable()}, info, nullptr);
-          return Vars{s.residual, s.pending};
+          return s.pending.defined() ? Vars{s.residual, s.pending} : Vars{s.residual};
         },
         in);
-    stream = {out[0], out[1]};
+    stream = {out[0], out.size() > 1 ? out[1] : Variable()};
   }
   if (state) state->length += x.size(1);
-  return add_and_norm(stream, *norm_f_);
+  return norm_f_ ? add_and_norm(stream, *norm_f_) : stream.residual;
 }
 
 DecoderState Decoder::initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const {

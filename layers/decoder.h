@@ -13,12 +13,12 @@ struct DecoderState {
   int64_t length = 0;  // positions consumed so far
 };
 
-/// A stack of residual blocks with any pattern of mixers, and a final norm.
+/// A stack of residual blocks with any pattern of mixers, and a final norm where the blocks are pre-norm.
 class Decoder final : public Module {
  public:
   Decoder(const ModelConfig& config, int64_t context);
 
-  /// x (b, l, d) to norm_f of the residual stream (b, l, d).
+  /// x (b, l, d) to the normalised residual stream (b, l, d).
   Variable forward(const Variable& x, const SequenceInfo& info, DecoderState* state);
   DecoderState initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const;
   double extra_flops_per_token(int64_t context) const;
@@ -31,7 +31,7 @@ class Decoder final : public Module {
  private:
   std::vector<std::shared_ptr<Block>> blocks_;
   std::vector<std::string> kinds_;  // of the blocks
-  std::shared_ptr<Norm> norm_f_;
+  std::shared_ptr<Norm> norm_f_;  // null with post-norm blocks
   bool recompute_ = false;
 };
 

@@ -2,16 +2,9 @@
 
 #include <algorithm>
 
-namespace krait::layers {
+#include "layers/registry.h"
 
-const std::vector<LayerKind>& layer_kinds() {
-  static const std::vector<LayerKind> kinds{
-      {"attention", [](ConfigNode& section, const ModelConfig& model) {
-         read_attention_config(section, model.d_model, model.dropout);
-       }},
-  };
-  return kinds;
-}
+namespace krait::layers {
 
 const ConfigNode& ModelConfig::options_of(const std::string& kind) const {
   const ConfigNode* options = section.find(kind);
@@ -61,6 +54,7 @@ ModelConfig read_model_config(ConfigNode& section) {
   c.mlp = read_mlp_config(options.section("mlp"), c.d_model);
   options.choice("norm", c.norm, {"rms", "layer"});
   options.read("norm_eps", c.norm_eps, above(0));
+  options.choice("norm_position", c.norm_position, {"pre", "post"});
   options.choice("position", c.position, {"none", "learned"});
   options.read("max_positions", c.max_positions, at_least(0));
   options.read("tie_embeddings", c.tie_embeddings);

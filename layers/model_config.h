@@ -2,13 +2,13 @@
 #include <string>
 #include <vector>
 
-#include "layers/attention_config.h"
+#include "core/option_reader.h"
 #include "layers/mlp_config.h"
 
 namespace krait::layers {
 
 /// The section `model` of a config: what every model has. Options of a layer kind are a map under the kind's name
-/// that the kind reads itself (layer_kinds() in model_config.cpp has one line for each).
+/// that the kind reads itself (layers/registry.h).
 struct ModelConfig {
   std::string type = "language_model";  // language_model | classifier | regressor
   int64_t d_model = 0;                  // required
@@ -19,6 +19,7 @@ struct ModelConfig {
   MlpConfig mlp;
   std::string norm = "rms";  // rms | layer
   double norm_eps = 1e-5;
+  std::string norm_position = "pre";  // pre: x + f(norm(x)), and a norm before the head | post: norm(x + f(x))
   std::string position = "none";  // none | learned: an embedding of the position is added
   int64_t max_positions = 0;      // of learned positions; 0: the longest context of data and eval
   bool tie_embeddings = true;     // the head uses the embedding's matrix
@@ -41,13 +42,5 @@ struct ModelConfig {
 
 /// Reads and completes the section. Checks everything that the section alone can tell.
 ModelConfig read_model_config(ConfigNode& section);
-
-/// A kind of layer that `model.layers` may name.
-struct LayerKind {
-  std::string name;
-  /// Reads and completes the kind's options; throws ConfigError. Of the model, d_model and dropout are read.
-  void (*read_options)(ConfigNode& section, const ModelConfig& model);
-};
-const std::vector<LayerKind>& layer_kinds();
 
 }  // namespace krait::layers

@@ -4,27 +4,17 @@
 
 namespace krait::layers {
 
-namespace {
-
-using Maker = std::shared_ptr<Mixer> (*)(ConfigNode options, const LayerContext&);
-
-/// A layer family adds one line here and one to layer_kinds().
-const std::vector<std::pair<std::string, Maker>>& makers() {
-  static const std::vector<std::pair<std::string, Maker>> all{
-      {"attention", [](ConfigNode options, const LayerContext& context) -> std::shared_ptr<Mixer> {
-         return std::make_shared<Attention>(read_attention_config(options, context.d_model, context.dropout),
-                                            context);
-       }},
+const std::vector<LayerKind>& layer_kinds() {
+  static const std::vector<LayerKind> kinds{
+      attention_kind(),
   };
-  return all;
+  return kinds;
 }
 
-}  // namespace
-
 std::shared_ptr<Mixer> make_mixer(const std::string& kind, const ConfigNode& options, const LayerContext& context) {
-  for (const auto& [name, make] : makers())
-    if (name == kind) return make(options, context);
-  throw_error(fmt::format("layer kind '{}' has options but no implementation", kind));
+  for (const LayerKind& k : layer_kinds())
+    if (k.name == kind) return k.make(options, context);
+  throw_error(fmt::format("no layer is called '{}'", kind));
 }
 
 }  // namespace krait::layers
