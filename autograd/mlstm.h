@@ -1,0 +1,27 @@
+#pragma once
+#include "autograd/variable.h"
+#include "kernels/mlstm.h"
+
+namespace krait {
+inline namespace autograd {
+
+using kernels::MlstmOptions;
+
+/// The state of the matrix memory: c (b, heads, dq, dv), n (b, heads, dq) and m (b, heads), which has no gradient.
+/// All undefined: the zero state.
+struct MlstmMemory {
+  Variable c, n;
+  Tensor m;
+};
+struct MlstmResult {
+  Variable h;
+  MlstmMemory last;
+};
+
+/// mLSTM over q, k (b, l, heads, dq), v (b, l, heads, dv), gate pre-activations i, f (b, l, heads), fp32 (fp64 for
+/// fp64): kernels/mlstm.h. The state is the zero state again where segments (b, l) begin a document.
+MlstmResult mlstm(const Variable& q, const Variable& k, const Variable& v, const Variable& i, const Variable& f,
+                  const MlstmMemory& initial = {}, const Tensor& segments = {}, const MlstmOptions& options = {});
+
+}  // namespace autograd
+}  // namespace krait

@@ -1,0 +1,75 @@
+#pragma once
+#include <string>
+
+#include "core/dispatch.h"
+#include "core/tensor.h"
+
+namespace krait {
+namespace kernels {
+
+/// The matrix memory of xLSTM (Beck et al. 2024, eqs. 19-27), in its chunkwise form. Per batch entry and head, with
+/// qs = q dq^(-1/2) and lf = log sigmoid(f):
+///   m_t = max(lf_t + m_{t-1}, i_t)
+///   C_t = e^(lf_t + m_{t-1} - m_t) C_{t-1} + e^(i_t - m_t) k_t v_t^T        n_t the same with k_t alone
+///   r_t = n_t . qs_t         h_t = C_t^T qs_t / (max(|r_t|, e^(-max(m_t, -80))) + eps)
+/// The zero state is C = n = m = 0. At the first position of a document the state before it is the zero state.
+/// Inside a chunk, with b the running sum of lf since its start (or the document's) and c_j = i_j - b_j:
+///   u_t = max(m, max_{j<=t} c_j)      m_t = b_t + u_t
+///   sum over the chunk: weights e^(c_j - u_t) of k_j v_j^T, and e^(m - u_t) of the state before the chunk.
+/// h does not depend on any m, so m carries no gradient. Backward, with d_t = dh_t / den_t and
+/// dr_t = -(dh_t . h_t) / den_t sign(r_t) where |r_t| >= e^(-m_t), else 0:
+///   W_tj = e^(c_j - u_t) qs_t . k_j      dS_tj = e^(c_j - u_t) (d_t . v_j + dr_t)
+///   dqs = dS k, dk = dS^T qs, dv = W^T d, and the same through the states between chunks
+///   di_j = k_j . dk_j      dlf_t = <dC, C> + <dn, n> at the chunk's end + sum_{s>=t} (qs_s . dqs_s - k_s . dk_s)
+/// and df = dlf sigmoid(-f), 0 where the state before t is the zero state.
+struct MlstmOptions {
+  double eps = 1e-6;
+  bool denominator_gradient = true;  // false: dr = 0, what public kernels do; meant for a norm of h behind it
+  int64_t chunk = 64;                // positions of a chunk on the CPU; CUDA has its own
+};
+
+/// c (b, heads, dq, dv), n (b, heads, dq), m (b, heads), fp32 (fp64 for fp64). Undefined: the zero state.
+struct MlstmState { Tensor c, n, m; };
+
+/// q, k (b, l, heads, dq), v (b, l, heads, dv): fp32, bf16 or fp64, any strides. i, f (b, l, heads) are
+/// pre-activations, fp32 (fp64 for fp64). segments (b, l) int32 or undefined: the document of each position; the
+/// initial state belongs to the row's first.
+struct MlstmInputs {
+  Tensor q, k, v, i, f;
+  MlstmState initial;
+  Tensor segments;
+};
+
+/// h (b, l, heads, dv) like v; the state after the last position; m and r of every position (b, heads, l), for the
+/// backward. States between chunks are made again there: memory beyond inputs and outputs is dq dv l / chunk.
+struct MlstmOut {
+  Tensor h;
+  MlstmState last;
+  Tensor m, r;
+};
+MlstmOut mlstm_forward(const MlstmInputs& in, const MlstmOptions& options = {});
+
+/// dh, dc_last and dn_last may be undefined (zero). dc0 and dn0 are undefined without an initial state.
+struct MlstmGrad { Tensor dq, dk, dv, di, df, dc0, dn0; };
+struct MlstmUpstream { Tensor dh, dc_last, dn_last; };
+MlstmGrad mlstm_backward(const MlstmUpstream& upstream, const MlstmInputs& in, const MlstmOut& out,
+                         const MlstmOptions& options = {});
+
+/// One position of the recurrent form: q, k (b, heads, dq), v (b, heads, dv), i, f (b, heads). Advances the state in
+/// place (contiguous) and returns h (b, heads, dv) like v.
+Tensor mlstm_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i, const Tensor& f,
+                  MlstmState& state, double eps = 1e-6);
+
+/// What serves these sizes, for the line printed at the start of a run.
+std::string mlstm_kernel_name(DType dtype, Device device, int64_t dq, int64_t dv);
+
+// Last dimensions of q, k, v are contiguous, everything else is whole. l > 0; the initial state may be undefined.
+KRAIT_BACKENDS(void mlstm_forward(MlstmOut& out, const MlstmInputs& in, const MlstmOptions& options);
+               void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& upstream, const MlstmInputs& in,
+                                   const MlstmOut& out, const MlstmOptions& options);
+               void mlstm_step(Tensor& h, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
+                               const Tensor& f, MlstmState& state, double eps);
+               void mlstm_kernel_name(std::string& name, DType dtype, int64_t dq, int64_t dv))
+
+}  // namespace kernels
+}  // namespace krait
