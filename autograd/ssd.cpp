@@ -1,0 +1,83 @@
+#include "autograd/ssd.h"
+
+#include <cmath>
+
+#include "autograd/elementwise.h"
+#include "autograd/shape.h"
+#include "kernels/ssd.h"
+
+namespace krait::autograd {
+
+namespace {
+
+Tensor or_zeros(const Tensor& dy, const Tensor& like) { return dy.defined() ? dy : zeros_like(like); }
+
+}  // namespace
+
+SsdOut ssd(const Variable& x, const Variable& dt, const Variable& a, const Variable& B, const Variable& C,
+           const Variable& D, const Variable& initial_state, const SsdOptions& options) {
+  const kernels::SsdInput in{x.data(), dt.data(), a.data(), B.data(), C.data(), D.data(), initial_state.data(),
+                             options.segments, options.chunk};
+  auto [y, final_state] = kernels::ssd_forward(in);
+  const Vars out = record("ssd", {x, dt, a, B, C, D, initial_state}, {y, final_state},
+                          [in](const std::vector<Tensor>& d) -> Grads {
+                            auto g = kernels::ssd_backward(or_zeros(d[0], in.x), d[1], in);
+                            return {g.dx, g.ddt, g.da, g.dB, g.dC, g.dD, g.dinitial_state};
+                          });
+  return {out[0], out[1]};
+}
+
+SsdOut ssd_scan(const Variable& x, const Variable& a, const Variable& B, const Variable& C, int64_t chunk,
+                const Variable& initial_state, const Tensor& segments) {
+  return ssd(x, {}, a, B, C, {}, initial_state, {chunk, segments});
+}
+
+namespace {
+
+// x, B, C as views of the packed tensor.
+struct Split {
+  Tensor x, B, C;
+  Split(const Tensor& xbc, const SsdSizes& s) {
+    const int64_t b = xbc.size(0), l = xbc.size(1), gn = s.groups * s.d_state, e = xbc.size(2) - 2 * gn;
+    x = xbc.slice(2, 0, e).view({b, l, s.heads, e / s.heads});
+    B = xbc.slice(2, e, e + gn).view({b, l, s.groups, s.d_state});
+    C = xbc.slice(2, e + gn, e + 2 * gn).view({b, l, s.groups, s.d_state});
+  }
+};
+
+}  // namespace
+
+SsdOut ssd_packed(const Variable& xbc, const Variable& dt, const Variable& a, const Variable& D,
+                  const Variable& initial_state, const SsdSizes& sizes, const SsdOptions& options) {
+  KRAIT_CHECK(sizes.heads > 0 && sizes.groups > 0 && sizes.d_state > 0 && xbc.ndim() == 3 &&
+                  xbc.size(2) > 2 * sizes.groups * sizes.d_state &&
+                  (xbc.size(2) - 2 * sizes.groups * sizes.d_state) % sizes.heads == 0,
+              "ssd_packed: {} does not split into {} heads and 2 x {} groups of {}", xbc.shape(), sizes.heads,
+              sizes.groups, sizes.d_state);
+  const Tensor packed = xbc.data().contiguous();
+  const Split parts(packed, sizes);
+  const kernels::SsdInput in{parts.x, dt.data(), a.data(), parts.B, parts.C, D.data(), initial_state.data(),
+                             options.segments, options.chunk};
+  auto [y, final_state] = kernels::ssd_forward(in);
+  const Shape joined{xbc.size(0), xbc.size(1), parts.x.size(2) * parts.x.size(3)};
+  const Vars out = record("ssd_packed", {xbc, dt, a, D, initial_state}, {y.view(joined), final_state},
+                          [in, packed, sizes](const std::vector<Tensor>& d) -> Grads {
+                            Tensor dpacked = empty_like(packed);
+                            const Split grads(dpacked, sizes);
+                            kernels::SsdGrad g{grads.x, {}, {}, grads.B, grads.C, {}, {}};
+                            const Tensor dy = d[0].defined() ? d[0].reshape(in.x.shape()) : or_zeros({}, in.x);
+                            kernels::ssd_backward_into(g, dy, d[1], in);
+                            return {dpacked, g.ddt, g.da, g.dD, g.dinitial_state};
+                          });
+  return {out[0], out[1]};
+}
+
+SsdTimeStep ssd_time_step(const Variable& dt, const Variable& dt_bias, const Variable& A_log, double low,
+                          double high) {
+  const DType sums = accum_dtype(dt.dtype());
+  Variable step = softplus(cast(dt, sums) + cast(dt_bias, sums));
+  if (low > 0 || std::isfinite(high)) step = clamp(step, low, high);
+  return {step, step * neg(exp(cast(A_log, sums)))};
+}
+
+}  // namespace krait::autograd

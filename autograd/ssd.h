@@ -1,0 +1,36 @@
+#pragma once
+#include "autograd/variable.h"
+
+namespace krait {
+inline namespace autograd {
+
+/// Structured state-space recurrences with matrix states; mathematics and shapes: kernels/ssd.h.
+/// final_state (b, heads, p, n) is fp32 (fp64); gradients flow through it and into initial_state.
+struct SsdOut { Variable y, final_state; };
+struct SsdOptions {
+  int64_t chunk = 256;
+  Tensor segments = {};  // (b, l) int32
+};
+
+/// h_t = e^{a_t} h_{t-1} + x_t (x) B_t, y_t = h_t C_t: x (b, l, heads, p), log decay a (b, l, heads) in fp32 (fp64),
+/// B, C (b, l, g, n). With x the values, B the keys and C the queries this is gated linear attention; with a = 0 the
+/// plain one.
+SsdOut ssd_scan(const Variable& x, const Variable& a, const Variable& B, const Variable& C, int64_t chunk,
+                const Variable& initial_state = {}, const Tensor& segments = {});
+
+/// Mamba-2's: dt_t x_t in place of x_t, and D x_t added to y_t. dt, a: fp32 (fp64); D (heads), (heads, p) or undefined.
+SsdOut ssd(const Variable& x, const Variable& dt, const Variable& a, const Variable& B, const Variable& C,
+           const Variable& D, const Variable& initial_state, const SsdOptions& options = {});
+
+/// The same on xbc (b, l, heads p + 2 g n) = [x, B, C]; y (b, l, heads p). Neither slices nor gradients are copied.
+struct SsdSizes { int64_t heads, groups, d_state; };
+SsdOut ssd_packed(const Variable& xbc, const Variable& dt, const Variable& a, const Variable& D,
+                  const Variable& initial_state, const SsdSizes& sizes, const SsdOptions& options = {});
+
+/// dt' = softplus(dt + dt_bias) clamped to [low, high], a = -e^{A_log} dt'; both in fp32 (fp64). dt (b, l, heads) in any
+/// dtype, dt_bias and A_log (heads). Where the clamp acts the gradient is 0.
+struct SsdTimeStep { Variable dt, a; };
+SsdTimeStep ssd_time_step(const Variable& dt, const Variable& dt_bias, const Variable& A_log, double low, double high);
+
+}  // namespace autograd
+}  // namespace krait
