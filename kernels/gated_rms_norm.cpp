@@ -1,0 +1,48 @@
+#include "kernels/gated_rms_norm.h"
+
+#include "kernels/norm.h"
+
+namespace krait::kernels {
+
+namespace {
+
+// (..., e) as (r, e); the rows may stay apart.
+Tensor rows_of(const Tensor& t) {
+  const Shape flat{t.numel() / t.size(-1), t.size(-1)};
+  const Tensor rows = t.can_view(flat) ? t.view(flat) : t.contiguous().view(flat);
+  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
+}
+
+}  // namespace
+
+GatedRmsNormOut gated_rms_norm_forward(const Tensor& x, const Tensor& z, const Tensor& w, double eps, int64_t groups,
+                                       bool norm_first) {
+  check_norm("gated_rms_norm", x, {}, w, {}, eps);
+  check_same("gated_rms_norm", x, z);
+  KRAIT_CHECK(z.shape() == x.shape(), "gated_rms_norm: z is {}, x is {}; expected the same shape", z.shape(), x.shape());
+  KRAIT_CHECK(groups >= 1 && x.size(-1) % groups == 0, "gated_rms_norm: {} groups do not divide {} channels", groups,
+              x.size(-1));
+  const DType a = accum_dtype(x.dtype());
+  const Tensor rows = rows_of(x).contiguous();
+  GatedRmsNormOut out{empty(x.shape(), x.dtype(), x.device()), empty({rows.size(0), groups}, a, x.device())};
+  Tensor y = out.y.view(rows.shape());
+  KRAIT_DISPATCH(x.device(), gated_rms_norm_forward(y, out.rstd, rows, rows_of(z), w.to(a).contiguous(), eps, norm_first));
+  return out;
+}
+
+GatedRmsNormGrad gated_rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& z, const Tensor& w,
+                                         const Tensor& rstd, bool norm_first, const Tensor& dw_into) {
+  check_same("gated_rms_norm", x, dy);
+  KRAIT_CHECK(dy.shape() == x.shape(), "gated_rms_norm: dy is {}, x is {}", dy.shape(), x.shape());
+  const Tensor rows = rows_of(x).contiguous();
+  GatedRmsNormGrad out{empty(x.shape(), x.dtype(), x.device()), empty(x.shape(), x.dtype(), x.device()), {}};
+  Tensor dx = out.dx.view(rows.shape()), dz = out.dz.view(rows.shape());
+  WeightGrad dw(w, x.dtype(), dw_into);
+  KRAIT_DISPATCH(x.device(),
+                 gated_rms_norm_backward(dx, dz, dw.sum(), dw.adds(), rows_of(dy).contiguous(), rows, rows_of(z),
+                                         w.to(accum_dtype(x.dtype())).contiguous(), rstd, norm_first));
+  out.dw = dw.finish();
+  return out;
+}
+
+}  // namespace krait::kernels
