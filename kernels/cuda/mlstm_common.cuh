@@ -1,0 +1,106 @@
+#pragma once
+// What the mLSTM kernels for CUDA share. A chunk is 64 positions; a unit is one (batch entry, head); per-position
+// arrays are (unit, l), per-chunk arrays (unit, chunk).
+//
+// Forward: gates, the state before every chunk (one pass over the chunks for each tile of a state, in registers),
+// then all chunks at once. Backward: the same states again, the gradients of the state behind every chunk in a pass
+// from the end, then all chunks at once for dq, dk and dv.
+#include "core/cuda/launch.cuh"
+#include "kernels/cuda/attention_common.cuh"
+#include "kernels/mlstm.h"
+
+namespace krait::kernels::cuda {
+
+inline constexpr int kChunk = 64;
+inline constexpr int kStateTile = 64;  // a block of the state kernels has 64 x 64 of C
+
+struct MlstmShape {
+  int64_t l, heads, units, chunks;
+  int dq, dv;
+  explicit MlstmShape(const MlstmInputs& in)
+      : l(in.q.size(1)), heads(in.q.size(2)), units(in.q.size(0) * heads), chunks(ceil_div(l, kChunk)),
+        dq(static_cast<int>(in.q.size(3))), dv(static_cast<int>(in.v.size(3))) {}
+};
+
+/// Names as in kernels/mlstm.h; t and j count from the chunk's start.
+template <class A>
+struct MlstmGates {
+  A *c, *u;
+  A* inter;    // e^(m before the chunk - u_t), 0 where the document began inside the chunk
+  A* w;        // weight of position j in the state behind the chunk
+  A* decay;    // of the state before it there
+  int* first;  // where the document begins in the chunk; -1: before it
+  // Backward only.
+  A *inverse, *dr;  // 1 / den and dr
+  A *wc, *wn;       // weights of q dh^T and q in the gradients of C and n
+};
+
+/// What the state carried from chunk to chunk is made of: C += wc a b^T, n += wn a.
+template <class T>
+struct MlstmStateJob {
+  using A = accum_t<T>;
+  T* states;  // (unit, chunk, dq, dv): before the chunk; going backwards, behind it
+  A* n_states;
+  Strided<const T> a, b;
+  const A *wc, *wn, *decay;
+  const A *c_begin, *n_begin;  // null: zero
+  A *c_end, *n_end;            // null: not wanted
+  bool reverse;
+  // Going backwards: <dC, C> + <dn, n> behind the chunk, one partial sum per tile (unit, chunk, tile).
+  A* flow;
+  const T* forward_states;
+  const A *forward_n, *c_last, *n_last;
+  MlstmShape shape;
+  int64_t tiles;  // of a state, those of dv fastest
+};
+
+/// Products of one chunk: out_i = row_i State + sum_k coefficient(row_i . col_k) value_k.
+enum class Mix {
+  read,  // h:  rows q, columns k, values v; State C
+  dv,    // dv: rows k, columns q, values dh; State dC
+  dq,    // dq: rows dh, columns v, values k; State C^T
+  dk     // dk: rows v, columns dh, values q; State dC^T
+};
+inline constexpr bool is_turned(Mix m) { return m == Mix::dq || m == Mix::dk; }
+inline constexpr bool rows_are_keys(Mix m) { return m == Mix::dv || m == Mix::dk; }
+
+template <class T>
+struct MlstmMixJob {
+  using A = accum_t<T>;
+  Strided<T> out;
+  Strided<const T> rows, columns, values;
+  const T* states;
+  const A* n_states;
+  MlstmGates<A> gates;
+  A scale, eps;
+  const A* m;            // read
+  A* r;                  // read
+  Strided<const T> own;  // dq, dk: q and k, whose products with the result the gates need
+  A* dots;               // (unit, l, tile)
+  MlstmShape shape;
+  int64_t tiles;  // of the result's width
+};
+
+/// e^(c_j - u_t) where t sees j.
+template <class A>
+__device__ inline A seen_weight(A c, A u, int first, int j, int t) {
+  return j <= t && j >= first ? exp_of(c - u) : A{0};
+}
+
+template <class A>
+__device__ inline A mlstm_denominator(A r, A m, A eps) {
+  const A floor_ = exp_of(-(m > A{-80} ? m : A{-80})), top = r < 0 ? -r : r;
+  return (top > floor_ ? top : floor_) + eps;
+}
+
+// bf16 on tensor cores: rows 16-byte aligned, widths multiples of 8.
+bool mlstm_mma_serves(const Tensor& t);
+void mlstm_states_mma(const MlstmStateJob<bf16>& job, Stream stream);
+void mlstm_mix_mma(Mix mix, const MlstmMixJob<bf16>& job, Stream stream);
+// Anything else.
+template <class T> void mlstm_states_simt(const MlstmStateJob<T>& job, Stream stream);
+template <class T> void mlstm_mix_simt(Mix mix, const MlstmMixJob<T>& job, Stream stream);
+/// Columns of a result that one block makes.
+inline int64_t mlstm_tile_width(bool mma, int64_t width) { return mma && width > 64 ? 128 : 64; }
+
+}  // namespace krait::kernels::cuda
