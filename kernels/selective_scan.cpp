@@ -1,0 +1,106 @@
+#include "kernels/selective_scan.h"
+
+namespace krait::kernels {
+
+namespace {
+
+// Rows may be apart; the values of a row may not.
+Tensor with_rows(const Tensor& t) {
+  return !t.defined() || t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
+}
+
+SelectiveScanInputs check_inputs(const SelectiveScanInputs& in) {
+  const Tensor& x = in.x;
+  KRAIT_CHECK(x.ndim() == 3, "selective_scan: x is {}, expected (batch, length, channels)", x.shape());
+  KRAIT_CHECK(x.dtype() == DType::f32 || x.dtype() == DType::f64 || x.dtype() == DType::bf16,
+              "selective_scan: x is {}, expected float32, float64 or bfloat16", x.dtype());
+  const int64_t b = x.size(0), l = x.size(1), e = x.size(2);
+  KRAIT_CHECK(in.A.ndim() == 2 && in.A.size(0) == e && in.A.size(1) >= 1,
+              "selective_scan: A is {}, expected ({}, states) to match x {}", in.A.shape(), e, x.shape());
+  const int64_t n = in.A.size(1);
+  KRAIT_CHECK(x.device().is_cpu() || n <= 256, "selective_scan: {} states, but the CUDA kernels take up to 256", n);
+  const auto check = [&](const char* name, const Tensor& t, const Shape& shape, DType dtype) {
+    if (!t.defined()) return;
+    KRAIT_CHECK(t.shape() == shape, "selective_scan: {} is {}, expected {} to match x {} and A {}", name, t.shape(),
+                shape, x.shape(), in.A.shape());
+    KRAIT_CHECK(t.dtype() == dtype && t.device() == x.device(), "selective_scan: {} is {}, expected {} on {}", name,
+                describe(t), dtype, x.device());
+  };
+  const DType a = accum_dtype(x.dtype());
+  check("dt", in.dt, {b, l, e}, x.dtype());
+  check("B", in.B, {b, l, n}, x.dtype());
+  check("C", in.C, {b, l, n}, x.dtype());
+  check("z", in.z, {b, l, e}, x.dtype());
+  check("A", in.A, {e, n}, a);
+  check("D", in.D, {e}, a);
+  check("dt_bias", in.dt_bias, {e}, a);
+  check("h0", in.h0, {b, e, n}, a);
+  if (in.segments.defined())
+    KRAIT_CHECK((in.segments.shape() == Shape{b, l}), "selective_scan: segments are {}, expected ({}, {})",
+                in.segments.shape(), b, l);
+  const auto whole = [](const Tensor& t) { return t.defined() ? t.contiguous() : t; };
+  SelectiveScanInputs out;
+  out.x = with_rows(x);
+  out.dt = with_rows(in.dt);
+  out.B = with_rows(in.B);
+  out.C = with_rows(in.C);
+  out.z = with_rows(in.z);
+  out.A = whole(in.A);
+  out.D = whole(in.D);
+  out.dt_bias = whole(in.dt_bias);
+  out.h0 = whole(in.h0);
+  if (in.segments.defined()) out.segments = in.segments.to(x.device()).to(DType::i32).contiguous();
+  out.softplus = in.softplus;
+  return out;
+}
+
+}  // namespace
+
+SelectiveScanOut selective_scan_forward(const SelectiveScanInputs& inputs, bool save_states) {
+  const SelectiveScanInputs in = check_inputs(inputs);
+  const int64_t b = in.x.size(0), l = in.x.size(1), e = in.x.size(2), n = in.A.size(1);
+  const DType a = accum_dtype(in.x.dtype());
+  SelectiveScanOut out{empty({b, l, e}, in.x.dtype(), in.x.device()), empty({b, e, n}, a, in.x.device()), {}};
+  if (save_states) out.states = empty({b, (l + kScanChunk - 1) / kScanChunk, n, e}, a, in.x.device());
+  if (out.y.numel() == 0) {
+    if (in.h0.defined())
+      copy_(out.final_state, in.h0);
+    else
+      zero_(out.final_state);
+    return out;
+  }
+  KRAIT_DISPATCH(in.x.device(), selective_scan_forward(out.y, out.final_state, out.states, in));
+  return out;
+}
+
+SelectiveScanGrad selective_scan_backward(const Tensor& dy, const Tensor& dfinal, const SelectiveScanInputs& inputs,
+                                          const Tensor& states) {
+  const SelectiveScanInputs in = check_inputs(inputs);
+  SelectiveScanGrad grad;
+  const auto like = [](const Tensor& t) { return t.defined() ? empty_like(t) : Tensor(); };
+  grad = {like(in.x), like(in.dt), like(in.A), like(in.B), like(in.C),
+          like(in.D), like(in.z),  like(in.dt_bias), like(in.h0)};
+  if (in.x.numel() == 0) {
+    for (Tensor* t : {&grad.dA, &grad.dB, &grad.dC, &grad.dD, &grad.ddt_bias, &grad.dh0})
+      if (t->defined()) zero_(*t);
+    if (in.h0.defined() && dfinal.defined()) copy_(grad.dh0, dfinal);
+    return grad;
+  }
+  const Tensor upstream = dy.defined() ? with_rows(dy) : zeros(in.x.shape(), in.x.dtype(), in.x.device());
+  const Tensor of_state = dfinal.defined() ? dfinal.contiguous() : dfinal;
+  KRAIT_DISPATCH(in.x.device(), selective_scan_backward(grad, upstream, of_state, in, states));
+  return grad;
+}
+
+Tensor selective_scan_step(Tensor& h, const SelectiveScanInputs& in) {
+  KRAIT_CHECK(in.x.ndim() == 2, "selective_scan_step: x is {}, expected (batch, channels)", in.x.shape());
+  SelectiveScanInputs one = in;
+  for (Tensor* t : {&one.x, &one.dt, &one.B, &one.C, &one.z})
+    if (t->defined()) *t = t->unsqueeze(1);
+  one.h0 = h;
+  const SelectiveScanOut out = selective_scan_forward(one, false);
+  copy_(h, out.final_state);
+  return out.y.squeeze(1);
+}
+
+}  // namespace krait::kernels
