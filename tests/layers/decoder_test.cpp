@@ -2,6 +2,7 @@
 
 #include "autograd/elementwise.h"
 #include "core/random.h"
+#include "layers/attention_config.h"
 #include "layers/model.h"
 #include "tests/testing/op_case.h"
 
