@@ -1,12 +1,14 @@
 #include "layers/registry.h"
 
 #include "layers/attention.h"
+#include "layers/mamba.h"
 
 namespace krait::layers {
 
 const std::vector<LayerKind>& layer_kinds() {
   static const std::vector<LayerKind> kinds{
       attention_kind(),
+      mamba_kind(),
   };
   return kinds;
 }

@@ -1,0 +1,119 @@
+#include "layers/mamba.h"
+
+#include <cmath>
+
+#include "autograd/causal_conv1d.h"
+#include "autograd/elementwise.h"
+#include "autograd/linear.h"
+#include "autograd/selective_scan.h"
+#include "autograd/shape.h"
+
+namespace krait::layers {
+
+namespace {
+
+/// U(-1/sqrt(fan_in), 1/sqrt(fan_in)) times scale.
+Initializer fan_in_uniform(int64_t fan_in, double scale = 1.0) {
+  const double bound = scale / std::sqrt(static_cast<double>(fan_in));
+  return uniform(-bound, bound);
+}
+
+/// softplus(bias) log-uniform in [dt_min, dt_max], and at least dt_init_floor.
+Initializer time_step_bias(const MambaConfig& c) {
+  return [c](Tensor& value, uint64_t key) {
+    fill_uniform_(value, std::log(c.dt_min), std::log(c.dt_max), key);
+    double* bias = value.data<double>();
+    for (int64_t i = 0; i < value.numel(); ++i) {
+      const double dt = std::max(std::exp(bias[i]), c.dt_init_floor);
+      bias[i] = dt + std::log(-std::expm1(-dt));
+    }
+  };
+}
+
+/// Row by row log(1), log(2), ... log(n): the real parts of S4D-real.
+void log_of_counts(Tensor& value, uint64_t /*key*/) {
+  const int64_t n = value.size(-1);
+  double* a = value.data<double>();
+  for (int64_t i = 0; i < value.numel(); ++i) a[i] = std::log(static_cast<double>(i % n + 1));
+}
+
+Variable optional(const Parameter& p) { return p.defined() ? p.variable() : Variable(); }
+
+}  // namespace
+
+Mamba::Mamba(const MambaConfig& config, const LayerContext& context) : config_(config) {
+  const int64_t d = context.d_model, e = config.d_inner, n = config.d_state, r = config.dt_rank;
+  const ParameterOptions no_decay{.decay = false}, exact{.decay = false, .keep_fp32 = true};
+  in_proj_ = parameter("in_proj.weight", {2 * e, d}, fan_in_uniform(d));
+  if (config.bias) in_bias_ = parameter("in_proj.bias", {2 * e}, constant(0.0), no_decay);
+  conv_ = parameter("conv1d.weight", {e, config.d_conv}, fan_in_uniform(config.d_conv));
+  if (config.conv_bias) conv_bias_ = parameter("conv1d.bias", {e}, fan_in_uniform(config.d_conv), no_decay);
+  x_proj_ = parameter("x_proj.weight", {r + 2 * n, e}, fan_in_uniform(e));
+  dt_proj_ = parameter("dt_proj.weight", {e, r}, fan_in_uniform(r));
+  dt_bias_ = parameter("dt_proj.bias", {e}, time_step_bias(config), exact);
+  A_log_ = parameter("A_log", {e, n}, log_of_counts, exact);
+  D_ = parameter("D", {e}, constant(1.0), exact);
+  const double scale = 1.0 / std::sqrt(static_cast<double>(context.n_branches));
+  out_proj_ = parameter("out_proj.weight", {d, e}, fan_in_uniform(e, scale));
+  if (config.bias) out_bias_ = parameter("out_proj.bias", {d}, constant(0.0), no_decay);
+}
+
+Mamba::Result Mamba::run(const Variable& u, const Tensor& segments, const Variable& conv, const Variable& ssm) const {
+  const int64_t n = config_.d_state;
+  const Vars xz = chunk(linear(u, in_proj_, optional(in_bias_)), 2, -1);
+  const ConvOut x = causal_conv1d(xz[0], conv_, optional(conv_bias_), conv, true, segments);
+  const Vars dBC = split(linear(x.y, x_proj_), {config_.dt_rank, n, n}, -1);
+  SelectiveScanArguments scan{x.y, linear(dBC[0], dt_proj_), -exp(A_log_), dBC[1], dBC[2]};
+  scan.D = D_;
+  scan.z = xz[1];
+  scan.dt_bias = dt_bias_;
+  scan.h0 = ssm;
+  scan.segments = segments;
+  const ScanOut out = selective_scan(scan);
+  return {linear(out.y, out_proj_, optional(out_bias_)), x.final_state, out.final_state};
+}
+
+Variable Mamba::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
+  if (!state) return run(x, info.segments, {}, {}).y;
+  Tensor &conv = state->tensors.at("conv"), &ssm = state->tensors.at("ssm");
+  const Result out = run(x, info.segments, Variable(conv), Variable(ssm));
+  conv = out.conv.data();
+  ssm = out.ssm.data();
+  state->length += x.size(1);
+  return out.y;
+}
+
+Tensor Mamba::step(const Tensor& x, LayerState& state) {
+  const NoGrad guard;
+  return forward(Variable(x), {}, &state).data();
+}
+
+LayerState Mamba::initial_state(int64_t batch, int64_t /*max_length*/, DType dtype, Device device) const {
+  LayerState s;
+  s.tensors["conv"] = zeros({batch, config_.d_conv - 1, config_.d_inner}, dtype, device);
+  s.tensors["ssm"] = zeros({batch, config_.d_inner, config_.d_state}, accum_dtype(dtype), device);
+  return s;
+}
+
+double Mamba::extra_flops_per_token(int64_t /*context*/) const {
+  // Per state: exp, its argument, two products and a sum for h, delta B x, product and sum for y. The convolution counts
+  // with the matrix parameters.
+  return static_cast<double>(config_.d_inner) * (9.0 * static_cast<double>(config_.d_state) + 3.0);
+}
+
+std::string Mamba::kernel_name(int64_t /*batch*/, int64_t /*context*/, DType /*dtype*/, Device device,
+                               bool /*has_segments*/) const {
+  if (device.is_cpu()) return "selective scan on the CPU, vector code over channels";
+  return fmt::format("fused selective scan in chunks, convolution of width {}{}", config_.d_conv,
+                     config_.d_conv > 8 ? " (slow: more than 8)" : "");
+}
+
+LayerKind mamba_kind() {
+  return {"mamba",
+          [](ConfigNode& section, const ModelConfig& model) { read_mamba_config(section, model.d_model); },
+          [](ConfigNode options, const LayerContext& context) -> std::shared_ptr<Mixer> {
+            return std::make_shared<Mamba>(read_mamba_config(options, context.d_model), context);
+          }};
+}
+
+}  // namespace krait::layers
