@@ -21,9 +21,14 @@ struct Batch {
   Tensor segments, positions;  // (b, l) int32
   /// State of the step before must not enter this row: always, unless rows carry on where they stopped.
   Tensor resets;          // (b) bool
-  int64_t n_targets = 0;  // targets of this rank that count
-  Tensor inputs;          // (b, l, d) float32: data that are not tokens
-  Tensor labels;          // (b) int64: for classifiers
+  int64_t n_targets = 0;  // targets of this rank that count; rows, where a row has one label or vector of values
+  // Of tasks (data/task.h); undefined elsewhere.
+  Tensor inputs;   // (b, l, d) float32: data that are not tokens; `tokens` is undefined then
+  Tensor labels;   // (b) int64: a class for each row, or kIgnore; `targets` is undefined then
+  Tensor values;   // (b, outputs) float32: what a regression aims at; `targets` is undefined then
+  Tensor lengths;  // (b) int32, at least 1: positions that count, where rows differ; the rest is padding
+  /// Rows [0, n_rows) are examples. Those behind fill up the last batch of a pass and must not count.
+  int64_t n_rows = 0;
 };
 
 /// What happens at document boundaries inside a row.

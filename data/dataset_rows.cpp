@@ -32,6 +32,7 @@ RankRows rows_of(int64_t batch_size, int64_t rank, int64_t world) {
 Batch blank_batch(int64_t step, int64_t rows, int64_t context, Documents documents) {
   Batch batch;
   batch.step = step;
+  batch.n_rows = rows;
   batch.tokens = zeros({rows, context}, DType::i32, kCpu);
   batch.targets = full({rows, context}, kIgnore, DType::i64, kCpu);
   batch.resets = ones({rows}, DType::boolean, kCpu);
