@@ -1,11 +1,10 @@
 #pragma once
+#include "autograd/dense_ssm_kernel.h"
 #include "autograd/variable.h"
 #include "kernels/s4d_kernel.h"
 
 namespace krait {
 inline namespace autograd {
-
-using kernels::Discretization;
 
 // Convolution kernels K (h, length) of state-space layers. fp32 or fp64, all tensors alike. Complex parameters end in
 // an axis of 2 (re, im). The parameters of A, B and P come in s sets, s a divisor of h; channel j uses set j / (h / s).
@@ -19,10 +18,6 @@ Variable s4d_kernel(const Variable& log_dt, const Variable& log_A_re, const Vari
 /// `length` is the one C_tilde was made for. See kernels/s4_kernel.h, which also turns C into C_tilde and back.
 Variable s4_kernel(const Variable& log_dt, const Variable& log_A_re, const Variable& A_im, const Variable& P,
                    const Variable& B, const Variable& C_tilde, int64_t length);
-
-/// Dense and real: K_l = C A_bar^l B_bar. A (s, n, n), B (s, n), C (h, n). See kernels/dense_ssm_kernel.h.
-Variable dense_ssm_kernel(const Variable& log_dt, const Variable& A, const Variable& B, const Variable& C,
-                          int64_t length, Discretization discretization);
 
 }  // namespace autograd
 }  // namespace krait

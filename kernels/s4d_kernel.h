@@ -30,5 +30,10 @@ Tensor s4d_kernel_forward(const S4dParameters& p, int64_t length, Discretization
 /// in a fixed order. Gradients of complex values are (d/dre, d/dim).
 S4dParameters s4d_kernel_backward(const Tensor& dK, const S4dParameters& p, Discretization discretization);
 
+// Backends: not empty, contiguous. contributions: see kernels/ssm_gradients.h.
+KRAIT_BACKENDS(void s4d_kernel_forward(Tensor& K, const S4dParameters& p, bool zoh);
+               void s4d_kernel_backward(Tensor& dC, Tensor& contributions, const Tensor& dK, const S4dParameters& p,
+                                        bool zoh))
+
 }  // namespace kernels
 }  // namespace krait

@@ -4,26 +4,9 @@
 // reordering. Nothing is divided by n: inverse(forward(x)) = n x.
 #include <cstdint>
 
-namespace krait::kernels::cuda {
+#include "kernels/complex.h"
 
-template <class T>
-struct alignas(2 * sizeof(T)) Complex {
-  T re, im;
-};
-template <class T>
-__device__ __forceinline__ Complex<T> operator+(Complex<T> a, Complex<T> b) { return {a.re + b.re, a.im + b.im}; }
-template <class T>
-__device__ __forceinline__ Complex<T> operator-(Complex<T> a, Complex<T> b) { return {a.re - b.re, a.im - b.im}; }
-template <class T>
-__device__ __forceinline__ Complex<T> operator*(Complex<T> a, Complex<T> b) {
-  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
-}
-template <class T>
-__device__ __forceinline__ Complex<T> operator*(T a, Complex<T> b) { return {a * b.re, a * b.im}; }
-template <class T>
-__device__ __forceinline__ Complex<T> conj(Complex<T> a) { return {a.re, -a.im}; }
-template <class T>
-__device__ __forceinline__ Complex<T> times_i(Complex<T> a) { return {-a.im, a.re}; }
+namespace krait::kernels::cuda {
 
 __device__ __forceinline__ void sin_cos_pi(float x, float* s, float* c) { sincospif(x, s, c); }
 __device__ __forceinline__ void sin_cos_pi(double x, double* s, double* c) { sincospi(x, s, c); }

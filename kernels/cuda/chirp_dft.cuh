@@ -1,0 +1,143 @@
+#pragma once
+// Discrete Fourier transforms of any length in fp64, by Bluestein's identity 2 i j = i^2 + j^2 - (j - i)^2: a
+// convolution of power-of-two length M = M1 M2, made by column and row transforms in shared memory. Between the two
+// passes data stays in bit-reversed order, which the convolution does not notice.
+#include "core/cuda/launch.cuh"
+#include "kernels/cuda/fft.cuh"
+
+namespace krait::kernels::cuda {
+
+constexpr int kChirpThreads = 128;
+
+/// out_j = sum_{i < n_in} in_i e^(sign 2 pi i j / n), j < n_out.
+struct ChirpShape {
+  int64_t n, n_in, n_out;
+  int sign;
+  int log2m1, log2m2;
+  __host__ __device__ int64_t m1() const { return int64_t{1} << log2m1; }
+  __host__ __device__ int64_t m2() const { return int64_t{1} << log2m2; }
+  __host__ __device__ int64_t m() const { return int64_t{1} << (log2m1 + log2m2); }
+  /// Columns of a block.
+  __host__ __device__ int64_t columns() const {
+    const int64_t fitting = log2m1 < 10 ? 1024 >> log2m1 : 1;
+    return fitting < m2() ? fitting : m2();
+  }
+  /// e^(sign pi i k^2 / n)
+  __device__ Complex64 chirp(int64_t k) const {
+    Complex64 w;
+    sincospi(static_cast<double>(k * k % (2 * n)) / static_cast<double>(n), &w.im, &w.re);
+    return {w.re, sign * w.im};
+  }
+};
+
+inline ChirpShape chirp_shape(int64_t n, int64_t n_in, int64_t n_out, int sign) {
+  int log2m = 0;
+  while ((int64_t{1} << log2m) < n_in + n_out - 1) ++log2m;
+  KRAIT_CHECK(log2m <= 22, "a transform of length {} is too long for CUDA; the limit is about 2.7 million", n);
+  const int log2m1 = log2m <= 10 ? 0 : log2m / 2;
+  return {n, n_in, n_out, sign, log2m1, log2m - log2m1};
+}
+
+/// The convolution's other factor, as input of the same transform.
+struct ChirpFilter {
+  ChirpShape shape;
+  __device__ Complex64 operator()(int64_t, int64_t t) const {
+    if (t < shape.n_out) return conj(shape.chirp(t));
+    const int64_t back = shape.m() - t;
+    return back < shape.n_in ? conj(shape.chirp(back)) : Complex64{0, 0};
+  }
+};
+
+// Block (piece of the columns, row). y (rows, M1, M2), M1 in bit-reversed order. load(row, t), t < M.
+template <class Load>
+__global__ void __launch_bounds__(kChirpThreads) chirp_columns_kernel(Complex64* y, ChirpShape shape, Load load) {
+  extern __shared__ __align__(16) unsigned char chirp_shared[];
+  const int64_t m1 = shape.m1(), m2 = shape.m2(), columns = shape.columns();
+  auto* x = reinterpret_cast<Complex64*>(chirp_shared);
+  Complex64* twiddles = x + columns * m1;
+  const int64_t first = int64_t{blockIdx.x} * columns, row = blockIdx.y;
+  for (int64_t i = threadIdx.x; i < columns * m1; i += kChirpThreads) {
+    const int64_t column = i % columns, t1 = i / columns;
+    x[column * m1 + t1] = load(row, t1 * m2 + first + column);
+  }
+  fft_twiddles(twiddles, shape.log2m1);  // ends with a barrier
+  if (m1 > 1)
+    for (int64_t column = 0; column < columns; ++column) fft_forward(x + column * m1, twiddles, shape.log2m1);
+  for (int64_t i = threadIdx.x; i < columns * m1; i += kChirpThreads) {
+    const int64_t column = i % columns, at = i / columns;
+    const int64_t k1 = bit_reversed(static_cast<uint32_t>(at), shape.log2m1), t2 = first + column;
+    y[(row * m1 + at) * m2 + t2] = x[column * m1 + at] * root_of_unity<double>(k1 * t2, shape.m());
+  }
+}
+
+// Block (row of M2, row of the batch): its transform; with a filter, times it and back.
+static __global__ void __launch_bounds__(kChirpThreads)
+    chirp_rows_kernel(Complex64* y, ChirpShape shape, const Complex64* filter) {
+  extern __shared__ __align__(16) unsigned char chirp_shared[];
+  const int64_t m1 = shape.m1(), m2 = shape.m2(), at = blockIdx.x;
+  auto* x = reinterpret_cast<Complex64*>(chirp_shared);
+  Complex64* twiddles = x + m2;
+  Complex64* values = y + (int64_t{blockIdx.y} * m1 + at) * m2;
+  for (int64_t i = threadIdx.x; i < m2; i += kChirpThreads) x[i] = values[i];
+  fft_twiddles(twiddles, shape.log2m2);
+  fft_forward(x, twiddles, shape.log2m2);
+  if (!filter) {
+    for (int64_t i = threadIdx.x; i < m2; i += kChirpThreads) values[i] = x[i];
+    return;
+  }
+  for (int64_t i = threadIdx.x; i < m2; i += kChirpThreads) x[i] = x[i] * filter[at * m2 + i];
+  __syncthreads();
+  fft_inverse(x, twiddles, shape.log2m2);
+  const int64_t k1 = bit_reversed(static_cast<uint32_t>(at), shape.log2m1);
+  for (int64_t i = threadIdx.x; i < m2; i += kChirpThreads)
+    values[i] = x[i] * conj(root_of_unity<double>(k1 * i, shape.m()));
+}
+
+// Block (piece of the columns, row): the columns back; store(row, j, out_j) for j < n_out.
+template <class Store>
+__global__ void __launch_bounds__(kChirpThreads)
+    chirp_columns_back_kernel(const Complex64* y, ChirpShape shape, Store store) {
+  extern __shared__ __align__(16) unsigned char chirp_shared[];
+  const int64_t m1 = shape.m1(), m2 = shape.m2(), columns = shape.columns();
+  auto* x = reinterpret_cast<Complex64*>(chirp_shared);
+  Complex64* twiddles = x + columns * m1;
+  const int64_t first = int64_t{blockIdx.x} * columns, row = blockIdx.y;
+  for (int64_t i = threadIdx.x; i < columns * m1; i += kChirpThreads) {
+    const int64_t column = i % columns, at = i / columns;
+    x[column * m1 + at] = y[(row * m1 + at) * m2 + first + column];
+  }
+  fft_twiddles(twiddles, shape.log2m1);
+  if (m1 > 1)
+    for (int64_t column = 0; column < columns; ++column) fft_inverse(x + column * m1, twiddles, shape.log2m1);
+  const double scale = 1.0 / static_cast<double>(shape.m());
+  for (int64_t i = threadIdx.x; i < columns * m1; i += kChirpThreads) {
+    const int64_t column = i % columns, j = i / columns * m2 + first + column;
+    if (j < shape.n_out) store(row, j, scale * (x[column * m1 + i / columns] * shape.chirp(j)));
+  }
+}
+
+/// Transforms `rows` sequences: load(row, i) gives in_i times chirp(i), and 0 from n_in on (up to M).
+template <class Load, class Store>
+void chirp_dft(const ChirpShape& shape, int64_t rows, Load load, Store store, Device device) {
+  const Stream stream = current_stream(device);
+  constexpr int64_t kSize = sizeof(Complex64);
+  const int64_t m1 = shape.m1(), m2 = shape.m2(), m = shape.m(), columns = shape.columns();
+  const Tensor work = empty({rows, m, 2}, DType::f64, device), filter = empty({m, 2}, DType::f64, device);
+  auto* y = reinterpret_cast<Complex64*>(work.data<double>());
+  auto* f = reinterpret_cast<Complex64*>(filter.data<double>());
+  const int64_t column_bytes = (columns * m1 + m1 / 2) * kSize, row_bytes = (m2 + m2 / 2) * kSize;
+  const auto by_columns = [&](int64_t count) {
+    return LaunchConfig{.grid = m2 / columns, .grid_y = count, .block = kChirpThreads, .shared = column_bytes,
+                        .stream = stream};
+  };
+  const auto by_rows = [&](int64_t count) {
+    return LaunchConfig{.grid = m1, .grid_y = count, .block = kChirpThreads, .shared = row_bytes, .stream = stream};
+  };
+  launch(chirp_columns_kernel<ChirpFilter>, by_columns(1), f, shape, ChirpFilter{shape});
+  launch(chirp_rows_kernel, by_rows(1), f, shape, static_cast<const Complex64*>(nullptr));
+  launch(chirp_columns_kernel<Load>, by_columns(rows), y, shape, load);
+  launch(chirp_rows_kernel, by_rows(rows), y, shape, static_cast<const Complex64*>(f));
+  launch(chirp_columns_back_kernel<Store>, by_columns(rows), static_cast<const Complex64*>(y), shape, store);
+}
+
+}  // namespace krait::kernels::cuda
