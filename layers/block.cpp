@@ -9,8 +9,10 @@ Block::Block(std::shared_ptr<Mixer> mixer, std::shared_ptr<FeedForward> mlp, con
     : context_(context), mixer_(std::move(mixer)), mlp_(std::move(mlp)) {
   mixer_norm_ = child<Norm>(mixer_->norm_name(), context.d_model, norm);
   add_child(mixer_->prefix(), mixer_);
+  const bool own = !mlp_;
+  if (own) mlp_ = mixer_->own_feed_forward(context);
   if (!mlp_) return;
-  mlp_norm_ = child<Norm>("mlp_norm", context.d_model, norm);
+  mlp_norm_ = child<Norm>(own ? "ffn_norm" : "mlp_norm", context.d_model, norm);
   add_child("", mlp_);
 }
 

@@ -13,7 +13,7 @@ struct ResidualStream {
 };
 
 /// Residual block. Pre-norm: r += mixer(norm(r)); r += mlp(norm(r)). Post-norm: r = norm(r + mixer(r)) and so on.
-/// The second branch only where there is an mlp.
+/// The second branch only where there is an mlp, the model's or the mixer's own.
 class Block final : public Module {
  public:
   Block(std::shared_ptr<Mixer> mixer, std::shared_ptr<FeedForward> mlp, const NormConfig& norm,

@@ -2,7 +2,7 @@
 #include <map>
 #include <string>
 
-#include "layers/module.h"
+#include "layers/mlp.h"
 
 namespace krait::layers {
 
@@ -34,6 +34,9 @@ class Mixer : public Module {
   virtual LayerState initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const = 0;
   /// Name of the norm in front of it in public checkpoints.
   virtual std::string norm_name() const { return "norm"; }
+  /// The feed-forward part that belongs to the layer itself; a block without an mlp of the model's takes it as its
+  /// second branch, behind a norm named ffn_norm. Null: none.
+  virtual std::shared_ptr<FeedForward> own_feed_forward(const LayerContext&) const { return nullptr; }
   /// Prefix of its parameters inside the block; empty: the block's own names.
   virtual std::string prefix() const { return "mixer"; }
   /// FLOPs per token of a forward pass that are not products with matrix parameters (attention scores, scans),

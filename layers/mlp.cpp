@@ -30,9 +30,16 @@ Variable SwiGlu::forward(const Variable& x) {
   return down_->forward(swiglu_packed(both));
 }
 
+GeluGated::GeluGated(const MlpConfig& config, const LayerContext& context)
+    : up_(child<Linear>("ffn.proj_up", context.d_model, 2 * config.hidden, config.bias, context.init_std)),
+      down_(child<Linear>("ffn.proj_down", config.hidden, context.d_model, config.bias, context.residual_std)) {}
+
+Variable GeluGated::forward(const Variable& x) { return down_->forward(geglu_packed(up_->forward(x), GeluForm::erf)); }
+
 std::shared_ptr<FeedForward> make_mlp(const MlpConfig& config, const LayerContext& context) {
   if (config.type == "none") return nullptr;
   if (config.type == "swiglu") return std::make_shared<SwiGlu>(config, context);
+  if (config.type == "gelu_gated") return std::make_shared<GeluGated>(config, context);
   return std::make_shared<Mlp>(config, context);
 }
 

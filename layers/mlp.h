@@ -36,6 +36,16 @@ class SwiGlu final : public FeedForward {
   std::shared_ptr<Linear> down_;
 };
 
+/// y = W_down (gelu(g) * u), [g; u] = W_up x (GeGLU, Shazeer 2020, with the erf form). One matrix, named as in xLSTM.
+class GeluGated final : public FeedForward {
+ public:
+  GeluGated(const MlpConfig& config, const LayerContext& context);
+  Variable forward(const Variable& x) override;
+
+ private:
+  std::shared_ptr<Linear> up_, down_;
+};
+
 /// The layer that the config names; null for `none`.
 std::shared_ptr<FeedForward> make_mlp(const MlpConfig& config, const LayerContext& context);
 

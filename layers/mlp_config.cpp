@@ -8,7 +8,7 @@ namespace krait::layers {
 MlpConfig read_mlp_config(ConfigNode& section, int64_t d_model) {
   MlpConfig c;
   OptionReader options(section);
-  options.choice("type", c.type, {"none", "gelu", "gelu_tanh", "relu2", "silu", "swiglu"});
+  options.choice("type", c.type, {"none", "gelu", "gelu_tanh", "relu2", "silu", "swiglu", "gelu_gated"});
   options.read("ratio", c.ratio, at_least(0));
   options.read("hidden", c.hidden, at_least(0));
   options.read("bias", c.bias);
@@ -19,7 +19,8 @@ MlpConfig read_mlp_config(ConfigNode& section, int64_t d_model) {
   }
   if (c.hidden == 0) {
     if (c.ratio == 0) {
-      c.hidden = c.type == "swiglu" ? (8 * d_model + 3 * 128 - 1) / (3 * 128) * 128 : 4 * d_model;
+      const bool gated = c.type == "swiglu" || c.type == "gelu_gated";
+      c.hidden = gated ? (8 * d_model + 3 * 128 - 1) / (3 * 128) * 128 : 4 * d_model;
     } else {
       // 2.667 x 768 means 2048, not 2048.256: a fraction is rounded to a multiple of 8, which matrix units like.
       const double exact = c.ratio * static_cast<double>(d_model);

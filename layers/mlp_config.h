@@ -7,8 +7,8 @@ namespace krait::layers {
 
 /// Options of the feed-forward part of a block.
 struct MlpConfig {
-  std::string type = "gelu";  // none | gelu | gelu_tanh | relu2 | silu | swiglu
-  double ratio = 0;           // hidden width / d_model; 0: 4, or 8/3 in multiples of 128 for swiglu
+  std::string type = "gelu";  // none | gelu | gelu_tanh | relu2 | silu | swiglu | gelu_gated
+  double ratio = 0;           // hidden width / d_model; 0: 4, or 8/3 in multiples of 128 for swiglu, gelu_gated
   int64_t hidden = 0;         // hidden width, instead of ratio
   bool bias = false;
 };

@@ -1,6 +1,7 @@
 #include "layers/model_config.h"
 
 #include <algorithm>
+#include <cstdio>
 
 #include "layers/registry.h"
 
@@ -13,6 +14,37 @@ const ConfigNode& ModelConfig::options_of(const std::string& kind) const {
 }
 
 namespace {
+
+// xlstm[a:b] (Beck et al. 2024): a period of a mLSTM and b sLSTM layers, the sLSTM at offsets 1 ... b.
+// Other entries stay. The items of the section are expanded too and keep their places.
+void expand_patterns(ConfigNode& layers, std::vector<std::string>& pattern) {
+  std::vector<std::string> names;
+  ConfigNode list = ConfigNode::list();
+  for (size_t i = 0; i < pattern.size(); ++i) {
+    const ConfigNode& item = layers.items().at(i);
+    const auto add = [&](const std::string& name) {
+      names.push_back(name);
+      list.append(ConfigNode::of(name)).set_mark(item.mark());
+    };
+    if (!pattern[i].starts_with("xlstm")) {
+      add(pattern[i]);
+      continue;
+    }
+    int a = 0, b = 0, end = 0;
+    const bool read = std::sscanf(pattern[i].c_str(), "xlstm[%3d:%3d]%n", &a, &b, &end) == 2;
+    if (!read || end != static_cast<int>(pattern[i].size()) || a < 0 || b < 0 || a + b == 0)
+      item.fail(fmt::format("found '{}', expected xlstm[a:b]: a mLSTM layers to b sLSTM layers", item.shown()),
+                "xlstm[7:1]");
+    const int first = a == 0 ? 0 : 1;
+    for (int k = 0; k < a + b; ++k) add(k >= first && k < first + b ? "slstm" : "mlstm");
+  }
+  if (names == pattern) return;
+  list.set_mark(layers.mark());
+  list.set_path(layers.path());
+  list.set_default(layers.is_default());
+  layers = std::move(list);
+  pattern = std::move(names);
+}
 
 void check_layer_names(const ConfigNode& layers, const std::vector<std::string>& pattern) {
   if (pattern.empty()) layers.fail("found an empty list, expected at least one layer name");
@@ -41,6 +73,7 @@ ModelConfig read_model_config(ConfigNode& section) {
   options.read("pad_vocab_multiple", c.pad_vocab_multiple, between(1, 65536));
   options.read("dropout", c.dropout, below_one());  // before the layers, which default to it
   options.read("layers", c.layers);
+  expand_patterns(*section.find("layers"), c.layers);
   check_layer_names(*section.find("layers"), c.layers);
   if (static_cast<int64_t>(c.layers.size()) > c.n_layers) {
     options.fail("layers", fmt::format("a pattern of {} layers does not fit into n_layers {}", c.layers.size(), c.n_layers));
@@ -52,7 +85,7 @@ ModelConfig read_model_config(ConfigNode& section) {
     if (own) kind.read_options(*own, c);
   }
   c.mlp = read_mlp_config(options.section("mlp"), c.d_model);
-  options.choice("norm", c.norm, {"rms", "layer"});
+  options.choice("norm", c.norm, {"rms", "layer", "layer_1p"});
   options.read("norm_eps", c.norm_eps, above(0));
   options.choice("norm_position", c.norm_position, {"pre", "post"});
   options.choice("position", c.position, {"none", "learned"});

@@ -15,9 +15,9 @@ struct ModelConfig {
   int64_t n_layers = 0;                 // required
   int64_t vocab_size = 0;               // 0: from the data
   int64_t pad_vocab_multiple = 1;       // rows of embedding and head; columns past vocab_size are masked
-  std::vector<std::string> layers{"attention"};  // a pattern, repeated over n_layers
+  std::vector<std::string> layers{"attention"};  // a pattern, repeated over n_layers; xlstm[a:b] is expanded
   MlpConfig mlp;
-  std::string norm = "rms";  // rms | layer
+  std::string norm = "rms";  // rms | layer | layer_1p
   double norm_eps = 1e-5;
   std::string norm_position = "pre";  // pre: x + f(norm(x)), and a norm before the head | post: norm(x + f(x))
   std::string position = "none";  // none | learned: an embedding of the position is added

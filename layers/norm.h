@@ -8,7 +8,8 @@
 namespace krait::layers {
 
 struct NormConfig {
-  std::string type = "rms";  // rms (Zhang & Sennrich 2019) | layer (Ba et al. 2016)
+  std::string type = "rms";  // rms (Zhang & Sennrich 2019) | layer (Ba et al. 2016) | layer_1p: layer without bias,
+                             // its weight stored as w and applied as 1 + w (xLSTM)
   double eps = 1e-5;
 };
 
@@ -21,6 +22,8 @@ class Norm final : public Module {
   AddNorm forward_add(const Variable& x, const Variable& residual) const;
 
  private:
+  Variable weight() const;
+  Variable bias() const { return bias_.defined() ? bias_.variable() : Variable(); }
   NormConfig config_;
   Parameter weight_, bias_;
 };
