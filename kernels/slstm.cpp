@@ -1,0 +1,26 @@
+#include "kernels/slstm.h"
+
+#include "kernels/recurrent_cells.h"
+
+namespace krait::kernels {
+
+namespace {
+constexpr CellSizes kSizes{SlstmCell::kGates, SlstmCell::kStates, SlstmCell::kSaved, SlstmCell::kSplits};
+}
+
+RecurrenceOut slstm_forward(const Tensor& wx, const Tensor& R, const Tensor& bias, const Tensor& state,
+                            const Tensor& segments, SlstmForget forget, bool save) {
+  RecurrenceForward r = begin_recurrence("slstm", kSizes, wx, R, bias, state, segments, save);
+  if (!finish_empty(r)) KRAIT_DISPATCH(wx.device(), slstm_forward(r, forget));
+  return r.out;
+}
+
+RecurrenceGrad slstm_backward(const Tensor& dy, const Tensor& dstate, const Tensor& R, const RecurrenceOut& out,
+                              const Tensor& segments, SlstmForget forget, bool want_dstate, const Tensor& dR_into,
+                              const Tensor& dbias_into) {
+  RecurrenceBackward r = begin_recurrence_backward(kSizes, dy, dstate, R, out, segments, want_dstate);
+  if (!finish_empty(r)) KRAIT_DISPATCH(R.device(), slstm_backward(r, forget));
+  return finish_recurrence_backward(r, out.y_prev, dR_into, dbias_into);
+}
+
+}  // namespace krait::kernels
