@@ -2,6 +2,8 @@
 
 #include "layers/attention.h"
 #include "layers/mamba.h"
+#include "layers/recurrent.h"
+#include "layers/slstm.h"
 
 namespace krait::layers {
 
@@ -9,6 +11,10 @@ const std::vector<LayerKind>& layer_kinds() {
   static const std::vector<LayerKind> kinds{
       attention_kind(),
       mamba_kind(),
+      slstm_kind(),
+      rnn_kind(),
+      lstm_kind(),
+      gru_kind(),
   };
   return kinds;
 }

@@ -1,0 +1,75 @@
+#include "layers/recurrent.h"
+
+#include <cmath>
+
+#include "autograd/recurrent.h"
+
+namespace krait::layers {
+
+using kernels::RecurrentCell;
+
+Recurrent::Recurrent(RecurrentCell cell, const RecurrentConfig& config, const LayerContext& context)
+    : cell_(cell), hidden_(config.hidden) {
+  const int64_t rows = kernels::gates_of(cell) * hidden_;
+  const double bound = 1.0 / std::sqrt(static_cast<double>(hidden_));
+  const Initializer init = uniform(-bound, bound);
+  w_ih_ = parameter("w_ih", {rows, context.d_model}, init);
+  w_hh_ = parameter("w_hh", {rows, hidden_}, init);
+  const Initializer input_bias = [init, h = hidden_, add = config.forget_bias](Tensor& value, uint64_t key) {
+    init(value, key);
+    if (add == 0.0) return;  // rows i, f, g, o
+    for (int64_t j = h; j < 2 * h; ++j) value.data<double>()[j] += add;
+  };
+  b_ih_ = parameter("b_ih", {rows}, input_bias, {.decay = false});
+  b_hh_ = parameter("b_hh", {rows}, init, {.decay = false});
+  if (hidden_ != context.d_model)
+    out_ = child<Linear>("out_proj", hidden_, context.d_model, false, context.residual_std);
+}
+
+Variable Recurrent::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
+  const auto [y, last] = recurrent(cell_, x, w_ih_, w_hh_, b_ih_, b_hh_,
+                                   state ? Variable(state->tensors.at("cell")) : Variable(), info.segments);
+  if (state) {
+    state->tensors["cell"] = last.data();
+    state->length += x.size(1);
+  }
+  return out_ ? out_->forward(y) : y;
+}
+
+Tensor Recurrent::step(const Tensor& x, LayerState& state) {
+  const NoGrad guard;
+  return forward(Variable(x), {}, &state).data();
+}
+
+LayerState Recurrent::initial_state(int64_t batch, int64_t, DType dtype, Device device) const {
+  LayerState s;
+  s.tensors["cell"] = zeros({kernels::states_of(cell_), batch, 1, hidden_}, accum_dtype(dtype), device);
+  return s;
+}
+
+std::string Recurrent::kernel_name(int64_t, int64_t, DType, Device device, bool) const {
+  return device.is_cuda() ? "one persistent kernel over the sequence, weights spread over the multiprocessors"
+                          : "recurrent loop over packed weights, batch in parallel";
+}
+
+namespace {
+
+template <RecurrentCell kCell>
+LayerKind kind_of() {
+  return {std::string(kernels::name_of(kCell)),
+          [](ConfigNode& section, const ModelConfig& model) {
+            read_recurrent_config(section, model.d_model, kCell == RecurrentCell::lstm);
+          },
+          [](ConfigNode options, const LayerContext& context) -> std::shared_ptr<Mixer> {
+            return std::make_shared<Recurrent>(
+                kCell, read_recurrent_config(options, context.d_model, kCell == RecurrentCell::lstm), context);
+          }};
+}
+
+}  // namespace
+
+LayerKind rnn_kind() { return kind_of<RecurrentCell::rnn>(); }
+LayerKind lstm_kind() { return kind_of<RecurrentCell::lstm>(); }
+LayerKind gru_kind() { return kind_of<RecurrentCell::gru>(); }
+
+}  // namespace krait::layers
