@@ -4,6 +4,7 @@
 #include "layers/mamba.h"
 #include "layers/recurrent.h"
 #include "layers/slstm.h"
+#include "layers/s4.h"
 
 namespace krait::layers {
 
@@ -15,6 +16,8 @@ const std::vector<LayerKind>& layer_kinds() {
       rnn_kind(),
       lstm_kind(),
       gru_kind(),
+      s4_kind(),
+      s4d_kind(),
   };
   return kinds;
 }

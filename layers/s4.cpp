@@ -1,0 +1,301 @@
+#include "layers/s4.h"
+
+#include <cmath>
+
+#include "autograd/activation.h"
+#include "autograd/dropout.h"
+#include "autograd/elementwise.h"
+#include "autograd/fft_conv.h"
+#include "autograd/linear.h"
+#include "autograd/s4_kernel.h"
+#include "autograd/s4_scan.h"
+#include "autograd/shape.h"
+#include "kernels/fft_conv.h"
+#include "kernels/s4_kernel.h"
+#include "layers/hippo.h"
+
+namespace krait::layers {
+
+namespace {
+
+Discretization discretization_of(const S4Config& c) {
+  return c.discretization == "zoh" ? Discretization::zoh : Discretization::bilinear;
+}
+
+/// The name of the init in layers/hippo.h.
+std::string library_name(const S4Config& c) {
+  if (c.form == "dense") return "gaussian";
+  if (c.real) return "diag_gaussian";
+  if (c.init == "dplr_random") return "random";
+  if (c.init == "random" || c.init == "diag_random") return "random_diagonal";
+  return c.init;
+}
+
+/// One set's initial values of a diagonal or DPLR system.
+S4Init one_set(const S4Config& c, int64_t n, uint64_t key) {
+  return c.form == "dplr" ? s4_init(library_name(c), 2 * n, key, c.b_clip)
+                          : s4d_init(library_name(c), 2 * n, key, c.b_clip);
+}
+
+/// An initializer that asks for each set's values, with a key of its own, and copies one of them.
+template <class F>
+Initializer each_set(F values_of_set) {
+  return [=](Tensor& value, uint64_t key) {
+    for (int64_t i = 0; i < value.size(0); ++i) {
+      Tensor set = value.select(0, i);
+      copy_(set, values_of_set(random_key(key, fmt::format("set.{}", i))));
+    }
+  };
+}
+
+}  // namespace
+
+S4::S4(const S4Config& config, const LayerContext& context)
+    : config_(config),
+      h_(context.d_model),
+      n_(config.real || config.form == "dense" ? config.d_state : config.d_state / 2),
+      l_max_(context.context),
+      stream_(context.stream("s4.dropout")) {
+  KRAIT_CHECK(l_max_ > 0, "s4: the model's context is {}; its kernels need a length", l_max_);
+  forward_ = make_system("kernel.", nullptr);
+  if (config_.bidirectional) reverse_ = make_system("kernel_rev.", config_.tie_reverse ? &forward_ : nullptr);
+  const int64_t width = config_.copies * h_, rows = config_.final_act == "glu" ? 2 * h_ : h_;
+  const double bound = 1.0 / std::sqrt(static_cast<double>(width));
+  D_ = parameter("D", {width}, normal(1.0), {.decay = false, .keep_fp32 = true, .trainable = !config_.frozen("D")});
+  out_weight_ = parameter("out.weight", {rows, width}, uniform(-bound, bound));
+  out_bias_ = parameter("out.bias", {rows}, uniform(-bound, bound), {.decay = false});
+}
+
+namespace {
+
+// C_tilde = C (I - A_bar^L), C complex normal with E|C|^2 = 1, for each copy's rows.
+Initializer c_tilde_init(const std::shared_ptr<std::map<std::string, Tensor>>& first_values, int64_t h, int64_t l_max) {
+  return [=](Tensor& value, uint64_t key) {
+    fill_normal_(value, 0.0, std::sqrt(0.5), key);
+    const auto& v = *first_values;
+    for (int64_t row = 0; row < value.size(0); row += h) {
+      Tensor rows = value.slice(0, row, row + h);
+      copy_(rows, kernels::s4_c_to_tilde({v.at("log_dt"), v.at("log_A_re"), v.at("A_im"), v.at("P"), v.at("B"), rows}, l_max));
+    }
+  };
+}
+
+}  // namespace
+
+S4::System S4::make_system(const std::string& name, const System* shared) {
+  const S4Config& c = config_;
+  const int64_t s = c.n_ssm, rows = c.copies * h_;
+  System p = shared ? *shared : System{};
+  if (!shared) p.first_values = std::make_shared<std::map<std::string, Tensor>>();
+  const auto add = [&](const std::string& own, const Shape& shape, const Initializer& init, const char* group) {
+    const Initializer remembering = [init, own, seen = p.first_values](Tensor& value, uint64_t key) {
+      init(value, key);
+      (*seen)[own] = value.clone();
+    };
+    const bool trainable = !c.frozen(group) && !(c.real && own == "A_im");
+    return parameter(name + own, shape, remembering,
+                     {.decay = false, .lr_scale = c.ssm_lr_scale, .keep_fp32 = true, .trainable = trainable});
+  };
+  // C is trained like any matrix, but never rounded.
+  const ParameterOptions c_options{.keep_fp32 = true, .trainable = !c.frozen("C")};
+  if (!shared) p.log_dt = add("log_dt", {h_}, uniform(std::log(c.dt_min), std::log(c.dt_max)), "dt");
+  if (c.form == "dense") {
+    const auto set = [c](uint64_t key) { return dense_init("gaussian", c.d_state, key, c.init_gain); };
+    if (!shared) {
+      p.A = add("A", {s, n_, n_}, each_set([set](uint64_t key) { return set(key).A; }), "A");
+      p.B = add("B", {s, n_}, each_set([set](uint64_t key) { return set(key).B; }), "B");
+    }
+    p.C = parameter(name + "C", {rows, n_}, normal(1.0), c_options);
+    return p;
+  }
+  const auto set = [c, n = n_](uint64_t key) { return one_set(c, n, key); };
+  if (!shared) {
+    p.log_A_re = add("log_A_re", {s, n_}, each_set([set](uint64_t key) { return set(key).log_A_re; }), "A");
+    p.A_im = add("A_im", {s, n_}, each_set([set](uint64_t key) { return set(key).A_im; }), "A");
+    if (c.form == "dplr")
+      p.P = add("P", set(0).P.shape().inserted(0, s), each_set([set](uint64_t key) { return set(key).P; }), "A");
+    p.B = add("B", {s, n_, 2}, each_set([set](uint64_t key) { return set(key).B; }), "B");
+  }
+  const Shape shape{rows, n_, 2};
+  if (c.form == "dplr") {
+    p.C = parameter(name + "C_tilde", shape, c_tilde_init(p.first_values, h_, l_max_), c_options);
+  } else if (c.real) {
+    // 2 Re C x = C' x with C' ~ N(0, 1), as in the dense control
+    p.C = parameter(name + "C", shape, [](Tensor& value, uint64_t key) {
+      fill_normal_(value, 0.0, 0.5, key);
+      Tensor imaginary = value.select(2, 1);
+      fill_(imaginary, 0.0);
+    }, c_options);
+  } else {
+    p.C = parameter(name + "C", shape, normal(std::sqrt(0.5)), c_options);
+  }
+  return p;
+}
+
+Variable S4::kernel_of_copy(const System& p, const Variable& C, int64_t length) const {
+  const auto discretization = discretization_of(config_);
+  if (config_.form == "dense") return dense_ssm_kernel(p.log_dt, p.A, p.B, C, length, discretization);
+  if (config_.form == "diagonal") return s4d_kernel(p.log_dt, p.log_A_re, p.A_im, p.B, C, length, discretization);
+  if (length <= l_max_) return s4_kernel(p.log_dt, p.log_A_re, p.A_im, p.P, p.B, C, l_max_);
+  KRAIT_CHECK(!recording() || !C.requires_grad(),
+              "s4: {} positions in training, but the kernel was made for {} (the model's context); raise data.context",
+              length, l_max_);
+  kernels::S4Parameters longer{p.log_dt.variable().data(), p.log_A_re.variable().data(), p.A_im.variable().data(),
+                               p.P.variable().data(), p.B.variable().data(), C.data()};
+  int64_t made_for = l_max_;
+  for (; made_for < length; made_for *= 2) longer.C_tilde = kernels::s4_double_length(longer, made_for);
+  return Variable(kernels::s4_kernel_forward(longer, made_for));
+}
+
+// K (copies h, length or more).
+Variable S4::kernel(const System& p, int64_t length) const {
+  const Variable& C = p.C;
+  if (config_.copies == 1) return kernel_of_copy(p, C, length);
+  Vars all;
+  for (const Variable& part : chunk(C, config_.copies, 0)) all.push_back(kernel_of_copy(p, part, length));
+  return concat(all, 0);
+}
+
+Variable S4::output(const Variable& y_in) const {
+  Variable y = config_.activation == "gelu" ? gelu(y_in, GeluForm::erf) : config_.activation == "silu" ? silu(y_in) : y_in;
+  if (training() && config_.dropout > 0) {
+    if (config_.tie_dropout)
+      y = y * dropout(Variable(ones({y.size(0), 1, y.size(2)}, y.dtype(), y.device())), config_.dropout, stream_);
+    else
+      y = dropout(y, config_.dropout, stream_);
+  }
+  const Variable z = linear(y, out_weight_, out_bias_);
+  if (config_.final_act == "id") return z;
+  const Vars halves = chunk(z, 2, -1);
+  return halves[0] * sigmoid(halves[1]);
+}
+
+Variable S4::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
+  const Variable u = config_.copies == 1 ? x : concat(Vars(static_cast<size_t>(config_.copies), x), 2);
+  if (state) return output(recurrent(u, info.segments, *state));
+  const int64_t l = std::max<int64_t>(1, x.size(1));
+  const Variable K = kernel(forward_, l), K1 = config_.bidirectional ? kernel(reverse_, l) : Variable();
+  return output(fft_conv(u, K, D_, K1, info.segments));
+}
+
+// The system of every output channel, with gradients for the diagonal form.
+DiscreteSystem S4::discretised() const {
+  const System& p = forward_;
+  DiscreteSystem s;
+  if (config_.form == "dense") {
+    const DenseSystem d = dense_ssm_discretize(p.log_dt, p.A, p.B, discretization_of(config_));
+    const DType dtype = p.C.variable().dtype();
+    s.A = cast(d.A_bar, dtype);
+    s.B = cast(d.B_bar, dtype);
+  } else if (config_.form == "diagonal") {
+    s = s4d_discretize(p.log_dt, p.log_A_re, p.A_im, p.B, discretization_of(config_));
+  } else {
+    s = s4_discretize(p.log_dt, p.log_A_re, p.A_im, p.P, p.B);
+  }
+  const auto repeat = [&](Variable& v) {
+    if (v.defined() && config_.copies > 1) v = concat(Vars(static_cast<size_t>(config_.copies), v), 0);
+  };
+  repeat(s.A), repeat(s.B), repeat(s.M), repeat(s.Q);
+  return s;
+}
+
+kernels::S4System S4::system_of(LayerState& state) const {
+  auto& t = state.tensors;
+  if (!t.count("A_bar")) {
+    const NoGrad guard;
+    const DiscreteSystem s = discretised();
+    t["A_bar"] = s.A.data();
+    t["B_bar"] = s.B.data();
+    Tensor C = forward_.C.variable().data();
+    if (config_.form == "dplr") {
+      t["M"] = s.M.data();
+      t["Q"] = s.Q.data();
+      const System& p = forward_;
+      Tensor recovered = empty_like(C);
+      for (int64_t row = 0; row < C.size(0); row += h_) {
+        Tensor rows = recovered.slice(0, row, row + h_);
+        copy_(rows, kernels::s4_tilde_to_c({p.log_dt.variable().data(), p.log_A_re.variable().data(),
+                                            p.A_im.variable().data(), p.P.variable().data(), p.B.variable().data(),
+                                            C.slice(0, row, row + h_)},
+                                           l_max_));
+      }
+      C = recovered;
+    }
+    t["C"] = C;
+  }
+  const auto optional = [&](const char* name) { return t.count(name) ? t.at(name) : Tensor(); };
+  return {t.at("A_bar"), t.at("B_bar"), t.at("C"), D_.variable().data(), optional("M"), optional("Q")};
+}
+
+Variable S4::recurrent(const Variable& u, const Tensor& segments, LayerState& state) const {
+  KRAIT_CHECK(!config_.bidirectional, "s4: a bidirectional layer has no state: it needs the whole sequence at once; "
+              "set bidirectional: false, or data.state: reset");
+  Tensor& x = state.tensors.at("x");
+  state.length += u.size(1);
+  const bool wanted = recording() && (u.requires_grad() || forward_.C.variable().requires_grad());
+  if (wanted) {
+    KRAIT_CHECK(config_.form == "diagonal", "s4: training with a carried state is there for diagonal systems only; set "
+                "data.state: reset, or use the layer s4d");
+    for (const char* name : {"A_bar", "B_bar", "C"}) state.tensors.erase(name);  // the next step changes them
+    const auto [y, last] = s4_scan(u, discretised(), forward_.C, D_, Variable(x), segments);
+    x = last.data();
+    return y;
+  }
+  const kernels::S4System s = system_of(state);
+  auto out = config_.form == "dense" ? kernels::dense_scan_forward(u.data(), s, x, segments)
+                                     : kernels::s4_scan_forward(u.data(), s, x, segments);
+  x = out.last;
+  return Variable(out.y);
+}
+
+Tensor S4::step(const Tensor& x, LayerState& state) {
+  const NoGrad guard;
+  return forward(Variable(x), {}, &state).data();
+}
+
+LayerState S4::initial_state(int64_t batch, int64_t, DType dtype, Device device) const {
+  LayerState s;
+  Shape shape{batch, config_.copies * h_, n_};
+  if (config_.form != "dense") shape.push_back(2);
+  s.tensors["x"] = zeros(shape, accum_dtype(dtype), device);
+  return s;
+}
+
+// Two transforms of n >= context points: 10 n log2 n, and 6 n for the product. C has the shape of a matrix but no
+// product with a token: what is counted for it is taken off.
+double S4::extra_flops_per_token(int64_t context) const {
+  const int log2n = kernels::fft_conv_log2(context);
+  const double points = static_cast<double>(int64_t{1} << log2n) / static_cast<double>(std::max<int64_t>(1, context));
+  const double convolution = static_cast<double>(config_.copies * h_) * points * (10.0 * log2n + 6.0);
+  const int64_t counted = forward_.C.shape().numel() + (config_.bidirectional ? reverse_.C.shape().numel() : 0);
+  return convolution - 2.0 * static_cast<double>(counted);
+}
+
+std::string S4::kernel_name(int64_t, int64_t context, DType dtype, Device device, bool has_segments) const {
+  const char* how = config_.form == "dense" ? "dense kernel by matrix powers (slow control)"
+                    : config_.form == "dplr" ? "Cauchy kernel" : "Vandermonde kernel";
+  return fmt::format("{} of {} states ({}), {}", how, config_.d_state, config_.discretization,
+                     kernels::fft_conv_kernel_name(context, dtype, device, has_segments));
+}
+
+namespace {
+
+template <bool diagonal>
+LayerKind kind_of() {
+  return {diagonal ? "s4d" : "s4",
+          [](ConfigNode& section, const ModelConfig& model) {
+            read_s4_config(section, diagonal ? "s4d" : "s4", model.d_model, model.dropout,
+                           model.type == "language_model");
+          },
+          [](ConfigNode options, const LayerContext& context) -> std::shared_ptr<Mixer> {
+            return std::make_shared<S4>(
+                read_s4_config(options, diagonal ? "s4d" : "s4", context.d_model, context.dropout), context);
+          }};
+}
+
+}  // namespace
+
+LayerKind s4_kind() { return kind_of<false>(); }
+LayerKind s4d_kind() { return kind_of<true>(); }
+
+}  // namespace krait::layers
