@@ -3,6 +3,8 @@
 #include <cmath>
 #include <complex>
 
+#include "autograd/s4_kernel.h"
+#include "kernels/s4_kernel.h"
 #include "tests/testing/op_case.h"
 
 using namespace krait;
@@ -102,4 +104,53 @@ TEST_CASE("random initial values depend on the key alone") {
   const StateSpace d = dense_init("diag_gaussian", 8, 3);
   for (int64_t i = 0; i < 64; ++i) CHECK((i % 9 == 0 ? d.A.data<double>()[i] < 0 : d.A.data<double>()[i] == 0));
   CHECK(relative_error(dense_init("legs", 8, 0).A, hippo("legs", 8).A) == 0.0);
+}
+
+TEST_CASE("S4's kernel from the DPLR form equals the dense kernel of the HiPPO matrices") {
+  constexpr int64_t N = 16, length = 75;
+  for (const char* kind : {"legs", "legt", "lagt", "lagt1", "fout", "foud"}) {
+    INFO(kind);
+    const Dplr d = hippo_dplr(kind, N);
+    const S4Init init = s4_init(kind, N, 0);
+    const Tensor row = random_tensor({1, N}, Normal{}, 11), log_dt = full({1}, std::log(0.01), f64, kCpu);
+    Tensor C = zeros({1, N / 2, 2}, f64, kCpu);  // y = c 2 Re(V x) = 2 Re((c V) x)
+    for (int64_t i = 0; i < N; ++i)
+      for (int64_t j = 0; j < N / 2; ++j) {
+        const Cd v = value(d.V, i * (N / 2) + j) * row.data<double>()[i];
+        C.data<double>()[2 * j] += v.real();
+        C.data<double>()[2 * j + 1] += v.imag();
+      }
+    kernels::S4Parameters p{log_dt, init.log_A_re.unsqueeze(0), init.A_im.unsqueeze(0), init.P.unsqueeze(0),
+                            init.B.unsqueeze(0), C};
+    p.C_tilde = kernels::s4_c_to_tilde(p, length);
+    const StateSpace s = hippo(kind, N);
+    const Tensor K = dense_ssm_kernel(Variable(log_dt), Variable(s.A.unsqueeze(0)), Variable(s.B.unsqueeze(0)),
+                                      Variable(row), length, Discretization::bilinear).data();
+    // the eigenvalues on the imaginary axis are moved left by 1e-4
+    const bool moved = value(d.Lambda, 0).real() > -1e-4;
+    CHECK(relative_error(kernels::s4_kernel_forward(p, length), K) < (moved ? 1e-3 : 1e-10));
+  }
+}
+
+TEST_CASE("kernels of 16384 positions are finite in fp32 from every init") {
+  constexpr int64_t N = 64, h = 3, length = 16384;
+  const Tensor log_dt = from_vector(std::vector<double>{std::log(1e-4), std::log(1e-2), std::log(0.1)}).to(f32);
+  const auto finite = [](const Tensor& t) {
+    for (const double v : t.to_vector<double>())
+      if (!std::isfinite(v)) return false;
+    return true;
+  };
+  for (const std::string& name : s4_init_names()) {
+    INFO(name);
+    const S4Init init = s4_init(name, N, 3);
+    const auto leaf = [](const Tensor& t) { return Variable(t.unsqueeze(0).to(f32), true); };
+    const Variable dt(log_dt, true), re = leaf(init.log_A_re), im = leaf(init.A_im), P = leaf(init.P), B = leaf(init.B);
+    const Variable C(random_tensor({h, N / 2, 2}, Normal{.std = std::sqrt(0.5)}, 4, f32), true);
+    const Tensor tilde = kernels::s4_c_to_tilde({log_dt, re.data(), im.data(), P.data(), B.data(), C.data()}, length);
+    const Variable C_tilde(tilde, true), diagonal = s4d_kernel(dt, re, im, B, C, length, Discretization::zoh);
+    const Variable low_rank = s4_kernel(dt, re, im, P, B, C_tilde, length);
+    backward(Vars{diagonal, low_rank}, {ones(diagonal.shape(), f32, kCpu), ones(diagonal.shape(), f32, kCpu)});
+    for (const Variable& v : {diagonal, low_rank}) CHECK(finite(v.data()));
+    for (const Variable& v : {dt, re, im, P, B, C, C_tilde}) CHECK(finite(v.grad()));
+  }
 }
