@@ -37,6 +37,13 @@ struct GenerateCommand {
 };
 int run_generate(const GenerateCommand& command);
 
+struct AblateCommand {
+  std::string file;
+  std::string run_dir;  // empty: runs/<name>
+  int64_t jobs = 0;     // 0: one per GPU, or per CPU core
+};
+int run_ablate(const AblateCommand& command);
+
 struct InfoCommand {
   std::string run_dir;  // empty: about this build and machine
   bool verify = false;

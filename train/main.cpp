@@ -11,6 +11,7 @@ int main(int argc, char** argv) {
                       cli::add_train,
                       cli::add_eval,
                       cli::add_generate,
+                      cli::add_ablate,
                       cli::add_data,
                       cli::add_info,
                   });

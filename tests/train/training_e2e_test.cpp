@@ -1,11 +1,10 @@
 // The whole path as a user walks it: text, token store, training, checkpoints, evaluation, generation.
 #include <csignal>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <thread>
 
 #include "core/device.h"
-#include "tests/train/krait_command.h"
+#include "tests/train/workplace.h"
 
 using namespace krait;
 using namespace krait::testing;
@@ -13,70 +12,6 @@ using nlohmann::json;
 namespace fs = std::filesystem;
 
 namespace {
-
-// A text with structure to learn: repeated sentences with varying words.
-std::string sample_text(int lines) {
-  static const char* const who[] = {"the fox", "a bear", "my friend", "the old king"};
-  static const char* const what[] = {"sees", "follows", "greets", "forgets"};
-  std::string text;
-  uint32_t r = 1;
-  for (int i = 0; i < lines; ++i) {
-    const auto next = [&] { return (r = r * 1664525u + 1013904223u) >> 28; };
-    text += fmt::format("{} {} {}.\n", who[next() % 4], what[next() % 4], who[next() % 4]);
-  }
-  return text;
-}
-
-constexpr const char* kConfig = R"(name: tiny
-seed: 3
-runtime: {{device: {device}, precision: {precision}}}
-data: {{path: {data}, context: 32}}
-model:
-  d_model: 32
-  n_layers: 2
-  attention: {{n_heads: 2}}
-  mlp: {{type: swiglu}}
-  dropout: 0.1
-optimizer: {{lr: 3e-3}}
-lr_scheduler: {{warmup_steps: 5}}
-train: {{steps: 30, micro_batch_size: 4, tokens_per_step: 256}}
-eval: {{interval: 10}}
-checkpoint: {{interval: 10, keep_latest: 3}}
-logging: {{interval: 1}}
-)";
-
-/// A directory with a prepared token store and a config.
-struct Workplace {
-  explicit Workplace(const std::string& device = "cpu", const std::string& precision = "fp32") {
-    write_text(tmp / "text.txt", sample_text(400));
-    const Outcome prepared = krait_command(fmt::format("data prepare {} -o {} --tokenizer char -q", tmp / "text.txt", tmp / "tokens.h5"));
-    REQUIRE(prepared.status == 0);
-    write_text(config, fmt::format(fmt::runtime(kConfig), fmt::arg("device", device),
-                                   fmt::arg("precision", precision), fmt::arg("data", tmp / "tokens.h5")));
-  }
-  Outcome train(const std::string& run, const std::string& more = "") const {
-    return krait_command(fmt::format("train {} --run-dir {} {}", config, tmp / run, more));
-  }
-  TemporaryDirectory tmp;
-  std::string config = tmp / "tiny.yaml";
-};
-
-std::vector<json> metrics(const std::string& run) {
-  std::vector<json> lines;
-  std::ifstream file(run + "/metrics.jsonl");
-  for (std::string line; std::getline(file, line);) lines.push_back(json::parse(line));
-  return lines;
-}
-
-/// Step, split and every number that must not depend on the clock.
-std::vector<std::string> losses(const std::string& run) {
-  std::vector<std::string> out;
-  for (const json& m : metrics(run))
-    out.push_back(m.contains("split") ? fmt::format("{} {}", m["step"].dump(), m["nll"].dump())
-                                      : fmt::format("{} {} {} {}", m["step"].dump(), m["loss"].dump(),
-                                                    m["grad_norm"].dump(), m["lr"].dump()));
-  return out;
-}
 
 void check_run_repeats_and_resumes(const Workplace& w) {
   const Outcome first = w.train("a");
@@ -193,8 +128,8 @@ TEST_CASE("bad input: one clear error, a non-zero exit, nothing written") {
       {"data.path=nowhere.h5", "no such file"},
       {"data.context=100000 train.tokens_per_step=400000", "100000 tokens need 100001 in a row"},
       {"eval.split=holdout", "found holdout, but"},
-      {"data.state=carry", "no layer of this model carries state"},
-      {"model.type=classifier model.n_classes=3", "data.type tokens has no labels to learn"},
+      {"data.state=carry", "layer attention has no state of constant size to carry"},
+      {"model.type=classifier model.n_classes=3", "data.type tokens needs a language_model"},
       {"parallelism.tensor=2", "this build trains on one rank"},
       {"model.vocab_size=3", "3 is less than the"}};
   for (const Case& c : cases) {
