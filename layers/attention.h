@@ -24,6 +24,7 @@ class Attention final : public Mixer {
   LayerState initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const override;
   std::string norm_name() const override { return "attn_norm"; }
   std::string prefix() const override { return ""; }
+  bool carries_state() const override { return false; }  // the cache grows with the text
   double extra_flops_per_token(int64_t context) const override;
   std::string kernel_name(int64_t batch, int64_t context, DType dtype, Device device,
                           bool has_segments) const override;

@@ -59,6 +59,12 @@ DecoderState Decoder::initial_state(int64_t batch, int64_t max_length, DType dty
   return state;
 }
 
+std::string Decoder::kind_without_stream() const {
+  for (size_t i = 0; i < blocks_.size(); ++i)
+    if (!blocks_[i]->mixer().carries_state()) return kinds_[i];
+  return "";
+}
+
 double Decoder::extra_flops_per_token(int64_t context) const {
   double sum = 0;
   for (const auto& block : blocks_) sum += block->mixer().extra_flops_per_token(context);

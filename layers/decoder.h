@@ -22,6 +22,8 @@ class Decoder final : public Module {
   Variable forward(const Variable& x, const SequenceInfo& info, DecoderState* state);
   DecoderState initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const;
   double extra_flops_per_token(int64_t context) const;
+  /// The first layer kind that cannot carry its state through a stream of any length; empty when all can.
+  std::string kind_without_stream() const;
   /// One line per layer kind: which kernel will serve it.
   std::vector<std::string> kernel_lines(int64_t batch, int64_t context, DType dtype, Device device,
                                         bool has_segments) const;

@@ -1,8 +1,12 @@
+#include <algorithm>
+
 #include "autograd/dropout.h"
 #include "autograd/elementwise.h"
 #include "autograd/embedding.h"
 #include "autograd/shape.h"
 #include "kernels/cross_entropy.h"
+#include "kernels/embedding.h"
+#include "kernels/reduce.h"
 #include "layers/model.h"
 
 namespace krait::layers {
@@ -21,8 +25,8 @@ LanguageModel::LanguageModel(const ModelConfig& config, const ModelShape& shape,
   if (!tied_) head_ = parameter("lm_head.weight", {rows, d}, init);
 }
 
-Variable LanguageModel::hidden(const ModelInput& input, DecoderState* state) {
-  const int64_t l = input.tokens.size(1), offset = state ? state->length : 0;
+Variable LanguageModel::hidden(const ModelInput& input) {
+  const int64_t l = input.tokens.size(1), offset = input.state ? input.state->length : 0;
   Variable x = embedding(embedding_, input.tokens);
   if (positions_.defined()) {
     KRAIT_CHECK(input.info.positions.defined() || offset + l <= max_positions_,
@@ -33,26 +37,41 @@ Variable LanguageModel::hidden(const ModelInput& input, DecoderState* state) {
                                             : slice(positions_, 0, offset, offset + l));
   }
   x = dropout(x, training() ? embedding_dropout_ : 0.0, "embedding");
-  return decoder_->forward(x, input.info, state);
+  return decoder_->forward(x, input.info, input.state);
 }
 
 ModelLoss LanguageModel::loss(const ModelInput& input, const Tensor& target_count) {
-  const Variable h = hidden(input, nullptr);
+  const Variable h = hidden(input);
   const LossOut out = linear_cross_entropy(reshape(h, {-1, h.size(-1)}), head(), input.targets.reshape({-1}),
                                            loss_options_, 1.0, 0, target_count);
   return {out.loss, out.nll_sum, out.count, {}};
 }
 
-Tensor LanguageModel::token_nll(const ModelInput& input, DecoderState* state) {
+Tensor LanguageModel::token_nll(const ModelInput& input) {
   const NoGrad guard;
-  const Tensor h = hidden(input, state).data();
+  const Tensor h = hidden(input).data();
   return kernels::linear_cross_entropy_nll(h.flatten_leading(), head().data(), input.targets.reshape({-1}),
                                            loss_options_)
       .view(input.targets.shape());
 }
 
+Tensor LanguageModel::predictions(const ModelInput& input, const Tensor& rows) {
+  const NoGrad guard;
+  const Tensor h = hidden(input).data();
+  const Tensor wanted = kernels::embedding_forward(h.flatten_leading(), rows);  // (n, d)
+  Tensor out = empty(rows.shape(), DType::i64, h.device());
+  const int64_t n = rows.size(0), chunk = std::max<int64_t>(1, (int64_t{1} << 26) / vocab_size_);
+  for (int64_t begin = 0; begin < n; begin += chunk) {  // a chunk of logits at a time
+    const int64_t end = std::min(begin + chunk, n);
+    const Tensor scores = linear(Variable(wanted.slice(0, begin, end)), head()).data().slice(-1, 0, vocab_size_);
+    Tensor part = out.slice(0, begin, end);
+    copy_(part, kernels::argmax(scores, -1));
+  }
+  return out;
+}
+
 Variable LanguageModel::logits(const ModelInput& input) {
-  const Variable all = linear(hidden(input, nullptr), head());
+  const Variable all = linear(hidden(input), head());
   return all.size(-1) == vocab_size_ ? all : slice(all, -1, 0, vocab_size_);
 }
 
@@ -60,7 +79,8 @@ Tensor LanguageModel::next_logits(const Tensor& tokens, DecoderState& state) {
   const NoGrad guard;
   ModelInput input;
   input.tokens = tokens;
-  const Variable last(hidden(input, &state).data().select(1, -1).contiguous());
+  input.state = &state;
+  const Variable last(hidden(input).data().select(1, -1).contiguous());
   return linear(last, head()).data().slice(-1, 0, vocab_size_);
 }
 

@@ -15,6 +15,9 @@ class Linear final : public Module {
     return linear(x, weight_, bias_.defined() ? bias_.variable() : Variable(), epilogue);
   }
 
+  /// What it computes in.
+  DType dtype() const { return weight_.variable().dtype(); }
+
  private:
   Parameter weight_, bias_;
 };

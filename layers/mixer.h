@@ -32,6 +32,9 @@ class Mixer : public Module {
   virtual Tensor step(const Tensor& x, LayerState& state) = 0;
   /// State before the first position. max_length bounds key/value caches.
   virtual LayerState initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const = 0;
+  /// Whether streams of any length can carry the state on: its size does not grow, all its tensors are zero at the
+  /// start and have the batch as their first dimension, so that a row starts anew by zeros.
+  virtual bool carries_state() const { return true; }
   /// Name of the norm in front of it in public checkpoints.
   virtual std::string norm_name() const { return "norm"; }
   /// The feed-forward part that belongs to the layer itself; a block without an mlp of the model's takes it as its

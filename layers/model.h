@@ -14,7 +14,9 @@ struct ModelInput {
   Tensor tokens;   // (b, l) int32 or int64; undefined for continuous inputs
   Tensor inputs;   // (b, l, features) floating, instead of tokens
   Tensor targets;  // language model (b, l) int64, -100 ignored; classifier (b) int64; regressor (b, outputs)
+  Tensor lengths;  // (b) int32: valid positions of padded sequences, for classifiers and regressors; undefined: all
   SequenceInfo info;
+  DecoderState* state = nullptr;  // language model: continues from it and leaves the final state in it
 };
 
 /// Loss of a micro-batch. Sums and counts let micro-batches and ranks be put together exactly.
@@ -40,6 +42,8 @@ class Model : public Module {
   /// ranks. Undefined: this micro-batch's own count.
   virtual ModelLoss loss(const ModelInput& input, const Tensor& target_count) = 0;
   virtual Decoder& decoder() = 0;
+  /// One answer per sequence, (b, outputs): class logits or predictions. A language model has none: an error.
+  virtual Variable predict(const ModelInput& input);
   /// Model FLOPs of training one token: 6 per matrix parameter in a product and 3 times the extra forward FLOPs
   /// (attention counted causal). Recomputation is not counted.
   double train_flops_per_token(int64_t context);
@@ -57,8 +61,10 @@ class LanguageModel final : public Model {
   Decoder& decoder() override { return *decoder_; }
   int64_t vocab_size() const { return vocab_size_; }
 
-  /// Negative log-likelihood of every target, (b, l) fp32 in nats, 0 where ignored. With a state, continues from it.
-  Tensor token_nll(const ModelInput& input, DecoderState* state);
+  /// Negative log-likelihood of every target, (b, l) fp32 in nats, 0 where ignored.
+  Tensor token_nll(const ModelInput& input);
+  /// The likeliest token at the places `rows` (n) int64 of the flattened (b l) positions: (n) int64.
+  Tensor predictions(const ModelInput& input, const Tensor& rows);
   /// Logits of every position (b, l, vocab_size), without the padded columns.
   Variable logits(const ModelInput& input);
   /// Consumes tokens (b, l) and returns the logits after the last one, (b, vocab_size).
@@ -66,7 +72,7 @@ class LanguageModel final : public Model {
   DecoderState initial_state(int64_t batch, int64_t max_length, const StoreOptions& store) const;
 
  private:
-  Variable hidden(const ModelInput& input, DecoderState* state);
+  Variable hidden(const ModelInput& input);
   int64_t tied_head_parameters() const override { return tied_ ? embedding_.shape().numel() : 0; }
   const Variable& head() const { return tied_ ? embedding_.variable() : head_.variable(); }
 
@@ -85,8 +91,7 @@ class SequenceModel final : public Model {
   SequenceModel(const ModelConfig& config, const ModelShape& shape);
   ModelLoss loss(const ModelInput& input, const Tensor& target_count) override;
   Decoder& decoder() override { return *decoder_; }
-  /// (b, outputs): class logits or predictions.
-  Variable predict(const ModelInput& input);
+  Variable predict(const ModelInput& input) override;
 
  private:
   bool regressor_ = false;

@@ -98,8 +98,9 @@ ModelConfig read_model_config(ConfigNode& section) {
   options.choice("head", c.head, {"last", "pooled"});
   options.read("n_classes", c.n_classes, at_least(0));
   options.finish();
-  if (c.type != "language_model" && c.n_classes == 0) {
-    options.fail("n_classes", fmt::format("is required and missing for type {}", c.type));
+  if (c.type != "language_model" && c.position != "none") {
+    options.fail("position", fmt::format("found {}, but a {} has no position embedding", c.position, c.type),
+                 "position: none, with rope or a recurrent layer");
   }
   c.section = section;
   return c;

@@ -28,7 +28,7 @@ struct ModelConfig {
   std::string init = "gpt2";      // gpt2 | llama: see spec/transformer.md, section 6
   double init_std = 0.02;
   std::string head = "last";  // last | pooled: what classifiers and regressors look at
-  int64_t n_classes = 0;      // outputs of classifiers and regressors
+  int64_t n_classes = 0;      // outputs of classifiers and regressors; 0: from the data
 
   /// The kind of layer i.
   const std::string& kind_of(int64_t i) const { return layers[static_cast<size_t>(i) % layers.size()]; }

@@ -30,15 +30,26 @@ void read_runtime(ConfigNode& section, RuntimeConfig& c) {
 
 void read_data(ConfigNode& section, DataConfig& c) {
   OptionReader options(section);
-  options.choice("type", c.type, {"tokens"});
-  options.require("path");
-  options.read("path", c.path);
+  std::vector<std::string> types{"tokens"};
+  types.insert(types.end(), data::task_names().begin(), data::task_names().end());
+  options.choice("type", c.type, types);
+  const bool tokens = c.type == "tokens";
+  if (!tokens) c.task = data::make_task(c.type, options);
+  if (tokens || c.task->needs_files()) {
+    options.require("path");
+    options.read("path", c.path);
+    if (c.path.empty()) options.fail("path", "found an empty string, expected a file");
+  }
   options.read("split", c.split);
-  options.read("context", c.context, between(1, int64_t{1} << 30));
-  options.choice("state", c.state, {"reset", "carry", "tbptt"});
-  options.choice("documents", c.documents, {"ignore", "pack"});
+  if (tokens) {
+    options.read("context", c.context, between(1, int64_t{1} << 30));
+    options.choice("state", c.state, {"reset", "carry", "tbptt"});
+    options.choice("documents", c.documents, {"ignore", "pack"});
+  } else {
+    c.context = c.task->shape().context;
+  }
   options.finish();
-  if (c.path.empty()) options.fail("path", "found an empty string, expected a file");
+  if (c.state == "tbptt") c.state = "carry";
 }
 
 void read_optimizer(ConfigNode& section, OptimizerConfig& c) {
@@ -88,6 +99,12 @@ void read_eval(ConfigNode& section, EvalConfig& c, const Config& config) {
   c.micro_batch_size = config.train.micro_batch_size;
   options.read("interval", c.interval, at_least(0));
   options.read("split", c.split);
+  if (config.data.task) {  // a pass over the split's examples: no windows
+    options.read("micro_batch_size", c.micro_batch_size, between(1, 1 << 24));
+    options.finish();
+    c.context = c.stride = config.data.task->shape().eval_context;
+    return;
+  }
   options.read("context", c.context, between(1, int64_t{1} << 30));
   c.stride = c.context;
   options.read("stride", c.stride, at_least(1));
@@ -135,6 +152,24 @@ void read_parallelism(ConfigNode& section, ParallelismConfig& c) {
   one_rank("sequence", c.sequence);
 }
 
+/// What the data give must be what the model learns.
+void check_answers(Config& c, OptionReader& options) {
+  using Kind = data::TaskShape::Kind;
+  const Kind kind = c.data.task ? c.data.task->shape().kind : Kind::token_targets;
+  const std::string wanted = kind == Kind::labels ? "classifier" : kind == Kind::values ? "regressor" : "language_model";
+  if (c.model.type != wanted)
+    c.fail("model.type", fmt::format("found {}, but data.type {} needs a {}", c.model.type, c.data.type, wanted),
+           "type: " + wanted);
+  if (kind == Kind::token_targets) return;
+  const int64_t classes = c.data.task->shape().n_classes;
+  if (c.model.n_classes != 0 && c.model.n_classes != classes)
+    c.fail("model.n_classes", fmt::format("found {}, but data.type {} has {}", c.model.n_classes, c.data.type, classes),
+           "leaving it out");
+  c.model.n_classes = classes;
+  OptionReader(options.section("model")).resolve("n_classes", classes);
+  c.model.section = options.section("model");
+}
+
 void check_lengths(Config& c, OptionReader& options) {
   // The product of what one micro-batch needs, guarded against overflow by the ranges above.
   const int64_t micro = c.train.micro_batch_size * c.data.context;
@@ -155,7 +190,7 @@ void check_lengths(Config& c, OptionReader& options) {
     c.fail("lr_scheduler.warmup_steps", fmt::format("{} is more than the {} steps of the run", c.lr_scheduler.warmup_steps, steps),
            fmt::format("{} or less", std::max<int64_t>(steps / 10, 1)));
   }
-  if (c.model.position == "learned") {
+  if (c.model.position == "learned" && c.model.type == "language_model") {
     const int64_t longest = std::max(c.data.context, c.eval.context);
     if (c.model.max_positions == 0) {
       c.model.max_positions = longest;
@@ -227,7 +262,10 @@ Config config_from_tree(ConfigNode tree) {
   read_checkpoint(checkpoint, c.checkpoint);
   read_logging(logging, c.logging);
   read_parallelism(parallelism, c.parallelism);
+  check_answers(c, options);
   check_lengths(c, options);
+  if (c.data.state == "carry" && c.train.recompute == "block")
+    c.fail("train.recompute", "block cannot be used with data.state: carry", "recompute: none");
   return c;
 }
 

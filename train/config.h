@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "core/config_node.h"
+#include "data/task.h"
 #include "layers/model_config.h"
 
 namespace krait::train {
@@ -21,12 +22,16 @@ struct RuntimeConfig {
 };
 
 struct DataConfig {
-  std::string type = "tokens";
-  std::string path;              // required
+  std::string type = "tokens";   // tokens | the name of a task (data/task.h), whose options stand beside
+  std::string path;              // of a token store or of a task's files; required where there are any
   std::string split = "train";
-  int64_t context = 1024;        // tokens of a sequence
-  std::string state = "reset";   // reset | carry | tbptt
+  int64_t context = 1024;        // tokens of a sequence; some tasks fix it
+  /// What recurrent state does between windows. reset: each window starts anew, at a random place. carry (also
+  /// tbptt, truncated backpropagation through time): rows walk through the text, state goes on, gradients do not;
+  /// evaluation streams too.
+  std::string state = "reset";
   std::string documents = "ignore";  // ignore | pack
+  data::TaskPtr task;                // null for tokens
 };
 
 struct OptimizerConfig {

@@ -35,11 +35,13 @@ int64_t sample_token(const std::vector<float>& logits, double temperature, doubl
 int64_t generate(Session& session, const GenerateOptions& options,
                  const std::function<void(const std::string&)>& write) {
   layers::LanguageModel& model = session.language_model("generation");
+  KRAIT_CHECK(session.data.tokenizer, "generation writes text, but this run learned the task {}",
+              session.config.data.type);
   model.set_training(false);
-  std::vector<int32_t> ids = session.tokenizer->encode(options.prompt);
-  const int32_t eos = session.tokenizer->eos_id();
+  std::vector<int32_t> ids = session.data.tokenizer->encode(options.prompt);
+  const int32_t eos = session.data.tokenizer->eos_id();
   // Without a prompt: a new document, or a line break where the vocabulary has no end-of-document token.
-  if (ids.empty()) ids = eos >= 0 ? std::vector<int32_t>{eos} : session.tokenizer->encode("\n");
+  if (ids.empty()) ids = eos >= 0 ? std::vector<int32_t>{eos} : session.data.tokenizer->encode("\n");
   KRAIT_CHECK(!ids.empty(), "the tokenizer turns this prompt into no token; give another --prompt");
   const auto prompt_length = static_cast<int64_t>(ids.size());
   KRAIT_CHECK(session.config.model.position != "learned" ||
@@ -50,7 +52,7 @@ int64_t generate(Session& session, const GenerateOptions& options,
 
   layers::DecoderState state =
       model.initial_state(1, prompt_length + options.max_tokens, session.parameters->options());
-  data::StreamDecoder decoder(session.tokenizer);
+  data::StreamDecoder decoder(session.data.tokenizer);
   const uint64_t key = random_key(options.seed, "generate");
   Tensor tokens = from_vector(ids, Shape{1, prompt_length});
   int64_t made = 0;

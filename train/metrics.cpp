@@ -43,6 +43,18 @@ nlohmann::ordered_json optional_json(const std::optional<double>& value) {
 double StepMetrics::ppl() const { return std::exp(loss); }
 double EvalMetrics::ppl() const { return std::exp(nll); }
 
+bool is_better(const EvalMetrics& a, const EvalMetrics& b) {
+  if (a.accuracy && b.accuracy && *a.accuracy != *b.accuracy) return *a.accuracy > *b.accuracy;
+  return a.nll < b.nll;
+}
+
+std::string describe(const EvalMetrics& m) {
+  if (m.rmse) return fmt::format("rmse {:.6g}", *m.rmse);
+  std::string text = fmt::format("nll {:.4f}", m.nll);
+  text += m.accuracy ? fmt::format("  accuracy {:.2f} %", 100 * *m.accuracy) : fmt::format("  ppl {:.2f}", m.ppl());
+  return m.bpb ? text + fmt::format("  bits/byte {:.4f}", *m.bpb) : text;
+}
+
 std::string to_json(const StepMetrics& m) {
   return LineWriter()
       .add("step", m.step)
@@ -60,9 +72,11 @@ std::string to_json(const StepMetrics& m) {
 
 std::string to_json(const EvalMetrics& m) {
   LineWriter line;
-  line.add("step", m.step).add("tokens", m.tokens).add("split", m.split).add("nll", m.nll).add("ppl", m.ppl());
+  line.add("step", m.step).add("tokens", m.tokens).add("split", m.split).add("nll", m.nll);
+  if (!m.rmse) line.add("ppl", m.ppl());
   if (m.bpb) line.add("bpb", m.bpb);
   if (m.accuracy) line.add("accuracy", m.accuracy);
+  if (m.rmse) line.add("rmse", m.rmse);
   return line.add("time_s", m.time_s).str();
 }
 

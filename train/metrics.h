@@ -25,10 +25,16 @@ struct EvalMetrics {
   int64_t step = 0, tokens = 0;
   std::string split = {};
   double nll = 0;                       // nats per token
-  std::optional<double> bpb = {}, accuracy = {};  // bits per byte of text; share of right classes
+  std::optional<double> bpb = {}, accuracy = {}, rmse = {};  // bits per byte of text; share of right answers
   double time_s = 0;
   double ppl() const;
 };
+
+/// Higher accuracy where there is one, else lower likelihood loss.
+bool is_better(const EvalMetrics& a, const EvalMetrics& b);
+
+/// "nll 1.2345  ppl 3.44  bits/byte 1.78", "nll 0.0512  accuracy 98.31 %", "rmse 0.0021": for people.
+std::string describe(const EvalMetrics& m);
 
 /// One line of metrics.jsonl, without the newline. Numbers are the shortest that read back the same;
 /// what is not finite is null.

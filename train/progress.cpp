@@ -56,10 +56,7 @@ void Progress::step(const StepMetrics& m) {
 }
 
 void Progress::evaluation(const EvalMetrics& m) {
-  std::string line = fmt::format("step {}  {}: nll {:.4f}  ppl {:.2f}", m.step, m.split, m.nll, m.ppl());
-  if (m.bpb) line += fmt::format("  bits/byte {:.4f}", *m.bpb);
-  if (m.accuracy) line += fmt::format("  accuracy {:.2f} %", 100 * *m.accuracy);
-  note(line);
+  note(fmt::format("step {}  {}: {}", m.step, m.split, describe(m)));
 }
 
 void Progress::note(const std::string& text) {

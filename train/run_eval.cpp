@@ -14,13 +14,13 @@ namespace {
 
 // A token store made with the run's tokenizer, or plain text to be encoded with it.
 data::TokensPtr tokens_to_evaluate(const Session& session, const std::string& file, const std::string& split) {
-  if (H5Fis_hdf5(file.c_str()) <= 0) return data::encode_text(read_file(file), *session.tokenizer, file);
+  if (H5Fis_hdf5(file.c_str()) <= 0) return data::encode_text(read_file(file), *session.data.tokenizer, file);
   const data::TokenStorePtr store = data::TokenStore::open(file);
-  KRAIT_CHECK(store->tokenizer()->serialize() == session.tokenizer->serialize(),
+  KRAIT_CHECK(store->tokenizer()->serialize() == session.data.tokenizer->serialize(),
               "{} was made with another tokenizer ({}, {} ids) than the run's ({}, {} ids); prepare it with "
               "--tokenizer-from the run's data",
-              file, store->tokenizer()->name(), store->vocab_size(), session.tokenizer->name(),
-              session.tokenizer->vocab_size());
+              file, store->tokenizer()->name(), store->vocab_size(), session.data.tokenizer->name(),
+              session.data.tokenizer->vocab_size());
   return store->split(split);
 }
 
@@ -52,6 +52,31 @@ void print_json(const EvalResult& r, const LoadedRun& run, const std::string& wh
   fmt::print("{}\n", j.dump());
 }
 
+int eval_task(LoadedRun& run, const EvalCommand& command) {
+  const Config& c = run.session.config;
+  KRAIT_CHECK(command.data.empty() && command.context == 0 && command.stride == 0,
+              "--data, --context and --stride are for text; this run learned the task {}", c.data.type);
+  const std::string split = command.split.empty() ? c.eval.split : command.split;
+  const EvalResult r = evaluate_task(
+      run.session, c.data.task->split(split, c.eval.micro_batch_size, static_cast<uint64_t>(c.seed), run.session.data.directory));
+  if (command.json) {
+    nlohmann::ordered_json j{{"checkpoint", run.checkpoint}, {"step", run.step}, {"task", c.data.type}, {"split", split},
+                             {"examples", r.tokens}, {"nll", r.nll}};
+    if (r.accuracy) j["accuracy"] = *r.accuracy;
+    if (r.rmse) j["rmse"] = *r.rmse;
+    j["seconds"] = r.seconds;
+    fmt::print("{}\n", j.dump());
+    return 0;
+  }
+  EvalMetrics m;
+  m.nll = r.nll;
+  m.accuracy = r.accuracy;
+  m.rmse = r.rmse;
+  fmt::print("{} (step {}) on {}, split {}\n  answers {}   {}\n  {:.1f} s\n", run.checkpoint, run.step, c.data.type, split,
+             r.tokens, describe(m), r.seconds);
+  return 0;
+}
+
 }  // namespace
 
 int run_eval(const EvalCommand& command) {
@@ -63,12 +88,12 @@ int run_eval(const EvalCommand& command) {
   if (command.stride > 0) overrides.push_back(fmt::format("eval.stride={}", command.stride));
   LoadedRun run = load_finished_run(command.run_dir, overrides);
   const Config& c = run.session.config;
+  if (c.data.task) return eval_task(run, command);
   const std::string file = command.data.empty() ? find_data_file(c) : command.data;
   KRAIT_CHECK(std::filesystem::exists(file), "{}: no such file; give --data FILE", file);
   const data::TokensPtr tokens =
       tokens_to_evaluate(run.session, file, command.split.empty() ? c.eval.split : command.split);
-  const EvalOptions options{c.eval.context, c.eval.stride, c.eval.micro_batch_size, c.eval.max_tokens,
-                            data::documents_from_name(c.data.documents)};
+  const EvalOptions options = eval_options(c);
   const EvalResult result = evaluate(run.session, tokens, options);
   (command.json ? print_json : print_text)(result, run, tokens->where(), options);
   return 0;

@@ -8,9 +8,13 @@ namespace krait::train {
 
 std::string to_json(const RunState& s) {
   nlohmann::json j{{"step", s.step}, {"tokens", s.tokens}, {"time_s", s.time_s}};
-  if (s.best)
-    j["best"] = {{"step", s.best->step}, {"tokens", s.best->tokens}, {"split", s.best->split},
-                 {"nll", s.best->nll},   {"bpb", s.best->bpb.value_or(0)}, {"time_s", s.best->time_s}};
+  if (s.best) {
+    auto& best = j["best"] = {{"step", s.best->step}, {"tokens", s.best->tokens}, {"split", s.best->split},
+                              {"nll", s.best->nll},   {"time_s", s.best->time_s}};
+    if (s.best->bpb) best["bpb"] = *s.best->bpb;
+    if (s.best->accuracy) best["accuracy"] = *s.best->accuracy;
+    if (s.best->rmse) best["rmse"] = *s.best->rmse;
+  }
   return j.dump();
 }
 
@@ -28,7 +32,9 @@ RunState run_state_from_json(const std::string& json, const std::string& where) 
       m.tokens = b.at("tokens");
       m.split = b.at("split");
       m.nll = b.at("nll");
-      if (const double bpb = b.at("bpb"); bpb > 0) m.bpb = bpb;
+      if (b.contains("bpb")) m.bpb = b.at("bpb").get<double>();
+      if (b.contains("accuracy")) m.accuracy = b.at("accuracy").get<double>();
+      if (b.contains("rmse")) m.rmse = b.at("rmse").get<double>();
       m.time_s = b.at("time_s");
       s.best = m;
     }
@@ -55,6 +61,13 @@ std::vector<NamedTensor> optimizer_tensors(const Session& session, const Optimiz
   return out;
 }
 
+std::vector<NamedTensor> carried_tensors(const CarriedState* carried) {
+  std::vector<NamedTensor> out;
+  if (carried)
+    for (const auto& [name, value] : carried->named()) out.push_back({"state." + name, value});
+  return out;
+}
+
 }  // namespace
 
 std::vector<NamedTensor> model_tensors(Session& session) {
@@ -63,10 +76,12 @@ std::vector<NamedTensor> model_tensors(Session& session) {
   return out;
 }
 
-std::vector<NamedTensor> checkpoint_tensors(Session& session, const Optimizer& optimizer) {
+std::vector<NamedTensor> checkpoint_tensors(Session& session, const Optimizer& optimizer, const CarriedState* carried) {
   std::vector<NamedTensor> out = model_tensors(session);
   for (NamedTensor& t : optimizer_tensors(session, optimizer)) out.push_back(std::move(t));
-  const std::string blob = session.tokenizer->serialize();
+  for (NamedTensor& t : carried_tensors(carried)) out.push_back(std::move(t));
+  if (!session.data.tokenizer) return out;
+  const std::string blob = session.data.tokenizer->serialize();
   out.push_back({kTokenizer, from_vector(std::vector<uint8_t>(blob.begin(), blob.end()))});
   return out;
 }
@@ -86,8 +101,9 @@ void load_model(Session& session, const CheckpointReader& reader) {
   session.parameters->refresh_compute();
 }
 
-void load_run(Session& session, Optimizer& optimizer, const CheckpointReader& reader) {
+void load_run(Session& session, Optimizer& optimizer, const CarriedState* carried, const CheckpointReader& reader) {
   read_group(reader, optimizer_tensors(session, optimizer), "optimizer.");
+  if (carried) read_group(reader, carried_tensors(carried), "state.");
   load_model(session, reader);
 }
 
@@ -106,7 +122,12 @@ LoadedRun load_finished_run(const std::string& run_dir, const std::vector<std::s
   KRAIT_CHECK(found, "{}: no whole checkpoint; train it further with krait train {} --run-dir {} --resume",
               directory.checkpoints(), directory.config_file(), run_dir);
   const CheckpointReader reader(found->path);
-  LoadedRun run{make_session(config, nullptr, load_checkpoint_tokenizer(reader)), reader.step(), found->path};
+  DataSource data;
+  if (config.data.task)
+    data = open_data(config);
+  else
+    data.tokenizer = load_checkpoint_tokenizer(reader);
+  LoadedRun run{make_session(config, std::move(data)), reader.step(), found->path};
   load_model(run.session, reader);
   return run;
 }

@@ -2,6 +2,7 @@
 #include <optional>
 #include <string>
 
+#include "train/carried_state.h"
 #include "train/checkpoint.h"
 #include "train/metrics.h"
 #include "train/step.h"
@@ -18,14 +19,15 @@ struct RunState {
 std::string to_json(const RunState& state);
 RunState run_state_from_json(const std::string& json, const std::string& where);
 
-/// The tensors of a checkpoint: "model.<parameter>", "optimizer.<state>.<parameter>", "tokenizer" (bytes).
+/// The tensors of a checkpoint: "model.<parameter>", "optimizer.<state>.<parameter>", "tokenizer" (bytes, of token
+/// data), "state.<layer>.<tensor>" (with data.state: carry; `carried` is null without).
 /// Names are public and whole: independent of how the run lays its parameters out.
 std::vector<NamedTensor> model_tensors(Session& session);
-std::vector<NamedTensor> checkpoint_tensors(Session& session, const Optimizer& optimizer);
+std::vector<NamedTensor> checkpoint_tensors(Session& session, const Optimizer& optimizer, const CarriedState* carried);
 
 /// Fills the parameters, or parameters and optimizer state; refuses a checkpoint of another model by name.
 void load_model(Session& session, const CheckpointReader& reader);
-void load_run(Session& session, Optimizer& optimizer, const CheckpointReader& reader);
+void load_run(Session& session, Optimizer& optimizer, const CarriedState* carried, const CheckpointReader& reader);
 
 /// The tokenizer stored with a checkpoint.
 data::TokenizerPtr load_checkpoint_tokenizer(const CheckpointReader& reader);

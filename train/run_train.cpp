@@ -1,3 +1,5 @@
+#include <map>
+
 #include "train/commands.h"
 #include "train/trainer.h"
 
@@ -12,14 +14,18 @@ void print_plan(Session& session) {
   fmt::print("model: {} layers, width {}, {} parameters ({} master weights, {} compute)\n", c.model.n_layers,
              c.model.d_model, human_count(static_cast<double>(session.parameters->parameter_count())),
              session.parameters->options().master, session.parameters->options().compute);
-  int64_t decayed = 0, plain = 0;
+  std::map<ParameterGroup, std::pair<int64_t, std::string>> groups;  // elements, an example's name
   for (const auto& e : session.parameters->entries()) {
-    const bool decays = e.options.embedding ? c.optimizer.decay_embeddings : e.options.decay;
-    (decays && c.optimizer.weight_decay > 0 ? decayed : plain) += e.length;
+    auto& [count, example] = groups[group_of(e.options, c.optimizer)];
+    count += e.length;
+    if (example.empty()) example = e.name;
   }
-  fmt::print("optimizer: {}, lr {}, weight decay {} on {} parameters, none on {}\n", c.optimizer.type, c.optimizer.lr,
-             c.optimizer.weight_decay, human_count(static_cast<double>(decayed)),
-             human_count(static_cast<double>(plain)));
+  fmt::print("optimizer: {}\n", c.optimizer.type);
+  for (const auto& [group, members] : groups)
+    fmt::print("  {}: {} parameters ({}, ...)\n",
+               group.lr_scale == 0 ? std::string("frozen")
+                                   : fmt::format("lr {:g}, weight decay {:g}", c.optimizer.lr * group.lr_scale, group.weight_decay),
+               human_count(static_cast<double>(members.first)), members.second);
   fmt::print("step: {} tokens = {} sequences of {} x {} micro-batches; {} steps, {} tokens in all\n",
              c.train.tokens_per_step, c.train.micro_batch_size, c.data.context, c.gradient_accumulation(),
              c.total_steps(), human_count(static_cast<double>(c.total_steps() * c.train.tokens_per_step)));
@@ -34,9 +40,7 @@ void print_plan(Session& session) {
 
 int run_train(const TrainCommand& command) {
   Config config = load_config(command.config, command.overrides);
-  const std::string data_file = find_data_file(config);
-  const data::TokenStorePtr store = data::TokenStore::open(data_file);
-  Session session = make_session(config, store, store->tokenizer());
+  Session session = make_session(config, open_data(config));
   const TrainData data = open_train_data(session);
   const RunDirectory directory = RunDirectory::create(command.run_dir, config.name, command.resume);
   if (directory.has_run()) {
@@ -54,12 +58,9 @@ int run_train(const TrainCommand& command) {
   }
   const Summary summary = trainer.run();
   directory.write_summary(to_json(summary));
-  if (summary.final_eval)
-    fmt::print("{}: nll {:.4f}  ppl {:.3f}", summary.final_eval->split, summary.final_eval->nll,
-               summary.final_eval->ppl());
-  if (summary.final_eval && summary.final_eval->bpb) fmt::print("  bits per byte {:.4f}", *summary.final_eval->bpb);
+  if (summary.final_eval) fmt::print("{}: {}", summary.final_eval->split, describe(*summary.final_eval));
   if (summary.final_eval && summary.best_eval)
-    fmt::print("  (best nll {:.4f} at step {})", summary.best_eval->nll, summary.best_eval->step);
+    fmt::print("  (best, at step {}: {})", summary.best_eval->step, describe(*summary.best_eval));
   fmt::print("\n{} after {} steps, {} of training at {} tokens/s, peak memory {}; run directory {}\n", summary.status,
              summary.steps, human_time(summary.wall_time_s), human_count(summary.tokens_per_s),
              human_bytes(summary.peak_mem_bytes), directory.path());

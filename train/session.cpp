@@ -24,43 +24,52 @@ DType compute_dtype(const std::string& precision) {
   return precision == "fp64" ? DType::f64 : DType::f32;
 }
 
-void check_supported(const Config& config) {
-  if (config.model.type != "language_model")
-    config.fail("model.type",
-                fmt::format("found {}, but data.type {} has no labels to learn", config.model.type, config.data.type),
-                "type: language_model");
-  if (config.data.state != "reset")
-    config.fail("data.state",
-                fmt::format("found {}, but no layer of this model carries state between windows", config.data.state),
-                "state: reset");
+void check_state(const Config& config, const layers::Decoder& decoder) {
+  const std::string kind = config.data.state == "carry" ? decoder.kind_without_stream() : "";
+  if (!kind.empty())
+    config.fail("data.state", fmt::format("found carry, but layer {} has no state of constant size to carry", kind),
+                "state: reset, with eval.stride less than eval.context for a longer past");
+}
+
+layers::ModelShape model_shape(const Config& config, const DataSource& data) {
+  layers::ModelShape shape;
+  shape.context = config.data.context;
+  if (config.data.task) {
+    shape.vocab_size = config.data.task->shape().vocab_size;
+    shape.input_features = config.data.task->shape().input_features;
+  } else {
+    shape.vocab_size = data.tokenizer->vocab_size();
+  }
+  if (config.model.vocab_size == 0 || shape.vocab_size == 0) return shape;
+  if (config.model.vocab_size < shape.vocab_size)
+    config.fail("model.vocab_size",
+                fmt::format("{} is less than the {} tokens of the data", config.model.vocab_size, shape.vocab_size),
+                fmt::format("{} or 0", shape.vocab_size));
+  shape.vocab_size = config.model.vocab_size;
+  return shape;
 }
 
 }  // namespace
 
-Session make_session(const Config& config, data::TokenStorePtr store, data::TokenizerPtr tokenizer) {
-  check_supported(config);
+DataSource open_data(const Config& config) {
+  if (config.data.task) return {nullptr, nullptr, config.data.task->needs_files() ? find_data_file(config) : ""};
+  const data::TokenStorePtr store = data::TokenStore::open(find_data_file(config));
+  return {store, store->tokenizer(), ""};
+}
+
+Session make_session(const Config& config, DataSource data) {
   Session s;
   s.config = config;
-  s.store = std::move(store);
-  s.tokenizer = std::move(tokenizer);
+  s.data = std::move(data);
   s.device = pick_device(config.runtime);
   set_num_threads(static_cast<int>(config.runtime.threads));
   kernels::set_tf32(config.runtime.tf32);
 
-  layers::ModelShape shape;
-  shape.vocab_size = s.tokenizer->vocab_size();
-  shape.context = config.data.context;
-  if (config.model.vocab_size > 0) {
-    if (config.model.vocab_size < shape.vocab_size)
-      config.fail("model.vocab_size",
-                  fmt::format("{} is less than the {} tokens of the data", config.model.vocab_size, shape.vocab_size),
-                  fmt::format("{} or 0", shape.vocab_size));
-    shape.vocab_size = config.model.vocab_size;
-  }
   CrossEntropyOptions loss;
   loss.label_smoothing = config.train.label_smoothing;
   loss.z_loss = config.train.z_loss;
-  s.model = layers::make_model(config.model, shape, loss);
+  s.model = layers::make_model(config.model, model_shape(config, s.data), loss);
+  check_state(config, s.model->decoder());
   s.model->decoder().set_recompute(config.train.recompute == "block");
 
   const DType compute = compute_dtype(config.runtime.precision);
@@ -77,7 +86,8 @@ layers::ModelInput to_device(const data::Batch& batch, Device device) {
   const auto move = [&](const Tensor& t) { return t.defined() ? t.to(device) : t; };
   input.tokens = move(batch.tokens);
   input.inputs = move(batch.inputs);
-  input.targets = move(batch.labels.defined() ? batch.labels : batch.targets);
+  input.targets = move(batch.labels.defined() ? batch.labels : batch.values.defined() ? batch.values : batch.targets);
+  input.lengths = move(batch.lengths);
   input.info.segments = move(batch.segments);
   input.info.positions = move(batch.positions);
   return input;

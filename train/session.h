@@ -10,12 +10,20 @@
 
 namespace krait::train {
 
+/// Where a run's data come from: a token store with its tokenizer, or the files of a task.
+struct DataSource {
+  data::TokenStorePtr store;     // null for a task, and for evaluation on other text
+  data::TokenizerPtr tokenizer;  // null for a task
+  std::string directory;         // of a task's files
+};
+/// Opens what data.path names.
+DataSource open_data(const Config& config);
+
 /// A config brought to life on one device: data, model, parameters. What train, eval and generate share.
 struct Session {
   Config config;
   Device device;
-  data::TokenStorePtr store;        // may be null for evaluation on other text
-  data::TokenizerPtr tokenizer;
+  DataSource data;
   std::unique_ptr<layers::Model> model;
   std::unique_ptr<layers::ParameterStore> parameters;
 
@@ -24,7 +32,7 @@ struct Session {
 };
 
 /// Applies runtime settings (threads, device, TF32) and builds the model with its initial values.
-Session make_session(const Config& config, data::TokenStorePtr store, data::TokenizerPtr tokenizer);
+Session make_session(const Config& config, DataSource data);
 
 /// The CPU batch on the session's device, as the model takes it.
 layers::ModelInput to_device(const data::Batch& batch, Device device);

@@ -7,15 +7,19 @@
 
 namespace krait::train {
 
+ParameterGroup group_of(const layers::ParameterOptions& parameter, const OptimizerConfig& config) {
+  if (!parameter.trainable) return {0, 0};
+  const bool decays = parameter.embedding ? config.decay_embeddings : parameter.decay;
+  return {parameter.lr_scale, decays ? config.weight_decay : 0.0};
+}
+
 namespace {
 
 std::vector<kernels::SegmentSpec> segments_of(const layers::ParameterStore& store, const OptimizerConfig& config) {
   std::vector<kernels::SegmentSpec> segments;
   for (const auto& e : store.entries()) {
-    const bool decays = e.options.embedding ? config.decay_embeddings : e.options.decay;
-    const bool moves = e.options.trainable;
-    segments.push_back({e.offset, e.length, moves ? e.options.lr_scale : 0.0,
-                        moves && decays ? config.weight_decay : 0.0});
+    const ParameterGroup group = group_of(e.options, config);
+    segments.push_back({e.offset, e.length, group.lr_scale, group.weight_decay});
   }
   return segments;
 }
@@ -53,6 +57,9 @@ TrainStep::TrainStep(Session& session)
   const DType wide = accum_dtype(store.options().compute);
   target_count_ = zeros({}, DType::f32, session.device);
   loss_sum_ = zeros({}, wide, session.device);
+  if (session.config.data.state == "carry")
+    carried_ = std::make_unique<CarriedState>(session.model->decoder(), session.config.train.micro_batch_size,
+                                              session.config.data.context, store.options().compute, session.device);
   RandomSource& random = current_random();
   random.seed = static_cast<uint64_t>(session.config.seed);
   random.step = zeros({}, DType::i64, session.device);
@@ -77,13 +84,22 @@ void TrainStep::fill_inputs(const data::Batch& batch) {
   fill(input_.tokens, host.tokens);
   fill(input_.inputs, host.inputs);
   fill(input_.targets, host.targets);
+  fill(input_.lengths, host.lengths);
   fill(input_.info.segments, host.info.segments);
   fill(input_.info.positions, host.info.positions);
+  if (carried_) carried_->set_resets(batch.resets);
 }
 
 void TrainStep::micro_step() {
+  layers::DecoderState state;
+  if (carried_) {
+    state = carried_->begin();
+    input_.state = &state;
+  }
   const layers::ModelLoss out = session_.model->loss(input_, target_count_);
+  input_.state = nullptr;
   backward(out.loss);
+  if (carried_) carried_->keep(state);
   kernels::accumulate(loss_sum_, out.loss_sum.view(loss_sum_.shape()));
 }
 

@@ -4,11 +4,19 @@
 
 #include "core/allocator.h"
 #include "core/stream.h"
+#include "train/carried_state.h"
 #include "train/optimizer.h"
 #include "train/schedule.h"
 #include "train/session.h"
 
 namespace krait::train {
+
+/// How the optimizer treats a parameter: factor of the learning rate (0: frozen) and weight decay.
+struct ParameterGroup {
+  double lr_scale = 1, weight_decay = 0;
+  friend auto operator<=>(const ParameterGroup&, const ParameterGroup&) = default;
+};
+ParameterGroup group_of(const layers::ParameterOptions& parameter, const OptimizerConfig& config);
 
 /// What one step tells, read from the device.
 struct StepReport {
@@ -31,6 +39,8 @@ class TrainStep {
   double learning_rate_at(int64_t step) const { return learning_rate(schedule_, step); }
   Optimizer& optimizer() { return *optimizer_; }
   bool captured() const { return micro_graph_ != nullptr; }
+  /// With data.state: carry, else null.
+  CarriedState* carried_state() { return carried_.get(); }
 
  private:
   void fill_inputs(const data::Batch& batch);
@@ -41,6 +51,7 @@ class TrainStep {
   ScheduleOptions schedule_;
   std::unique_ptr<Optimizer> optimizer_;
   Uploader uploader_;
+  std::unique_ptr<CarriedState> carried_;
   layers::ModelInput input_;   // fixed addresses, so that a graph can be replayed on new values
   Tensor target_count_;       // fp32 scalar: counted targets of the step
   Tensor loss_sum_;            // scalar: over the step so far

@@ -14,33 +14,58 @@ using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 data::TokensPtr split_of(const Session& session, const std::string& key, const std::string& name) {
-  if (!session.store->has_split(name)) {
+  if (!session.data.store->has_split(name)) {
     std::string known;
-    for (const std::string& s : session.store->splits()) known += (known.empty() ? "" : ", ") + s;
-    session.config.fail(key, fmt::format("found {}, but {} has: {}", name, session.store->path(), known), known);
+    for (const std::string& s : session.data.store->splits()) known += (known.empty() ? "" : ", ") + s;
+    session.config.fail(key, fmt::format("found {}, but {} has: {}", name, session.data.store->path(), known), known);
   }
-  return session.store->split(name);
+  return session.data.store->split(name);
 }
 
 }  // namespace
 
-TrainData open_train_data(const Session& session) {
+namespace {
+
+TrainData open_task(const Session& session) {
+  const Config& c = session.config;
+  const auto seed = static_cast<uint64_t>(c.seed);
+  const auto split = [&](const std::string& name, int64_t batch) {
+    return c.data.task->split(name, batch, seed, session.data.directory);
+  };
+  return {split(c.data.split, c.train.micro_batch_size), nullptr, split(c.eval.split, c.eval.micro_batch_size)};
+}
+
+TrainData open_tokens(const Session& session) {
   const Config& c = session.config;
   TrainData d;
-  d.train = split_of(session, "data.split", c.data.split);
-  if (d.train->size() < c.data.context + 1)
+  const data::TokensPtr train = split_of(session, "data.split", c.data.split);
+  if (train->size() < c.data.context + 1)
     c.fail("data.context",
            fmt::format("{} tokens need {} in a row, but {} has {}", c.data.context, c.data.context + 1,
-                       d.train->where(), d.train->size()),
-           fmt::format("{} or less", std::max<int64_t>(d.train->size() - 1, 1)));
-  if (session.store->has_split(c.eval.split) || c.eval.interval > 0)
-    d.eval = split_of(session, "eval.split", c.eval.split);
+                       train->where(), train->size()),
+           fmt::format("{} or less", std::max<int64_t>(train->size() - 1, 1)));
+  const data::Documents documents = data::documents_from_name(c.data.documents);
+  const auto seed = static_cast<uint64_t>(c.seed);
+  d.train = c.data.state == "carry"
+                ? data::streams(train, {c.data.context, c.train.micro_batch_size, documents, true, seed})
+                : data::random_crops(train, {c.data.context, c.train.micro_batch_size, seed, documents});
+  if (session.data.store->has_split(c.eval.split) || c.eval.interval > 0)
+    d.eval_tokens = split_of(session, "eval.split", c.eval.split);
   return d;
+}
+
+}  // namespace
+
+TrainData open_train_data(const Session& session) { return session.config.data.task ? open_task(session) : open_tokens(session); }
+
+EvalResult TrainData::evaluate(Session& session) const {
+  if (eval_examples) return evaluate_task(session, eval_examples);
+  return train::evaluate(session, eval_tokens, eval_options(session.config));
 }
 
 Trainer::Trainer(Session& session, const TrainData& data, const RunDirectory& directory, bool resume)
     : session_(session), config_(session.config), directory_(directory), step_(session),
-      total_steps_(session.config.total_steps()) {
+      total_steps_(session.config.total_steps()), data_(data) {
   const Config& c = config_;
   if (resume) {
     std::vector<std::string> skipped;
@@ -48,7 +73,7 @@ Trainer::Trainer(Session& session, const TrainData& data, const RunDirectory& di
     for (const std::string& message : skipped) fmt::print(stderr, "warning: {}\n", message);
     if (found) {
       const CheckpointReader reader(found->path);
-      load_run(session, step_.optimizer(), reader);
+      load_run(session, step_.optimizer(), step_.carried_state(), reader);
       state_ = run_state_from_json(reader.meta(), reader.path());
       fmt::print("resumed after step {} from {}\n", state_.step, found->path);
     } else {
@@ -57,11 +82,7 @@ Trainer::Trainer(Session& session, const TrainData& data, const RunDirectory& di
   }
   first_step_ = state_.step;
 
-  const data::Documents documents = data::documents_from_name(c.data.documents);
-  const data::DatasetPtr crops = data::random_crops(
-      data.train, {c.data.context, c.train.micro_batch_size, static_cast<uint64_t>(c.seed), documents});
-  eval_tokens_ = data.eval;
-  batches_ = std::make_unique<data::Prefetcher>(crops, first_step_ * c.gradient_accumulation());
+  batches_ = std::make_unique<data::Prefetcher>(data.train, first_step_ * c.gradient_accumulation());
 
   metrics_ = std::make_unique<MetricsLog>(directory.metrics_file(), first_step_ > 0 ? first_step_ : -1);
   if (c.logging.tensorboard)
@@ -109,30 +130,34 @@ void Trainer::log_step() {
 }
 
 bool Trainer::evaluate_now() {
-  if (!eval_tokens_) return false;
-  const EvalConfig& e = config_.eval;
-  const EvalResult r = evaluate(session_, eval_tokens_,
-                                {e.context, e.stride, e.micro_batch_size, e.max_tokens,
-                                 data::documents_from_name(config_.data.documents)});
+  if (!data_.has_eval()) return false;
+  const EvalResult r = data_.evaluate(session_);
   EvalMetrics m;
   m.step = state_.step;
   m.tokens = state_.tokens;
-  m.split = e.split;
+  m.split = config_.eval.split;
   m.nll = r.nll;
+  m.accuracy = r.accuracy;
+  m.rmse = r.rmse;
   if (r.bytes > 0) m.bpb = r.bpb;
   m.time_s = state_.time_s;
   last_eval_ = m;
   metrics_->write(m);
   progress_->evaluation(m);
-  if (tensorboard_)
-    tensorboard_->write(m.step, {{"eval/" + m.split + "_nll", m.nll}, {"eval/" + m.split + "_ppl", m.ppl()}});
-  const bool best = !state_.best || m.nll < state_.best->nll;
+  if (tensorboard_) {
+    std::vector<std::pair<std::string, double>> scalars{{"eval/" + m.split + "_nll", m.nll}};
+    if (m.accuracy) scalars.emplace_back("eval/" + m.split + "_accuracy", *m.accuracy);
+    else if (m.rmse) scalars.emplace_back("eval/" + m.split + "_rmse", *m.rmse);
+    else scalars.emplace_back("eval/" + m.split + "_ppl", m.ppl());
+    tensorboard_->write(m.step, scalars);
+  }
+  const bool best = !state_.best || is_better(m, *state_.best);
   if (best) state_.best = m;
   return best;
 }
 
 void Trainer::save(bool is_best) {
-  checkpoints_->save(state_.step, checkpoint_tensors(session_, step_.optimizer()), to_json(state_), is_best);
+  checkpoints_->save(state_.step, checkpoint_tensors(session_, step_.optimizer(), step_.carried_state()), to_json(state_), is_best);
 }
 
 Summary Trainer::run() {

@@ -10,9 +10,13 @@
 
 namespace krait::train {
 
-/// The splits a run reads. Opening them checks what the config asks of them, before anything is written.
+/// What a run reads. Opening it checks what the config asks of the data, before anything is written.
 struct TrainData {
-  data::TokensPtr train, eval;  // eval is null when there is no such split and none is asked for
+  data::DatasetPtr train;
+  data::TokensPtr eval_tokens;    // of a token store; null when there is no such split and none is asked for
+  data::DatasetPtr eval_examples;  // of a task
+  EvalResult evaluate(Session& session) const;
+  bool has_eval() const { return eval_tokens || eval_examples; }
 };
 TrainData open_train_data(const Session& session);
 
@@ -40,7 +44,7 @@ class Trainer {
   int64_t first_step_ = 0, total_steps_ = 0;
   double flops_per_token_ = 0, peak_flops_ = 0;
   std::unique_ptr<data::Prefetcher> batches_;
-  data::TokensPtr eval_tokens_;
+  TrainData data_;
   std::unique_ptr<MetricsLog> metrics_;
   std::unique_ptr<TensorBoardWriter> tensorboard_;
   std::unique_ptr<CheckpointWriter> checkpoints_;

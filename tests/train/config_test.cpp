@@ -1,3 +1,4 @@
+#include "layers/attention_config.h"
 #include "train/config.h"
 
 #include "tests/testing/catch.h"
@@ -213,7 +214,7 @@ TEST_CASE("config: combinations that cannot be name both values and a way out") 
   CHECK(error_with({"model.position=learned", "model.max_positions=32"}) ==
         "exp.yaml:2:20: data.context: 64 is more than the 32 learned positions (model.max_positions)\n"
         "       try model.max_positions=64");
-  CHECK(error_with({"model.type=classifier"}) == "exp.yaml:3:1: model.n_classes: is required and missing for type classifier");
+  CHECK(contains(error_with({"model.type=classifier"}), "model.type: found classifier, but data.type tokens needs a language_model"));
   CHECK(contains(error_with({"model.layers=[attention, attention, attention, attention, attention]"}),
                  "a pattern of 5 layers does not fit into n_layers 4"));
 }
