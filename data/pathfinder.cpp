@@ -30,7 +30,7 @@ double distance(Point p, const Paddle& s) {
 /// Which pixels are taken, and which lie within the margin of one that is. The centre of pixel (i, j) is (i, j).
 class Mask {
  public:
-  explicit Mask(const PathfinderOptions& o) : n_(o.size), core_(o.paddle_thickness / 2 + 0.25), margin_(o.paddle_margin) {
+  explicit Mask(const PathfinderOptions& o) : n_(o.size), core_(o.paddle_thickness / 2 + 0.5), margin_(o.paddle_margin) {
     taken_.assign(static_cast<size_t>(n_ * n_), 0);
     near_ = taken_;
     for (int64_t y = 0; y < n_; ++y)
@@ -45,25 +45,28 @@ class Mask {
     for (const Point p : {paddle.tip, paddle.end})
       if (p.x < 0 || p.y < 0 || p.x > static_cast<double>(n_ - 1) || p.y > static_cast<double>(n_ - 1)) return false;
     bool free = true;
-    around(paddle, core_ + margin_, [&](size_t i, double) { free = free && taken_[i] == 0; });
+    around(paddle, core_ + margin_, [&](size_t i, double x, double y) {
+      free = free && (taken_[i] == 0 || distance({x, y}, paddle) > core_ + margin_);
+    });
     return free;
   }
   void add(const Paddle& paddle) {
-    around(paddle, core_ + margin_, [&](size_t i, double d) {
-      near_[i] = 1;
+    around(paddle, core_ + margin_, [&](size_t i, double x, double y) {
+      const double d = distance({x, y}, paddle);
+      if (d <= core_ + margin_) near_[i] = 1;
       if (d <= core_) taken_[i] = 1;
     });
   }
 
  private:
   size_t at(int64_t x, int64_t y) const { return static_cast<size_t>(y * n_ + x); }
-  template <class F>  // f(pixel, its distance) for those within `reach`
+  template <class F>  // f(pixel, x, y) for those in the rectangle `reach` around the paddle
   void around(const Paddle& p, double reach, F f) const {
     const auto low = [&](double a, double b) { return std::max<int64_t>(0, static_cast<int64_t>(std::ceil(std::min(a, b) - reach))); };
     const auto high = [&](double a, double b) { return std::min<int64_t>(n_ - 1, static_cast<int64_t>(std::floor(std::max(a, b) + reach))); };
     for (int64_t y = low(p.tip.y, p.end.y); y <= high(p.tip.y, p.end.y); ++y)
       for (int64_t x = low(p.tip.x, p.end.x); x <= high(p.tip.x, p.end.x); ++x)
-        if (const double d = distance({static_cast<double>(x), static_cast<double>(y)}, p); d <= reach) f(at(x, y), d);
+        f(at(x, y), static_cast<double>(x), static_cast<double>(y));
   }
 
   int64_t n_;
@@ -84,7 +87,7 @@ class Curve {
 
   /// Adds a paddle; false when there is no place.
   bool grow(const Mask& mask, RandomStream& random) {
-    const Point pivot = last().end + o_->paddle_margin * direction(angle_);
+    const Point heading = direction(angle_), pivot = last().end + o_->paddle_margin * heading;
     const double radius = o_->paddle_length + o_->paddle_margin;
     struct Candidate {
       double sum, angle;  // of the weights up to here
@@ -96,6 +99,7 @@ class Curve {
       for (auto x = static_cast<int64_t>(std::floor(pivot.x - radius - 1)); x <= pivot.x + radius + 1; ++x) {
         const Point d = Point{static_cast<double>(x), static_cast<double>(y)} - pivot;
         if (std::abs(length_of(d) - radius) > 0.5 || mask.near(x, y)) continue;
+        if (o_->continuity >= 1 && d.x * heading.x + d.y * heading.y <= 0) continue;  // weight 0 beyond a right angle
         const double angle = std::atan2(d.y, d.x);
         const double cosine = std::cos(std::min(o_->continuity * std::abs(std::remainder(angle - angle_, 2 * pi)), pi / 2));
         if (cosine < 1e-3) continue;

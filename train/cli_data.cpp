@@ -1,6 +1,7 @@
 #include <cstdio>
 #include <memory>
 
+#include "data/fetch.h"
 #include "data/inspect.h"
 #include "data/prepare.h"
 #include "train/cli.h"
@@ -64,11 +65,33 @@ void add_inspect(CLI::App& data, Action& action) {
   });
 }
 
+void add_fetch(CLI::App& data, Action& action) {
+  struct Options : data::FetchOptions {
+    std::string name;
+  };
+  const auto o = std::make_shared<Options>();
+  std::vector<std::string> names;
+  for (const data::FetchSet& set : data::fetch_sets()) names.push_back(set.name);
+  CLI::App* sub = data.add_subcommand("fetch", "Download a public data set: checked, unpacked, resumable");
+  sub->add_option("NAME", o->name, "The data set")->required()->check(CLI::IsMember(names));
+  sub->add_option("--mirror", o->mirror, "A directory or URL to take the files from instead of the public source");
+  sub->add_option("-o,--output", o->directory, "Where the set's folder goes [$KRAIT_DATA_DIR, or data]");
+  sub->add_flag("-q,--quiet", o->quiet, "No progress");
+  sub->callback([o, &action] {
+    action = [o] {
+      const data::FetchSet& set = data::find_fetch_set(o->name);
+      std::fputs(data::to_string(set, data::fetch(set, *o)).c_str(), stdout);
+      return 0;
+    };
+  });
+}
+
 }  // namespace
 
 void add_data(CLI::App& app, Action& action) {
-  CLI::App* sub = app.add_subcommand("data", "Make and look at token stores");
+  CLI::App* sub = app.add_subcommand("data", "Get data, make and look at token stores");
   sub->require_subcommand(1);
+  add_fetch(*sub, action);
   add_prepare(*sub, action);
   add_inspect(*sub, action);
 }
