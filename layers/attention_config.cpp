@@ -1,28 +1,10 @@
 #include "layers/attention_config.h"
 
 #include <cstdlib>
-#include <vector>
+
+#include "layers/near_divisors.h"
 
 namespace krait::layers {
-namespace {
-
-/// "8, 12 or 16": divisors of n nearest to `wanted`, those that `fits` accepts.
-template <class Fits>
-std::string near_divisors(int64_t n, int64_t wanted, Fits fits) {
-  std::vector<int64_t> below, above;
-  for (int64_t d = 1; d <= n; ++d) {
-    if (n % d == 0 && fits(d)) (d <= wanted ? below : above).push_back(d);
-  }
-  std::vector<int64_t> near(below.end() - std::min<int64_t>(2, static_cast<int64_t>(below.size())), below.end());
-  if (!above.empty()) near.push_back(above.front());
-  std::string text;
-  for (size_t i = 0; i < near.size(); ++i) {
-    text += (i == 0 ? "" : i + 1 == near.size() ? " or " : ", ") + fmt::format("{}", near[i]);
-  }
-  return text;
-}
-
-}  // namespace
 
 AttentionConfig read_attention_config(ConfigNode& section, int64_t d_model, double dropout) {
   AttentionConfig c;
@@ -44,7 +26,7 @@ AttentionConfig read_attention_config(ConfigNode& section, int64_t d_model, doub
   if (c.n_heads == 0) {
     if (d_model % 64 != 0) {
       options.fail("n_heads", fmt::format("is needed: d_model {} does not split into heads of 64 channels", d_model),
-                   near_divisors(d_model, d_model / 64, [](int64_t) { return true; }));
+                   near_divisors(d_model, d_model / 64));
     }
     c.n_heads = d_model / 64;
     options.resolve("n_heads", c.n_heads);
@@ -61,7 +43,7 @@ AttentionConfig read_attention_config(ConfigNode& section, int64_t d_model, doub
   }
   if (c.n_heads % c.n_kv_heads != 0) {
     options.fail("n_kv_heads", fmt::format("{} key/value heads do not divide the {} query heads (n_heads)", c.n_kv_heads, c.n_heads),
-                 near_divisors(c.n_heads, c.n_kv_heads, [](int64_t) { return true; }));
+                 near_divisors(c.n_heads, c.n_kv_heads));
   }
   if (!c.rope && options.given("rotary_dim") && c.rotary_dim != 0) {
     options.fail("rotary_dim", fmt::format("{} has no effect with rope: false", c.rotary_dim), "rotary_dim: 0");

@@ -5,6 +5,7 @@
 #include "layers/recurrent.h"
 #include "layers/slstm.h"
 #include "layers/s4.h"
+#include "layers/mamba2.h"
 
 namespace krait::layers {
 
@@ -18,6 +19,7 @@ const std::vector<LayerKind>& layer_kinds() {
       gru_kind(),
       s4_kind(),
       s4d_kind(),
+      mamba2_kind(),
   };
   return kinds;
 }

@@ -1,0 +1,131 @@
+#include "layers/mamba2.h"
+
+#include <cmath>
+#include <limits>
+
+#include "autograd/causal_conv1d.h"
+#include "autograd/gated_rms_norm.h"
+#include "autograd/linear.h"
+#include "autograd/shape.h"
+#include "autograd/ssd.h"
+#include "core/random.h"
+#include "kernels/causal_conv1d.h"
+#include "kernels/ssd.h"
+
+namespace krait::layers {
+
+namespace {
+
+// Values u drawn uniformly from [low, high), then mapped.
+template <class Map>
+Initializer mapped_uniform(double low, double high, Map map) {
+  return [=](Tensor& value, uint64_t key) {
+    fill_uniform_(value, low, high, key);
+    for (int64_t i = 0; i < value.numel(); ++i) value.data<double>()[i] = map(value.data<double>()[i]);
+  };
+}
+
+// dt log-uniform, at least 1e-4; softplus(dt_bias) = dt.
+Initializer time_step_bias(double low, double high) {
+  return mapped_uniform(std::log(low), std::log(high), [](double log_dt) {
+    const double dt = std::max(std::exp(log_dt), 1e-4);
+    return dt + std::log(-std::expm1(-dt));
+  });
+}
+
+Variable optional(const Parameter& p) { return p.defined() ? p.variable() : Variable(); }
+
+}  // namespace
+
+Mamba2::Mamba2(const Mamba2Config& config, const LayerContext& context)
+    : config_(config), eps_(context.norm_eps), dt_low_(config.dt_limit[0]),
+      dt_high_(config.dt_limit[1] > 0 ? config.dt_limit[1] : std::numeric_limits<double>::infinity()) {
+  const int64_t m = context.d_model, e = config.inner, h = config.heads;
+  const auto limit = [](int64_t fan_in) { return 1.0 / std::sqrt(static_cast<double>(fan_in)); };
+  const auto spread = [](double bound) { return uniform(-bound, bound); };
+  const ParameterOptions plain{.decay = false}, exact{.decay = false, .keep_fp32 = true};
+  in_weight_ = parameter("in_proj.weight", {e + conv_width() + h, m}, spread(limit(m)));
+  if (config.bias) in_bias_ = parameter("in_proj.bias", {e + conv_width() + h}, constant(0.0), plain);
+  conv_weight_ = parameter("conv1d.weight", {conv_width(), config.d_conv}, spread(limit(config.d_conv)));
+  if (config.conv_bias) conv_bias_ = parameter("conv1d.bias", {conv_width()}, spread(limit(config.d_conv)), plain);
+  dt_bias_ = parameter("dt_bias", {h}, time_step_bias(config.dt_min, config.dt_max), exact);
+  A_log_ = parameter("A_log", {h},
+                     mapped_uniform(config.A_init_range[0], config.A_init_range[1], [](double a) { return std::log(a); }),
+                     exact);
+  D_ = parameter("D", config.D_has_hdim ? Shape{h, config.head_dim} : Shape{h}, constant(1.0), exact);
+  norm_weight_ = parameter("norm.weight", {e}, constant(1.0), exact);
+  out_weight_ = parameter("out_proj.weight", {m, e},
+                          spread(limit(e) / std::sqrt(static_cast<double>(context.n_branches))));
+  if (config.bias) out_bias_ = parameter("out_proj.bias", {m}, constant(0.0), plain);
+}
+
+Mamba2::Projected Mamba2::project(const Variable& u) const {
+  const Vars parts = split(linear(u, in_weight_, optional(in_bias_)), {config_.inner, conv_width(), config_.heads}, 2);
+  return {parts[0], parts[1], parts[2]};
+}
+
+Variable Mamba2::finish(const Variable& y, const Variable& z) const {
+  return linear(gated_rms_norm(y, z, norm_weight_, eps_, config_.n_groups, config_.norm_before_gate), out_weight_,
+                optional(out_bias_));
+}
+
+Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments) const {
+  const auto [z, xbc, dt] = project(u);
+  const ConvOut mixed = causal_conv1d(xbc, conv_weight_, optional(conv_bias_), conv, true, segments);
+  const SsdTimeStep time = ssd_time_step(dt, dt_bias_, A_log_, dt_low_, dt_high_);
+  const SsdOut scan = ssd_packed(mixed.y, time.dt, time.a, D_, ssm, {config_.heads, config_.n_groups, config_.d_state},
+                                 {config_.chunk_size, segments});
+  return {finish(scan.y, z), mixed.final_state, scan.final_state};
+}
+
+Variable Mamba2::forward(const Variable& u, const SequenceInfo& info, LayerState* state) {
+  if (!state) return apply(u, {}, {}, info.segments).y;
+  Tensor &conv = state->tensors.at("conv"), &ssm = state->tensors.at("ssm");
+  const Out out = apply(u, Variable(conv), Variable(ssm), info.segments);
+  conv = out.conv.data();
+  ssm = out.ssm.data();
+  state->length += u.size(1);
+  return out.y;
+}
+
+Tensor Mamba2::step(const Tensor& u, LayerState& state) {
+  const NoGrad guard;
+  const auto [z, xbc, dt] = project(Variable(u));
+  const int64_t b = u.size(0), e = config_.inner, g = config_.n_groups, n = config_.d_state;
+  const Tensor mixed = kernels::causal_conv1d_step(state.tensors.at("conv"), xbc.data().select(1, 0),
+                                                   conv_weight_.variable().data(), optional(conv_bias_).data(), true);
+  const SsdTimeStep time = ssd_time_step(dt, dt_bias_, A_log_, dt_low_, dt_high_);
+  const Tensor y = kernels::ssd_step(state.tensors.at("ssm"), mixed.slice(1, 0, e).view({b, config_.heads, config_.head_dim}),
+                                     time.dt.data().select(1, 0), time.a.data().select(1, 0),
+                                     mixed.slice(1, e, e + g * n).view({b, g, n}),
+                                     mixed.slice(1, e + g * n, e + 2 * g * n).view({b, g, n}), D_.variable().data());
+  ++state.length;
+  return finish(Variable(y.view({b, 1, e})), z).data();
+}
+
+LayerState Mamba2::initial_state(int64_t batch, int64_t /*max_length*/, DType dtype, Device device) const {
+  LayerState s;
+  s.tensors["conv"] = zeros({batch, config_.d_conv - 1, conv_width()}, dtype, device);
+  s.tensors["ssm"] = zeros({batch, config_.heads, config_.head_dim, config_.d_state}, accum_dtype(dtype), device);
+  return s;
+}
+
+double Mamba2::extra_flops_per_token(int64_t context) const {
+  const int64_t q = std::min(config_.chunk_size, context), n = config_.d_state, p = config_.head_dim;
+  const int64_t inside = q * (n * config_.n_groups + p * config_.heads), states = 4 * n * p * config_.heads;
+  return static_cast<double>(inside + states + 2 * config_.d_conv * conv_width());
+}
+
+std::string Mamba2::kernel_name(int64_t /*batch*/, int64_t /*context*/, DType dtype, Device device,
+                                bool /*has_segments*/) const {
+  return kernels::ssd_kernel_name(dtype, device);
+}
+
+LayerKind mamba2_kind() {
+  return {"mamba2", [](ConfigNode& section, const ModelConfig& model) { read_mamba2_config(section, model.d_model); },
+          [](ConfigNode options, const LayerContext& context) -> std::shared_ptr<Mixer> {
+            return std::make_shared<Mamba2>(read_mamba2_config(options, context.d_model), context);
+          }};
+}
+
+}  // namespace krait::layers
