@@ -204,7 +204,7 @@ TEST_CASE("the public sets can be taken from a local mirror") {
   const TempDir dir;
   for (const char* name : {"mnist", "shakespeare", "wikitext-2"}) {
     INFO(name);
-    const FetchSet& set = find_fetch_set(name);
+    const FetchSet set = find_fetch_set(name);
     const auto files = fetch(set, options(dir, mirror));
     CHECK(std::all_of(files.begin(), files.end(), [](const FetchedFile& f) { return f.verified; }));
     CHECK(fetch(set, options(dir, "/nowhere"))[0].was_there);
