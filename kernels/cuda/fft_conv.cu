@@ -115,16 +115,16 @@ __global__ void __launch_bounds__(1024)
 // (b, m, k) -> (b, k, m), 32 x 32 values at a time.
 template <class T>
 __global__ void transpose_kernel(T* to, const T* __restrict__ from, int64_t m, int64_t k, int64_t tiles_k) {
-  __shared__ T tile[32][33];
+  __shared__ accum_t<T> tile[32][33];
   const int64_t tiles = tiles_k * ((m + 31) / 32);
   const int64_t b = blockIdx.x / tiles, i = blockIdx.x % tiles;
   const int64_t k0 = i % tiles_k * 32, m0 = i / tiles_k * 32, base = b * m * k;
   const int x = threadIdx.x % 32, y = threadIdx.x / 32;
   for (int j = y; j < 32; j += 8)
-    if (m0 + j < m && k0 + x < k) tile[j][x] = from[base + (m0 + j) * k + k0 + x];
+    if (m0 + j < m && k0 + x < k) tile[j][x] = static_cast<accum_t<T>>(from[base + (m0 + j) * k + k0 + x]);
   __syncthreads();
   for (int j = y; j < 32; j += 8)
-    if (k0 + j < k && m0 + x < m) to[base + (k0 + j) * m + m0 + x] = tile[x][j];
+    if (k0 + j < k && m0 + x < m) to[base + (k0 + j) * m + m0 + x] = static_cast<T>(tile[x][j]);
 }
 
 /// (b, m, k) -> (b, k, m): one read and one write of the tensor.
@@ -212,7 +212,7 @@ void fft_conv_backward(Tensor& du, Tensor& dK, Tensor& dK1, const Tensor& dy, co
 void fft_conv_kernel_name(std::string& name, int64_t length, DType dtype, bool has_segments) {
   const int log2n = fft_conv_log2(length);
   if (has_segments)
-    name = "own sums inside documents (slow in long documents: quadratic in their length)";
+    name = length > 4096 ? "own sums inside documents (slow: quadratic in their length)" : "own sums inside documents";
   else if (log2n <= max_shared_log2(accum_dtype(dtype)))
     name = fmt::format("own fused FFT of {} points in shared memory", int64_t{1} << log2n);
   else
