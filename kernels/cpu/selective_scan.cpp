@@ -140,6 +140,19 @@ void gate_gradient(A* __restrict dz, A* __restrict g, const A* __restrict dy, co
   }
 }
 
+// dx, and ddt in the place of raw.
+template <class A>
+void input_gradients(A* __restrict dx, A* __restrict raw, const A* __restrict ddelta, const A* __restrict lb,
+                     const A* __restrict x, const A* __restrict delta, const A* __restrict g, const A* __restrict d,
+                     const A* __restrict bias, bool softplus) {
+#pragma omp simd
+  for (int64_t j = 0; j < kBlock; ++j) {
+    dx[j] = delta[j] * lb[j] + d[j] * g[j];
+    const A slope = vsigmoid(raw[j] + bias[j]);
+    raw[j] = (ddelta[j] + x[j] * lb[j]) * (softplus ? slope : A(1));
+  }
+}
+
 template <class A>
 void add_product(A* __restrict to, const A* __restrict a, const A* __restrict b) {
 #pragma omp simd
@@ -303,13 +316,8 @@ void reverse_chunk(Work<A>& w, T* dx_out, T* ddt_out, A* dbc, const Channels<T>&
     retreat(w.r, w.da_chunk, lb, ddelta, dbc + t * 2 * n, dbc + (t * 2 + 1) * n, w.h + q * size, w.h + (q - 1) * size,
             w.decay + q * size, w.a, g, delta, w.dx + q * kBlock, w.b + q * n, w.c + q * n, n);
     load_row(raw, s.dt + t * s.dt_row, s.count);
-#pragma omp simd
-    for (int64_t j = 0; j < kBlock; ++j) {
-      const A slope = s.softplus ? vsigmoid(raw[j] + s.bias[j]) : A(1);
-      dx[j] = delta[j] * lb[j] + s.d[j] * g[j];
-      raw[j] = (ddelta[j] + x[j] * lb[j]) * slope;
-      dbias[j] += raw[j];
-    }
+    input_gradients(dx, raw, ddelta, lb, x, delta, g, s.d, s.bias, s.softplus);
+    add_all(dbias, raw, kBlock);
     add_product(dd, g, x);
     store_row(dx_out + t * s.e, dx, s.count);
     store_row(ddt_out + t * s.e, raw, s.count);
