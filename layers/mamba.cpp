@@ -2,11 +2,9 @@
 
 #include <cmath>
 
-#include "autograd/causal_conv1d.h"
 #include "autograd/elementwise.h"
 #include "autograd/linear.h"
-#include "autograd/selective_scan.h"
-#include "autograd/shape.h"
+#include "autograd/mamba_inner.h"
 
 namespace krait::layers {
 
@@ -59,18 +57,13 @@ Mamba::Mamba(const MambaConfig& config, const LayerContext& context) : config_(c
 }
 
 Mamba::Result Mamba::run(const Variable& u, const Tensor& segments, const Variable& conv, const Variable& ssm) const {
-  const int64_t n = config_.d_state;
-  const Vars xz = chunk(linear(u, in_proj_, optional(in_bias_)), 2, -1);
-  const ConvOut x = causal_conv1d(xz[0], conv_, optional(conv_bias_), conv, true, segments);
-  const Vars dBC = split(linear(x.y, x_proj_), {config_.dt_rank, n, n}, -1);
-  SelectiveScanArguments scan{x.y, linear(dBC[0], dt_proj_), -exp(A_log_), dBC[1], dBC[2]};
-  scan.D = D_;
-  scan.z = xz[1];
-  scan.dt_bias = dt_bias_;
-  scan.h0 = ssm;
-  scan.segments = segments;
-  const ScanOut out = selective_scan(scan);
-  return {linear(out.y, out_proj_, optional(out_bias_)), x.final_state, out.final_state};
+  MambaInnerArguments in{linear(u, in_proj_, optional(in_bias_)), conv_, optional(conv_bias_), x_proj_, dt_proj_,
+                         dt_bias_, -exp(A_log_), D_};
+  in.conv_state = conv;
+  in.ssm_state = ssm;
+  in.segments = segments;
+  const MambaInnerOut out = mamba_inner(in);
+  return {linear(out.y, out_proj_, optional(out_bias_)), out.conv_state, out.ssm_state};
 }
 
 Variable Mamba::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {

@@ -1,0 +1,22 @@
+#pragma once
+#include "autograd/variable.h"
+
+namespace krait {
+inline namespace autograd {
+
+/// What a Mamba layer does between its outer projections, on xz (b, l, 2e) = [x; z]:
+///   x~ = silu(conv1d(x))     [d; B; C] = x_proj x~     y = selective_scan(x~, dt_proj d, A, B, C, D, z, dt_bias)
+/// The same as causal_conv1d, linear and selective_scan one after the other, but backward computes x~ and dt_proj d
+/// again: per token it keeps xz, [d; B; C] and the scan's states, not 2e values more.
+/// x_proj (r + 2n, e), dt_proj (e, r), A (e, n); the rest as in those functions. conv_bias, D, the states and segments
+/// may be undefined.
+struct MambaInnerArguments {
+  Variable xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D;
+  Variable conv_state = {}, ssm_state = {};
+  Tensor segments = {};
+};
+struct MambaInnerOut { Variable y, conv_state, ssm_state; };
+MambaInnerOut mamba_inner(const MambaInnerArguments& in);
+
+}  // namespace autograd
+}  // namespace krait
