@@ -78,21 +78,26 @@ MambaInnerOut mamba_inner(const MambaInnerArguments& in) {
 
   const auto backward = [in, dbc, states = states](const std::vector<Tensor>& d) -> Grads {
     const Sizes sizes(in);
-    const Tensor again = convolve(in).y;
+    Tensor again = convolve(in).y;
     auto scan = kernels::selective_scan_backward(d[0], d[2], scan_inputs(in, again, dbc), states);
+    // Tensors go as soon as they have served: the peak of a training step is here.
+    Tensor dxz = empty_like(in.xz.data());
+    copy_columns(dxz, sizes.e, scan.dz);
+    scan.dz = {};
     const auto of_dt = linear_gradient(scan.ddt, sizes.d(dbc), in.dt_proj);
+    scan.ddt = {};
     Tensor ddbc = empty_like(dbc);
     copy_columns(ddbc, 0, of_dt.dx);
     copy_columns(ddbc, sizes.r, scan.dB);
     copy_columns(ddbc, sizes.r + sizes.n, scan.dC);
-    const auto of_x = linear_gradient(ddbc, again, in.x_proj);
+    auto of_x = linear_gradient(ddbc, again, in.x_proj);
+    again = {};
     kernels::accumulate(scan.dx, of_x.dx);
+    of_x.dx = {};
     auto conv = kernels::causal_conv1d_backward(scan.dx, d[1], sizes.x(in.xz.data()), in.conv_weight.data(),
                                                 in.conv_bias.data(), in.conv_state.data(), true, in.segments,
                                                 buffer_of(in.conv_weight), buffer_of(in.conv_bias));
-    Tensor dxz = empty_like(in.xz.data());
     copy_columns(dxz, 0, conv.dx);
-    copy_columns(dxz, sizes.e, scan.dz);
     return {dxz,          conv.dweight, conv.dbias, of_x.dw,       of_dt.dw,
             scan.ddt_bias, scan.dA,     scan.dD,    conv.dinitial, scan.dh0};
   };
