@@ -24,9 +24,9 @@ RecurrentOut slstm(const Variable& wx, const Variable& R, const Variable& bias, 
   const auto out = kernels::slstm_forward(wx.data(), R.data(), bias.data(), state.data(), segments, forget,
                                           wanted({wx, R, bias, state}));
   const Vars y = record("slstm", {wx, R, bias, state}, {out.y, out.state},
-                        [out, R, weight = R.data(), bias, segments, forget,
+                        [out, R, weight = R.data(), bias, segments,
                          want = state.requires_grad()](const std::vector<Tensor>& d) -> Grads {
-                          auto g = kernels::slstm_backward(d[0], d[1], weight, out, segments, forget, want,
+                          auto g = kernels::slstm_backward(d[0], d[1], weight, out, segments, want,
                                                            buffer_of(R), buffer_of(bias));
                           return {g.dx, g.dw, g.dbias.defined() ? g.dbias.to(bias.dtype()) : g.dbias, g.dstate};
                         });

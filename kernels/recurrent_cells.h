@@ -20,25 +20,28 @@ namespace kernels {
 ///   i = e^(a_i - m')     f = e^(lf + m - m'), 0 where n = 0     z = tanh(a_z)     o = sigmoid(a_o)
 ///   c' = f c + i z       n' = f n + i        y = o c' / n'
 /// y does not depend on m, which therefore is a constant in the backward.
+template <bool kExpForget>
 struct SlstmCell {
   static constexpr int kGates = 4, kStates = 4, kSaved = 7;
   static constexpr bool kSplits = false;
-  bool exp_forget = false;
 
   template <class M, class A>
   KRAIT_CELL void forward(const A (&x)[4], const A (&r)[4], A (&s)[4], A (&saved)[7]) const {
     const A ai = x[0] + r[0], af = x[1] + r[1];
-    const A lf = exp_forget ? af : -M::softplus(-af);
-    const bool fresh = s[2] == A(0);
-    const A past = lf + s[3], larger = past > ai ? past : ai;
-    const A m = fresh ? ai : larger;
-    const A i = M::exp(ai - m), f = fresh ? A(0) : M::exp(past - m);
+    A lf = af, slope = A(1);  // slope = d lf / d a_f
+    if constexpr (!kExpForget) {
+      lf = -M::softplus(-af);
+      slope = M::sigmoid(-af);
+    }
+    const A past = s[2] == A(0) ? A(-1e30) : lf + s[3];  // e^past is 0 where there is none
+    const A m = past > ai ? past : ai;
+    const A i = M::exp(ai - m), f = M::exp(past - m);
     const A z = M::tanh(x[2] + r[2]), o = M::sigmoid(x[3] + r[3]);
     saved[0] = i;
     saved[1] = f;
     saved[2] = z;
     saved[3] = o;
-    saved[4] = exp_forget ? A(1) : M::sigmoid(-af);  // d lf / d a_f
+    saved[4] = slope;
     saved[5] = s[1];
     saved[6] = s[2];
     s[1] = f * s[1] + i * z;

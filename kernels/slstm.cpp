@@ -5,7 +5,8 @@
 namespace krait::kernels {
 
 namespace {
-constexpr CellSizes kSizes{SlstmCell::kGates, SlstmCell::kStates, SlstmCell::kSaved, SlstmCell::kSplits};
+using Cell = SlstmCell<false>;
+constexpr CellSizes kSizes{Cell::kGates, Cell::kStates, Cell::kSaved, Cell::kSplits};
 }
 
 RecurrenceOut slstm_forward(const Tensor& wx, const Tensor& R, const Tensor& bias, const Tensor& state,
@@ -16,10 +17,10 @@ RecurrenceOut slstm_forward(const Tensor& wx, const Tensor& R, const Tensor& bia
 }
 
 RecurrenceGrad slstm_backward(const Tensor& dy, const Tensor& dstate, const Tensor& R, const RecurrenceOut& out,
-                              const Tensor& segments, SlstmForget forget, bool want_dstate, const Tensor& dR_into,
+                              const Tensor& segments, bool want_dstate, const Tensor& dR_into,
                               const Tensor& dbias_into) {
   RecurrenceBackward r = begin_recurrence_backward(kSizes, dy, dstate, R, out, segments, want_dstate);
-  if (!finish_empty(r)) KRAIT_DISPATCH(R.device(), slstm_backward(r, forget));
+  if (!finish_empty(r)) KRAIT_DISPATCH(R.device(), slstm_backward(r));
   return finish_recurrence_backward(r, out.y_prev, dR_into, dbias_into);
 }
 

@@ -13,13 +13,13 @@ enum class SlstmForget : uint8_t { sigmoid, exp };
 RecurrenceOut slstm_forward(const Tensor& wx, const Tensor& R, const Tensor& bias, const Tensor& state,
                             const Tensor& segments, SlstmForget forget, bool save);
 /// dy and dstate (of the final state) may be undefined. `out` of a forward that saved. Returned dstate only when
-/// wanted, with 0 for m. See finish_recurrence_backward for the buffers.
+/// wanted, with 0 for m. What was saved tells the forget gates apart. See finish_recurrence_backward for the buffers.
 RecurrenceGrad slstm_backward(const Tensor& dy, const Tensor& dstate, const Tensor& R, const RecurrenceOut& out,
-                              const Tensor& segments, SlstmForget forget, bool want_dstate, const Tensor& dR_into = {},
+                              const Tensor& segments, bool want_dstate, const Tensor& dR_into = {},
                               const Tensor& dbias_into = {});
 
 KRAIT_BACKENDS(void slstm_forward(RecurrenceForward& r, SlstmForget forget);
-               void slstm_backward(RecurrenceBackward& r, SlstmForget forget))
+               void slstm_backward(RecurrenceBackward& r))
 
 }  // namespace kernels
 }  // namespace krait

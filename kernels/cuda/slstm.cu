@@ -5,20 +5,15 @@
 
 namespace krait::kernels::cuda {
 
-namespace {
-SlstmCell cell_of(SlstmForget forget) {
-  SlstmCell cell;
-  cell.exp_forget = forget == SlstmForget::exp;
-  return cell;
-}
-}  // namespace
-
 void slstm_forward(RecurrenceForward& r, SlstmForget forget) {
-  visit_float(r.x.dtype(), [&]<class T>() { recurrence_forward<SlstmCell, T>(r, cell_of(forget)); });
+  visit_float(r.x.dtype(), [&]<class T>() {
+    if (forget == SlstmForget::exp) return recurrence_forward<SlstmCell<true>, T>(r, {});
+    recurrence_forward<SlstmCell<false>, T>(r, {});
+  });
 }
 
-void slstm_backward(RecurrenceBackward& r, SlstmForget forget) {
-  visit_float(r.dx.dtype(), [&]<class T>() { recurrence_backward<SlstmCell, T>(r, cell_of(forget)); });
+void slstm_backward(RecurrenceBackward& r) {
+  visit_float(r.dx.dtype(), [&]<class T>() { recurrence_backward<SlstmCell<false>, T>(r, {}); });
 }
 
 }  // namespace krait::kernels::cuda

@@ -219,6 +219,27 @@ TEST_CASE("rnn, lstm and gru match plain loops") { for_each_recurrent(check_refe
 TEST_CASE("rnn, lstm and gru pass gradcheck") { for_each_recurrent(check_grad); }
 TEST_CASE("rnn, lstm and gru: cuda equals cpu", "[cuda]") { for_each_recurrent(check_twin); }
 
+// Heads that one multiprocessor cannot hold are split over several, which exchange their outputs at every step; a
+// vector that does not fit shared memory comes in pieces.
+TEST_CASE("large heads: cuda equals cpu", "[cuda]") {
+  OpCase wide = slstm_case({.state = true, .segments = true});
+  wide.fills[1] = Normal{0, 0.05};
+  wide.shapes.clear();
+  for (const auto& [b, l, h, p] : std::vector<std::array<int64_t, 4>>{{3, 5, 2, 300}, {37, 4, 1, 200}, {150, 3, 4, 96}})
+    wide.shapes.push_back({{b, l, 4, h, p}, {h, 4, p, p}, {4, h, p}, {3, b, h, p}, {1, b, h, p}});
+  check_twin(wide);
+  for (const RecurrentCell cell : kCells) {
+    OpCase c = recurrent_case(cell, true, true);
+    const int64_t gates = kernels::gates_of(cell), states = kernels::states_of(cell);
+    c.fills[2] = Normal{0, 0.02};
+    c.strided = false;
+    c.shapes.clear();
+    for (const auto& [b, l, p] : std::vector<std::array<int64_t, 3>>{{3, 4, 515}, {20, 3, 1100}})
+      c.shapes.push_back({{b, l, 5}, {gates * p, 5}, {gates * p, p}, {gates * p}, {gates * p}, {states, b, 1, p}});
+    check_twin(c);
+  }
+}
+
 TEST_CASE("slstm_gates matches plain loops") { check_reference(kGates); }
 TEST_CASE("slstm_gates passes gradcheck") { check_grad(kGates); }
 TEST_CASE("slstm_gates: cuda equals cpu", "[cuda]") { check_twin(kGates); }
