@@ -1,6 +1,7 @@
 #include "layers/mlp.h"
 
 #include "autograd/activation.h"
+#include "layers/kan.h"
 
 namespace krait::layers {
 
@@ -40,6 +41,7 @@ std::shared_ptr<FeedForward> make_mlp(const MlpConfig& config, const LayerContex
   if (config.type == "none") return nullptr;
   if (config.type == "swiglu") return std::make_shared<SwiGlu>(config, context);
   if (config.type == "gelu_gated") return std::make_shared<GeluGated>(config, context);
+  if (config.type == "kan") return std::make_shared<KanMlp>(config.kan, config.squash, config.hidden, context);
   return std::make_shared<Mlp>(config, context);
 }
 

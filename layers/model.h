@@ -1,4 +1,5 @@
 #pragma once
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -34,31 +35,74 @@ struct ModelShape {
   int64_t context = 0;         // training length
 };
 
-/// A trainable model: a backbone with a head.
+/// What a model becomes when the shapes of its parameters change between two steps.
+struct Resized {
+  ModelConfig config;                        // of the new model
+  std::map<std::string, Tensor> parameters;  // fp64 CPU: every parameter of the new model by its public name
+  std::vector<std::string> reset;            // whose optimizer state begins again at zero; the others keep theirs
+};
+
+/// A trainable model.
+///
+/// A model may change itself between steps, outside any captured graph. The trainer's part, before step s runs:
+///   if (model.resize_due(s)) {
+///     Resized r = model.resize(s, first micro-batch of the step, store);
+///     build a new model from r.config (make_model, same ModelShape), a new ParameterStore, set_masters(store, r.parameters);
+///     rebuild what depends on shapes (optimizer, captured graphs); copy optimizer state by public name except r.reset
+///   }
+///   model.before_step(s, first micro-batch of the step, store);
+/// A checkpoint after n > 0 finished steps has the shapes of config_at_step(config, n - 1): load it into a model made
+/// from that config; resize_due(n) then says whether the next step changes them.
 class Model : public Module {
  public:
   /// The part of the batch's mean loss that this micro-batch contributes: loss_sum / target_count, where
   /// target_count (scalar fp32 on the device) counts the targets of the whole batch, over all micro-batches and
   /// ranks. Undefined: this micro-batch's own count.
   virtual ModelLoss loss(const ModelInput& input, const Tensor& target_count) = 0;
-  virtual Decoder& decoder() = 0;
   /// One answer per sequence, (b, outputs): class logits or predictions. A language model has none: an error.
   virtual Variable predict(const ModelInput& input);
   /// Model FLOPs of training one token: 6 per matrix parameter in a product and 3 times the extra forward FLOPs
   /// (attention counted causal). Recomputation is not counted.
-  double train_flops_per_token(int64_t context);
+  virtual double train_flops_per_token(int64_t context) const;
+  virtual double extra_flops_per_token(int64_t context) const = 0;
+  /// One line per layer kind: which kernel will serve it.
+  virtual std::vector<std::string> kernel_lines(int64_t batch, int64_t context, DType dtype, Device device,
+                                                bool has_segments) const = 0;
+  /// Keep only each block's input and run the block again in backward.
+  virtual void set_recompute(bool on);
+  /// A layer kind that cannot stream with a state of constant size; empty when all can.
+  virtual std::string kind_without_stream() const = 0;
+
+  /// Changes parameter values in place where the model wants to at this step; whether it did.
+  virtual bool before_step(int64_t /*step*/, const ModelInput& /*samples*/, ParameterStore& /*store*/) { return false; }
+  /// Whether this model must change its shapes before the step runs.
+  virtual bool resize_due(int64_t /*step*/) const { return false; }
+  virtual Resized resize(int64_t step, const ModelInput& samples, const ParameterStore& store);
 
  protected:
   /// Elements of embeddings that also serve as the head's matrix.
   virtual int64_t tied_head_parameters() const { return 0; }
 };
 
+/// A model around a stack of blocks.
+class DecoderModel : public Model {
+ public:
+  virtual Decoder& decoder() const = 0;
+  double extra_flops_per_token(int64_t context) const override { return decoder().extra_flops_per_token(context); }
+  std::vector<std::string> kernel_lines(int64_t batch, int64_t context, DType dtype, Device device,
+                                        bool has_segments) const override {
+    return decoder().kernel_lines(batch, context, dtype, device, has_segments);
+  }
+  std::string kind_without_stream() const override { return decoder().kind_without_stream(); }
+  void set_recompute(bool on) override { decoder().set_recompute(on); }
+};
+
 /// Next-token prediction: embedding, decoder, head (tied or not).
-class LanguageModel final : public Model {
+class LanguageModel final : public DecoderModel {
  public:
   LanguageModel(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss = {});
   ModelLoss loss(const ModelInput& input, const Tensor& target_count) override;
-  Decoder& decoder() override { return *decoder_; }
+  Decoder& decoder() const override { return *decoder_; }
   int64_t vocab_size() const { return vocab_size_; }
 
   /// Negative log-likelihood of every target, (b, l) fp32 in nats, 0 where ignored.
@@ -86,11 +130,11 @@ class LanguageModel final : public Model {
 
 /// One answer per sequence: embedding or linear encoder, decoder, pooled or last position, linear head.
 /// Classifier: cross-entropy over classes. Regressor: mean squared error over the outputs.
-class SequenceModel final : public Model {
+class SequenceModel final : public DecoderModel {
  public:
   SequenceModel(const ModelConfig& config, const ModelShape& shape);
   ModelLoss loss(const ModelInput& input, const Tensor& target_count) override;
-  Decoder& decoder() override { return *decoder_; }
+  Decoder& decoder() const override { return *decoder_; }
   Variable predict(const ModelInput& input) override;
 
  private:
@@ -101,8 +145,17 @@ class SequenceModel final : public Model {
   std::shared_ptr<Decoder> decoder_;
 };
 
+/// The loss of one answer per sequence, y (b, outputs): cross-entropy against classes (b), or the mean squared error
+/// against (b, outputs). `penalty` (a scalar, may be undefined) is added to the batch's mean loss and to nothing else.
+ModelLoss answer_loss(const Variable& y, const Tensor& targets, bool regressor, const Tensor& target_count,
+                      const Variable& penalty = {});
+
 /// The model that a config describes. `loss`: label smoothing and z-loss of a language model.
 std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelShape& shape,
                                   const CrossEntropyOptions& loss = {});
+/// The config with the shapes that its schedules give the model at a step.
+ModelConfig config_at_step(const ModelConfig& config, int64_t step);
+/// Sets master (and compute) values by public name; every parameter must be there.
+void set_masters(ParameterStore& store, const std::map<std::string, Tensor>& values);
 
 }  // namespace krait::layers

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "layers/kan.h"
 #include "layers/registry.h"
 
 namespace krait::layers {
@@ -59,12 +60,37 @@ void check_layer_names(const ConfigNode& layers, const std::vector<std::string>&
   }
 }
 
+bool is_kan_network(const ConfigNode& section) {
+  const ConfigNode* layers = section.find("layers");
+  if (!layers) return false;
+  if (layers->is_list()) return layers->items().size() == 1 && layers->items()[0].is_scalar() && layers->items()[0].text() == "kan";
+  return layers->is_scalar() && layers->text() == "kan";
+}
+
+// A network of KAN layers has no blocks, no width of its own and no tokens.
+void read_kan_network(OptionReader& options, ModelConfig& c) {
+  options.read("layers", c.layers);
+  if (c.type == "language_model")
+    options.fail("layers", "found [kan], a network for inputs of a fixed size, but type is language_model",
+                 "type: regressor, or mlp: {type: kan} with a layer that mixes along the sequence");
+  kan_kind().read_options(options.section("kan"), c);
+  c.d_model = c.n_layers = 0;
+  options.require("n_classes");
+  options.read("n_classes", c.n_classes, at_least(1));
+}
+
 }  // namespace
 
 ModelConfig read_model_config(ConfigNode& section) {
   ModelConfig c;
   OptionReader options(section);
   options.choice("type", c.type, {"language_model", "classifier", "regressor"});
+  if (is_kan_network(section)) {
+    read_kan_network(options, c);
+    options.finish();
+    c.section = section;
+    return c;
+  }
   options.require("d_model");
   options.read("d_model", c.d_model, between(1, 1 << 20));
   options.require("n_layers");
@@ -75,6 +101,8 @@ ModelConfig read_model_config(ConfigNode& section) {
   options.read("layers", c.layers);
   expand_patterns(*section.find("layers"), c.layers);
   check_layer_names(*section.find("layers"), c.layers);
+  if (std::find(c.layers.begin(), c.layers.end(), "kan") != c.layers.end())
+    options.fail("layers", "kan is a network of its own and does not mix along a sequence", "mlp: {type: kan}");
   if (static_cast<int64_t>(c.layers.size()) > c.n_layers) {
     options.fail("layers", fmt::format("a pattern of {} layers does not fit into n_layers {}", c.layers.size(), c.n_layers));
   }

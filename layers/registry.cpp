@@ -6,6 +6,7 @@
 #include "layers/slstm.h"
 #include "layers/s4.h"
 #include "layers/mamba2.h"
+#include "layers/kan.h"
 
 namespace krait::layers {
 
@@ -20,6 +21,7 @@ const std::vector<LayerKind>& layer_kinds() {
       s4_kind(),
       s4d_kind(),
       mamba2_kind(),
+      kan_kind(),
   };
   return kinds;
 }

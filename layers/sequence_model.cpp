@@ -33,22 +33,28 @@ Variable SequenceModel::predict(const ModelInput& input) {
 }
 
 ModelLoss SequenceModel::loss(const ModelInput& input, const Tensor& target_count) {
-  const Variable y = predict(input);
+  return answer_loss(predict(input), input.targets, regressor_, target_count);
+}
+
+ModelLoss answer_loss(const Variable& y, const Tensor& targets, bool regressor, const Tensor& target_count,
+                      const Variable& penalty) {
   const DType wide = accum_dtype(y.dtype());
   ModelLoss out;
   Variable mean_loss;
-  if (regressor_) {
+  if (regressor) {
+    KRAIT_CHECK(targets.shape() == y.shape(), "regressor: targets are {}, predictions {}", describe(targets), y.shape());
     out.count = full({}, static_cast<double>(y.size(0)), wide, y.device());
-    const Variable error = cast(y, wide) - Variable(input.targets.to(wide));
+    const Variable error = cast(y, wide) - Variable(targets.to(wide));
     mean_loss = mean(error * error);
   } else {
-    out.count = kernels::count_targets(input.targets, 0, CrossEntropyOptions{}.ignore_index).to(wide);
-    mean_loss = cross_entropy(y, input.targets, {});
-    const Tensor hits = kernels::equal(kernels::argmax(y.data(), -1), input.targets.to(DType::i64));
+    out.count = kernels::count_targets(targets, 0, CrossEntropyOptions{}.ignore_index).to(wide);
+    mean_loss = cross_entropy(y, targets, {});
+    const Tensor hits = kernels::equal(kernels::argmax(y.data(), -1), targets.to(DType::i64));
     out.correct = kernels::sum(hits.to(wide));
   }
   out.loss_sum = kernels::mul(mean_loss.data(), out.count);
-  out.loss = target_count.defined() ? mean_loss * Variable(out.count) / Variable(target_count.to(wide)) : mean_loss;
+  const Variable whole = penalty.defined() ? mean_loss + penalty : mean_loss;
+  out.loss = target_count.defined() ? whole * Variable(out.count) / Variable(target_count.to(wide)) : whole;
   return out;
 }
 

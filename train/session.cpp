@@ -24,8 +24,8 @@ DType compute_dtype(const std::string& precision) {
   return precision == "fp64" ? DType::f64 : DType::f32;
 }
 
-void check_state(const Config& config, const layers::Decoder& decoder) {
-  const std::string kind = config.data.state == "carry" ? decoder.kind_without_stream() : "";
+void check_state(const Config& config, const layers::Model& model) {
+  const std::string kind = config.data.state == "carry" ? model.kind_without_stream() : "";
   if (!kind.empty())
     config.fail("data.state", fmt::format("found carry, but layer {} has no state of constant size to carry", kind),
                 "state: reset, with eval.stride less than eval.context for a longer past");
@@ -69,8 +69,8 @@ Session make_session(const Config& config, DataSource data) {
   loss.label_smoothing = config.train.label_smoothing;
   loss.z_loss = config.train.z_loss;
   s.model = layers::make_model(config.model, model_shape(config, s.data), loss);
-  check_state(config, s.model->decoder());
-  s.model->decoder().set_recompute(config.train.recompute == "block");
+  check_state(config, *s.model);
+  s.model->set_recompute(config.train.recompute == "block");
 
   const DType compute = compute_dtype(config.runtime.precision);
   s.parameters = std::make_unique<layers::ParameterStore>(
@@ -102,7 +102,7 @@ std::vector<std::string> describe_session(Session& s) {
   const bool packed = c.data.documents == "pack";
   const DType compute = s.parameters->options().compute;
   for (const std::string& line :
-       s.model->decoder().kernel_lines(c.train.micro_batch_size, c.data.context, compute, s.device, packed)) {
+       s.model->kernel_lines(c.train.micro_batch_size, c.data.context, compute, s.device, packed)) {
     if (c.runtime.require_fast && line.find("slow") != std::string::npos)
       c.fail("runtime.require_fast", fmt::format("a slow path would serve this run: {}", line), "require_fast: false");
     lines.push_back("kernel: " + line);

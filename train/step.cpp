@@ -58,7 +58,8 @@ TrainStep::TrainStep(Session& session)
   target_count_ = zeros({}, DType::f32, session.device);
   loss_sum_ = zeros({}, wide, session.device);
   if (session.config.data.state == "carry")
-    carried_ = std::make_unique<CarriedState>(session.model->decoder(), session.config.train.micro_batch_size,
+    carried_ = std::make_unique<CarriedState>(dynamic_cast<layers::DecoderModel&>(*session.model).decoder(),
+                                              session.config.train.micro_batch_size,
                                               session.config.data.context, store.options().compute, session.device);
   RandomSource& random = current_random();
   random.seed = static_cast<uint64_t>(session.config.seed);

@@ -121,7 +121,7 @@ template <class A>
 Tensor pack_all(const EdgeRows<A>& packed, const KanParameters& p) {
   const int64_t inputs = p.spline.size(1);
   Tensor w = empty({inputs, packed.size()}, dtype_of<A>, kCpu);
-  parallel_for(0, inputs, 4, [&](int64_t first, int64_t last) {
+  parallel_for(0, inputs, kan_grain(packed.size()), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) packed.pack(w.data<A>() + i * packed.size(), p, i);
   });
   return w;
@@ -142,7 +142,7 @@ void forward(Tensor& y, const Tensor& x_in, const KanParameters& p_in) {
   const Tensor w = pack_all(packed, p);
   const KnotRows<A> knots(p.grid, p.order);
   Tensor sums = empty({r, width}, dtype_of<A>, kCpu);
-  parallel_for(0, (r + kKanRows - 1) / kKanRows, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, (r + kKanRows - 1) / kKanRows, kan_grain(kKanRows * inputs * (p.order + 2) * width), [&](int64_t first, int64_t last) {
     std::vector<EdgeBasis<A>> bases(kInputs, EdgeBasis<A>(p.order));
     for (int64_t block = first; block < last; ++block) {
       const int64_t at = block * kKanRows, rows = std::min(kKanRows, r - at);
@@ -171,7 +171,7 @@ void backward_inputs(Tensor& dx_out, const Tensor& dy, const Tensor& x, const Ka
   const int64_t r = x.size(0), inputs = x.size(1), width = packed.width();
   const Tensor w = pack_all(packed, p);
   Tensor dx = empty({r, inputs}, dtype_of<A>, kCpu);
-  parallel_for(0, (r + kKanRows - 1) / kKanRows, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, (r + kKanRows - 1) / kKanRows, kan_grain(kKanRows * inputs * (p.order + 2) * width), [&](int64_t first, int64_t last) {
     EdgeBasis<A> basis(p.order);
     A column[kKanRows];
     for (int64_t block = first; block < last; ++block) {
@@ -193,7 +193,7 @@ template <class A>
 void backward_weights(KanGrad& grad, const Tensor& dy, const Tensor& x, const KanParameters& p,
                       const EdgeRows<A>& packed, const KnotRows<A>& knots) {
   const int64_t r = x.size(0), inputs = x.size(1), width = packed.width();
-  parallel_for(0, inputs, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, inputs, kan_grain(r * (p.order + 2) * width), [&](int64_t first, int64_t last) {
     EdgeBasis<A> basis(p.order);
     std::vector<A> g(static_cast<size_t>(packed.size()));
     for (int64_t i = first; i < last; ++i) {
@@ -236,7 +236,7 @@ void bspline_basis(Tensor& basis, const Tensor& x, const Tensor& grid, int64_t o
   const auto run = [&]<class A>(A) {
     const int64_t r = x.size(0), inputs = x.size(1), n = basis.size(2);
     const KnotRows<A> knots(grid, order);
-    parallel_for(0, inputs, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, inputs, kan_grain(r * 16 * (order + 1)), [&](int64_t first, int64_t last) {
       EdgeBasis<A> at(order);
       for (int64_t i = first; i < last; ++i)
         for (int64_t b0 = 0; b0 < r; b0 += kKanRows) {

@@ -20,7 +20,7 @@ typename OutputLanes<A>::Vec edge_values(const A* c, A silu, const A* live, cons
 // Calls f(i, packed weights of input i, scratch) for every input.
 template <class A, class F>
 void for_each_input(const Tensor& x, const KanParameters& p, const EdgeRows<A>& packed, F f) {
-  parallel_for(0, x.size(1), 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, x.size(1), kan_grain(x.size(0) * (p.order + 2) * packed.width()), [&](int64_t first, int64_t last) {
     std::vector<A> w(static_cast<size_t>(packed.size()));
     EdgeBasis<A> basis(p.order);
     for (int64_t i = first; i < last; ++i) {

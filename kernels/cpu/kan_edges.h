@@ -71,6 +71,9 @@ class EdgeRows {
   int64_t inputs_, outputs_, bases_, order_, width_, rows_;
 };
 
+/// Items of a loop that are worth a thread of their own when one takes this many multiplications.
+inline int64_t kan_grain(int64_t work) { return std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(work, 1)); }
+
 /// The tensors of a call in the dtype of sums.
 template <class A>
 KanParameters in_sums(const KanParameters& p) {

@@ -1,6 +1,7 @@
 #include "layers/attention_config.h"
 #include "train/config.h"
 
+#include "layers/attention_config.h"
 #include "tests/testing/catch.h"
 #include "train/yaml.h"
 

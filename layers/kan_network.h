@@ -1,0 +1,62 @@
+#pragma once
+#include "layers/kan.h"
+#include "layers/model.h"
+
+namespace krait::layers {
+
+/// A Kolmogorov-Arnold network: KAN layers of widths [features, hidden..., outputs] on inputs (b, features) or
+/// (b, 1, features). Classifier: cross-entropy; regressor: mean squared error. The loss adds
+///   lambda sum over layers (l1 |Phi|_1 + entropy S)                      (Liu et al. 2024, eq. 2.17 - 2.20)
+/// which loss_sum, what evaluations report, leaves out.
+///
+/// Between steps (model.h: before_step, resize_due, resize):
+/// - grid update: at steps 0, interval, ... < until the knots of every layer are laid by the samples it sees and its
+///   splines are fitted to their old values there. Shapes stay.
+/// - grid extension: where the schedule names another grid, resize() gives the network on the new knots, fitted to
+///   the old curves at the samples.
+class KanNetwork final : public Model {
+ public:
+  KanNetwork(const ModelConfig& config, const ModelShape& shape);
+  ModelLoss loss(const ModelInput& input, const Tensor& target_count) override;
+  /// (b, outputs): class logits or predictions.
+  Variable predict(const ModelInput& input) override { return forward(input, nullptr); }
+
+  bool before_step(int64_t step, const ModelInput& samples, ParameterStore& store) override;
+  bool resize_due(int64_t step) const override { return options_.grid_at(step) != options_.grid; }
+  Resized resize(int64_t step, const ModelInput& samples, const ParameterStore& store) override;
+
+  /// Lays the grids of all layers by the samples (spec/kan.md, section 4), in place, and fits the splines anew.
+  void update_grids(const ModelInput& samples, ParameterStore& store);
+  /// The network with grids of this many intervals, with the same curves as far as the samples tell.
+  Resized with_grid(int64_t intervals, const ModelInput& samples, const ParameterStore& store) const;
+
+  /// What is left when weak edges and nodes go. A hidden node stays if its largest incoming and its largest outgoing
+  /// |phi| over the samples both pass prune.node, an edge if its |phi| passes prune.edge; the new network has the
+  /// hidden widths of the nodes that stay and masks for the edges between them.
+  struct Pruned {
+    Resized network;
+    std::vector<std::vector<int64_t>> nodes;  // kept, of every width from the inputs to the outputs
+    std::vector<Tensor> masks;                // (out, in) of every layer of this network: 1 where the edge stays
+  };
+  Pruned prune(const ModelInput& samples, const ParameterStore& store) const;
+
+  double extra_flops_per_token(int64_t) const override { return 0; }
+  double train_flops_per_token(int64_t context) const override;
+  std::string kind_without_stream() const override { return "kan"; }
+  std::vector<std::string> kernel_lines(int64_t batch, int64_t context, DType dtype, Device device,
+                                        bool has_segments) const override;
+  const std::vector<std::shared_ptr<KanLayer>>& layers() const { return layers_; }
+
+ private:
+  /// With `penalty`, also lambda (l1 |Phi|_1 + entropy S), a scalar; left undefined when lambda is 0.
+  Variable forward(const ModelInput& input, Variable* penalty) const;
+  Variable rows_of(const ModelInput& input) const;
+  /// What every layer sees: (b, width).
+  std::vector<Tensor> layer_inputs(const ModelInput& samples) const;
+  ModelConfig config_;
+  KanNetworkConfig options_;
+  bool regressor_;
+  std::vector<std::shared_ptr<KanLayer>> layers_;
+};
+
+}  // namespace krait::layers
