@@ -39,6 +39,7 @@ KanNetwork::KanNetwork(const ModelConfig& config, const ModelShape& shape)
   KRAIT_CHECK(shape.vocab_size == 0 && shape.input_features > 0,
               "a KAN network needs inputs of a fixed number of features; the data have {}",
               shape.vocab_size > 0 ? "tokens" : "none");
+  KRAIT_CHECK(config.n_classes > 0, "{}: model.n_classes is not set", config.type);
   std::vector<int64_t> widths{shape.input_features};
   widths.insert(widths.end(), options_.widths.begin(), options_.widths.end());
   widths.push_back(config.n_classes);

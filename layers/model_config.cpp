@@ -75,8 +75,7 @@ void read_kan_network(OptionReader& options, ModelConfig& c) {
                  "type: regressor, or mlp: {type: kan} with a layer that mixes along the sequence");
   kan_kind().read_options(options.section("kan"), c);
   c.d_model = c.n_layers = 0;
-  options.require("n_classes");
-  options.read("n_classes", c.n_classes, at_least(1));
+  options.read("n_classes", c.n_classes, at_least(0));
 }
 
 }  // namespace

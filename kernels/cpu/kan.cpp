@@ -173,7 +173,7 @@ void backward_inputs(Tensor& dx_out, const Tensor& dy, const Tensor& x, const Ka
   Tensor dx = empty({r, inputs}, dtype_of<A>, kCpu);
   parallel_for(0, (r + kKanRows - 1) / kKanRows, kan_grain(kKanRows * inputs * (p.order + 2) * width), [&](int64_t first, int64_t last) {
     EdgeBasis<A> basis(p.order);
-    A column[kKanRows];
+    A column[kKanRows], *to = dx.data<A>();
     for (int64_t block = first; block < last; ++block) {
       const int64_t at = block * kKanRows, rows = std::min(kKanRows, r - at);
       for (int64_t i = 0; i < inputs; ++i) {
@@ -181,7 +181,7 @@ void backward_inputs(Tensor& dx_out, const Tensor& dy, const Tensor& x, const Ka
         visit_order(p.order, [&]<int K>() {
           input_gradient<K>(column, dy.data<A>() + at * width, rows, basis, w.data<A>() + i * packed.size(), packed);
         });
-        for (int64_t b = 0; b < rows; ++b) dx.data<A>()[(at + b) * inputs + i] = column[b];
+        for (int64_t b = 0; b < rows; ++b) to[(at + b) * inputs + i] = column[b];
       }
     }
   });
@@ -238,6 +238,7 @@ void bspline_basis(Tensor& basis, const Tensor& x, const Tensor& grid, int64_t o
     const KnotRows<A> knots(grid, order);
     parallel_for(0, inputs, kan_grain(r * 16 * (order + 1)), [&](int64_t first, int64_t last) {
       EdgeBasis<A> at(order);
+      A* to = basis.data<A>();
       for (int64_t i = first; i < last; ++i)
         for (int64_t b0 = 0; b0 < r; b0 += kKanRows) {
           at.compute(x.data<A>(), r, inputs, b0, i, knots[i], derivative);
@@ -246,7 +247,7 @@ void bspline_basis(Tensor& basis, const Tensor& x, const Tensor& grid, int64_t o
             for (int64_t j = 0; j <= order; ++j) {
               const int64_t g = at.interval[static_cast<size_t>(b)] - order + j;
               if (g >= 0 && g < n)
-                basis.data<A>()[((b0 + b) * inputs + i) * n + g] = from[static_cast<size_t>(j * kKanRows + b)];
+                to[((b0 + b) * inputs + i) * n + g] = from[static_cast<size_t>(j * kKanRows + b)];
             }
         }
     });

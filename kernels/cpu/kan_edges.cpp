@@ -75,6 +75,7 @@ void backward(KanGrad& grad, const Tensor& dedges, const Tensor& x_in, const Kan
     std::vector<A> g(static_cast<size_t>(packed.size()), A(0)), up(static_cast<size_t>(width), A(0));
     for (int64_t o = 0; o < outputs; ++o)
       up[static_cast<size_t>(o)] = dedges.data<A>()[o * inputs + i] / static_cast<A>(r);
+    A* dx_to = dx.defined() ? dx.data<A>() : nullptr;
     for (int64_t at = 0; at < r; at += kKanRows) {
       basis.compute(x.data<A>(), r, inputs, at, i, knots[i], true);
       for (int64_t b = 0; b < std::min(kKanRows, r - at); ++b) {
@@ -91,7 +92,7 @@ void backward(KanGrad& grad, const Tensor& dedges, const Tensor& x_in, const Kan
           for (int64_t j = 0; j <= p.order; ++j)
             add(g.data() + live + j * width + o, basis.value[static_cast<size_t>(j * kKanRows + b)]);
         }
-        if (dx.defined()) dx.data<A>()[(at + b) * inputs + i] = lane_sum<A>(slope_sum);
+        if (dx_to) dx_to[(at + b) * inputs + i] = lane_sum<A>(slope_sum);
       }
     }
     if (grad.spline.defined()) packed.unpack_gradient(grad, g.data(), p, i);

@@ -41,33 +41,35 @@ class EdgeRows {
   /// The rows of input i.
   void pack(A* to, const KanParameters& p, int64_t i) const {
     std::fill(to, to + size(), A(0));
-    const A* spline = p.spline.data<A>();
+    const A *spline = p.spline.data<A>(), *scaler = values(p.scaler), *base = values(p.base);
     for (int64_t o = 0; o < outputs_; ++o) {
       const int64_t edge = o * inputs_ + i;
-      const A scale = p.scaler.defined() ? p.scaler.data<A>()[edge] : A(1);
+      const A scale = scaler ? scaler[edge] : A(1);
       for (int64_t g = 0; g < bases_; ++g) to[(g + order_) * width_ + o] = scale * spline[edge * bases_ + g];
-      if (p.base.defined()) to[base_row() * width_ + o] = p.base.data<A>()[edge];
+      if (base) to[base_row() * width_ + o] = base[edge];
     }
   }
 
   /// From the gradient of these rows, as if they were parameters, to those of the parameters of input i.
   void unpack_gradient(KanGrad& grad, const A* from, const KanParameters& p, int64_t i) const {
-    const A* spline = p.spline.data<A>();
+    const A *spline = p.spline.data<A>(), *scaler = values(p.scaler);
+    A *dspline = grad.spline.data<A>(), *dscaler = values(grad.scaler), *dbase = values(grad.base);
     for (int64_t o = 0; o < outputs_; ++o) {
       const int64_t edge = o * inputs_ + i;
-      const A scale = p.scaler.defined() ? p.scaler.data<A>()[edge] : A(1);
+      const A scale = scaler ? scaler[edge] : A(1);
       A dscale = 0;
       for (int64_t g = 0; g < bases_; ++g) {
         const A d = from[(g + order_) * width_ + o];
-        grad.spline.data<A>()[edge * bases_ + g] = scale * d;
+        dspline[edge * bases_ + g] = scale * d;
         dscale += spline[edge * bases_ + g] * d;
       }
-      if (grad.scaler.defined()) grad.scaler.data<A>()[edge] = dscale;
-      if (grad.base.defined()) grad.base.data<A>()[edge] = from[base_row() * width_ + o];
+      if (dscaler) dscaler[edge] = dscale;
+      if (dbase) dbase[edge] = from[base_row() * width_ + o];
     }
   }
 
  private:
+  static A* values(const Tensor& t) { return t.defined() ? t.data<A>() : nullptr; }
   int64_t inputs_, outputs_, bases_, order_, width_, rows_;
 };
 

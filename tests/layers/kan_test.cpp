@@ -361,7 +361,8 @@ TEST_CASE("the options of a KAN are checked where they stand") {
                  }),
                  "step 10 does not come after step 10"));
   CHECK(contains(error_of([] { read("language_model", "kan", [](ConfigNode&) {}); }), "type is language_model"));
-  CHECK(contains(error_of([] { read("regressor", "kan", [](ConfigNode&) {}); }), "n_classes"));
+  CHECK(contains(error_of([] { KanNetwork(read("regressor", "kan", [](ConfigNode&) {}), {.input_features = 2}); }),
+                 "model.n_classes is not set"));
   CHECK(contains(error_of([] {
                    read("classifier", "kan", [](ConfigNode& s) {
                      ConfigNode both = ConfigNode::list();
