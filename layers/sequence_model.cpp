@@ -47,7 +47,7 @@ ModelLoss answer_loss(const Variable& y, const Tensor& targets, bool regressor, 
     const Variable error = cast(y, wide) - Variable(targets.to(wide));
     mean_loss = mean(error * error);
   } else {
-    out.count = kernels::count_targets(targets, 0, CrossEntropyOptions{}.ignore_index).to(wide);
+    out.count = kernels::count_targets(targets, y.size(-1), CrossEntropyOptions{}.ignore_index).to(wide);
     mean_loss = cross_entropy(y, targets, {});
     const Tensor hits = kernels::equal(kernels::argmax(y.data(), -1), targets.to(DType::i64));
     out.correct = kernels::sum(hits.to(wide));
