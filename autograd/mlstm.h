@@ -19,7 +19,7 @@ struct MlstmResult {
 };
 
 /// mLSTM over q, k (b, l, heads, dq), v (b, l, heads, dv), gate pre-activations i, f (b, l, heads), fp32 (fp64 for
-/// fp64): kernels/mlstm.h. The state is the zero state again where segments (b, l) begin a document.
+/// fp64): kernels/mlstm.h. h (b, l, heads, dv) is fp32 (fp64 for fp64) also in bf16. The state is the zero state again where segments (b, l) begin a document.
 MlstmResult mlstm(const Variable& q, const Variable& k, const Variable& v, const Variable& i, const Variable& f,
                   const MlstmMemory& initial = {}, const Tensor& segments = {}, const MlstmOptions& options = {});
 

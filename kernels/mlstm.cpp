@@ -57,7 +57,7 @@ MlstmOut mlstm_forward(const MlstmInputs& in, const MlstmOptions& options) {
   const Device device = in.q.device();
   const Shape c = state_shape(in), rows{c[0], c[1], in.q.size(1)};
   MlstmOut out;
-  out.h = empty(in.v.shape(), in.v.dtype(), device);
+  out.h = empty(in.v.shape(), a, device);
   out.m = empty(rows, a, device);
   out.r = empty(rows, a, device);
   if (out.h.numel() == 0) {
@@ -76,10 +76,10 @@ MlstmGrad mlstm_backward(const MlstmUpstream& up, const MlstmInputs& in, const M
   const MlstmInputs whole = complete(in, options);
   const Shape c = state_shape(in);
   MlstmUpstream upstream = up;
-  if (!up.dh.defined()) upstream.dh = zeros(in.v.shape(), in.v.dtype(), in.v.device());
-  check_same("mlstm_backward", upstream.dh, in.v);
-  KRAIT_CHECK(upstream.dh.shape() == in.v.shape(), "mlstm_backward: dh is {}, expected {}", upstream.dh.shape(),
-              in.v.shape());
+  if (!up.dh.defined()) upstream.dh = zeros_like(out.h);
+  check_same("mlstm_backward", upstream.dh, out.h);
+  KRAIT_CHECK(upstream.dh.shape() == out.h.shape(), "mlstm_backward: dh is {}, expected {}", upstream.dh.shape(),
+              out.h.shape());
   upstream.dh = upstream.dh.contiguous();
   if (up.dc_last.defined()) {
     KRAIT_CHECK(up.dc_last.shape() == c, "mlstm_backward: dc_last is {}, expected {}", up.dc_last.shape(), c);
@@ -123,7 +123,7 @@ Tensor mlstm_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   check_state(state, {q.size(0), q.size(1), q.size(2), v.size(2)}, q);
   KRAIT_CHECK(state.c.is_contiguous() && state.n.is_contiguous() && state.m.is_contiguous(),
               "mlstm_step: the state is not contiguous");
-  Tensor h = empty(v.shape(), v.dtype(), v.device());
+  Tensor h = empty(v.shape(), accum_dtype(v.dtype()), v.device());
   if (h.numel() == 0) return h;
   KRAIT_DISPATCH(q.device(), mlstm_step(h, q.contiguous(), k.contiguous(), v.contiguous(), i.contiguous(),
                                         f.contiguous(), state, eps));

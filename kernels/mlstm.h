@@ -40,8 +40,10 @@ struct MlstmInputs {
   Tensor segments;
 };
 
-/// h (b, l, heads, dv) like v; the state after the last position; m and r of every position (b, heads, l), for the
-/// backward. States between chunks are made again there: memory beyond inputs and outputs is dq dv l / chunk.
+/// h (b, l, heads, dv) and its gradient are fp32 (fp64 for fp64): the norm behind the cell leaves dh . h = 0, and at a
+/// document's first positions the gradients of q, k and i are what remains of that cancellation. Also the state
+/// after the last position; m and r of every position (b, heads, l), for the backward. States between chunks are made
+/// again there: memory beyond inputs and outputs is dq dv l / chunk.
 struct MlstmOut {
   Tensor h;
   MlstmState last;
@@ -56,7 +58,7 @@ MlstmGrad mlstm_backward(const MlstmUpstream& upstream, const MlstmInputs& in, c
                          const MlstmOptions& options = {});
 
 /// One position of the recurrent form: q, k (b, heads, dq), v (b, heads, dv), i, f (b, heads). Advances the state in
-/// place (contiguous) and returns h (b, heads, dv) like v.
+/// place (contiguous) and returns h (b, heads, dv), fp32 (fp64 for fp64).
 Tensor mlstm_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i, const Tensor& f,
                   MlstmState& state, double eps = 1e-6);
 

@@ -2,6 +2,7 @@
 
 #include "layers/attention.h"
 #include "layers/mamba.h"
+#include "layers/mlstm.h"
 #include "layers/recurrent.h"
 #include "layers/slstm.h"
 #include "layers/s4.h"
@@ -14,6 +15,8 @@ const std::vector<LayerKind>& layer_kinds() {
   static const std::vector<LayerKind> kinds{
       attention_kind(),
       mamba_kind(),
+      mlstm_kind(),
+      mlstm_large_kind(),
       slstm_kind(),
       rnn_kind(),
       lstm_kind(),

@@ -192,15 +192,13 @@ class Unit {
       multiply_strip(h_ + r0 * dvp_, dvp_, s_ + r0 * q_chunk_, q_chunk_, 1, vr_, dvp_, dvp_, width, false);
       multiply_strip(h_ + r0 * dvp_, dvp_, qi_ + r0 * dqp_, dqp_, 1, state_, dvp_, dvp_, dqp_, true);
     }
-    T* h = out.h.data<T>();
+    A* h = out.h.data<A>();
     for (int64_t t = 0; t < n_; ++t) {
       const A* from = h_ + t * dvp_;
       const A r = from[dv_], factor = A{1} / denominator(r, mt_[t], eps_);
       out.m.data<A>()[row(t0_ + t)] = mt_[t];
       out.r.data<A>()[row(t0_ + t)] = r;
-      T* to = h + gate(t0_ + t) * dv_;
-#pragma omp simd
-      for (int64_t c = 0; c < dv_; ++c) put(to[c], from[c] * factor);
+      scale_row(h + gate(t0_ + t) * dv_, from, factor, dv_);
     }
   }
 
@@ -214,8 +212,8 @@ class Unit {
 
   // d and dr of every row from dh; d is 0 behind the last row.
   void load_upstream(const Tensor& dh, const MlstmOut& out) {
-    const T* dhs = dh.data<T>();
-    const T* hs = out.h.data<T>();
+    const A* dhs = dh.data<A>();
+    const A* hs = out.h.data<A>();
     pack_rows<A>(d_, dvp_, dhs + gate(t0_) * dv_, heads_ * dv_, n_, dv_, rows_);
     for (int64_t t = 0; t < n_; ++t) {
       const A r = out.r.data<A>()[row(t0_ + t)], m = out.m.data<A>()[row(t0_ + t)];
@@ -357,8 +355,7 @@ void mlstm_step(Tensor& h_, const Tensor& q_, const Tensor& k_, const Tensor& v_
           }
         }
         const A factor = A{1} / denominator(r, top, static_cast<A>(eps));
-        T* h = h_.data<T>() + x * dv;
-        for (int64_t e = 0; e < dv; ++e) put(h[e], num[e] * factor);
+        scale_row(h_.data<A>() + x * dv, num, factor, dv);
       }
     });
   });

@@ -98,9 +98,10 @@ __global__ void finish_gates_kernel(MlstmGates<A> gates, A* m, const A* b, const
   if (t < n) gates.w[row] = t >= first_last ? exp_of(gates.c[row] - u_last) : A{0};
 }
 
-// 1 / den, dr and the weights of the state's gradient: one warp a position.
+// 1 / den, dr and the weights of the state's gradient, and dh in the dtype of the products: one warp a position.
 template <class T>
-__global__ void upstream_kernel(MlstmGates<accum_t<T>> gates, const T* dh, const T* h, const accum_t<T>* m,
+__global__ void upstream_kernel(MlstmGates<accum_t<T>> gates, T* rounded, const accum_t<T>* dh,
+                                const accum_t<T>* h, const accum_t<T>* m,
                                 const accum_t<T>* r_, MlstmShape shape, accum_t<T> scale, accum_t<T> eps, bool full) {
   using A = accum_t<T>;
   const int64_t row = int64_t{blockIdx.x} * 8 + threadIdx.x / 32;  // (unit, l)
@@ -108,7 +109,10 @@ __global__ void upstream_kernel(MlstmGates<accum_t<T>> gates, const T* dh, const
   const int64_t unit = row / shape.l, t = row % shape.l, b = unit / shape.heads, head = unit % shape.heads;
   const int64_t at = ((b * shape.l + t) * shape.heads + head) * shape.dv;
   A dot = 0;
-  for (int e = threadIdx.x % 32; e < shape.dv; e += 32) dot += static_cast<A>(dh[at + e]) * static_cast<A>(h[at + e]);
+  for (int e = threadIdx.x % 32; e < shape.dv; e += 32) {
+    dot += dh[at + e] * h[at + e];
+    if (rounded) rounded[at + e] = static_cast<T>(dh[at + e]);
+  }
   for (int w = 16; w > 0; w /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, w);
   if (threadIdx.x % 32 != 0) return;
   const A r = r_[row], inverse = A{1} / mlstm_denominator(r, m[row], eps);
@@ -156,7 +160,7 @@ __global__ void gate_gradients_kernel(A* di, A* df, const A* f, MlstmGates<A> ga
 
 // C and h of 64 columns of a unit; n and m as they were.
 template <class T>
-__global__ void step_kernel(T* h, accum_t<T>* c, const accum_t<T>* n, const accum_t<T>* m, const T* q, const T* k,
+__global__ void step_kernel(accum_t<T>* h, accum_t<T>* c, const accum_t<T>* n, const accum_t<T>* m, const T* q, const T* k,
                             const T* v, const accum_t<T>* i, const accum_t<T>* f, int dq, int dv, int64_t tiles,
                             accum_t<T> scale, accum_t<T> eps) {
   using A = accum_t<T>;
@@ -174,7 +178,7 @@ __global__ void step_kernel(T* h, accum_t<T>* c, const accum_t<T>* n, const accu
     sum += qx * next;
     r += qx * (keep * n[unit * dq + x] + kx);
   }
-  h[unit * dv + e] = static_cast<T>(sum / mlstm_denominator(r, top, eps));
+  h[unit * dv + e] = sum / mlstm_denominator(r, top, eps);
 }
 
 // Afterwards, since every block above reads them.
@@ -275,7 +279,7 @@ void mlstm_forward(MlstmOut& out, const MlstmInputs& in, const MlstmOptions& opt
     Tensor c, n;
     forward_states<T>(c, n, in, arrays.gates, s, out.last.c, out.last.n, mma);
     const int64_t tiles = ceil_div(s.dv, mlstm_tile_width(mma, s.dv));
-    const MlstmMixJob<T> job{Strided<T>(out.h), Strided<const T>(in.q), Strided<const T>(in.k), Strided<const T>(in.v),
+    const MlstmMixJob<T> job{out.h.data<A>(), nullptr, Strided<const T>(in.q), Strided<const T>(in.k), Strided<const T>(in.v),
                              c.data<T>(), n.data<A>(), arrays.gates, static_cast<A>(1 / std::sqrt(static_cast<double>(s.dq))),
                              static_cast<A>(options.eps), out.m.data<A>(), out.r.data<A>(), Strided<const T>(in.q),
                              nullptr, s, tiles};
@@ -288,13 +292,14 @@ void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& up, const MlstmInputs&
   const MlstmShape s(in);
   const Device device = in.q.device();
   const Stream stream = current_stream(device);
-  const bool mma = use_mma(in) && mlstm_mma_serves(up.dh);
+  const bool mma = use_mma(in);
   visit_float(in.q.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     const A scale = static_cast<A>(1 / std::sqrt(static_cast<double>(s.dq)));
     const GateArrays<A> arrays(in, s, nullptr, nullptr, true);
-    launch(upstream_kernel<T>, {.grid = ceil_div(s.units * s.l, 8), .stream = stream}, arrays.gates, up.dh.data<T>(),
-           out.h.data<T>(), out.m.data<A>(), out.r.data<A>(), s, scale, static_cast<A>(options.eps),
+    const Tensor dh_rows = std::is_same_v<T, A> ? up.dh : empty(up.dh.shape(), dtype_of<T>, device);
+    launch(upstream_kernel<T>, {.grid = ceil_div(s.units * s.l, 8), .stream = stream}, arrays.gates,
+           std::is_same_v<T, A> ? nullptr : dh_rows.data<T>(), up.dh.data<A>(), out.h.data<A>(), out.m.data<A>(), out.r.data<A>(), s, scale, static_cast<A>(options.eps),
            options.denominator_gradient);
     Tensor c, n;
     forward_states<T>(c, n, in, arrays.gates, s, {}, {}, mma);
@@ -303,23 +308,23 @@ void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& up, const MlstmInputs&
     Tensor dc = empty(c.shape(), c.dtype(), device), dn = empty(n.shape(), n.dtype(), device);
     Tensor flow = empty({s.units, s.chunks, flow_tiles}, dtype_of<A>, device);
     Tensor dots = empty({2, s.units, s.l, dot_tiles}, dtype_of<A>, device);
-    const MlstmStateJob<T> reverse{dc.data<T>(), dn.data<A>(), Strided<const T>(in.q), Strided<const T>(up.dh),
+    const MlstmStateJob<T> reverse{dc.data<T>(), dn.data<A>(), Strided<const T>(in.q), Strided<const T>(dh_rows),
                                    arrays.gates.wc, arrays.gates.wn, arrays.gates.decay, optional<A>(up.dc_last),
                                    optional<A>(up.dn_last), const_cast<A*>(optional<A>(grad.dc0)),
                                    const_cast<A*>(optional<A>(grad.dn0)), true, flow.data<A>(), c.data<T>(),
                                    n.data<A>(), out.last.c.data<A>(), out.last.n.data<A>(), s, flow_tiles};
     states(reverse, mma, stream);
 
-    const Strided<const T> q(in.q), k(in.k), v(in.v), dh(up.dh);
+    const Strided<const T> q(in.q), k(in.k), v(in.v), dh(dh_rows);
     A* q_dots = dots.data<A>();
     A* k_dots = q_dots + s.units * s.l * dot_tiles;
     const A eps = 0;
     const int64_t dv_tiles = ceil_div(s.dv, mlstm_tile_width(mma, s.dv));
-    mix(Mix::dq, MlstmMixJob<T>{Strided<T>(grad.dq), dh, v, k, c.data<T>(), n.data<A>(), arrays.gates, scale, eps,
+    mix(Mix::dq, MlstmMixJob<T>{nullptr, grad.dq.data<T>(), dh, v, k, c.data<T>(), n.data<A>(), arrays.gates, scale, eps,
                                 nullptr, nullptr, q, q_dots, s, dot_tiles}, mma, stream);
-    mix(Mix::dk, MlstmMixJob<T>{Strided<T>(grad.dk), v, dh, q, dc.data<T>(), dn.data<A>(), arrays.gates, scale, eps,
+    mix(Mix::dk, MlstmMixJob<T>{nullptr, grad.dk.data<T>(), v, dh, q, dc.data<T>(), dn.data<A>(), arrays.gates, scale, eps,
                                 nullptr, nullptr, k, k_dots, s, dot_tiles}, mma, stream);
-    mix(Mix::dv, MlstmMixJob<T>{Strided<T>(grad.dv), k, q, dh, dc.data<T>(), dn.data<A>(), arrays.gates, scale, eps,
+    mix(Mix::dv, MlstmMixJob<T>{nullptr, grad.dv.data<T>(), k, q, dh, dc.data<T>(), dn.data<A>(), arrays.gates, scale, eps,
                                 nullptr, nullptr, k, nullptr, s, dv_tiles}, mma, stream);
     launch(gate_gradients_kernel<A>, {.grid = s.units * s.chunks, .block = kChunk, .stream = stream},
            grad.di.data<A>(), grad.df.data<A>(), in.f.data<A>(), arrays.gates, q_dots, k_dots, dot_tiles,
@@ -333,7 +338,7 @@ void mlstm_step(Tensor& h, const Tensor& q, const Tensor& k, const Tensor& v, co
   const Stream stream = current_stream(q.device());
   visit_float(q.dtype(), [&]<class T>() {
     using A = accum_t<T>;
-    launch(step_kernel<T>, {.grid = units * tiles, .block = 64, .stream = stream}, h.data<T>(), state.c.data<A>(),
+    launch(step_kernel<T>, {.grid = units * tiles, .block = 64, .stream = stream}, h.data<A>(), state.c.data<A>(),
            state.n.data<A>(), state.m.data<A>(), q.data<T>(), k.data<T>(), v.data<T>(), i.data<A>(), f.data<A>(), dq,
            dv, tiles, 1 / std::sqrt(static_cast<double>(dq)), eps);
     launch(step_state_kernel<T>, {.grid = units, .block = 128, .stream = stream}, state.n.data<A>(),

@@ -67,7 +67,8 @@ inline constexpr bool rows_are_keys(Mix m) { return m == Mix::dv || m == Mix::dk
 template <class T>
 struct MlstmMixJob {
   using A = accum_t<T>;
-  Strided<T> out;
+  A* h;            // read: (b, l, heads, dv)
+  T* out;          // the others: (b, l, heads, width)
   Strided<const T> rows, columns, values;
   const T* states;
   const A* n_states;

@@ -295,14 +295,17 @@ __global__ void __launch_bounds__(kThreads) mix_kernel(MlstmMixJob<bf16> job) {
     const int row = warp * 16 + g + 8 * half;
     [[maybe_unused]] float dot = 0;
     if (row < n) {
-      bf16* out = job.out.at(b, t0 + row, h) + w0;
+      const int64_t at = ((b * s.l + t0 + row) * s.heads + h) * width + w0;
       const bf16* own = job.own.at(b, t0 + row, h) + w0;
 #pragma unroll
       for (int y = 0; y < W / 8; ++y) {
         const int column = y * 8 + 2 * t;
         if (w0 + column >= width) continue;
         const float low = acc[y][2 * half], high = acc[y][2 * half + 1];
-        *reinterpret_cast<uint32_t*>(out + column) = pack(low * factor[half], high * factor[half]);
+        if constexpr (M == Mix::read)
+          *reinterpret_cast<float2*>(job.h + at + column) = make_float2(low * factor[half], high * factor[half]);
+        else
+          *reinterpret_cast<uint32_t*>(job.out + at + column) = pack(low, high);
         if constexpr (is_turned(M)) dot += low * static_cast<float>(own[column]) + high * static_cast<float>(own[column + 1]);
       }
     }

@@ -240,14 +240,17 @@ __global__ void __launch_bounds__(256) mix_kernel(MlstmMixJob<T> job) {
     const int row = ty * 4 + i;
     A dot = 0;
     if (row < n) {
-      T* out = job.out.at(b, t0 + row, h);
+      const int64_t at = ((b * s.l + t0 + row) * s.heads + h) * width;
       const T* own = is_turned(M) ? job.own.at(b, t0 + row, h) : nullptr;
       const A factor = M == Mix::read ? s_sum[row] : A{1};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int column = w0 + tx * 4 + j;
         if (column >= width) continue;
-        out[column] = static_cast<T>(acc[i][j] * factor);
+        if (M == Mix::read)
+          job.h[at + column] = acc[i][j] * factor;
+        else
+          job.out[at + column] = static_cast<T>(acc[i][j]);
         if (is_turned(M)) dot += acc[i][j] * static_cast<A>(own[column]);
       }
     }

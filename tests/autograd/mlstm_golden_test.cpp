@@ -28,7 +28,7 @@ void check_case(const GoldenCase& c, DType dtype, Device device, bool full) {
   check("state/C_last", r.last.c.data());
   check("state/n_last", r.last.n.data());
   check("state/m_last", r.last.m);
-  backward(r.h, c.tensor("upstream/h").to(dtype).to(device).transpose(1, 2));
+  backward(r.h, c.tensor("upstream/h").to(a).to(device).transpose(1, 2));
   const std::string group = full ? "grad/in/" : "grad_den_const/in/";
   check(group + "q", q.grad().transpose(1, 2));
   check(group + "k", k.grad().transpose(1, 2));

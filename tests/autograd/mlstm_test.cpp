@@ -249,7 +249,7 @@ void check_extremes(Device device) {
       for (Tensor& t : tensors) t = t.to(device);
       const Vars in = variables(tensors, true);
       const MlstmResult r = run(in, {});
-      backward(r.h, random_tensor(r.h.shape(), Normal{}, 9, dtype).to(device));
+      backward(r.h, random_tensor(r.h.shape(), Normal{}, 9, accum_dtype(dtype)).to(device));
       for (const Tensor& t : {r.h.data(), r.last.c.data(), r.last.n.data(), r.last.m}) CHECK(is_finite(t));
       for (const Variable& v : in) CHECK(is_finite(v.grad()));
     }

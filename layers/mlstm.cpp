@@ -1,0 +1,181 @@
+#include "layers/mlstm.h"
+
+#include <cmath>
+
+#include "autograd/activation.h"
+#include "autograd/causal_conv1d.h"
+#include "autograd/elementwise.h"
+#include "autograd/gate_linear.h"
+#include "autograd/head_norm.h"
+#include "autograd/shape.h"
+
+namespace krait::layers {
+
+namespace {
+
+constexpr ParameterOptions kPlain{.decay = false};
+constexpr ParameterOptions kExact{.decay = false, .keep_fp32 = true};
+
+// Initial values of the paper: "small" (Nguyen & Salazar 2019) for maps inside, "wang" for those into the residual
+// stream (Wang & Komatsuzaki 2021).
+double small_std(const LayerContext& c) { return std::sqrt(2.0 / (5.0 * static_cast<double>(c.d_model))); }
+double wang_std(const LayerContext& c) {
+  return 2.0 / (static_cast<double>(c.n_layers) * std::sqrt(static_cast<double>(c.d_model)));
+}
+
+// From 3 to 6 over the heads: half-lives of 14 to 280 positions.
+Initializer forget_bias() {
+  return [](Tensor& value, uint64_t) {
+    const int64_t n = value.numel();
+    for (int64_t h = 0; h < n; ++h)
+      value.data<double>()[h] = n == 1 ? 3.0 : 3.0 + 3.0 * static_cast<double>(h) / static_cast<double>(n - 1);
+  };
+}
+
+// w (blocks, out, in): y[.., n, o] = sum_i w[n, o, i] x[.., n, i], all blocks of a position side by side.
+Variable block_diagonal(const Variable& x, const Variable& w) {
+  const int64_t blocks = w.size(0), rows = x.data().numel() / x.size(-1);
+  const Variable by_block = transpose(reshape(x, {rows, blocks, w.size(2)}), 0, 1);
+  const Variable y = matmul(by_block, w, false, true);  // (blocks, rows, out)
+  return reshape(transpose(y, 0, 1), x.shape().with(-1, blocks * w.size(1)));
+}
+
+}  // namespace
+
+Variable MlstmMixer::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
+  const Variable y = mix(x, info, state, false);
+  if (state) state->length += x.size(1);
+  return y;
+}
+
+Tensor MlstmMixer::step(const Tensor& x, LayerState& state) {
+  const NoGrad guard;
+  const Tensor y = mix(Variable(x), {}, &state, true).data();
+  ++state.length;
+  return y;
+}
+
+Variable MlstmMixer::cell(const Variable& q, const Variable& k, const Variable& v, const Variable& gates,
+                          const SequenceInfo& info, LayerState* state, bool recurrent) const {
+  const int64_t b = q.size(0), l = q.size(1);
+  const Vars g = chunk(gates, 2, -1);
+  if (recurrent) {
+    kernels::MlstmState memory{state->tensors.at("c"), state->tensors.at("n"), state->tensors.at("m")};
+    const auto heads = [&](const Variable& x, int64_t d) { return x.data().reshape({b, heads_, d}); };
+    const Tensor h = kernels::mlstm_step(heads(q, dq_), heads(k, dq_), heads(v, dv_), g[0].data().select(1, 0),
+                                         g[1].data().select(1, 0), memory, options_.eps);
+    return Variable(h.view({b, 1, heads_, dv_}));
+  }
+  MlstmMemory memory;
+  if (state)
+    memory = {Variable(state->tensors.at("c")), Variable(state->tensors.at("n")), state->tensors.at("m")};
+  const MlstmResult r = mlstm(reshape(q, {b, l, heads_, dq_}), reshape(k, {b, l, heads_, dq_}),
+                              reshape(v, {b, l, heads_, dv_}), g[0], g[1], memory, info.segments, options_);
+  if (state) {
+    state->tensors["c"] = r.last.c.data();
+    state->tensors["n"] = r.last.n.data();
+    state->tensors["m"] = r.last.m;
+  }
+  return r.h;
+}
+
+LayerState MlstmMixer::initial_state(int64_t batch, int64_t, DType dtype, Device device) const {
+  const DType a = accum_dtype(dtype);
+  LayerState s;
+  s.tensors["c"] = zeros({batch, heads_, dq_, dv_}, a, device);
+  s.tensors["n"] = zeros({batch, heads_, dq_}, a, device);
+  s.tensors["m"] = zeros({batch, heads_}, a, device);
+  return s;
+}
+
+double MlstmMixer::extra_flops_per_token(int64_t context) const {
+  const auto chunk_length = static_cast<double>(std::min(options_.chunk, context));
+  const auto dq = static_cast<double>(dq_), dv = static_cast<double>(dv_);
+  return static_cast<double>(heads_) * (chunk_length * (dq + dv) + 4 * dq * dv);  // inside the chunk, and the state
+}
+
+std::string MlstmMixer::kernel_name(int64_t, int64_t, DType dtype, Device device, bool) const {
+  return kernels::mlstm_kernel_name(dtype, device, dq_, dv_);
+}
+
+Mlstm::Mlstm(const MlstmConfig& c, const LayerContext& context)
+    : MlstmMixer(c.n_heads, c.inner / c.n_heads, c.inner / c.n_heads,
+                 {.eps = c.eps, .denominator_gradient = c.denominator_gradient, .chunk = c.chunk_size}),
+      config_(c) {
+  const int64_t e = c.inner, size = c.qkv_block_size;
+  const Initializer small = normal(small_std(context)), zero = constant(0.0);
+  const double bound = 1.0 / std::sqrt(static_cast<double>(c.conv));
+  up_ = child<Linear>("proj_up", context.d_model, 2 * e, false, small_std(context));
+  conv_weight_ = parameter("conv1d.weight", {e, c.conv}, uniform(-bound, bound));
+  conv_bias_ = parameter("conv1d.bias", {e}, uniform(-bound, bound), kPlain);
+  q_ = parameter("q_proj.weight", {e / size, size, size}, small);
+  k_ = parameter("k_proj.weight", {e / size, size, size}, small);
+  v_ = parameter("v_proj.weight", {e / size, size, size}, small);
+  gate_weight_ = stacked_parameter({{"igate.weight", heads_, zero}, {"fgate.weight", heads_, zero}}, {3 * e});
+  gate_bias_ = stacked_parameter({{"igate.bias", heads_, normal(0.1)}, {"fgate.bias", heads_, forget_bias()}}, {}, kExact);
+  norm_ = parameter("outnorm.weight", {e}, zero, kExact);
+  skip_ = parameter("learnable_skip", {e}, constant(1.0), kPlain);
+  down_ = child<Linear>("proj_down", e, context.d_model, false, wang_std(context));
+}
+
+Variable Mlstm::mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) {
+  const int64_t e = config_.inner;
+  const Vars up = chunk(up_->forward(x), 2, -1);  // x_m, z
+  const Variable tail = state ? Variable(state->tensors.at("conv")) : Variable();
+  const ConvOut conv = causal_conv1d(up[0], conv_weight_, conv_bias_, tail, true, info.segments);
+  if (state) state->tensors["conv"] = conv.final_state.data();
+  const Variable& x_c = conv.y;
+  const Variable qkv = concat({block_diagonal(x_c, q_), block_diagonal(x_c, k_), block_diagonal(up[0], v_)}, -1);
+  const Variable gates = gate_linear(qkv, gate_weight_) + gate_bias_;
+  const Vars parts = split(qkv, {e, e, e}, -1);
+  const Variable h = cell(parts[0], parts[1], parts[2], gates, info, state, recurrent);
+  const Variable normed = cast(head_norm(h, norm_.variable() + 1.0, config_.norm_eps), x.dtype());
+  return down_->forward(swiglu(up[1], reshape(normed, x_c.shape()) + skip_ * x_c));
+}
+
+LayerState Mlstm::initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const {
+  LayerState s = MlstmMixer::initial_state(batch, max_length, dtype, device);
+  s.tensors["conv"] = zeros({batch, config_.conv - 1, config_.inner}, dtype, device);
+  return s;
+}
+
+MlstmLarge::MlstmLarge(const MlstmLargeConfig& c, const LayerContext& context)
+    : MlstmMixer(c.n_heads, c.qk_width / c.n_heads, context.d_model / c.n_heads,
+                 {.eps = c.eps, .denominator_gradient = c.denominator_gradient, .chunk = c.chunk_size}),
+      config_(c) {
+  const int64_t d = context.d_model;
+  const Initializer small = normal(small_std(context)), zero = constant(0.0);
+  qkvo_ = stacked_parameter({{"q.weight", c.qk_width, small}, {"k.weight", c.qk_width, small}, {"v.weight", d, small},
+                             {"ogate_preact.weight", d, zero}}, {d});
+  gate_weight_ = stacked_parameter({{"igate_preact.weight", heads_, zero}, {"fgate_preact.weight", heads_, zero}}, {d});
+  gate_bias_ = stacked_parameter({{"igate_preact.bias", heads_, constant(c.input_gate_bias)},
+                                  {"fgate_preact.bias", heads_, forget_bias()}}, {}, kExact);
+  norm_ = parameter("multihead_norm.weight", {d}, constant(1.0), kExact);
+  out_ = child<Linear>("out_proj", d, d, false, wang_std(context));
+}
+
+Variable MlstmLarge::mix(const Variable& u, const SequenceInfo& info, LayerState* state, bool recurrent) {
+  const int64_t d = u.size(-1), w = config_.qk_width;
+  const Vars p = split(linear(u, qkvo_), {w, w, d, d}, -1);  // q, k, v, o
+  const Variable gates = config_.gate_cap * tanh((gate_linear(u, gate_weight_) + gate_bias_) / config_.gate_cap);
+  const Variable h = cell(p[0], p[1], p[2], gates, info, state, recurrent);
+  const Variable normed = cast(head_norm(h, norm_, config_.norm_eps), u.dtype());
+  return out_->forward(sigmoid(p[3]) * reshape(normed, u.shape()));
+}
+
+LayerKind mlstm_kind() {
+  return {"mlstm", [](ConfigNode& section, const ModelConfig& model) { read_mlstm_config(section, model.d_model); },
+          [](ConfigNode options, const LayerContext& context) -> std::shared_ptr<Mixer> {
+            return std::make_shared<Mlstm>(read_mlstm_config(options, context.d_model), context);
+          }};
+}
+
+LayerKind mlstm_large_kind() {
+  return {"mlstm_large",
+          [](ConfigNode& section, const ModelConfig& model) { read_mlstm_large_config(section, model.d_model); },
+          [](ConfigNode options, const LayerContext& context) -> std::shared_ptr<Mixer> {
+            return std::make_shared<MlstmLarge>(read_mlstm_large_config(options, context.d_model), context);
+          }};
+}
+
+}  // namespace krait::layers
