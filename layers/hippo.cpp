@@ -49,14 +49,19 @@ struct Eigen {
 Eigen hermitian_eigen(std::vector<Complex> h, int64_t N) {
   const int n = static_cast<int>(N);
   Eigen e{std::vector<double>(static_cast<size_t>(N)), std::move(h)};
+  // OpenBLAS's zgemv for AVX-512 (0.3.21) reads some columns past its matrix: without room behind it, at the end of a
+  // page, that is a crash.
+  const size_t room = static_cast<size_t>(8 * n + 64);
+  e.vectors.resize(e.vectors.size() + room);
   std::vector<double> rwork(static_cast<size_t>(std::max(1, 3 * n - 2)));
   Complex best;
   int info = 0, ask = -1;
   zheev_("V", "U", &n, e.vectors.data(), &n, e.values.data(), &best, &ask, rwork.data(), &info, 1, 1);
   const int lwork = std::max(2 * n, static_cast<int>(best.real()));
-  std::vector<Complex> work(static_cast<size_t>(lwork));
+  std::vector<Complex> work(static_cast<size_t>(lwork) + room);
   zheev_("V", "U", &n, e.vectors.data(), &n, e.values.data(), work.data(), &lwork, rwork.data(), &info, 1, 1);
   KRAIT_CHECK(info == 0, "hippo: the eigenvalue decomposition of a {0} x {0} matrix did not converge", N);
+  e.vectors.resize(static_cast<size_t>(N * N));
   return e;
 }
 
