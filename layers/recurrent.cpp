@@ -28,9 +28,9 @@ Recurrent::Recurrent(RecurrentCell cell, const RecurrentConfig& config, const La
 
 Variable Recurrent::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
   const auto [y, last] = recurrent(cell_, x, w_ih_, w_hh_, b_ih_, b_hh_,
-                                   state ? Variable(state->tensors.at("cell")) : Variable(), info.segments);
+                                   state ? Variable(state->tensors.at("cell").transpose(0, 1).contiguous()) : Variable(), info.segments);
   if (state) {
-    state->tensors["cell"] = last.data();
+    state->tensors["cell"] = last.data().transpose(0, 1);
     state->length += x.size(1);
   }
   return out_ ? out_->forward(y) : y;
@@ -43,7 +43,7 @@ Tensor Recurrent::step(const Tensor& x, LayerState& state) {
 
 LayerState Recurrent::initial_state(int64_t batch, int64_t, DType dtype, Device device) const {
   LayerState s;
-  s.tensors["cell"] = zeros({kernels::states_of(cell_), batch, 1, hidden_}, accum_dtype(dtype), device);
+  s.tensors["cell"] = zeros({batch, kernels::states_of(cell_), 1, hidden_}, accum_dtype(dtype), device);
   return s;
 }
 

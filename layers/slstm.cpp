@@ -66,10 +66,10 @@ Variable Slstm::forward(const Variable& x, const SequenceInfo& info, LayerState*
     if (state) state->tensors["conv"] = conv.final_state.data();
   }
   const Variable gates = slstm_gates(u, x, w_i_, w_f_, w_z_, w_o_);
-  const auto [y, last] = slstm(gates, R_, b_, state ? Variable(state->tensors.at("cell")) : Variable(), info.segments,
+  const auto [y, last] = slstm(gates, R_, b_, state ? Variable(state->tensors.at("cell").transpose(0, 1).contiguous()) : Variable(), info.segments,
                                config_.forget_gate == "exp" ? SlstmForget::exp : SlstmForget::sigmoid);
   if (state) {
-    state->tensors["cell"] = last.data();
+    state->tensors["cell"] = last.data().transpose(0, 1);
     state->length += x.size(1);
   }
   return reshape(head_norm(y, norm_weight_.variable() + 1.0, norm_eps_), x.shape());
@@ -82,7 +82,7 @@ Tensor Slstm::step(const Tensor& x, LayerState& state) {
 
 LayerState Slstm::initial_state(int64_t batch, int64_t, DType dtype, Device device) const {
   LayerState s;
-  s.tensors["cell"] = zeros({4, batch, config_.n_heads, d_model_ / config_.n_heads}, accum_dtype(dtype), device);
+  s.tensors["cell"] = zeros({batch, 4, config_.n_heads, d_model_ / config_.n_heads}, accum_dtype(dtype), device);
   if (config_.conv > 0) s.tensors["conv"] = zeros({batch, config_.conv - 1, d_model_}, dtype, device);
   return s;
 }

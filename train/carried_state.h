@@ -14,7 +14,8 @@ class CarriedState {
   void set_resets(const Tensor& resets);
   /// The state a window starts from, to give to the model; rows that begin anew are zero.
   layers::DecoderState begin() const;
-  /// Keeps what the model left in it.
+  /// Keeps what the model left in it. Tensors that a layer added (constants it made from its parameters) are handed
+  /// back as they are by begin().
   void keep(const layers::DecoderState& after);
 
   struct Named {
@@ -26,6 +27,7 @@ class CarriedState {
 
  private:
   layers::DecoderState state_;
+  std::vector<std::map<std::string, Tensor>> added_;  // by layer
   Tensor going_on_;  // (b) bool: false where a row begins anew
   Uploader uploader_;
 };

@@ -304,7 +304,9 @@ std::string find_data_file(const Config& config) {
     tried += (tried.empty() ? "" : ", ") + place.string();
   }
   config.fail("data.path", fmt::format("no such file: {}", tried),
-              fmt::format("krait data prepare TEXT -o {}, or another data.path", path.string()));
+              config.data.type == "image_sequence"
+                  ? "krait data fetch, or another data.path"
+                  : fmt::format("krait data prepare TEXT -o {}, or another data.path", path.string()));
 }
 
 }  // namespace krait::train

@@ -57,18 +57,12 @@ DataSource open_data(const Config& config) {
   return {store, store->tokenizer(), ""};
 }
 
-Session make_session(const Config& config, DataSource data) {
-  Session s;
-  s.config = config;
-  s.data = std::move(data);
-  s.device = pick_device(config.runtime);
-  set_num_threads(static_cast<int>(config.runtime.threads));
-  kernels::set_tf32(config.runtime.tf32);
-
+void build_model(Session& s, const layers::ModelConfig& model) {
+  const Config& config = s.config;
   CrossEntropyOptions loss;
   loss.label_smoothing = config.train.label_smoothing;
   loss.z_loss = config.train.z_loss;
-  s.model = layers::make_model(config.model, model_shape(config, s.data), loss);
+  s.model = layers::make_model(model, model_shape(config, s.data), loss);
   check_state(config, *s.model);
   s.model->set_recompute(config.train.recompute == "block");
 
@@ -78,6 +72,16 @@ Session make_session(const Config& config, DataSource data) {
                                      .master = compute == DType::f64 ? DType::f64 : DType::f32,
                                      .compute = compute,
                                      .seed = static_cast<uint64_t>(config.seed)});
+}
+
+Session make_session(const Config& config, DataSource data, int64_t finished_steps) {
+  Session s;
+  s.config = config;
+  s.data = std::move(data);
+  s.device = pick_device(config.runtime);
+  set_num_threads(static_cast<int>(config.runtime.threads));
+  kernels::set_tf32(config.runtime.tf32);
+  build_model(s, layers::config_at_step(config.model, std::max<int64_t>(finished_steps - 1, 0)));
   return s;
 }
 

@@ -31,8 +31,11 @@ struct Session {
   layers::LanguageModel& language_model(const char* purpose);
 };
 
-/// Applies runtime settings (threads, device, TF32) and builds the model with its initial values.
-Session make_session(const Config& config, DataSource data);
+/// Applies runtime settings (threads, device, TF32) and builds the model with its initial values, in the shapes that it
+/// has after `finished_steps` (layers::config_at_step).
+Session make_session(const Config& config, DataSource data, int64_t finished_steps = 0);
+/// Gives the session a new model with initial values, and parameters.
+void build_model(Session& session, const layers::ModelConfig& config);
 
 /// The CPU batch on the session's device, as the model takes it.
 layers::ModelInput to_device(const data::Batch& batch, Device device);

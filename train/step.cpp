@@ -1,6 +1,8 @@
 #include "train/step.h"
 
 #include <algorithm>
+#include <map>
+#include <set>
 
 #include "core/random.h"
 #include "kernels/accumulate.h"
@@ -51,9 +53,8 @@ ScheduleOptions schedule_options(const Config& c) {
 TrainStep::TrainStep(Session& session)
     : session_(session), schedule_(schedule_options(session.config)), uploader_(session.device),
       use_graphs_(session.device.is_cuda() && session.config.runtime.cuda_graphs), pool_(session.device) {
-  layers::ParameterStore& store = *session.parameters;
-  optimizer_ = std::make_unique<Optimizer>(optimizer_options(session.config.optimizer), store.master(), store.grad(),
-                                           store.compute(), segments_of(store, session.config.optimizer));
+  build_optimizer();
+  const layers::ParameterStore& store = *session.parameters;
   const DType wide = accum_dtype(store.options().compute);
   target_count_ = zeros({}, DType::f32, session.device);
   loss_sum_ = zeros({}, wide, session.device);
@@ -64,6 +65,43 @@ TrainStep::TrainStep(Session& session)
   RandomSource& random = current_random();
   random.seed = static_cast<uint64_t>(session.config.seed);
   random.step = zeros({}, DType::i64, session.device);
+}
+
+void TrainStep::build_optimizer() {
+  layers::ParameterStore& store = *session_.parameters;
+  const OptimizerConfig& config = session_.config.optimizer;
+  optimizer_ = std::make_unique<Optimizer>(optimizer_options(config), store.master(), store.grad(), store.compute(),
+                                           segments_of(store, config));
+}
+
+// What the model wants to change between steps: values, or its shapes, with the optimizer's state kept by name.
+void TrainStep::adapt_model(const data::Batch& batch, int64_t step) {
+  if (session_.model->resize_due(step)) {
+    const layers::Resized resized = session_.model->resize(step, to_device(batch, session_.device), *session_.parameters);
+    const std::unique_ptr<layers::ParameterStore> old = std::move(session_.parameters);
+    const std::unique_ptr<Optimizer> old_optimizer = std::move(optimizer_);
+    build_model(session_, resized.config);
+    layers::set_masters(*session_.parameters, resized.parameters);
+    build_optimizer();
+    micro_graph_.reset();
+    update_graph_.reset();
+    runs_ = 0;
+    session_.model->set_training(true);
+    const std::set<std::string> reset(resized.reset.begin(), resized.reset.end());
+    std::map<std::string, Tensor> before;
+    for (const auto& [state, flat] : old_optimizer->state())
+      if (flat.numel() == old->numel())
+        for (const auto& part : old->named(flat)) before[state + "." + part.name] = part.value;
+    for (const auto& [state, flat] : optimizer_->state()) {
+      if (flat.numel() != session_.parameters->numel()) continue;
+      for (auto& part : session_.parameters->named(flat))
+        // A parameter whose shape changed begins again too, whether it is trained or not.
+        if (const Tensor& old_value = before.at(state + "." + part.name);
+            !reset.count(part.name) && old_value.shape() == part.value.shape())
+          copy_(part.value, old_value);
+    }
+  }
+  session_.model->before_step(step, to_device(batch, session_.device), *session_.parameters);
 }
 
 TrainStep::~TrainStep() {
@@ -114,6 +152,7 @@ void TrainStep::run(const std::vector<data::Batch>& batches, int64_t step) {
   int64_t targets = 0;
   for (const data::Batch& b : batches) targets += b.n_targets;
   session_.model->set_training(true);
+  adapt_model(batches.front(), step);
   fill_(target_count_, static_cast<double>(targets));
   zero_(loss_sum_);
   optimizer_->prepare(learning_rate_at(step), step);

@@ -43,6 +43,8 @@ class TrainStep {
   CarriedState* carried_state() { return carried_.get(); }
 
  private:
+  void build_optimizer();
+  void adapt_model(const data::Batch& batch, int64_t step);
   void fill_inputs(const data::Batch& batch);
   void micro_step();
   void update();
