@@ -2,6 +2,8 @@
 #include <cuda_bf16.h>
 #include <mma.h>
 
+#include <algorithm>
+
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/recurrence_plan.h"
 #include "kernels/recurrence.h"
@@ -431,7 +433,9 @@ void run_recurrence(RecurrenceArgs<T> a, const Tensor& w, const Cell& cell) {
              cell, first);
       continue;
     }
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)));
+    // Never below the 48 KiB that every other launch of the kernel may take without asking.
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(std::max<int64_t>(plan.shared, 48 * 1024))));
     RecurrencePlan plan_copy = plan;
     Cell cell_copy = cell;
     void* arguments[] = {&plan_copy, &a, &cell_copy, &first};
