@@ -1,6 +1,8 @@
 #include "layers/registry.h"
 
 #include "layers/attention.h"
+#include "layers/gated_cnn.h"
+#include "layers/linear_attention.h"
 #include "layers/mamba.h"
 #include "layers/mlstm.h"
 #include "layers/recurrent.h"
@@ -25,6 +27,8 @@ const std::vector<LayerKind>& layer_kinds() {
       s4d_kind(),
       mamba2_kind(),
       kan_kind(),
+      gated_cnn_kind(),
+      linear_attention_kind(),
   };
   return kinds;
 }
