@@ -21,6 +21,7 @@ class Block final : public Module {
   /// With a state, a single position takes the mixer's step form.
   ResidualStream forward(const ResidualStream& in, const SequenceInfo& info, LayerState* state);
   Mixer& mixer() const { return *mixer_; }
+  FeedForward* mlp() const { return mlp_.get(); }  // null: none
 
  private:
   template <class Branch>

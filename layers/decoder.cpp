@@ -67,8 +67,16 @@ std::string Decoder::kind_without_stream() const {
 
 double Decoder::extra_flops_per_token(int64_t context) const {
   double sum = 0;
-  for (const auto& block : blocks_) sum += block->mixer().extra_flops_per_token(context);
+  for (const auto& block : blocks_) {
+    sum += block->mixer().extra_flops_per_token(context);
+    if (const FeedForward* mlp = block->mlp()) sum += mlp->extra_flops_per_token();
+  }
   return sum;
+}
+
+void Decoder::set_auxiliary_scale(double scale) {
+  for (const auto& block : blocks_)
+    if (FeedForward* mlp = block->mlp()) mlp->set_auxiliary_scale(scale);
 }
 
 std::vector<std::string> Decoder::kernel_lines(int64_t batch, int64_t context, DType dtype, Device device,

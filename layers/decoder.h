@@ -29,6 +29,8 @@ class Decoder final : public Module {
                                         bool has_segments) const;
   /// Keep only each block's input and run the block again in backward.
   void set_recompute(bool on) { recompute_ = on; }
+  /// See FeedForward.
+  void set_auxiliary_scale(double scale);
 
  private:
   std::vector<std::shared_ptr<Block>> blocks_;

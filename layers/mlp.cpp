@@ -2,6 +2,7 @@
 
 #include "autograd/activation.h"
 #include "layers/kan.h"
+#include "layers/moe.h"
 
 namespace krait::layers {
 
@@ -42,6 +43,7 @@ std::shared_ptr<FeedForward> make_mlp(const MlpConfig& config, const LayerContex
   if (config.type == "swiglu") return std::make_shared<SwiGlu>(config, context);
   if (config.type == "gelu_gated") return std::make_shared<GeluGated>(config, context);
   if (config.type == "kan") return std::make_shared<KanMlp>(config.kan, config.squash, config.hidden, context);
+  if (config.type == "moe") return std::make_shared<Moe>(config, context);
   return std::make_shared<Mlp>(config, context);
 }
 

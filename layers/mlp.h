@@ -11,6 +11,10 @@ namespace krait::layers {
 class FeedForward : public Module {
  public:
   virtual Variable forward(const Variable& x) = 0;
+  /// FLOPs per token of a forward pass beyond two per matrix parameter; negative where a token skips some.
+  virtual double extra_flops_per_token() const { return 0; }
+  /// Factor of losses that the layer adds to the gradient itself: 1 / the micro-batches whose gradients are summed.
+  virtual void set_auxiliary_scale(double /*scale*/) {}
 };
 
 /// y = W_proj act(W_fc x + b) + b. GELU in the erf form (Hendrycks & Gimpel 2016) or its tanh form, which the

@@ -8,7 +8,7 @@ namespace krait::layers {
 MlpConfig read_mlp_config(ConfigNode& section, int64_t d_model) {
   MlpConfig c;
   OptionReader options(section);
-  options.choice("type", c.type, {"none", "gelu", "gelu_tanh", "relu2", "silu", "swiglu", "gelu_gated", "kan"});
+  options.choice("type", c.type, {"none", "gelu", "gelu_tanh", "relu2", "silu", "swiglu", "gelu_gated", "kan", "moe"});
   options.read("ratio", c.ratio, at_least(0));
   options.read("hidden", c.hidden, at_least(0));
   options.read("bias", c.bias);
@@ -17,6 +17,10 @@ MlpConfig read_mlp_config(ConfigNode& section, int64_t d_model) {
     read_kan_options(options, c.kan);
     options.read("squash", c.squash);
   }
+  if (c.type == "moe") {
+    if (c.bias) options.fail("bias", "experts have no bias", "bias: false");
+    read_moe_options(options, c.moe);
+  }
   options.finish();
   if (c.type == "none") return c;
   if (options.given("ratio") && options.given("hidden") && c.ratio != 0 && c.hidden != 0) {
@@ -24,7 +28,7 @@ MlpConfig read_mlp_config(ConfigNode& section, int64_t d_model) {
   }
   if (c.hidden == 0) {
     if (c.ratio == 0) {
-      const bool gated = c.type == "swiglu" || c.type == "gelu_gated";
+      const bool gated = c.type == "swiglu" || c.type == "gelu_gated" || c.type == "moe";
       c.hidden = gated ? (8 * d_model + 3 * 128 - 1) / (3 * 128) * 128 : 4 * d_model;
       // An edge of a KAN has a base weight, a scaler and G + k coefficients.
       if (c.type == "kan") c.hidden = std::max<int64_t>(4 * d_model / (c.kan.grid + c.kan.order + 2) / 8 * 8, 8);

@@ -70,6 +70,8 @@ class Model : public Module {
                                                 bool has_segments) const = 0;
   /// Keep only each block's input and run the block again in backward.
   virtual void set_recompute(bool on);
+  /// Factor of losses that layers add to the gradient themselves (see FeedForward).
+  virtual void set_auxiliary_scale(double /*scale*/) {}
   /// A layer kind that cannot stream with a state of constant size; empty when all can.
   virtual std::string kind_without_stream() const = 0;
 
@@ -95,6 +97,7 @@ class DecoderModel : public Model {
   }
   std::string kind_without_stream() const override { return decoder().kind_without_stream(); }
   void set_recompute(bool on) override { decoder().set_recompute(on); }
+  void set_auxiliary_scale(double scale) override { decoder().set_auxiliary_scale(scale); }
 };
 
 /// Next-token prediction: embedding, decoder, head (tied or not).

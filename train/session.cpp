@@ -65,6 +65,7 @@ void build_model(Session& s, const layers::ModelConfig& model) {
   s.model = layers::make_model(model, model_shape(config, s.data), loss);
   check_state(config, *s.model);
   s.model->set_recompute(config.train.recompute == "block");
+  s.model->set_auxiliary_scale(1.0 / static_cast<double>(config.gradient_accumulation()));
 
   const DType compute = compute_dtype(config.runtime.precision);
   s.parameters = std::make_unique<layers::ParameterStore>(

@@ -1,0 +1,40 @@
+#include "layers/moe.h"
+
+#include "autograd/linear.h"
+#include "autograd/shape.h"
+
+namespace krait::layers {
+
+Moe::Moe(const MlpConfig& config, const LayerContext& context)
+    : config_(config.moe), options_{config.moe.n_experts, config.moe.top_k, config.moe.renormalize} {
+  const int64_t m = context.d_model, f = config.hidden, e = config_.n_experts;
+  const Initializer init = normal(context.init_std);
+  router_ = parameter("router.weight", {e + config_.n_null_experts, m}, init, {.keep_fp32 = true});
+  gate_up_ = stacked_parameter({{"gate", e, init}, {"up", e, init}}, {f, m});
+  down_ = parameter("down", {e, m, f}, normal(context.residual_std));
+}
+
+Variable Moe::logits(const Variable& x) const { return linear(cast(x, accum_dtype(x.dtype())), router_); }
+
+MoeLosses Moe::losses(const Variable& x) const {
+  const Variable r = logits(x);
+  return moe_losses(r, kernels::moe_route(r.data(), options_), options_);
+}
+
+Variable Moe::forward(const Variable& x) {
+  const Variable rows = reshape(x, {x.shape().numel() / x.size(-1), x.size(-1)});
+  const double scale = training() ? auxiliary_scale_ : 0.0;
+  const MoeRoute chosen =
+      moe_route(logits(rows), options_, {scale * config_.balance_coef, scale * config_.z_coef});
+  return reshape(moe_experts(rows, chosen, gate_up_, down_), x.shape());
+}
+
+// Of all experts, which the parameter count takes for used, a token visits top_k, less the null ones among them when
+// the slots are in balance.
+double Moe::extra_flops_per_token() const {
+  const double slots = static_cast<double>(config_.n_experts + config_.n_null_experts);
+  const double unused = 1.0 - static_cast<double>(config_.top_k) / slots;
+  return -2.0 * unused * static_cast<double>(gate_up_.shape().numel() + down_.shape().numel());
+}
+
+}  // namespace krait::layers

@@ -1,0 +1,31 @@
+#pragma once
+#include "autograd/moe.h"
+#include "layers/mlp.h"
+
+namespace krait::layers {
+
+/// Mixture of SwiGLU experts (Shazeer et al. 2017; Fedus et al. 2022; null experts: Zeng et al. 2024):
+///   p = softmax(W_r x) over the experts and null experts, in fp32        S = the top_k of p, real ones only
+///   y = sum_{e in S} w_e W_down^e (silu(W_gate^e x) * W_up^e x),  w = p, or p / sum_S p with renormalize
+/// No token is dropped. In training the gradients of balance_coef balance + z_coef router_z (kernels/moe.h) are added
+/// to the logits', as means over the batch; the reported loss does not contain them.
+class Moe final : public FeedForward {
+ public:
+  Moe(const MlpConfig& config, const LayerContext& context);
+  Variable forward(const Variable& x) override;
+  double extra_flops_per_token() const override;
+  void set_auxiliary_scale(double scale) override { auxiliary_scale_ = scale; }
+
+  /// The router's decisions on x (t, d), and its auxiliary losses.
+  MoeRoute route(const Variable& x) const { return moe_route(logits(x), options_); }
+  MoeLosses losses(const Variable& x) const;
+
+ private:
+  Variable logits(const Variable& x) const;
+  MoeConfig config_;
+  MoeOptions options_;
+  double auxiliary_scale_ = 1;
+  Parameter router_, gate_up_, down_;
+};
+
+}  // namespace krait::layers
