@@ -8,6 +8,7 @@
 #include "autograd/gate_linear.h"
 #include "autograd/head_norm.h"
 #include "autograd/shape.h"
+#include "layers/xlstm_init.h"
 
 namespace krait::layers {
 
@@ -15,13 +16,6 @@ namespace {
 
 constexpr ParameterOptions kPlain{.decay = false};
 constexpr ParameterOptions kExact{.decay = false, .keep_fp32 = true};
-
-// Initial values of the paper: "small" (Nguyen & Salazar 2019) for maps inside, "wang" for those into the residual
-// stream (Wang & Komatsuzaki 2021).
-double small_std(const LayerContext& c) { return std::sqrt(2.0 / (5.0 * static_cast<double>(c.d_model))); }
-double wang_std(const LayerContext& c) {
-  return 2.0 / (static_cast<double>(c.n_layers) * std::sqrt(static_cast<double>(c.d_model)));
-}
 
 // From 3 to 6 over the heads: half-lives of 14 to 280 positions.
 Initializer forget_bias() {
@@ -103,9 +97,9 @@ Mlstm::Mlstm(const MlstmConfig& c, const LayerContext& context)
                  {.eps = c.eps, .denominator_gradient = c.denominator_gradient, .chunk = c.chunk_size}),
       config_(c) {
   const int64_t e = c.inner, size = c.qkv_block_size;
-  const Initializer small = normal(small_std(context)), zero = constant(0.0);
+  const Initializer small = normal(small_std(context.d_model)), zero = constant(0.0);
   const double bound = 1.0 / std::sqrt(static_cast<double>(c.conv));
-  up_ = child<Linear>("proj_up", context.d_model, 2 * e, false, small_std(context));
+  up_ = child<Linear>("proj_up", context.d_model, 2 * e, false, small_std(context.d_model));
   conv_weight_ = parameter("conv1d.weight", {e, c.conv}, uniform(-bound, bound));
   conv_bias_ = parameter("conv1d.bias", {e}, uniform(-bound, bound), kPlain);
   q_ = parameter("q_proj.weight", {e / size, size, size}, small);
@@ -115,7 +109,7 @@ Mlstm::Mlstm(const MlstmConfig& c, const LayerContext& context)
   gate_bias_ = stacked_parameter({{"igate.bias", heads_, normal(0.1)}, {"fgate.bias", heads_, forget_bias()}}, {}, kExact);
   norm_ = parameter("outnorm.weight", {e}, zero, kExact);
   skip_ = parameter("learnable_skip", {e}, constant(1.0), kPlain);
-  down_ = child<Linear>("proj_down", e, context.d_model, false, wang_std(context));
+  down_ = child<Linear>("proj_down", e, context.d_model, false, wang_std(context.n_layers, context.d_model));
 }
 
 Variable Mlstm::mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) {
@@ -144,14 +138,14 @@ MlstmLarge::MlstmLarge(const MlstmLargeConfig& c, const LayerContext& context)
                  {.eps = c.eps, .denominator_gradient = c.denominator_gradient, .chunk = c.chunk_size}),
       config_(c) {
   const int64_t d = context.d_model;
-  const Initializer small = normal(small_std(context)), zero = constant(0.0);
+  const Initializer small = normal(small_std(context.d_model)), zero = constant(0.0);
   qkvo_ = stacked_parameter({{"q.weight", c.qk_width, small}, {"k.weight", c.qk_width, small}, {"v.weight", d, small},
                              {"ogate_preact.weight", d, zero}}, {d});
   gate_weight_ = stacked_parameter({{"igate_preact.weight", heads_, zero}, {"fgate_preact.weight", heads_, zero}}, {d});
   gate_bias_ = stacked_parameter({{"igate_preact.bias", heads_, constant(c.input_gate_bias)},
                                   {"fgate_preact.bias", heads_, forget_bias()}}, {}, kExact);
   norm_ = parameter("multihead_norm.weight", {d}, constant(1.0), kExact);
-  out_ = child<Linear>("out_proj", d, d, false, wang_std(context));
+  out_ = child<Linear>("out_proj", d, d, false, wang_std(context.n_layers, context.d_model));
 }
 
 Variable MlstmLarge::mix(const Variable& u, const SequenceInfo& info, LayerState* state, bool recurrent) {

@@ -7,16 +7,11 @@
 #include "autograd/head_norm.h"
 #include "autograd/shape.h"
 #include "autograd/slstm.h"
+#include "layers/xlstm_init.h"
 
 namespace krait::layers {
 
 namespace {
-
-// "Small" and "wang" initialisation of the xLSTM family (spec of the authors' training code).
-double small_std(int64_t d_model) { return std::sqrt(2.0 / (5.0 * static_cast<double>(d_model))); }
-double wang_std(const LayerContext& c) {
-  return 2.0 / (static_cast<double>(c.n_layers) * std::sqrt(static_cast<double>(c.d_model)));
-}
 
 // b (4, h, p): the forget gates' power law, 0 elsewhere.
 Initializer gate_bias(int64_t block, int64_t blocks) {
@@ -94,7 +89,7 @@ std::shared_ptr<FeedForward> Slstm::own_feed_forward(const LayerContext& context
   mlp.hidden = config_.hidden;
   LayerContext own = context;
   own.init_std = small_std(context.d_model);
-  own.residual_std = wang_std(context);
+  own.residual_std = wang_std(context.n_layers, context.d_model);
   return make_mlp(mlp, own);
 }
 

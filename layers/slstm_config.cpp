@@ -12,6 +12,7 @@ SlstmConfig read_slstm_config(ConfigNode& section, int64_t d_model) {
   options.choice("recurrent_init", c.recurrent_init, {"zeros", "standard"});
   options.choice("forget_gate", c.forget_gate, {"sigmoid", "exp"});
   options.read("ratio", c.ratio, at_least(0));
+  options.read("hidden", c.hidden, at_least(0));
   if (d_model % c.n_heads != 0) {
     int64_t near = std::min(c.n_heads, d_model);
     while (d_model % near != 0) --near;
@@ -19,7 +20,8 @@ SlstmConfig read_slstm_config(ConfigNode& section, int64_t d_model) {
                  fmt::format("{}", near));
   }
   if (c.conv == 1) options.fail("conv", "found 1, expected 0 (none) or at least 2 taps", "4");
-  c.hidden = static_cast<int64_t>(std::ceil(c.ratio * static_cast<double>(d_model) / 64.0 - 1e-9)) * 64;
+  if (c.hidden == 0)
+    c.hidden = static_cast<int64_t>(std::ceil(c.ratio * static_cast<double>(d_model) / 64.0 - 1e-9)) * 64;
   options.finish();
   return c;
 }

@@ -12,7 +12,7 @@ struct SlstmConfig {
   std::string recurrent_init = "zeros";  // of R: zeros | standard: uniform within 1 / sqrt(d_model)
   std::string forget_gate = "sigmoid";   // sigmoid | exp
   double ratio = 1.3;                    // hidden width of the gated feed-forward / d_model, up to a multiple of 64; 0: none
-  int64_t hidden = 0;                    // derived from ratio
+  int64_t hidden = 0;                    // hidden width, instead of ratio; 0: from ratio
 };
 
 /// Throws ConfigError with the place of the option at fault; completes the section.
