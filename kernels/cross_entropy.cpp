@@ -1,6 +1,7 @@
 #include "kernels/cross_entropy.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "kernels/matmul.h"
 
@@ -14,6 +15,8 @@ int64_t valid_columns(int64_t v, const CrossEntropyOptions& o) {
   KRAIT_CHECK(v > 0 && v < (int64_t{1} << 30), "cross_entropy: the logits have {} columns", v);
   KRAIT_CHECK(o.label_smoothing >= 0.0 && o.label_smoothing < 1.0, "cross_entropy: label_smoothing {} is not in [0, 1)",
               o.label_smoothing);
+  KRAIT_CHECK(o.logit_cap >= 0.0 && std::isfinite(o.logit_cap), "cross_entropy: logit_cap {} is negative or infinite",
+              o.logit_cap);
   return o.valid_vocab > 0 ? o.valid_vocab : v;
 }
 

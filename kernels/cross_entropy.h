@@ -10,6 +10,7 @@ struct CrossEntropyOptions {
   double label_smoothing = 0.0;  // eps
   double z_loss = 0.0;           // z
   int64_t valid_vocab = 0;       // columns from here on are padding, masked to -inf; 0: all columns are valid
+  double logit_cap = 0.0;        // c: s below is c tanh(logits / c), in the precision of the sums; 0: the logits
 };
 
 /// Cross entropy of logits s (t, v) with targets y (t), over the V valid columns:
@@ -17,6 +18,7 @@ struct CrossEntropyOptions {
 ///   row loss = (1 - eps) nll + eps (lse - mean_j s_j) + z lse^2, 0 for ignored rows
 ///   loss = scale sum(row loss) / max(count, 1)
 ///   ds_j = scale / max(count, 1) [p_j (1 + 2 z lse) - (1 - eps) (j = y) - eps / V], 0 for ignored rows and padding
+///   with a cap: dlogits_j = ds_j (1 - (s_j / c)^2)
 /// s fp32, bf16 or fp64; y int64 or int32. Everything else is fp32 (fp64 for fp64 logits): loss is a scalar, nll and
 /// lse are (t); nll is 0 where ignored, lse is not. count, a fp32 scalar on the device, is the number of kept targets
 /// unless given: a caller that spreads the batch over ranks gives the global count.

@@ -3,24 +3,56 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
+#include <vector>
 
 #include "core/parallel.h"
+#include "kernels/cpu/flat_update.h"
+#include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
 
 namespace krait::kernels::cpu {
 
 namespace {
 
-// ds_j = factor [p_j (1 + 2 z lse) - (1 - eps) (j = y) - eps / V] over one row; padding gets 0.
-template <class T, class A>
-void gradient_row(T* ds, const T* s, int64_t v, int64_t valid, int64_t y, A lse, A factor,
-                  const CrossEntropyOptions& o) {
-  const A of_p = factor * (A(1) + A(2 * o.z_loss) * lse), smooth = factor * A(o.label_smoothing / static_cast<double>(valid));
-  const A at_y = of_p * vexp(static_cast<A>(s[y]) - lse) - factor * A(1 - o.label_smoothing) - smooth;
+// Hands f the row that the loss sees, in the precision of sums, and as a type whether it is capped: s itself where it
+// can, else what `scratch` then holds: s widened, or with a cap c tanh(s / c).
+template <class T, class A, class F>
+void with_row(const T* s, std::vector<A>& scratch, int64_t valid, double cap, F&& f) {
+  const A* wide;
+  if constexpr (std::is_same_v<T, A>) {
+    wide = s;
+  } else {
+    scratch.resize(static_cast<size_t>(valid));
+    widen(scratch.data(), s, valid);
+    wide = scratch.data();
+  }
+  if (cap == 0.0) return f(wide, std::false_type{});
+  scratch.resize(static_cast<size_t>(valid));
+  const A c = A(cap), inverse = A(1 / cap);
+  A* capped = scratch.data();
 #pragma omp simd
-  for (int64_t j = 0; j < valid; ++j)
-    ds[j] = static_cast<T>(of_p * vexp(static_cast<A>(s[j]) - lse) - smooth);
-  ds[y] = static_cast<T>(at_y);
+  for (int64_t j = 0; j < valid; ++j) capped[j] = c * vtanh(wide[j] * inverse);
+  f(static_cast<const A*>(capped), std::true_type{});
+}
+
+// ds_j = factor [p_j (1 + 2 z lse) - (1 - eps) (j = y) - eps / V] over one row, times the cap's slope
+// 1 - (s_j / c)^2 where there is one; padding gets 0. ds may be s.
+template <bool kCapped, class T, class A>
+void gradient_row(T* ds, const A* s, int64_t v, int64_t valid, int64_t y, A lse, A factor,
+                  const CrossEntropyOptions& o) {
+  [[maybe_unused]] const A inverse = kCapped ? A(1 / o.logit_cap) : A(0);
+  const A of_p = factor * (A(1) + A(2 * o.z_loss) * lse);
+  const A smooth = factor * A(o.label_smoothing / static_cast<double>(valid));
+  A at_y = of_p * vexp(s[y] - lse) - factor * A(1 - o.label_smoothing) - smooth;
+  if constexpr (kCapped) at_y *= A(1) - s[y] * inverse * (s[y] * inverse);
+#pragma omp simd
+  for (int64_t j = 0; j < valid; ++j) {
+    A d = of_p * vexp(s[j] - lse) - smooth;
+    if constexpr (kCapped) d *= A(1) - s[j] * inverse * (s[j] * inverse);
+    put(ds[j], d);
+  }
+  put(ds[y], at_y);
   std::fill(ds + valid, ds + v, T(A(0)));
 }
 
@@ -53,31 +85,32 @@ void cross_entropy_rows(Tensor& rows, Tensor& nll, Tensor& lse_out, Tensor& dlog
     const I* target = targets.data<I>();
     A *loss = rows.data<A>(), *plain = nll.data<A>(), *lses = lse_out.data<A>();
     parallel_for(0, logits.size(0), grain(v), [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const T* s = all + i * v;
-        A top = -std::numeric_limits<A>::infinity();
+      std::vector<A> scratch;
+      for (int64_t i = first; i < last; ++i)
+        with_row(all + i * v, scratch, valid, o.logit_cap, [&](const A* s, auto is_capped) {
+          A top = -std::numeric_limits<A>::infinity();
 #pragma omp simd reduction(max : top)
-        for (int64_t j = 0; j < valid; ++j) top = std::max(top, static_cast<A>(s[j]));
-        A sum = A(0), total = A(0);
+          for (int64_t j = 0; j < valid; ++j) top = s[j] > top ? s[j] : top;
+          A sum = A(0), total = A(0);
 #pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < valid; ++j) sum += vexp(static_cast<A>(s[j]) - top);
-        if (eps != A(0)) {
+          for (int64_t j = 0; j < valid; ++j) sum += vexp(s[j] - top);
+          if (eps != A(0)) {
 #pragma omp simd reduction(+ : total)
-          for (int64_t j = 0; j < valid; ++j) total += static_cast<A>(s[j]);
-        }
-        const A lse = top + std::log(sum);
-        lses[i] = lse;
-        const auto y = static_cast<int64_t>(target[i]);
-        if (y == o.ignore_index) {
-          loss[i] = plain[i] = A(0);
-          if (gradients) std::fill_n(gradients + i * v, v, T(A(0)));
-          continue;
-        }
-        plain[i] = lse - static_cast<A>(s[y]);
-        loss[i] = (A(1) - eps) * plain[i] + A(o.z_loss) * lse * lse;
-        if (eps != A(0)) loss[i] += eps * (lse - total / static_cast<A>(valid));
-        if (gradients) gradient_row(gradients + i * v, s, v, valid, y, lse, factor, o);
-      }
+            for (int64_t j = 0; j < valid; ++j) total += s[j];
+          }
+          const A lse = top + std::log(sum);
+          lses[i] = lse;
+          const auto y = static_cast<int64_t>(target[i]);
+          if (y == o.ignore_index) {
+            loss[i] = plain[i] = A(0);
+            if (gradients) std::fill_n(gradients + i * v, v, T(A(0)));
+            return;
+          }
+          plain[i] = lse - s[y];
+          loss[i] = (A(1) - eps) * plain[i] + A(o.z_loss) * lse * lse;
+          if (eps != A(0)) loss[i] += eps * (lse - total / static_cast<A>(valid));
+          if (gradients) gradient_row<is_capped()>(gradients + i * v, s, v, valid, y, lse, factor, o);
+        });
     });
   });
 }
@@ -89,13 +122,17 @@ void cross_entropy_gradient(Tensor& dlogits, const Tensor& dloss, const Tensor& 
     using A = accum_t<T>;
     const A factor = gradient_factor<A>(static_cast<double>(dloss.data<A>()[0]), count);
     parallel_for(0, logits.size(0), grain(v), [&](int64_t first, int64_t last) {
+      std::vector<A> scratch;
       for (int64_t i = first; i < last; ++i) {
         const auto y = static_cast<int64_t>(targets.data<I>()[i]);
         T* ds = dlogits.data<T>() + i * v;
-        if (y == o.ignore_index)
+        if (y == o.ignore_index) {
           std::fill_n(ds, v, T(A(0)));
-        else
-          gradient_row(ds, logits.data<T>() + i * v, v, valid, y, lse.data<A>()[i], factor, o);
+          continue;
+        }
+        with_row(logits.data<T>() + i * v, scratch, valid, o.logit_cap, [&](const A* s, auto is_capped) {
+          gradient_row<is_capped()>(ds, s, v, valid, y, lse.data<A>()[i], factor, o);
+        });
       }
     });
   });

@@ -17,6 +17,8 @@ __device__ inline float exp_of(float x) { return expf(x); }
 __device__ inline double exp_of(double x) { return exp(x); }
 __device__ inline float log_of(float x) { return logf(x); }
 __device__ inline double log_of(double x) { return log(x); }
+__device__ inline float tanh_of(float x) { return tanhf(x); }
+__device__ inline double tanh_of(double x) { return tanh(x); }
 
 // Of logits stored in T: for bf16 the hardware's exponential, whose error is far below their rounding.
 template <class T, class A>
@@ -25,6 +27,15 @@ __device__ A exp_for(A x) {
     return __expf(x);
   else
     return exp_of(x);
+}
+
+// Its absolute error is a few 1e-7: what counts in a logit. A quotient by infinity is 0.
+template <class T, class A>
+__device__ A tanh_for(A x) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return 1.0f - __fdividef(2.0f, __expf(2.0f * x) + 1.0f);
+  else
+    return tanh_of(x);
 }
 
 // Running sum of exp(s - top), joined in a fixed order.
@@ -75,15 +86,25 @@ __device__ Softmax<A> join_block(Softmax<A> mine) {
 
 struct Settings {
   int64_t v, valid, ignore;
-  double smoothing, z_loss;
+  double smoothing, z_loss, cap;
 };
 
+// A logit as the loss sees it. kCapped is a compile-time value, so that without a cap nothing is there.
+template <bool kCapped, class T, class A>
+__device__ A seen(T x, A cap, A inverse_cap) {
+  if constexpr (kCapped)
+    return cap * tanh_for<T>(static_cast<A>(x) * inverse_cap);
+  else
+    return static_cast<A>(x);
+}
+
 // Each thread writes what it alone has read, so ds may be s. Ignored rows and padding get 0, a bad target NaN.
-template <class T, class A, int V>
+template <class T, class A, int V, bool kCapped>
 __device__ void gradient_row(T* ds, const T* s, int64_t y, A lse, A factor, const Settings& o) {
   const bool ignored = y == o.ignore, bad = !ignored && (y < 0 || y >= o.valid);
   const A of_p = factor * (A(1) + A(2 * o.z_loss) * lse);
   const A smooth = factor * A(o.smoothing / static_cast<double>(o.valid)), hit = factor * A(1 - o.smoothing);
+  const A cap = A(o.cap), inverse_cap = kCapped ? A(1 / o.cap) : A(0);
   const int v = static_cast<int>(o.v), valid = static_cast<int>(o.valid), target = static_cast<int>(y);
   for (int i = threadIdx.x * V; i < v; i += blockDim.x * V) {
     Pack<T, V> p{};
@@ -91,8 +112,10 @@ __device__ void gradient_row(T* ds, const T* s, int64_t y, A lse, A factor, cons
       p = *reinterpret_cast<const Pack<T, V>*>(s + i);
 #pragma unroll
       for (int q = 0; q < V; ++q) {
-        A d = of_p * exp_for<T>(static_cast<A>(p.at[q]) - lse) - smooth;
+        const A s_q = seen<kCapped>(p.at[q], cap, inverse_cap);
+        A d = of_p * exp_for<T>(s_q - lse) - smooth;
         if (i + q == target) d -= hit;
+        if constexpr (kCapped) d *= A(1) - s_q * inverse_cap * (s_q * inverse_cap);
         if (i + q >= valid) d = A(0);
         if (bad) d = std::numeric_limits<A>::quiet_NaN();
         p.at[q] = static_cast<T>(d);
@@ -109,7 +132,7 @@ __device__ A divided_by_count(A value, const float* count) {
 
 // One block per row; the second pass reads the row from the second-level cache: all rows in flight fit there.
 // Bound by memory: read once, with gradients written once.
-template <class T, class I, int V>
+template <class T, class I, int V, bool kCapped>
 __global__ void rows_kernel(accum_t<T>* rows, accum_t<T>* nll, accum_t<T>* lse_out, T* dlogits, const T* logits,
                             const I* targets, const float* count, double scale, Settings o) {
   using A = accum_t<T>;
@@ -118,12 +141,13 @@ __global__ void rows_kernel(accum_t<T>* rows, accum_t<T>* nll, accum_t<T>* lse_o
   Softmax<A> mine{std::numeric_limits<A>::lowest(), A(0), A(0)};
   const int valid = static_cast<int>(o.valid);
   const bool smoothing = o.smoothing != 0.0;
+  const A cap = A(o.cap), inverse_cap = kCapped ? A(1 / o.cap) : A(0);
   for (int i = threadIdx.x * V; i < valid; i += blockDim.x * V) {
     const Pack<T, V> p = *reinterpret_cast<const Pack<T, V>*>(s + i);
     A x[V], high = mine.top;
 #pragma unroll
     for (int q = 0; q < V; ++q) {
-      x[q] = i + q < valid ? static_cast<A>(p.at[q]) : -std::numeric_limits<A>::infinity();
+      x[q] = i + q < valid ? seen<kCapped>(p.at[q], cap, inverse_cap) : -std::numeric_limits<A>::infinity();
       high = x[q] > high ? x[q] : high;
     }
     if (high > mine.top) {
@@ -143,7 +167,7 @@ __global__ void rows_kernel(accum_t<T>* rows, accum_t<T>* nll, accum_t<T>* lse_o
     A plain = A(0), loss = A(0);
     if (y != o.ignore) {
       const bool good = y >= 0 && y < o.valid;
-      plain = good ? lse - static_cast<A>(s[y]) : std::numeric_limits<A>::quiet_NaN();
+      plain = good ? lse - seen<kCapped>(s[y], cap, inverse_cap) : std::numeric_limits<A>::quiet_NaN();
       loss = A(1 - o.smoothing) * plain + A(o.z_loss) * lse * lse;
       if (o.smoothing != 0.0) loss += A(o.smoothing) * (lse - all.total / static_cast<A>(o.valid));
     }
@@ -153,15 +177,15 @@ __global__ void rows_kernel(accum_t<T>* rows, accum_t<T>* nll, accum_t<T>* lse_o
   }
   if (!dlogits) return;  // the same for the whole grid
   __syncthreads();       // s[y] has been read
-  gradient_row<T, A, V>(dlogits + row * o.v, s, y, lse, divided_by_count(static_cast<A>(scale), count), o);
+  gradient_row<T, A, V, kCapped>(dlogits + row * o.v, s, y, lse, divided_by_count(static_cast<A>(scale), count), o);
 }
 
-template <class T, class I, int V>
+template <class T, class I, int V, bool kCapped>
 __global__ void gradient_kernel(T* dlogits, const accum_t<T>* dloss, const T* logits, const I* targets,
                                 const accum_t<T>* lse, const float* count, Settings o) {
   using A = accum_t<T>;
   const int64_t row = blockIdx.x;
-  gradient_row<T, A, V>(dlogits + row * o.v, logits + row * o.v, static_cast<int64_t>(targets[row]), lse[row],
+  gradient_row<T, A, V, kCapped>(dlogits + row * o.v, logits + row * o.v, static_cast<int64_t>(targets[row]), lse[row],
                         divided_by_count(*dloss, count), o);
 }
 
@@ -208,22 +232,24 @@ __global__ void scale_kernel(T* t, const accum_t<T>* factor, bool must_be_one, i
 
 bool aligned(const Tensor& t) { return !t.defined() || reinterpret_cast<uintptr_t>(t.raw_data()) % 16 == 0; }
 
-// Dtypes and vector width as compile-time values: 16-byte accesses when every row begins on such a boundary.
+// Dtypes, vector width and the cap's presence as compile-time values: 16-byte accesses when every row begins on such
+// a boundary.
 template <class F>
-void visit(const Tensor& logits, const Tensor& dlogits, const Tensor& targets, F&& f) {
+void visit(const Tensor& logits, const Tensor& dlogits, const Tensor& targets, double cap, F&& f) {
   visit_float(logits.dtype(), [&]<class T>() {
     visit_index(targets.dtype(), [&]<class I>() {
       constexpr int kWidth = 16 / sizeof(T);
-      if (logits.size(1) % kWidth == 0 && aligned(logits) && aligned(dlogits))
-        f.template operator()<T, I, kWidth>();
+      const bool wide = logits.size(1) % kWidth == 0 && aligned(logits) && aligned(dlogits);
+      if (cap > 0)
+        wide ? f.template operator()<T, I, kWidth, true>() : f.template operator()<T, I, 1, true>();
       else
-        f.template operator()<T, I, 1>();
+        wide ? f.template operator()<T, I, kWidth, false>() : f.template operator()<T, I, 1, false>();
     });
   });
 }
 
 Settings settings_of(const Tensor& logits, int64_t valid, const CrossEntropyOptions& o) {
-  return {logits.size(1), valid, o.ignore_index, o.label_smoothing, o.z_loss};
+  return {logits.size(1), valid, o.ignore_index, o.label_smoothing, o.z_loss, o.logit_cap};
 }
 
 LaunchConfig config_of(const Tensor& logits) {
@@ -237,9 +263,9 @@ LaunchConfig config_of(const Tensor& logits) {
 void cross_entropy_rows(Tensor& rows, Tensor& nll, Tensor& lse, Tensor& dlogits, const Tensor& logits,
                         const Tensor& targets, const Tensor& count, double scale, int64_t valid,
                         const CrossEntropyOptions& options) {
-  visit(logits, dlogits, targets, [&]<class T, class I, int V>() {
+  visit(logits, dlogits, targets, options.logit_cap, [&]<class T, class I, int V, bool kCapped>() {
     using A = accum_t<T>;
-    launch(rows_kernel<T, I, V>, config_of(logits), rows.data<A>(), nll.data<A>(), lse.data<A>(),
+    launch(rows_kernel<T, I, V, kCapped>, config_of(logits), rows.data<A>(), nll.data<A>(), lse.data<A>(),
            dlogits.defined() ? dlogits.data<T>() : nullptr, logits.data<T>(), targets.data<I>(), count.data<float>(),
            scale, settings_of(logits, valid, options));
   });
@@ -248,9 +274,9 @@ void cross_entropy_rows(Tensor& rows, Tensor& nll, Tensor& lse, Tensor& dlogits,
 void cross_entropy_gradient(Tensor& dlogits, const Tensor& dloss, const Tensor& logits, const Tensor& targets,
                             const Tensor& lse, const Tensor& count, int64_t valid,
                             const CrossEntropyOptions& options) {
-  visit(logits, dlogits, targets, [&]<class T, class I, int V>() {
+  visit(logits, dlogits, targets, options.logit_cap, [&]<class T, class I, int V, bool kCapped>() {
     using A = accum_t<T>;
-    launch(gradient_kernel<T, I, V>, config_of(logits), dlogits.data<T>(), dloss.data<A>(), logits.data<T>(),
+    launch(gradient_kernel<T, I, V, kCapped>, config_of(logits), dlogits.data<T>(), dloss.data<A>(), logits.data<T>(),
            targets.data<I>(), lse.data<A>(), count.data<float>(), settings_of(logits, valid, options));
   });
 }

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "autograd/elementwise.h"
 #include "autograd/linear.h"
 #include "tests/testing/op_case.h"
 
@@ -10,6 +11,7 @@ using namespace krait;
 namespace {
 
 constexpr CrossEntropyOptions kAll{.ignore_index = 1, .label_smoothing = 0.1, .z_loss = 0.01};
+constexpr CrossEntropyOptions kCapped{.ignore_index = 1, .label_smoothing = 0.1, .z_loss = 0.01, .logit_cap = 1.5};
 
 OpCase cross_entropy_case(const CrossEntropyOptions& o) {
   const auto reference = [o](const Vars& in) {
@@ -43,6 +45,25 @@ const OpCase kFused{
     .reference =
         [](const Vars& in) { return cross_entropy(matmul(in[0], in[1], false, true), in[2].data(), kAll); },
     .shapes = {{{1, 3}, {6, 3}, {1}}, {{11, 7}, {33, 7}, {11}}, {{0, 3}, {5, 3}, {0}}},
+    .integers = {{2, {0, 5}}}};
+
+// The cap as an operation of its own, in front of the loss without one.
+Variable capped(const Variable& logits) { return kCapped.logit_cap * tanh(logits / kCapped.logit_cap); }
+
+const OpCase kCappedLoss{
+    .name = "cross_entropy with a cap",
+    .run = [](const Vars& in) { return cross_entropy(in[0], in[1].data(), kCapped); },
+    .reference = [](const Vars& in) { return cross_entropy(capped(in[0]), in[1].data(), kAll); },
+    .shapes = {{{1, 5}, {1}}, {{7, 33}, {7}}, {{3, 4099}, {3}}, {{0, 8}, {0}}},
+    .inputs = {Normal{}, Normal{.mean = -0.5, .std = 2}, Constant{0}},  // ordinary, near the cap, degenerate
+    .integers = {{1, {0, 5}}}};
+
+const OpCase kCappedHead{
+    .name = "linear_cross_entropy with a cap",
+    .run = [](const Vars& in) { return linear_cross_entropy(in[0], in[1], in[2].data(), kCapped, 1.0, 4).loss; },
+    .reference =
+        [](const Vars& in) { return cross_entropy(capped(matmul(in[0], in[1], false, true)), in[2].data(), kAll); },
+    .shapes = {{{1, 3}, {6, 3}, {1}}, {{11, 7}, {33, 7}, {11}}, {{5, 3}, {64, 3}, {5}}, {{0, 3}, {5, 3}, {0}}},
     .integers = {{2, {0, 5}}}};
 
 struct Result {
@@ -81,6 +102,27 @@ TEST_CASE("cross entropy: cuda equals cpu", "[cuda]") {
 TEST_CASE("the fused head matches the unfused one") { check_reference(kFused); }
 TEST_CASE("the fused head passes gradcheck") { check_grad(kFused); }
 TEST_CASE("fused head: cuda equals cpu", "[cuda]") { check_twin(kFused); }
+
+TEST_CASE("capped logits match the cap as an operation of its own") {
+  check_reference(kCappedLoss);
+  check_reference(kCappedHead);
+}
+TEST_CASE("cross entropy of capped logits passes gradcheck") {
+  check_grad(kCappedLoss);
+  check_grad(kCappedHead);
+}
+TEST_CASE("capped logits: cuda equals cpu", "[cuda]") {
+  check_twin(kCappedLoss);
+  check_twin(kCappedHead);
+  OpCase padded = kCappedLoss;
+  padded.run = [](const Vars& in) {
+    CrossEntropyOptions o = kCapped;
+    o.valid_vocab = 50257;
+    return cross_entropy(in[0], in[1].data(), o);
+  };
+  padded.shapes = {{{9, 50304}, {9}}};
+  check_twin(padded);
+}
 
 TEST_CASE("padded vocabulary columns count for nothing and get no gradient") {
   const Tensor s = random_tensor({6, 40}, Normal{}, 1), y = random_integers({6}, {0, 30}, 2);
@@ -145,6 +187,9 @@ TEST_CASE("evaluation gives nll per token") {
   CHECK(nll.shape() == Shape{9});
   CHECK(relative_error(nll, kernels::cross_entropy_forward(kernels::matmul(x, w, false, true), y, {}).nll) < 1e-6);
   CHECK(nll.to_vector<float>()[4] == 0.0f);
+  const Tensor under_cap = kernels::linear_cross_entropy_nll(x, w, y, {.logit_cap = 1.5}, 4);
+  const Tensor logits = capped(Variable(kernels::matmul(x, w, false, true))).data();
+  CHECK(relative_error(under_cap, kernels::cross_entropy_forward(logits, y, {}).nll) < 1e-6);
 }
 
 TEST_CASE("cross entropy names what it refuses") {
@@ -156,6 +201,7 @@ TEST_CASE("cross entropy names what it refuses") {
   CHECK(contains(error_of([&] { cross_entropy(s, targets({0, 1})); }), "logits (3, 6) with targets"));
   CHECK(contains(error_of([&] { cross_entropy(s, targets({0, 1, 2}).to(f32)); }), "expected int64 or int32"));
   CHECK(contains(error_of([&] { cross_entropy(s, targets({0, 1, 2}), {.valid_vocab = 7}); }), "valid_vocab 7"));
+  CHECK(contains(error_of([&] { cross_entropy(s, targets({0, 1, 2}), {.logit_cap = -1}); }), "logit_cap -1"));
   Variable w(zeros({6, 2}, f32, kCpu), true);
   w.set_grad(zeros({6, 2}, f32, kCpu));
   const Variable loss = linear_cross_entropy(x, w, targets({0, 1, 2})).loss;
