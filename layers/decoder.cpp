@@ -1,6 +1,5 @@
 #include "layers/decoder.h"
 
-#include <cmath>
 #include <set>
 
 #include "layers/registry.h"
@@ -14,7 +13,7 @@ Decoder::Decoder(const ModelConfig& config, int64_t context_length) {
   context.n_branches = config.n_layers * (config.mlp.type == "none" ? 1 : 2);
   context.context = context_length;
   context.init_std = config.init_std;
-  context.residual_std = config.init_std / std::sqrt(2.0 * static_cast<double>(config.n_layers));
+  context.residual_std = config.residual_std();
   context.norm_eps = config.norm_eps;
   context.post_norm = config.norm_position == "post";
   context.dropout = config.dropout;

@@ -17,6 +17,7 @@ LanguageModel::LanguageModel(const ModelConfig& config, const ModelShape& shape,
   KRAIT_CHECK(vocab_size_ > 0, "a language model needs tokens, but the data have none; set model.type: classifier");
   const int64_t rows = config.padded_vocab(vocab_size_), d = config.d_model;
   const Initializer init = normal(config.init_std);
+  loss_options_.logit_cap = config.logit_cap;
   loss_options_.valid_vocab = rows == vocab_size_ ? 0 : vocab_size_;
   embedding_ = parameter("embedding.weight", {rows, d}, init, {.embedding = true});
   if (config.position == "learned")
@@ -61,7 +62,7 @@ Tensor LanguageModel::predictions(const ModelInput& input, const Tensor& rows) {
   const Tensor wanted = kernels::embedding_forward(h.flatten_leading(), rows);  // (n, d)
   Tensor out = empty(rows.shape(), DType::i64, h.device());
   const int64_t n = rows.size(0), chunk = std::max<int64_t>(1, (int64_t{1} << 26) / vocab_size_);
-  for (int64_t begin = 0; begin < n; begin += chunk) {  // a chunk of logits at a time
+  for (int64_t begin = 0; begin < n; begin += chunk) {  // a chunk of logits at a time; a cap keeps their order
     const int64_t end = std::min(begin + chunk, n);
     const Tensor scores = linear(Variable(wanted.slice(0, begin, end)), head()).data().slice(-1, 0, vocab_size_);
     Tensor part = out.slice(0, begin, end);
@@ -70,8 +71,15 @@ Tensor LanguageModel::predictions(const ModelInput& input, const Tensor& rows) {
   return out;
 }
 
+// The map that the loss's kernels apply themselves, in the precision of its sums.
+Variable LanguageModel::capped(const Variable& logits) const {
+  const double cap = loss_options_.logit_cap;
+  if (cap == 0) return logits;
+  return cast(cap * tanh(cast(logits, accum_dtype(logits.dtype())) / cap), logits.dtype());
+}
+
 Variable LanguageModel::logits(const ModelInput& input) {
-  const Variable all = linear(hidden(input), head());
+  const Variable all = capped(linear(hidden(input), head()));
   return all.size(-1) == vocab_size_ ? all : slice(all, -1, 0, vocab_size_);
 }
 
@@ -81,7 +89,7 @@ Tensor LanguageModel::next_logits(const Tensor& tokens, DecoderState& state) {
   input.tokens = tokens;
   input.state = &state;
   const Variable last(hidden(input).data().select(1, -1).contiguous());
-  return linear(last, head()).data().slice(-1, 0, vocab_size_);
+  return capped(linear(last, head())).data().slice(-1, 0, vocab_size_);
 }
 
 DecoderState LanguageModel::initial_state(int64_t batch, int64_t max_length, const StoreOptions& store) const {

@@ -12,7 +12,7 @@ struct LayerContext {
   int64_t n_branches = 1;     // of the residual stream over the whole stack: n_layers, or twice that with an mlp
   int64_t context = 0;        // training length in tokens
   double init_std = 0.02;     // of weight matrices
-  double residual_std = 0.0;  // of matrices that write into the residual stream: init_std / sqrt(2 n_layers)
+  double residual_std = 0.0;  // of matrices that write into the residual stream (ModelConfig::residual_std)
   double norm_eps = 1e-5;
   bool post_norm = false;     // norm(x + f(x)) instead of x + f(norm(x))
   double dropout = 0.0;       // on what a layer adds to the residual stream

@@ -112,7 +112,7 @@ class LanguageModel final : public DecoderModel {
   Tensor token_nll(const ModelInput& input);
   /// The likeliest token at the places `rows` (n) int64 of the flattened (b l) positions: (n) int64.
   Tensor predictions(const ModelInput& input, const Tensor& rows);
-  /// Logits of every position (b, l, vocab_size), without the padded columns.
+  /// Logits of every position (b, l, vocab_size), capped, without the padded columns.
   Variable logits(const ModelInput& input);
   /// Consumes tokens (b, l) and returns the logits after the last one, (b, vocab_size).
   Tensor next_logits(const Tensor& tokens, DecoderState& state);
@@ -120,6 +120,7 @@ class LanguageModel final : public DecoderModel {
 
  private:
   Variable hidden(const ModelInput& input);
+  Variable capped(const Variable& logits) const;
   int64_t tied_head_parameters() const override { return tied_ ? embedding_.shape().numel() : 0; }
   const Variable& head() const { return tied_ ? embedding_.variable() : head_.variable(); }
 

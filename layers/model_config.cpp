@@ -1,12 +1,18 @@
 #include "layers/model_config.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 #include "layers/kan.h"
 #include "layers/registry.h"
+#include "layers/xlstm_init.h"
 
 namespace krait::layers {
+
+double ModelConfig::residual_std() const {
+  return init == "xlstm" ? wang_std(n_layers, d_model) : init_std / std::sqrt(2.0 * static_cast<double>(n_layers));
+}
 
 const ConfigNode& ModelConfig::options_of(const std::string& kind) const {
   const ConfigNode* options = section.find(kind);
@@ -120,11 +126,16 @@ ModelConfig read_model_config(ConfigNode& section) {
   options.read("tie_embeddings", c.tie_embeddings);
   if (!options.given("embedding_dropout")) c.embedding_dropout = c.dropout;
   options.read("embedding_dropout", c.embedding_dropout, below_one());
-  options.choice("init", c.init, {"gpt2", "llama"});
+  options.choice("init", c.init, {"gpt2", "llama", "xlstm"});
+  if (c.init == "xlstm") c.init_std = small_std(c.d_model);
   options.read("init_std", c.init_std, above(0));
+  options.read("logit_cap", c.logit_cap, at_least(0));
   options.choice("head", c.head, {"last", "pooled"});
   options.read("n_classes", c.n_classes, at_least(0));
   options.finish();
+  if (c.type != "language_model" && c.logit_cap > 0)
+    options.fail("logit_cap", fmt::format("found {}, but only a language model caps its logits, and type is {}",
+                                          c.logit_cap, c.type), "0");
   if (c.type != "language_model" && c.position != "none") {
     options.fail("position", fmt::format("found {}, but a {} has no position embedding", c.position, c.type),
                  "position: none, with rope or a recurrent layer");

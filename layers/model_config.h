@@ -25,11 +25,16 @@ struct ModelConfig {
   bool tie_embeddings = true;     // the head uses the embedding's matrix
   double dropout = 0;             // after attention and MLP projections; default of attention.dropout too
   double embedding_dropout = 0;   // after the embedding; default: dropout
-  std::string init = "gpt2";      // gpt2 | llama: see spec/transformer.md, section 6
-  double init_std = 0.02;
+  // gpt2 | llama: init_std, divided by sqrt(2 n_layers) into the residual stream (spec/transformer.md, section 6)
+  // xlstm: the same names with "small" and "wang" (layers/xlstm_init.h)
+  std::string init = "gpt2";
+  double init_std = 0.02;         // of embedding, head and other matrices; default for xlstm: sqrt(2 / (5 d_model))
+  double logit_cap = 0;           // of a language model: logits are cap tanh(x / cap); 0: none
   std::string head = "last";  // last | pooled: what classifiers and regressors look at
   int64_t n_classes = 0;      // outputs of classifiers and regressors; 0: from the data
 
+  /// Standard deviation of what writes into the residual stream.
+  double residual_std() const;
   /// The kind of layer i.
   const std::string& kind_of(int64_t i) const { return layers[static_cast<size_t>(i) % layers.size()]; }
   /// vocab_size rounded up to pad_vocab_multiple.
