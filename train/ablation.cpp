@@ -178,7 +178,8 @@ VariantResult read_variant_result(const Ablation& ablation, const std::string& r
     if (summary.is_object()) {
       r.status = summary.value("status", "failed");
       const auto& eval = summary[ablation.select == "best" ? "best_eval" : "final_eval"];
-      if (eval.is_object() && eval.contains(ablation.metric) && eval[ablation.metric].is_number())
+      // An interrupted run has no result yet.
+      if (r.status == "finished" && eval.is_object() && eval.contains(ablation.metric) && eval[ablation.metric].is_number())
         r.metric = eval[ablation.metric].get<double>();
       for (const char* name : {"steps", "final_loss", "parameters", "wall_time_s", "tokens_per_s", "peak_mem_bytes"})
         if (summary.contains(name) && summary[name].is_number()) r.numbers[name] = summary[name].get<double>();
