@@ -11,8 +11,10 @@ void print_plan(Session& session) {
   const Config& c = session.config;
   for (const std::string& line : describe_session(session)) fmt::print("{}\n", line);
   const double flops = session.model->train_flops_per_token(c.data.context);
-  fmt::print("model: {} layers, width {}, {} parameters ({} master weights, {} compute)\n", c.model.n_layers,
-             c.model.d_model, human_count(static_cast<double>(session.parameters->parameter_count())),
+  const std::string shape =
+      c.model.d_model > 0 ? fmt::format("{} layers, width {}, ", c.model.n_layers, c.model.d_model) : std::string();
+  fmt::print("model: {}{} parameters ({} master weights, {} compute)\n", shape,
+             human_count(static_cast<double>(session.parameters->parameter_count())),
              session.parameters->options().master, session.parameters->options().compute);
   std::map<ParameterGroup, std::pair<int64_t, std::string>> groups;  // elements, an example's name
   for (const auto& e : session.parameters->entries()) {
@@ -30,8 +32,8 @@ void print_plan(Session& session) {
              c.train.tokens_per_step, c.train.micro_batch_size, c.data.context, c.gradient_accumulation(),
              c.total_steps(), human_count(static_cast<double>(c.total_steps() * c.train.tokens_per_step)));
   const double peak = peak_flops(session.device, c.runtime.precision, c.runtime.tf32);
-  fmt::print("model FLOPs: {:.4g} per trained token = 6 x matrix parameters + 3 x attention (2 x context x width "
-             "per layer, causal); MFU = tokens/s x FLOPs / {}\n",
+  fmt::print("model FLOPs: {:.4g} per trained token = 6 x matrix parameters + 3 x what mixes along the sequence "
+             "(attention counted causal); MFU = tokens/s x FLOPs / {}\n",
              flops, peak > 0 ? fmt::format("{:.4g} FLOP/s", peak) : std::string("peak (n/a on this device)"));
   std::fflush(stdout);
 }

@@ -89,6 +89,8 @@ struct Settings {
   double smoothing, z_loss, cap;
 };
 
+constexpr int kMaxRowThreads = 1024;  // of a block, for long rows: at most 64 registers a thread
+
 // A logit as the loss sees it. kCapped is a compile-time value, so that without a cap nothing is there.
 template <bool kCapped, class T, class A>
 __device__ A seen(T x, A cap, A inverse_cap) {
@@ -133,8 +135,9 @@ __device__ A divided_by_count(A value, const float* count) {
 // One block per row; the second pass reads the row from the second-level cache: all rows in flight fit there.
 // Bound by memory: read once, with gradients written once.
 template <class T, class I, int V, bool kCapped>
-__global__ void rows_kernel(accum_t<T>* rows, accum_t<T>* nll, accum_t<T>* lse_out, T* dlogits, const T* logits,
-                            const I* targets, const float* count, double scale, Settings o) {
+__global__ void __launch_bounds__(kMaxRowThreads)
+    rows_kernel(accum_t<T>* rows, accum_t<T>* nll, accum_t<T>* lse_out, T* dlogits, const T* logits, const I* targets,
+                const float* count, double scale, Settings o) {
   using A = accum_t<T>;
   const int64_t row = blockIdx.x;
   const T* s = logits + row * o.v;
@@ -181,7 +184,8 @@ __global__ void rows_kernel(accum_t<T>* rows, accum_t<T>* nll, accum_t<T>* lse_o
 }
 
 template <class T, class I, int V, bool kCapped>
-__global__ void gradient_kernel(T* dlogits, const accum_t<T>* dloss, const T* logits, const I* targets,
+__global__ void __launch_bounds__(kMaxRowThreads)
+    gradient_kernel(T* dlogits, const accum_t<T>* dloss, const T* logits, const I* targets,
                                 const accum_t<T>* lse, const float* count, Settings o) {
   using A = accum_t<T>;
   const int64_t row = blockIdx.x;
@@ -254,7 +258,7 @@ Settings settings_of(const Tensor& logits, int64_t valid, const CrossEntropyOpti
 
 LaunchConfig config_of(const Tensor& logits) {
   const int64_t v = logits.size(1);
-  return {.grid = logits.size(0), .block = v >= 8192 ? 1024 : v >= 1024 ? 256 : 64,
+  return {.grid = logits.size(0), .block = v >= 8192 ? kMaxRowThreads : v >= 1024 ? 256 : 64,
           .stream = current_stream(logits.device())};
 }
 
