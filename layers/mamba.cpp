@@ -5,6 +5,7 @@
 #include "autograd/elementwise.h"
 #include "autograd/linear.h"
 #include "autograd/mamba_inner.h"
+#include "layers/inverse_softplus.h"
 
 namespace krait::layers {
 
@@ -23,7 +24,7 @@ Initializer time_step_bias(const MambaConfig& c) {
     double* bias = value.data<double>();
     for (int64_t i = 0; i < value.numel(); ++i) {
       const double dt = std::max(std::exp(bias[i]), c.dt_init_floor);
-      bias[i] = dt + std::log(-std::expm1(-dt));
+      bias[i] = inverse_softplus(dt);
     }
   };
 }

@@ -11,6 +11,7 @@
 #include "core/random.h"
 #include "kernels/causal_conv1d.h"
 #include "kernels/ssd.h"
+#include "layers/inverse_softplus.h"
 
 namespace krait::layers {
 
@@ -29,7 +30,7 @@ Initializer mapped_uniform(double low, double high, Map map) {
 Initializer time_step_bias(double low, double high) {
   return mapped_uniform(std::log(low), std::log(high), [](double log_dt) {
     const double dt = std::max(std::exp(log_dt), 1e-4);
-    return dt + std::log(-std::expm1(-dt));
+    return inverse_softplus(dt);
   });
 }
 
