@@ -21,6 +21,7 @@ class KanNetwork final : public Model {
   /// (b, outputs): class logits or predictions.
   Variable predict(const ModelInput& input) override { return forward(input, nullptr); }
 
+  bool adapts() const override { return true; }
   bool before_step(int64_t step, const ModelInput& samples, ParameterStore& store) override;
   bool resize_due(int64_t step) const override { return options_.grid_at(step) != options_.grid; }
   Resized resize(int64_t step, const ModelInput& samples, const ParameterStore& store) override;

@@ -75,6 +75,8 @@ class Model : public Module {
   /// A layer kind that cannot stream with a state of constant size; empty when all can.
   virtual std::string kind_without_stream() const = 0;
 
+  /// Whether the model ever changes itself; the three functions below matter only then.
+  virtual bool adapts() const { return false; }
   /// Changes parameter values in place where the model wants to at this step; whether it did.
   virtual bool before_step(int64_t /*step*/, const ModelInput& /*samples*/, ParameterStore& /*store*/) { return false; }
   /// Whether this model must change its shapes before the step runs.

@@ -76,8 +76,10 @@ void TrainStep::build_optimizer() {
 
 // What the model wants to change between steps: values, or its shapes, with the optimizer's state kept by name.
 void TrainStep::adapt_model(const data::Batch& batch, int64_t step) {
+  if (!session_.model->adapts()) return;
+  const layers::ModelInput samples = to_device(batch, session_.device);
   if (session_.model->resize_due(step)) {
-    const layers::Resized resized = session_.model->resize(step, to_device(batch, session_.device), *session_.parameters);
+    const layers::Resized resized = session_.model->resize(step, samples, *session_.parameters);
     const std::unique_ptr<layers::ParameterStore> old = std::move(session_.parameters);
     const std::unique_ptr<Optimizer> old_optimizer = std::move(optimizer_);
     build_model(session_, resized.config);
@@ -101,7 +103,7 @@ void TrainStep::adapt_model(const data::Batch& batch, int64_t step) {
           copy_(part.value, old_value);
     }
   }
-  session_.model->before_step(step, to_device(batch, session_.device), *session_.parameters);
+  session_.model->before_step(step, samples, *session_.parameters);
 }
 
 TrainStep::~TrainStep() {
