@@ -56,16 +56,17 @@ Tensor LanguageModel::token_nll(const ModelInput& input) {
       .view(input.targets.shape());
 }
 
-Tensor LanguageModel::predictions(const ModelInput& input, const Tensor& rows) {
+LanguageModel::Answers LanguageModel::answers(const ModelInput& input, const Tensor& rows, const Tensor& targets) {
   const NoGrad guard;
   const Tensor h = hidden(input).data();
   const Tensor wanted = kernels::embedding_forward(h.flatten_leading(), rows);  // (n, d)
-  Tensor out = empty(rows.shape(), DType::i64, h.device());
+  Answers out{kernels::linear_cross_entropy_nll(wanted, head().data(), targets, loss_options_),
+              empty(rows.shape(), DType::i64, h.device())};
   const int64_t n = rows.size(0), chunk = std::max<int64_t>(1, (int64_t{1} << 26) / vocab_size_);
   for (int64_t begin = 0; begin < n; begin += chunk) {  // a chunk of logits at a time; a cap keeps their order
     const int64_t end = std::min(begin + chunk, n);
     const Tensor scores = linear(Variable(wanted.slice(0, begin, end)), head()).data().slice(-1, 0, vocab_size_);
-    Tensor part = out.slice(0, begin, end);
+    Tensor part = out.likeliest.slice(0, begin, end);
     copy_(part, kernels::argmax(scores, -1));
   }
   return out;

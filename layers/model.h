@@ -112,8 +112,12 @@ class LanguageModel final : public DecoderModel {
 
   /// Negative log-likelihood of every target, (b, l) fp32 in nats, 0 where ignored.
   Tensor token_nll(const ModelInput& input);
-  /// The likeliest token at the places `rows` (n) int64 of the flattened (b l) positions: (n) int64.
-  Tensor predictions(const ModelInput& input, const Tensor& rows);
+  /// At the places `rows` (n) int64 of the flattened (b l) positions: the negative log-likelihood of `targets` (n)
+  /// int64, fp32 in nats, and the likeliest token, int64; both (n). The head sees those positions alone.
+  struct Answers {
+    Tensor nll, likeliest;
+  };
+  Answers answers(const ModelInput& input, const Tensor& rows, const Tensor& targets);
   /// Logits of every position (b, l, vocab_size), capped, without the padded columns.
   Variable logits(const ModelInput& input);
   /// Consumes tokens (b, l) and returns the logits after the last one, (b, vocab_size).

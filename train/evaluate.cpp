@@ -1,12 +1,12 @@
 #include "train/evaluate.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <numbers>
 
 #include "train/carried_state.h"
+#include "train/clock.h"
 
 namespace krait::train {
 
@@ -20,10 +20,6 @@ std::vector<int64_t> token_lengths(const data::Tokenizer& tokenizer) {
   return lengths;
 }
 
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
 data::DatasetPtr windows_of(const data::TokensPtr& tokens, const EvalOptions& o) {
   if (o.carry) return data::streams(tokens, {o.context, o.micro_batch_size, o.documents, false, 0});
   return data::sliding_windows(tokens, {o.context, o.micro_batch_size, o.stride, o.documents});
@@ -32,7 +28,7 @@ data::DatasetPtr windows_of(const data::TokensPtr& tokens, const EvalOptions& o)
 }  // namespace
 
 EvalResult evaluate(Session& session, const data::TokensPtr& tokens, const EvalOptions& options) {
-  const auto start = std::chrono::steady_clock::now();
+  const auto start = Clock::now();
   layers::LanguageModel& model = session.language_model("evaluation of perplexity");
   model.set_training(false);
   const data::DatasetPtr windows = windows_of(tokens, options);
@@ -89,15 +85,20 @@ struct Score {
 };
 
 void score_tokens(layers::LanguageModel& model, const data::Batch& batch, Device device, Score& score) {
-  std::vector<int64_t> places;
+  std::vector<int64_t> places, wanted;
   const int64_t* targets = batch.targets.data<int64_t>();
-  for (int64_t i = 0; i < batch.targets.numel(); ++i)
-    if (targets[i] != data::kIgnore) places.push_back(i);
-  const layers::ModelInput input = to_device(batch, device);
-  for (const float nll : model.token_nll(input).to_vector<float>()) score.nll += nll;
-  const auto predicted = model.predictions(input, from_vector(places).to(device)).to_vector<int64_t>();
-  for (size_t i = 0; i < places.size(); ++i) score.correct += predicted[i] == targets[places[i]] ? 1 : 0;
-  score.count += static_cast<int64_t>(places.size());
+  for (int64_t i = 0; i < batch.targets.numel(); ++i) {
+    if (targets[i] == data::kIgnore) continue;
+    places.push_back(i);
+    wanted.push_back(targets[i]);
+  }
+  if (places.empty()) return;
+  const auto [nll, likeliest] =
+      model.answers(to_device(batch, device), from_vector(places).to(device), from_vector(wanted).to(device));
+  for (const float value : nll.to_vector<float>()) score.nll += value;
+  const auto predicted = likeliest.to_vector<int64_t>();
+  for (size_t i = 0; i < wanted.size(); ++i) score.correct += predicted[i] == wanted[i] ? 1 : 0;
+  score.count += static_cast<int64_t>(wanted.size());
 }
 
 void score_labels(const std::vector<double>& logits, const data::Batch& batch, Score& score) {
@@ -129,7 +130,7 @@ void score_values(const std::vector<double>& predicted, const data::Batch& batch
 }  // namespace
 
 EvalResult evaluate_task(Session& session, const data::DatasetPtr& split) {
-  const auto start = std::chrono::steady_clock::now();
+  const auto start = Clock::now();
   layers::Model& model = *session.model;
   model.set_training(false);
   auto* language_model = dynamic_cast<layers::LanguageModel*>(&model);

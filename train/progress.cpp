@@ -44,10 +44,10 @@ Progress::Progress(int64_t total_steps, int64_t first_step, std::FILE* out)
       first_(first_step),
       out_(out),
       terminal_(::isatty(::fileno(out)) == 1),
-      start_(std::chrono::steady_clock::now()) {}
+      start_(Clock::now()) {}
 
 void Progress::step(const StepMetrics& m) {
-  const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  const double elapsed = seconds_since(start_);
   const double done = static_cast<double>(m.step - first_);
   const std::string line = progress_line(m, total_, done > 0 ? elapsed / done * static_cast<double>(total_ - m.step) : INFINITY);
   if (!terminal_) return note(line);

@@ -1,8 +1,8 @@
 #pragma once
-#include <chrono>
 #include <cstdio>
 #include <string>
 
+#include "train/clock.h"
 #include "train/metrics.h"
 
 namespace krait::train {
@@ -30,7 +30,7 @@ class Progress {
   std::FILE* out_;
   bool terminal_;
   std::string live_;
-  std::chrono::steady_clock::time_point start_;
+  Clock::time_point start_;
 };
 
 // "12.3 k", "1.5 GiB", "2:03:04": for people.

@@ -45,8 +45,10 @@ int run_train(const TrainCommand& command) {
   Session session = make_session(config, open_data(config));
   const TrainData data = open_train_data(session);
   const RunDirectory directory = RunDirectory::create(command.run_dir, config.name, command.resume);
-  if (const auto found = latest_checkpoint(directory.checkpoints()); command.resume && found)
-    build_model(session, layers::config_at_step(config.model, CheckpointReader(found->path).step() - 1));
+  if (command.resume && session.model->adapts()) {  // the checkpoint's shapes may be others than the first step's
+    if (const auto found = latest_checkpoint(directory.checkpoints()))
+      build_model(session, layers::config_at_step(config.model, CheckpointReader(found->path).step() - 1));
+  }
   if (directory.has_run()) {
     const Config before = load_config(directory.config_file());
     for (const std::string& line : config_differences(before.tree, config.tree))

@@ -1,17 +1,13 @@
 #include "train/trainer.h"
 
-#include <chrono>
-
 #include "core/allocator.h"
 #include "core/parallel.h"
+#include "train/clock.h"
 #include "train/signals.h"
 
 namespace krait::train {
 
 namespace {
-
-using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 data::TokensPtr split_of(const Session& session, const std::string& key, const std::string& name) {
   if (!session.data.store->has_split(name)) {
@@ -21,10 +17,6 @@ data::TokensPtr split_of(const Session& session, const std::string& key, const s
   }
   return session.data.store->split(name);
 }
-
-}  // namespace
-
-namespace {
 
 TrainData open_task(const Session& session) {
   const Config& c = session.config;

@@ -134,7 +134,7 @@ TEST_CASE("capped logits: loss, evaluation, generation and predictions agree") {
   DecoderState state = capped.model.initial_state(2, kLength, capped.store.options());
   CHECK(relative_error(capped.model.next_logits(input.tokens, state), logits.select(1, kLength - 1)) < 1e-10);
   const Tensor rows = from_vector<int64_t>({0, 5, 17});
-  const auto predicted = [&](TestModel& t) { return t.model.predictions(input, rows).to_vector<int64_t>(); };
+  const auto predicted = [&](TestModel& t) { return t.model.answers(input, rows, rows).likeliest.to_vector<int64_t>(); };
   CHECK(predicted(capped) == predicted(raw));
 }
 
