@@ -7,8 +7,8 @@
 #include "layers/gated_cnn.h"
 #include "layers/linear_attention.h"
 #include "layers/parameter_store.h"
+#include "tests/layers/mixer_checks.h"
 #include "tests/testing/golden.h"
-#include "tests/testing/op_case.h"
 
 namespace krait::layers {
 
@@ -49,7 +49,7 @@ struct Layer {
 };
 
 Tensor input(int64_t b, int64_t l, DType dtype = DType::f64, uint64_t seed = 5) {
-  return random_tensor({b, l, kWidth}, Normal{}, seed, dtype);
+  return mixer_input(b, l, kWidth, dtype, seed);
 }
 
 std::string label(const Kind& kind) {
@@ -92,46 +92,15 @@ TEST_CASE("baseline layers: documents packed are documents apart, outputs and gr
   for (const Kind& kind : kKinds) {
     INFO(label(kind));
     Layer packed(kind), apart(kind);
-    const std::vector<int64_t> lengths{6, 1, 10};
-    const Tensor x = input(1, 17), dy = input(1, 17, DType::f64, 8);
-    SequenceInfo info;
-    std::vector<int32_t> ids;
-    for (size_t d = 0; d < lengths.size(); ++d) ids.insert(ids.end(), static_cast<size_t>(lengths[d]), static_cast<int32_t>(d));
-    info.segments = from_vector(ids, {1, 17});
-    const Variable in(x, true);
-    const Variable y = packed.mixer->forward(in, info, nullptr);
-    backward(y, dy);
-    int64_t at = 0;
-    for (const int64_t n : lengths) {
-      const Variable piece(x.slice(1, at, at + n), true);
-      const Variable part = apart.mixer->forward(piece, {}, nullptr);
-      CHECK(relative_error(y.data().slice(1, at, at + n), part.data()) < 1e-12);
-      backward(part, dy.slice(1, at, at + n));
-      CHECK(relative_error(in.grad().slice(1, at, at + n), piece.grad()) < 1e-10);
-      at += n;
-    }
-    CHECK(relative_error(packed.store.grad(), apart.store.grad()) < 1e-10);
-
-    const NoGrad guard;  // a state passed in belongs to the first document
-    LayerState one = packed.mixer->initial_state(1, 0, DType::f64, kCpu), two = packed.mixer->initial_state(1, 0, DType::f64, kCpu);
-    const Tensor before = input(1, 4, DType::f64, 9);
-    for (LayerState* s : {&one, &two}) packed.mixer->forward(Variable(before), {}, s);
-    const Tensor all = packed.mixer->forward(Variable(x), info, &one).data();
-    const Tensor first = packed.mixer->forward(Variable(x.slice(1, 0, 6)), {}, &two).data();
-    CHECK(relative_error(all.slice(1, 0, 6), first) < 1e-12);
-    CHECK(relative_error(all.slice(1, 6, 17), y.data().slice(1, 6, 17)) < 1e-12);
+    check_documents(packed, apart, kWidth);
   }
 }
 
 TEST_CASE("baseline layers: what comes later does not change what came before") {
   for (const Kind& kind : kKinds) {
+    INFO(label(kind));
     Layer layer(kind);
-    const NoGrad guard;
-    Tensor x = input(2, 12);
-    const Tensor before = layer.mixer->forward(Variable(x), {}, nullptr).data();
-    Tensor rest = x.slice(1, 7, 12);
-    fill_(rest, 9.0);
-    CHECK(relative_error(layer.mixer->forward(Variable(x), {}, nullptr).data().slice(1, 0, 7), before.slice(1, 0, 7)) == 0.0);
+    check_causal(layer, kWidth);
   }
 }
 

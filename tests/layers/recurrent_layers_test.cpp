@@ -5,8 +5,8 @@
 #include "layers/parameter_store.h"
 #include "layers/registry.h"
 #include "layers/slstm.h"
+#include "tests/layers/mixer_checks.h"
 #include "tests/testing/golden.h"
-#include "tests/testing/op_case.h"
 
 namespace krait::layers {
 
@@ -46,7 +46,7 @@ struct Layer {
 };
 
 Tensor input(int64_t b, int64_t l, DType dtype = DType::f64, int64_t width = kWidth, uint64_t seed = 5) {
-  return random_tensor({b, l, width}, Normal{}, seed, dtype);
+  return mixer_input(b, l, width, dtype, seed);
 }
 
 }  // namespace
@@ -77,46 +77,15 @@ TEST_CASE("recurrent layers: documents packed are documents apart, outputs and g
   for (const Kind& kind : kKinds) {
     INFO(kind.name);
     Layer packed(kind), apart(kind);
-    const std::vector<int64_t> lengths{6, 1, 10};
-    const Tensor x = input(1, 17), dy = input(1, 17, DType::f64, kWidth, 8);
-    SequenceInfo info;
-    std::vector<int32_t> ids;
-    for (size_t d = 0; d < lengths.size(); ++d) ids.insert(ids.end(), static_cast<size_t>(lengths[d]), static_cast<int32_t>(d));
-    info.segments = from_vector(ids, {1, 17});
-    const Variable in(x, true);
-    const Variable y = packed.mixer->forward(in, info, nullptr);
-    backward(y, dy);
-    int64_t at = 0;
-    for (const int64_t n : lengths) {
-      const Variable piece(x.slice(1, at, at + n), true);
-      const Variable part = apart.mixer->forward(piece, {}, nullptr);
-      CHECK(relative_error(y.data().slice(1, at, at + n), part.data()) < 1e-12);
-      backward(part, dy.slice(1, at, at + n));
-      CHECK(relative_error(in.grad().slice(1, at, at + n), piece.grad()) < 1e-10);
-      at += n;
-    }
-    CHECK(relative_error(packed.store.grad(), apart.store.grad()) < 1e-10);
-
-    // A state passed in belongs to the first document.
-    const NoGrad guard;
-    LayerState one = packed.mixer->initial_state(1, 64, DType::f64, kCpu), two = one;
-    const Tensor before = input(1, 4, DType::f64, kWidth, 9);
-    for (LayerState* s : {&one, &two}) packed.mixer->forward(Variable(before), {}, s);
-    const Tensor all = packed.mixer->forward(Variable(x), info, &one).data();
-    const Tensor first = packed.mixer->forward(Variable(x.slice(1, 0, 6)), {}, &two).data();
-    CHECK(relative_error(all.slice(1, 0, 6), first) < 1e-12);
-    CHECK(relative_error(all.slice(1, 6, 17), y.data().slice(1, 6, 17)) < 1e-12);
+    check_documents(packed, apart, kWidth);
   }
 }
 
 TEST_CASE("recurrent layers: what comes later does not change what came before") {
   for (const Kind& kind : kKinds) {
+    INFO(kind.name);
     Layer layer(kind);
-    Tensor x = input(2, 12);
-    const Tensor before = layer.mixer->forward(Variable(x), {}, nullptr).data();
-    Tensor rest = x.slice(1, 7, 12);
-    fill_(rest, 9.0);
-    CHECK(relative_error(layer.mixer->forward(Variable(x), {}, nullptr).data().slice(1, 0, 7), before.slice(1, 0, 7)) == 0.0);
+    check_causal(layer, kWidth);
   }
 }
 
