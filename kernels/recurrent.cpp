@@ -10,12 +10,7 @@ template <class Cell>
 constexpr CellSizes kSizesOf{Cell::kGates, Cell::kStates, Cell::kSaved, Cell::kSplits};
 
 CellSizes sizes_of(RecurrentCell cell) {
-  switch (cell) {
-    case RecurrentCell::rnn: return kSizesOf<RnnCell>;
-    case RecurrentCell::lstm: return kSizesOf<LstmCell>;
-    case RecurrentCell::gru: return kSizesOf<GruCell>;
-  }
-  throw_error("invalid recurrent cell");
+  return visit_cell(cell, []<class Cell>() { return kSizesOf<Cell>; });
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 // what comes back past the recurrent product; carry holds those of the other states and becomes those of t-1; dx and
 // dr are the gradients of x and r (equal unless kSplits).
 #include "core/dtype.h"
+#include "kernels/recurrent.h"
 
 #ifdef __CUDACC__
 #define KRAIT_CELL __device__ __forceinline__
@@ -138,6 +139,17 @@ struct GruCell {
     carry[0] = dh * z;
   }
 };
+
+/// Calls f.operator()<Cell>() with the type that the name stands for.
+template <class F>
+auto visit_cell(RecurrentCell cell, F&& f) {
+  switch (cell) {
+    case RecurrentCell::rnn: return f.template operator()<RnnCell>();
+    case RecurrentCell::lstm: return f.template operator()<LstmCell>();
+    case RecurrentCell::gru: return f.template operator()<GruCell>();
+  }
+  throw_error("invalid recurrent cell");
+}
 
 }  // namespace kernels
 }  // namespace krait

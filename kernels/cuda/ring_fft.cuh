@@ -58,6 +58,30 @@ __device__ __forceinline__ void ring_join4(Complex<A> (&p)[4], Complex<A> r) {
   p[3] = conj(w1 * r) * (e + f);
 }
 
+/// One pass over blocks of 2^log2s values: op(p, m) changes the four values a quarter apart in block m of a row.
+template <class A, class Op>
+__device__ __forceinline__ void ring_pass4(A* re, A* im, int rows, int log2n, int log2s, Op op) {
+  const int stride = ring_stride<A>(log2n), s = 1 << (log2s - 2), quarter = 1 << (log2n - 2);
+  for (int i = threadIdx.x; i < rows * quarter; i += blockDim.x) {
+    const int base = (i >> (log2n - 2)) * stride, in_row = i & (quarter - 1);
+    const int m = in_row >> (log2s - 2), at = (m << log2s) + (in_row & (s - 1));
+    Complex<A> p[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int x = base + ring_at<A>(at + j * s);
+      p[j] = {re[x], im[x]};
+    }
+    op(p, m);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int x = base + ring_at<A>(at + j * s);
+      re[x] = p[j].re;
+      im[x] = p[j].im;
+    }
+  }
+  __syncthreads();
+}
+
 /// Rows of 2^log2n values, `rows` of them ring_stride apart, each the polynomial of node q0. The block's writes must
 /// be complete (a barrier) before the call; it ends with one.
 template <class A>
@@ -80,27 +104,8 @@ __device__ void ring_forward(A* re, A* im, int rows, int log2n, int q0, const Co
     --log2s;
     nodes = 2;
   }
-  for (; log2s >= 2; log2s -= 2, nodes *= 4) {
-    const int s = 1 << (log2s - 2), quarter = 1 << (log2n - 2);
-    for (int i = threadIdx.x; i < rows * quarter; i += blockDim.x) {
-      const int base = (i >> (log2n - 2)) * stride, in_row = i & (quarter - 1);
-      const int m = in_row >> (log2s - 2), at = (m << log2s) + (in_row & (s - 1));
-      Complex<A> p[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int x = base + ring_at<A>(at + j * s);
-        p[j] = {re[x], im[x]};
-      }
-      ring_split4(p, table[q0 * nodes + m]);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int x = base + ring_at<A>(at + j * s);
-        re[x] = p[j].re;
-        im[x] = p[j].im;
-      }
-    }
-    __syncthreads();
-  }
+  for (; log2s >= 2; log2s -= 2, nodes *= 4)
+    ring_pass4(re, im, rows, log2n, log2s, [&](Complex<A>(&p)[4], int m) { ring_split4(p, table[q0 * nodes + m]); });
 }
 
 /// Undoes ring_forward, times 2^log2n; the same rules.
@@ -108,25 +113,8 @@ template <class A>
 __device__ void ring_inverse(A* re, A* im, int rows, int log2n, int q0, const Complex<A>* __restrict__ table) {
   const int stride = ring_stride<A>(log2n);
   for (int log2s = 2; log2s <= log2n; log2s += 2) {
-    const int s = 1 << (log2s - 2), quarter = 1 << (log2n - 2), nodes = 1 << (log2n - log2s);
-    for (int i = threadIdx.x; i < rows * quarter; i += blockDim.x) {
-      const int base = (i >> (log2n - 2)) * stride, in_row = i & (quarter - 1);
-      const int m = in_row >> (log2s - 2), at = (m << log2s) + (in_row & (s - 1));
-      Complex<A> p[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int x = base + ring_at<A>(at + j * s);
-        p[j] = {re[x], im[x]};
-      }
-      ring_join4(p, table[q0 * nodes + m]);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int x = base + ring_at<A>(at + j * s);
-        re[x] = p[j].re;
-        im[x] = p[j].im;
-      }
-    }
-    __syncthreads();
+    const int nodes = 1 << (log2n - log2s);
+    ring_pass4(re, im, rows, log2n, log2s, [&](Complex<A>(&p)[4], int m) { ring_join4(p, table[q0 * nodes + m]); });
   }
   if (log2n & 1) {
     const int half = 1 << (log2n - 1);
