@@ -13,7 +13,7 @@ class Work {
  public:
   struct State;
   Work() = default;
-  explicit Work(std::shared_ptr<State> state) : state_(std::move(state)) {}
+  explicit Work(std::shared_ptr<State> state);
   /// CPU tensors: returns when the result is there. CUDA tensors: the current stream waits, the host does not.
   /// Also done by the destructor of the last copy.
   void wait();
