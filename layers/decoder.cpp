@@ -6,7 +6,7 @@
 
 namespace krait::layers {
 
-Decoder::Decoder(const ModelConfig& config, int64_t context_length) {
+Decoder::Decoder(const ModelConfig& config, int64_t context_length, const Parallel& parallel) {
   LayerContext context;
   context.d_model = config.d_model;
   context.n_layers = config.n_layers;
@@ -17,6 +17,7 @@ Decoder::Decoder(const ModelConfig& config, int64_t context_length) {
   context.norm_eps = config.norm_eps;
   context.post_norm = config.norm_position == "post";
   context.dropout = config.dropout;
+  context.parallel = parallel;
   const NormConfig norm{config.norm, config.norm_eps};
   for (int64_t i = 0; i < config.n_layers; ++i) {
     context.layer_index = i;

@@ -16,7 +16,7 @@ struct DecoderState {
 /// A stack of residual blocks with any pattern of mixers, and a final norm where the blocks are pre-norm.
 class Decoder final : public Module {
  public:
-  Decoder(const ModelConfig& config, int64_t context);
+  Decoder(const ModelConfig& config, int64_t context, const Parallel& parallel = {});
 
   /// x (b, l, d) to the normalised residual stream (b, l, d).
   Variable forward(const Variable& x, const SequenceInfo& info, DecoderState* state);

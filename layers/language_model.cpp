@@ -11,7 +11,8 @@
 
 namespace krait::layers {
 
-LanguageModel::LanguageModel(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss)
+LanguageModel::LanguageModel(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss,
+                             const Parallel& parallel)
     : loss_options_(loss), vocab_size_(shape.vocab_size), max_positions_(config.max_positions),
       tied_(config.tie_embeddings), embedding_dropout_(config.embedding_dropout) {
   KRAIT_CHECK(vocab_size_ > 0, "a language model needs tokens, but the data have none; set model.type: classifier");
@@ -22,7 +23,7 @@ LanguageModel::LanguageModel(const ModelConfig& config, const ModelShape& shape,
   embedding_ = parameter("embedding.weight", {rows, d}, init, {.embedding = true});
   if (config.position == "learned")
     positions_ = parameter("position_embedding.weight", {max_positions_, d}, init, {.embedding = true});
-  decoder_ = child<Decoder>("", config, shape.context);
+  decoder_ = child<Decoder>("", config, shape.context, parallel);
   if (!tied_) head_ = parameter("lm_head.weight", {rows, d}, init);
 }
 

@@ -2,7 +2,16 @@
 #include <cstdint>
 #include <string>
 
+#include "core/comm/process_group.h"
+
 namespace krait::layers {
+
+/// The groups of processes that work on one model together: `tensor` splits heads, channels and hidden units,
+/// `sequence` the positions.
+struct Parallel {
+  comm::GroupPtr tensor = comm::single_group("tensor");
+  comm::GroupPtr sequence = comm::single_group("sequence");
+};
 
 /// What every layer of a model shares; filled from the model section of a config.
 struct LayerContext {
@@ -16,6 +25,7 @@ struct LayerContext {
   double norm_eps = 1e-5;
   bool post_norm = false;     // norm(x + f(x)) instead of x + f(norm(x))
   double dropout = 0.0;       // on what a layer adds to the residual stream
+  Parallel parallel;
   /// A name of random streams that no other layer uses: "layers.3.<what>".
   std::string stream(const std::string& what) const { return "layers." + std::to_string(layer_index) + "." + what; }
 };

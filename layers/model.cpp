@@ -29,12 +29,11 @@ ModelConfig config_at_step(const ModelConfig& config, int64_t step) {
 }
 
 void set_masters(ParameterStore& store, const std::map<std::string, Tensor>& values) {
-  for (auto& [name, target] : store.named_masters()) {
+  for (auto& [name, target, whole, shard] : store.parts(store.master())) {
     const auto it = values.find(name);
     KRAIT_CHECK(it != values.end(), "there is no value for parameter {}", name);
-    KRAIT_CHECK(it->second.shape() == target.shape(), "parameter {} is {}, its value {}", name, target.shape(),
-                it->second.shape());
-    copy_(target, it->second);
+    KRAIT_CHECK(it->second.shape() == whole, "parameter {} is {}, its value {}", name, whole, it->second.shape());
+    copy_(target, local_values(it->second, shard));
   }
   store.refresh_compute();
 }
@@ -43,10 +42,17 @@ Variable Model::predict(const ModelInput&) {
   throw_error("this model answers for each token, not for each sequence; set model.type: classifier or regressor");
 }
 
-std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss) {
-  if (config.type == "language_model") return std::make_unique<LanguageModel>(config, shape, loss);
-  if (config.layers == std::vector<std::string>{"kan"}) return std::make_unique<KanNetwork>(config, shape);
-  return std::make_unique<SequenceModel>(config, shape);
+std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss,
+                                  const Parallel& parallel) {
+  std::unique_ptr<Model> model;
+  if (config.type == "language_model")
+    model = std::make_unique<LanguageModel>(config, shape, loss, parallel);
+  else if (config.layers == std::vector<std::string>{"kan"})
+    model = std::make_unique<KanNetwork>(config, shape);  // small: whole on every process of a tensor group
+  else
+    model = std::make_unique<SequenceModel>(config, shape, parallel);
+  model->set_primary(parallel.tensor->rank() == 0);
+  return model;
 }
 
 }  // namespace krait::layers

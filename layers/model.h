@@ -105,7 +105,8 @@ class DecoderModel : public Model {
 /// Next-token prediction: embedding, decoder, head (tied or not).
 class LanguageModel final : public DecoderModel {
  public:
-  LanguageModel(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss = {});
+  LanguageModel(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss = {},
+                const Parallel& parallel = {});
   ModelLoss loss(const ModelInput& input, const Tensor& target_count) override;
   Decoder& decoder() const override { return *decoder_; }
   int64_t vocab_size() const { return vocab_size_; }
@@ -142,7 +143,7 @@ class LanguageModel final : public DecoderModel {
 /// Classifier: cross-entropy over classes. Regressor: mean squared error over the outputs.
 class SequenceModel final : public DecoderModel {
  public:
-  SequenceModel(const ModelConfig& config, const ModelShape& shape);
+  SequenceModel(const ModelConfig& config, const ModelShape& shape, const Parallel& parallel = {});
   ModelLoss loss(const ModelInput& input, const Tensor& target_count) override;
   Decoder& decoder() const override { return *decoder_; }
   Variable predict(const ModelInput& input) override;
@@ -162,10 +163,10 @@ ModelLoss answer_loss(const Variable& y, const Tensor& targets, bool regressor, 
 
 /// The model that a config describes. `loss`: label smoothing and z-loss of a language model.
 std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelShape& shape,
-                                  const CrossEntropyOptions& loss = {});
+                                  const CrossEntropyOptions& loss = {}, const Parallel& parallel = {});
 /// The config with the shapes that its schedules give the model at a step.
 ModelConfig config_at_step(const ModelConfig& config, int64_t step);
-/// Sets master (and compute) values by public name; every parameter must be there.
+/// Sets master (and compute) values by public name; every parameter must be there, whole.
 void set_masters(ParameterStore& store, const std::map<std::string, Tensor>& values);
 
 }  // namespace krait::layers

@@ -43,10 +43,38 @@ void Module::set_training(bool on) {
     if (e.module) e.module->set_training(on);
 }
 
-Parameter Module::parameter(std::string name, const Shape& shape, Initializer init, ParameterOptions options) {
+void Module::set_primary(bool on) {
+  for (const NamedParameter& p : parameters())
+    for (ParameterPart& part : p.data->parts)
+      if (part.shard.ranges.empty()) part.shard.ranges = {{0, part.rows, on}};
+}
+
+Shape local_shape(const Shape& whole, const Shard& shard) {
+  if (shard.ranges.empty() || whole.ndim() == 0) return whole;
+  int64_t n = 0;
+  for (const ShardRange& r : shard.ranges) n += r.end - r.begin;
+  return whole.with(shard.dim, n);
+}
+
+Tensor local_values(const Tensor& whole, const Shard& shard) {
+  if (shard.ranges.empty() || whole.ndim() == 0) return whole;
+  const auto range = [&](const ShardRange& r) { return whole.slice(shard.dim, r.begin, r.end); };
+  if (shard.ranges.size() == 1) return range(shard.ranges.front());
+  Tensor local = empty(local_shape(whole.shape(), shard), whole.dtype(), whole.device());
+  int64_t at = 0;
+  for (const ShardRange& r : shard.ranges) {
+    Tensor target = local.slice(shard.dim, at, at + r.end - r.begin);
+    copy_(target, range(r));
+    at += r.end - r.begin;
+  }
+  return local;
+}
+
+Parameter Module::parameter(std::string name, const Shape& shape, Initializer init, ParameterOptions options,
+                            Shard shard) {
   const int64_t rows = shape.ndim() > 0 ? shape[0] : 1;
   auto data = std::make_shared<ParameterData>();
-  data->parts.push_back({std::move(name), rows, std::move(init)});
+  data->parts.push_back({std::move(name), rows, std::move(init), std::move(shard)});
   data->shape = shape;
   data->options = options;
   entries_.push_back({"", data, nullptr});

@@ -25,17 +25,35 @@ struct ParameterOptions {
   bool embedding = false;  // looked up, not multiplied; decayed only with optimizer.decay_embeddings
 };
 
+/// [begin, end) of a dimension of a whole parameter. `primary`: this process's copy is the one that counts in norms and
+/// is written to checkpoints; of all processes of a tensor group exactly one has it.
+struct ShardRange {
+  int64_t begin = 0, end = 0;
+  bool primary = true;
+};
+
+/// What a process of a tensor group holds of a parameter: the ranges, side by side, of one dimension. Several where a
+/// matrix has sections that are cut apart (the rows of x and of z). No ranges: the whole, on every process.
+struct Shard {
+  int64_t dim = 0;
+  std::vector<ShardRange> ranges;  // ascending
+};
+/// The shape that is left of the whole, and the values (a view of `whole` for a single range).
+Shape local_shape(const Shape& whole, const Shard& shard);
+Tensor local_values(const Tensor& whole, const Shard& shard);
+
 /// One named part of a parameter along its first dimension. Most parameters have a single part; a fused
 /// projection (q, k, v) has one per public name, stored as one matrix.
 struct ParameterPart {
   std::string name;  // relative to the module: "wq.weight"
-  int64_t rows = 0;
-  Initializer init;
+  int64_t rows = 0;  // of the whole
+  Initializer init;  // of the whole, so that values are those of one process
+  Shard shard = {};
 };
 
 struct ParameterData {
   std::vector<ParameterPart> parts;
-  Shape shape;
+  Shape shape;  // of the whole; `value` has what this process holds
   ParameterOptions options;
   Variable value;  // what layers compute with; undefined until a ParameterStore holds the module
 };
@@ -48,7 +66,7 @@ class Parameter {
   operator const Variable&() const { return variable(); }  // NOLINT: stands for its value
   const Variable& variable() const;
   bool defined() const { return data_ != nullptr; }
-  const Shape& shape() const { return data_->shape; }
+  const Shape& shape() const { return data_->shape; }  // of the whole
 
  private:
   std::shared_ptr<ParameterData> data_;
@@ -72,10 +90,15 @@ class Module {
   /// Dropout and the like act only in training.
   bool training() const { return training_; }
   void set_training(bool on);
+  /// Whether this process's copies of the parameters that no shard names are the primary ones.
+  void set_primary(bool on);
 
  protected:
-  Parameter parameter(std::string name, const Shape& shape, Initializer init, ParameterOptions options = {});
-  /// A fused parameter: parts are stacked along dimension 0, each of shape (rows, trailing...).
+  /// Shapes are those of the whole parameter.
+  Parameter parameter(std::string name, const Shape& shape, Initializer init, ParameterOptions options = {},
+                      Shard shard = {});
+  /// A fused parameter: parts are stacked along dimension 0, each of shape (rows, trailing...). Parts that are cut
+  /// along another dimension must all be, by the same ranges.
   Parameter stacked_parameter(std::vector<ParameterPart> parts, const Shape& trailing, ParameterOptions options = {});
   /// Makes a submodule. An empty name adds its parameters without a prefix of their own.
   template <class M, class... A>

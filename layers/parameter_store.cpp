@@ -8,14 +8,30 @@ namespace {
 Tensor entry_view(const Tensor& flat, const ParameterStore::Entry& e) {
   return flat.slice(0, e.offset, e.offset + e.length).view(e.shape);
 }
-// f(part, its rows of `whole`), in order.
+Shape whole_shape(const NamedParameter& p, const ParameterPart& part) {
+  return p.data->shape.ndim() == 0 ? p.data->shape : p.data->shape.with(0, part.rows);
+}
+// f(part, its rows of `local`), in order.
 template <class F>
-void for_each_part(const NamedParameter& p, const Tensor& whole, F f) {
+void for_each_part(const NamedParameter& p, const Tensor& local, F f) {
   int64_t row = 0;
   for (const ParameterPart& part : p.data->parts) {
-    f(part, whole.ndim() == 0 ? whole : whole.slice(0, row, row + part.rows));
-    row += part.rows;
+    const Shape shape = local_shape(whole_shape(p, part), part.shard);
+    const int64_t rows = shape.ndim() == 0 ? 1 : shape[0];
+    f(part, local.ndim() == 0 ? local : local.slice(0, row, row + rows));
+    row += rows;
   }
+}
+// Of all parts, stacked.
+Shape local_shape_of(const NamedParameter& p) {
+  if (p.data->shape.ndim() == 0) return p.data->shape;
+  int64_t rows = 0;
+  Shape shape;
+  for (const ParameterPart& part : p.data->parts) {
+    shape = local_shape(whole_shape(p, part), part.shard);
+    rows += shape[0];
+  }
+  return shape.with(0, rows);
 }
 }  // namespace
 
@@ -25,18 +41,19 @@ ParameterStore::ParameterStore(Module& module, const StoreOptions& options)
   for (const NamedParameter& p : parameters_) {
     for (const ParameterPart& part : p.data->parts)
       KRAIT_CHECK(names.insert(p.prefix + part.name).second, "two parameters are named {}", p.prefix + part.name);
-    const int64_t length = p.data->shape.numel();
-    entries_.push_back({p.prefix + p.data->parts.front().name, numel_, length, p.data->shape, p.data->options});
-    parameter_count_ += length;
+    const Shape local = local_shape_of(p);
+    const int64_t length = local.numel();
+    entries_.push_back({p.prefix + p.data->parts.front().name, numel_, length, local, p.data->options});
+    parameter_count_ += p.data->shape.numel();
     numel_ += (length + kAlignment - 1) / kAlignment * kAlignment;
   }
 
   Tensor host = zeros({numel_}, options.master, kCpu);
   for (size_t i = 0; i < parameters_.size(); ++i)
     for_each_part(parameters_[i], entry_view(host, entries_[i]), [&](const ParameterPart& part, Tensor target) {
-      Tensor value = empty(target.shape(), DType::f64, kCpu);
+      Tensor value = empty(whole_shape(parameters_[i], part), DType::f64, kCpu);
       part.init(value, random_key(options.seed, "init." + parameters_[i].prefix + part.name));
-      copy_(target, value);
+      copy_(target, local_values(value, part.shard));
     });
   master_ = host.to(options.device);
   grad_ = zeros({numel_}, options.master, options.device);
@@ -64,6 +81,41 @@ std::vector<ParameterStore::NamedTensor> ParameterStore::named(const Tensor& fla
     for_each_part(parameters_[i], entry_view(flat, entries_[i]), [&](const ParameterPart& part, const Tensor& rows) {
       out.push_back({parameters_[i].prefix + part.name, rows});
     });
+  return out;
+}
+
+std::vector<ParameterStore::NamedPart> ParameterStore::parts(const Tensor& flat) const {
+  std::vector<NamedPart> out;
+  for (size_t i = 0; i < parameters_.size(); ++i)
+    for_each_part(parameters_[i], entry_view(flat, entries_[i]), [&](const ParameterPart& part, const Tensor& rows) {
+      NamedPart named{parameters_[i].prefix + part.name, rows, whole_shape(parameters_[i], part), part.shard};
+      if (named.shard.ranges.empty()) named.shard.ranges = {{0, part.rows}};
+      out.push_back(std::move(named));
+    });
+  return out;
+}
+
+std::vector<std::pair<int64_t, int64_t>> ParameterStore::primary_ranges() const {
+  std::vector<std::pair<int64_t, int64_t>> out;
+  bool joins = false;  // the element before belongs to the last range
+  for (const NamedPart& part : parts(master_)) {
+    const auto& ranges = part.shard.ranges;
+    const bool together = part.shard.dim != 0 || part.whole.ndim() == 0;  // what is cut elsewhere is not flat
+    int64_t at = part.value.offset() - master_.offset();
+    const int64_t row = part.value.ndim() == 0 || part.value.size(0) == 0 ? 1 : part.value.numel() / part.value.size(0);
+    for (const ShardRange& r : ranges) {
+      KRAIT_ASSERT(!together || r.primary == ranges.front().primary, "{}: copies are mixed inside a row", part.name);
+      const int64_t length = together ? part.value.numel() : (r.end - r.begin) * row;
+      if (r.primary) {
+        if (joins) out.back().second = at + length;
+        else out.push_back({at, at + length});
+      }
+      joins = r.primary;
+      at += length;
+      if (together) break;
+    }
+  }
+  if (joins) out.back().second = numel_;
   return out;
 }
 

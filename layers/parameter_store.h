@@ -28,12 +28,12 @@ class ParameterStore {
   struct Entry {
     std::string name;        // full name of the first part
     int64_t offset, length;  // in elements of the flat buffers
-    Shape shape;
+    Shape shape;             // of what this process holds
     ParameterOptions options;
   };
   const std::vector<Entry>& entries() const { return entries_; }
   int64_t numel() const { return numel_; }                      // flat length, gaps included
-  int64_t parameter_count() const { return parameter_count_; }  // without gaps
+  int64_t parameter_count() const { return parameter_count_; }  // of the whole model, without gaps
   const StoreOptions& options() const { return options_; }
 
   Tensor& master() { return master_; }
@@ -51,6 +51,18 @@ class ParameterStore {
   std::vector<NamedTensor> named_grads() const { return named(grad_); }
   /// The same cut of any buffer that is laid out like them (optimizer state).
   std::vector<NamedTensor> named(const Tensor& flat) const;
+  /// With what a part is of the whole: local range k of `value` along shard.dim is range k of the whole parameter.
+  /// shard.ranges is never empty; a scalar's is {0, 1} of a dimension it has not.
+  struct NamedPart {
+    std::string name;
+    Tensor value;
+    Shape whole;
+    Shard shard;
+  };
+  std::vector<NamedPart> parts(const Tensor& flat) const;
+  /// The flat ranges [begin, end), joined where they touch, of elements whose copy here is the primary one: what this
+  /// process adds to a norm over all processes of its tensor group. Gaps, which are zero, may be inside.
+  std::vector<std::pair<int64_t, int64_t>> primary_ranges() const;
   /// The parameter with this public name; throws with the known names otherwise.
   Tensor named_master(const std::string& name) const;
 

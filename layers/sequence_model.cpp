@@ -11,7 +11,7 @@
 
 namespace krait::layers {
 
-SequenceModel::SequenceModel(const ModelConfig& config, const ModelShape& shape)
+SequenceModel::SequenceModel(const ModelConfig& config, const ModelShape& shape, const Parallel& parallel)
     : regressor_(config.type == "regressor"), pooled_(config.head == "pooled") {
   const int64_t d = config.d_model;
   KRAIT_CHECK(config.n_classes > 0, "{}: model.n_classes is not set", config.type);
@@ -22,7 +22,7 @@ SequenceModel::SequenceModel(const ModelConfig& config, const ModelShape& shape)
     encoder_ = child<Linear>("encoder", shape.input_features, d, true,
                              1.0 / std::sqrt(static_cast<double>(shape.input_features)));
   }
-  decoder_ = child<Decoder>("", config, shape.context);
+  decoder_ = child<Decoder>("", config, shape.context, parallel);
   head_ = child<Linear>("head", d, config.n_classes, true, config.init_std);
 }
 
