@@ -8,6 +8,7 @@ packages=(
   build-essential cmake ninja-build ccache pkg-config
   libhdf5-dev libyaml-cpp-dev libopenblas-openmp-dev libcli11-dev libfmt-dev
   nlohmann-json3-dev libsentencepiece-dev
+  libopenmpi-dev openmpi-bin
   catch2
   "$@"
 )

@@ -1,0 +1,51 @@
+#include <mpi.h>
+#include <unistd.h>
+
+#include "core/comm/backend.h"
+#include "core/comm/job.h"
+#include "core/comm/mpi/mpi_group.h"
+#include "core/comm/mpi/mpi_types.h"
+
+namespace krait::comm {
+
+GroupPtr start_mpi(int rank, int size, int local_rank) {
+  int level = 0;
+  MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &level);  // the watchdog may end the job from its thread
+  MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+  int mpi_size = 0, mpi_rank = 0;
+  MPI_Comm_size(MPI_COMM_WORLD, &mpi_size);
+  MPI_Comm_rank(MPI_COMM_WORLD, &mpi_rank);
+  if (mpi_size != size || mpi_rank != rank) {
+    MPI_Finalize();
+    throw_error(fmt::format(
+        "the launcher says rank {} of {}, but {} sees rank {} of {}; start the job with the mpirun of this MPI, or with "
+        "srun --mpi=pmix, and without RANK and WORLD_SIZE of another launcher", rank, size, mpi_version(), mpi_rank, mpi_size));
+  }
+  MPI_Comm host;
+  check_mpi(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &host), "MPI_Comm_split_type");
+  int local_size = 0;
+  MPI_Comm_size(host, &local_size);
+  MPI_Comm_free(&host);
+  job_state() = {rank, size, local_rank, local_size, true};
+  return std::make_shared<MpiGroup>(MPI_COMM_WORLD, "world");
+}
+
+void stop_mpi() {
+  job_state().running = false;
+  MPI_Finalize();
+}
+
+void kill_job(int status) {
+  MPI_Abort(MPI_COMM_WORLD, status);
+  _exit(status);
+}
+
+std::string mpi_version() {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
+  int length = 0;
+  MPI_Get_library_version(text, &length);
+  const std::string version(text, static_cast<size_t>(length));
+  return version.substr(0, version.find_first_of(",\n"));  // Open MPI goes on with the builder's name and the date
+}
+
+}  // namespace krait::comm

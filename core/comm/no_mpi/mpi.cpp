@@ -1,0 +1,19 @@
+// Jobs of several processes in a build without MPI.
+#include <unistd.h>
+
+#include "core/comm/backend.h"
+#include "core/comm/job.h"
+
+namespace krait::comm {
+
+GroupPtr start_mpi(int, int size, int) {
+  throw_error(fmt::format("{} processes were started, but this build has no MPI; install libopenmpi-dev and openmpi-bin "
+                          "(bash train/setup.sh does), configure again with -DKRAIT_MPI=ON and build",
+                          size));
+}
+void stop_mpi() {}
+void kill_job(int status) { _exit(status); }
+void set_max_count(int64_t) {}
+std::string mpi_version() { return "not in this build"; }
+
+}  // namespace krait::comm

@@ -1,0 +1,194 @@
+// Every collective against what one rank computes of all ranks' values: whole numbers, so that every dtype is exact.
+#include "core/comm/process_group.h"
+
+#include <chrono>
+#include <thread>
+
+#include "core/comm/backend.h"
+#include "core/comm/job.h"
+#include "core/parallel.h"
+#include "tests/parallel/world.h"
+
+namespace krait::comm {
+namespace {
+
+constexpr DType kDTypes[] = {DType::f32, DType::f64, DType::bf16, DType::i32, DType::i64};
+constexpr int64_t kSizes[] = {0, 1, 3, 257, 10007};
+
+int64_t value(int64_t rank, int64_t i) { return (i * 7 + rank * 3) % 11 - 5; }
+
+// What `rank` holds: n values from number `first`.
+Tensor values(int64_t rank, int64_t n, DType dtype, Device device, int64_t first = 0) {
+  std::vector<double> v(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) v[static_cast<size_t>(i)] = static_cast<double>(value(rank, first + i));
+  return from_vector(v).to(dtype).to(device);
+}
+
+// f(i) for i in [0, n) equals t. In a case of many checks one failed one is enough.
+template <class F>
+bool equals(const Tensor& t, F f) {
+  const auto v = t.cpu().to(DType::f64).to_vector<double>();
+  for (size_t i = 0; i < v.size(); ++i)
+    if (v[i] != static_cast<double>(f(static_cast<int64_t>(i)))) {
+      UNSCOPED_INFO("element " << i << " of " << describe(t) << ": " << v[i] << ", expected "
+                               << f(static_cast<int64_t>(i)));
+      return false;
+    }
+  return true;
+}
+
+int64_t sum_at(const ProcessGroup& g, int64_t i) {
+  int64_t sum = 0;
+  for (int r = 0; r < g.size(); ++r) sum += value(r, i);
+  return sum;
+}
+
+void check_collectives(ProcessGroup& g, DType dtype, int64_t n, Device device) {
+  INFO(g.name() << " of " << g.size() << ", " << name_of(dtype) << ", n " << n);
+  const int p = g.size(), me = g.rank();
+
+  Tensor t = values(me, n, dtype, device);
+  g.all_reduce(t).wait();
+  CHECK(equals(t, [&](int64_t i) { return sum_at(g, i); }));
+
+  t = values(me, n, dtype, device);
+  g.all_reduce(t, Reduce::max).wait();
+  CHECK(equals(t, [&](int64_t i) {
+    int64_t max = value(0, i);
+    for (int r = 1; r < p; ++r) max = std::max(max, value(r, i));
+    return max;
+  }));
+
+  Tensor whole = empty({n * p}, dtype, device);
+  g.all_gather(values(me, n, dtype, device), whole).wait();
+  CHECK(equals(whole, [&](int64_t i) { return value(i / n, i % n); }));
+
+  Tensor piece = empty({n}, dtype, device);
+  g.reduce_scatter(values(me, n * p, dtype, device), piece).wait();
+  CHECK(equals(piece, [&](int64_t i) { return sum_at(g, me * n + i); }));
+
+  whole = empty({p, n}, dtype, device);
+  g.all_to_all(values(me, n * p, dtype, device), whole).wait();
+  CHECK(equals(whole, [&](int64_t i) { return value(i / n, me * n + i % n); }));
+
+  for (int root = 0; root < p; ++root) {
+    t = values(me, n, dtype, device);
+    g.broadcast(t, root).wait();
+    CHECK(equals(t, [&](int64_t i) { return value(root, i); }));
+  }
+
+  const int next = (me + 1) % p, previous = (me + p - 1) % p;
+  t = empty({n}, dtype, device);
+  g.exchange(values(me, n, dtype, device), next, t, previous).wait();
+  CHECK(equals(t, [&](int64_t i) { return value(previous, i); }));
+
+  // A halo: the last member sends nothing, the first receives nothing.
+  const Tensor send = me + 1 < p ? values(me, n, dtype, device) : Tensor();
+  t = me > 0 ? empty({n}, dtype, device) : Tensor();
+  g.exchange(send, next, t, previous).wait();
+  if (t.defined()) CHECK(equals(t, [&](int64_t i) { return value(me - 1, i); }));
+}
+
+void check_all(ProcessGroup& g, Device device) {
+  for (const DType dtype : kDTypes)
+    for (const int64_t n : kSizes) check_collectives(g, dtype, n, device);
+}
+
+void check_mesh(Device device) {
+  const int p = world()->size();
+  const Mesh mesh = p == 4 ? make_mesh(world(), 2, 1, 2) : make_mesh(world(), 1, p, 1);
+  const int rank = world()->rank();
+  if (p == 4) {
+    CHECK(mesh.data->size() == 2);
+    CHECK(mesh.data->rank() == rank / 2);
+    CHECK(mesh.tensor->size() == 2);
+    CHECK(mesh.tensor->rank() == rank % 2);
+    CHECK(mesh.sequence->size() == 1);
+    CHECK(mesh.replicas->size() == 2);
+    // Who is in the groups: world ranks as values.
+    Tensor ranks = full({1}, rank, DType::i64, device);
+    mesh.tensor->all_reduce(ranks).wait();
+    CHECK(ranks.item() == (rank < 2 ? 0 + 1 : 2 + 3));
+    ranks = full({1}, rank, DType::i64, device);
+    mesh.replicas->all_reduce(ranks).wait();
+    CHECK(ranks.item() == (rank % 2 == 0 ? 0 + 2 : 1 + 3));
+  } else {
+    CHECK(mesh.sequence->size() == p);
+    CHECK(mesh.replicas->size() == p);
+    CHECK(mesh.tensor->size() == 1);
+  }
+  check_all(*mesh.data, device);
+  check_all(*mesh.sequence, device);
+  check_all(*mesh.tensor, device);
+}
+
+// Several collectives of two groups under way at once, ended in another order, the tensors dropped by the caller.
+void check_overlap(Device device) {
+  const GroupPtr other = world()->split(0, "other");
+  const int64_t n = 100003;
+  std::vector<Tensor> sums;
+  std::vector<Work> works;
+  for (int k = 0; k < 5; ++k) {
+    sums.push_back(values(world()->rank(), n, DType::f32, device, k));
+    works.push_back((k % 2 ? *world() : *other).all_reduce(sums.back()));
+  }
+  Tensor gathered = empty({world()->size() * n}, DType::f32, device);
+  Work gather = world()->all_gather(values(world()->rank(), n, DType::f32, device), gathered);
+  for (int k = 4; k >= 0; --k) works[static_cast<size_t>(k)].wait();
+  for (int k = 0; k < 5; ++k)
+    CHECK(equals(sums[static_cast<size_t>(k)], [&](int64_t i) { return sum_at(*world(), k + i); }));
+  gather = {};  // the last copy waits
+  CHECK(equals(gathered, [&](int64_t i) { return value(i / n, i % n); }));
+}
+
+}  // namespace
+
+TEST_CASE("collectives give what one rank computes, for every dtype and size") { check_all(*world(), kCpu); }
+TEST_CASE("groups of a mesh hold the right ranks and work side by side") { check_mesh(kCpu); }
+TEST_CASE("collectives under way together keep apart") { check_overlap(kCpu); }
+
+TEST_CASE("counts beyond what one call of MPI takes are cut in pieces") {
+  set_max_count(100);
+  check_collectives(*world(), DType::f32, 257, kCpu);
+  check_collectives(*world(), DType::bf16, 99, kCpu);
+  set_max_count(int64_t{1} << 30);
+}
+
+TEST_CASE("ranks that come late are waited for") {
+  std::this_thread::sleep_for(std::chrono::milliseconds(20 * world()->rank()));
+  Tensor t = ones({3}, DType::f32, kCpu);
+  world()->all_reduce(t).wait();
+  CHECK(t.select(0, 0).item() == world()->size());
+  world()->barrier();
+}
+
+TEST_CASE("a sum in bfloat16 is rounded once per addition, a maximum never") {
+  Tensor t = full({5}, world()->rank() == 0 ? 256.0 : 1.0, DType::bf16, kCpu);  // 257 is not a bfloat16
+  world()->all_reduce(t, Reduce::max).wait();
+  CHECK(t.select(0, 4).item() == 256);
+  if (world()->size() == 2) {
+    t = full({5}, world()->rank() == 0 ? 256.0 : 1.0, DType::bf16, kCpu);
+    world()->all_reduce(t).wait();
+    CHECK(t.select(0, 4).item() == 256);
+  }
+}
+
+TEST_CASE("groups refuse what does not fit, before anything is sent") {
+  const int p = world()->size();
+  const Tensor piece = zeros({3}, DType::f32, kCpu);
+  CHECK(contains(error_of([&] { (void)world()->all_gather(piece, zeros({3 * p + 1}, DType::f32, kCpu)); }), "does not fit"));
+  CHECK(contains(error_of([&] { (void)world()->all_gather(piece, zeros({3 * p}, DType::f64, kCpu)); }), "all_gather"));
+  CHECK(contains(error_of([&] { (void)world()->all_reduce(zeros({4, 3}, DType::f32, kCpu).transpose(0, 1)); }),
+                 "not contiguous"));
+  CHECK(contains(error_of([&] { (void)world()->all_reduce({}); }), "undefined"));
+  CHECK(contains(error_of([&] { (void)world()->broadcast(piece, p); }), "no member"));
+  CHECK(contains(error_of([&] { make_mesh(world(), 3, p, 1); }), fmt::format("{} ranks, but {} were started", 3 * p, p)));
+}
+
+TEST_CASE("NCCL: collectives give what one rank computes, for every dtype and size", "[cuda]") {
+  check_all(*world(), local_cuda_device());
+}
+TEST_CASE("NCCL: groups of a mesh hold the right ranks and work side by side", "[cuda]") { check_mesh(local_cuda_device()); }
+TEST_CASE("NCCL: collectives under way together keep apart", "[cuda]") { check_overlap(local_cuda_device()); }
+
+}  // namespace krait::comm
