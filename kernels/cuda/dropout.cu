@@ -4,21 +4,27 @@
 
 namespace krait::kernels::cuda {
 
-// A thread makes one Philox block and serves the four elements that it numbers, the first and last block of the
-// tensor partly. Bound by memory for fp32; the ten rounds cost about as much as the traffic of bf16.
+// A thread makes one Philox block and serves the four elements that it numbers, the first and last block of a
+// run partly. Bound by memory for fp32; the ten rounds cost about as much as the traffic of bf16.
 template <class T>
-__global__ void dropout_kernel(T* y, const T* x, const T* residual, int64_t n, int64_t offset, uint64_t key,
+__global__ void dropout_kernel(T* y, const T* x, const T* residual, int64_t n, int64_t run, int64_t offset,
+                               int64_t runs, int64_t run_stride, int64_t group_stride, uint64_t key,
                                const int64_t* step, uint32_t threshold, accum_t<T> scale) {
   using A = accum_t<T>;
   const auto now = static_cast<uint64_t>(*step);
-  const int64_t first = offset / 4, last = (offset + n + 3) / 4, stride = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t block = first + int64_t{blockIdx.x} * blockDim.x + threadIdx.x; block < last; block += stride) {
-    const Philox r = philox(key, static_cast<uint64_t>(block), now);
+  // (run + 6) / 4 blocks are the most that a run reaches into.
+  const int64_t blocks = (run + 6) / 4, last = n / run * blocks, stride = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t item = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; item < last; item += stride) {
+    const int64_t r = run == n ? 0 : item / blocks;
+    const int64_t start = run == n ? offset : DropoutMask::start(r, offset, runs, run_stride, group_stride);
+    const int64_t block = start / 4 + item - r * blocks;
+    if (block * 4 >= start + run) continue;
+    const Philox words = philox(key, static_cast<uint64_t>(block), now);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const int64_t i = block * 4 + w - offset;
-      if (i < 0 || i >= n) continue;
-      const bool drop = (r.word[w] >> 8) < threshold;
+      const int64_t c = block * 4 + w - start, i = r * run + c;
+      if (c < 0 || c >= run) continue;
+      const bool drop = (words.word[w] >> 8) < threshold;
       const A value = static_cast<A>(x[i]);
       if (residual) {  // one fused multiply-add, as on the CPU
         const A base = static_cast<A>(residual[i]);
@@ -31,12 +37,14 @@ __global__ void dropout_kernel(T* y, const T* x, const T* residual, int64_t n, i
 }
 
 void dropout(Tensor& y, const Tensor& x, const Tensor& residual, const DropoutMask& mask) {
-  const int64_t n = x.numel();
+  const int64_t n = x.numel(), run = mask.run_of(n);
   visit_float(x.dtype(), [&]<class T>() {
     launch(dropout_kernel<T>,
-           {.grid = std::min<int64_t>(ceil_div(n + 6, 4 * 256), 132 * 16), .stream = current_stream(x.device())},
-           y.data<T>(), x.data<T>(), residual.defined() ? residual.data<T>() : nullptr, n, mask.offset, mask.key,
-           mask.step.data<int64_t>(), dropout_threshold(mask.p), 1.0 / (1.0 - mask.p));
+           {.grid = std::min<int64_t>(ceil_div(n / run * ((run + 6) / 4), 256), 132 * 16),
+            .stream = current_stream(x.device())},
+           y.data<T>(), x.data<T>(), residual.defined() ? residual.data<T>() : nullptr, n, run, mask.offset,
+           mask.runs, mask.run_stride, mask.group_stride, mask.key, mask.step.data<int64_t>(),
+           dropout_threshold(mask.p), 1.0 / (1.0 - mask.p));
   });
 }
 

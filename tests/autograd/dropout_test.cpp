@@ -143,3 +143,40 @@ TEST_CASE("the threshold is the exact comparison with p") {
     CHECK(static_cast<double>(t) / 16777216.0 >= p);
   }
 }
+
+namespace {
+
+// What two groups of ranks that cut positions and channels draw, put together again.
+Tensor from_parts(const Tensor& x, int64_t pieces, int64_t slices) {
+  Tensor out = empty_like(x);
+  const int64_t l = x.size(1) / pieces, c = x.size(2) / slices;
+  for (int64_t s = 0; s < pieces; ++s)
+    for (int64_t t = 0; t < slices; ++t) {
+      const auto part = [&](const Tensor& all) { return all.slice(1, s * l, (s + 1) * l).slice(2, t * c, (t + 1) * c); };
+      Tensor to = part(out);
+      copy_(to, dropout(Variable(part(x)), 0.5, "d", {s * l, x.size(1), t * c, x.size(2)}).data());
+    }
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("a part of a tensor draws its part of the tensor's mask") {
+  const Source source(5, 3);
+  for (const Shape& shape : {Shape{2, 6, 9}, Shape{3, 1002, 3}, Shape{1, 6, 4098}, Shape{2, 3 * 512, 3 * 64}}) {
+    const Tensor x = ones(shape, DType::f32, kCpu);
+    const auto whole = dropout(Variable(x), 0.5, "d").data().to_vector<float>();
+    for (const int64_t pieces : {1, 2, 3, 6})
+      for (const int64_t slices : {1, 3}) REQUIRE(from_parts(x, pieces, slices).to_vector<float>() == whole);
+  }
+}
+
+TEST_CASE("a part's mask on cuda is the cpu's", "[cuda]") {
+  const Source source(5, 3);
+  const Tensor x = testing::random_tensor({2, 3, 35}, Normal{}, 1, DType::f32);
+  const DropoutPart part{4, 9, 35, 105};
+  const auto cpu = dropout(Variable(x), 0.5, "d", part).data().to_vector<float>();
+  const Device gpu = cuda_device(0);
+  current_random().step = step_at(5, gpu);
+  REQUIRE(dropout(Variable(x.to(gpu)), 0.5, "d", part).data().to_vector<float>() == cpu);
+}
