@@ -28,6 +28,8 @@ void check_dropout(const AttentionOptions& options, const Tensor& q) {
   const DropoutMask& mask = options.dropout;
   KRAIT_CHECK(mask.p >= 0.0 && mask.p < 1.0, "attention: dropout p is {}, expected 0 <= p < 1", mask.p);
   if (mask.p == 0.0) return;
+  KRAIT_CHECK(options.part.key % 4 == 0, "attention: with dropout a part's keys begin at a multiple of 4, not at {}",
+              options.part.key);
   KRAIT_CHECK(mask.offset >= 0, "attention: dropout from sequence {}, expected at least 0", mask.offset);
   KRAIT_CHECK(mask.step.defined() && mask.step.dtype() == DType::i64 && mask.step.numel() == 1 &&
                   mask.step.device() == q.device(),

@@ -24,6 +24,14 @@ namespace kernels {
 /// m is never stored. It is word e % 4 of Philox call e / 4 (see RandomSource) with
 ///   e = (((batch_offset + b) hq + h) lq + i) round_up(lk, 4) + j
 /// so that a call serves four neighbouring keys for any lk. CPU and CUDA draw the same mask.
+
+/// That a call is the part of a larger attention whose heads, queries and keys are spread over ranks or calls: dropout
+/// numbers its elements as there, h + head of `heads` and so on. 0 of them: all are here.
+struct AttentionPart {
+  int64_t head = 0, heads = 0;
+  int64_t query = 0, queries = 0;
+  int64_t key = 0, keys = 0;  // key: a multiple of 4 where there is dropout
+};
 struct AttentionOptions {
   double scale = 0;             // 0: d^(-1/2)
   bool causal = true;           // keys j <= p
@@ -34,6 +42,7 @@ struct AttentionOptions {
   std::optional<int64_t> q_offset;  // default lk - lq, or k_length - lq where k_length is given
   Tensor k_length;              // int32 or int64 on the device, one value or (b): keys from there on are unseen
   DropoutMask dropout;  // of P; its offset counts sequences here (batch_offset above). p = 0: none
+  AttentionPart part;
   bool vendor_library = true;   // false: Krait's own kernel even where cuDNN applies (comparisons, tests)
 };
 
