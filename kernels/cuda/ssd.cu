@@ -1,6 +1,7 @@
 // Chunks of the state-space recurrence (kernels/ssd.h): sums of log decays, C B^T, each chunk's own state, a pass over
-// the chunks' states, outputs. Five launches, none per position.
-#include "kernels/cuda/ssd_tile.cuh"
+// the chunks' states, outputs. Five launches, none per position. bf16 with heads of up to 64 channels and states of up
+// to 128 columns has its own kernels (ssd_mma.cuh).
+#include "kernels/cuda/ssd_mma.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -242,6 +243,7 @@ void Pass::scan(Tensor& states, const Tensor& start, const Tensor& last, bool re
 
 void ssd_forward(Tensor& y, Tensor& final_state, const SsdInput& in) {
   using namespace ssd;
+  if (mma64::serves(in, {}, {y})) return mma64::forward(y, final_state, in);
   const Pass pass(in);
   const Dims& d = pass.d;
   Tensor states = pass.own_states(in.x, in.B, false);

@@ -2,7 +2,7 @@
 // passed along the chunks; then one launch each for dx, dC and dB, whose blocks own their rows and walk over the heads
 // of a group in order, and one that puts da together. Every sum has a fixed order.
 #include "kernels/cuda/block_reduce.cuh"
-#include "kernels/cuda/ssd_tile.cuh"
+#include "kernels/cuda/ssd_mma.cuh"
 #include "kernels/reduce.h"
 
 namespace krait::kernels::cuda {
@@ -339,6 +339,7 @@ A* data_or_null(const Tensor& t) {
 
 void ssd_backward(SsdGrad& grad, const Tensor& dy, const Tensor& dfinal, const SsdInput& in) {
   using namespace ssd;
+  if (mma64::serves(in, dy, {grad.dx, grad.dB, grad.dC})) return mma64::backward(grad, dy, dfinal, in);
   const Pass pass(in);
   const Dims& d = pass.d;
   const Device device = in.x.device();

@@ -125,7 +125,11 @@ const std::vector<OpCase>& large_cases() {
   static const std::vector<OpCase> all{case_of("ssd, long chunks", 256, false,
                                                {shapes_of(1, 600, 2, 64, 1, 128), shapes_of(1, 300, 4, 32, 2, 64)}),
                                        case_of("ssd, long chunks, documents", 200, true,
-                                               {shapes_of(2, 333, 2, 136, 1, 200), shapes_of(1, 290, 3, 48, 1, 16, true)})};
+                                               {shapes_of(2, 333, 2, 136, 1, 200), shapes_of(1, 290, 3, 48, 1, 16, true)}),
+                                       // Seven heads: blocks of three, three and one. Eleven chunks: cut in pieces.
+                                       case_of("ssd, heads in bundles, length in pieces", 256, true,
+                                               {shapes_of(1, 700, 7, 64, 1, 128), shapes_of(2, 515, 8, 40, 2, 24, true),
+                                                shapes_of(3, 64, 3, 64, 3, 64)})};
   return all;
 }
 
