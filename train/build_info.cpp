@@ -6,6 +6,7 @@
 #include <fmt/core.h>
 #include <nlohmann/json.hpp>
 
+#include "core/comm/job.h"
 #include "core/device.h"
 #include "data/hdf5.h"
 
@@ -31,6 +32,8 @@ std::vector<std::pair<std::string, std::string>> build_info() {
       {"krait", fmt::format("{} (git {})", kVersion, git_revision())},
       {"compiler", __VERSION__},
       {"cuda", built_with_cuda() ? "built in" : "not in this build"},
+      {"nccl", comm::nccl_version()},
+      {"mpi", comm::mpi_version()},
       {"blas", openblas_get_config ? openblas_get_config() : "CBLAS"},
       {"hdf5", has_hdf5 ? fmt::format("{}.{}.{}", major, minor, patch) : "unknown"},
       {"fmt", fmt::format("{}.{}.{}", FMT_VERSION / 10000, FMT_VERSION / 100 % 100, FMT_VERSION % 100)},

@@ -3,13 +3,16 @@
 #include <cstdio>
 #include <new>
 
+#include "core/comm/job.h"
 #include "core/config_node.h"
 #include "train/build_info.h"
 
 namespace krait::train::cli {
 namespace {
 
+// In a job of several processes one rank's error ends them all: the others would wait for it.
 int report(const std::string& message, int status) {
+  if (comm::job_size() > 1) comm::abort_job(message, status);
   std::fflush(stdout);
   std::fprintf(stderr, "error: %s\n", message.c_str());
   return status;

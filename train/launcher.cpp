@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "core/comm/job.h"
 #include "core/error.h"
 
 namespace krait::train {
@@ -52,9 +53,13 @@ Launch detect_launch() {
   return {};
 }
 
+comm::GroupPtr start_job(const Launch& launch) {
+  return comm::init_world(launch.rank, launch.world_size, launch.local_rank);
+}
+
 void require_single_rank(const Launch& launch) {
   if (launch.world_size == 1) return;
-  throw ConfigError(fmt::format("{} started {} ranks, but this build trains on one\n       try one process, without the launcher",
+  throw ConfigError(fmt::format("{} started {} ranks, but this command uses one\n       try one process, without the launcher",
                                 launch.launcher, launch.world_size));
 }
 

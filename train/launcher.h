@@ -1,6 +1,8 @@
 #pragma once
 #include <string>
 
+#include "core/comm/process_group.h"
+
 namespace krait::train {
 
 /// Where this process stands among those that a launcher started.
@@ -13,7 +15,10 @@ struct Launch {
 /// ConfigError for values that are not numbers or do not fit together.
 Launch detect_launch();
 
-/// ConfigError when there is more than one rank, which this build cannot use: N silent copies of one run that all
+/// All processes of the job; see comm::init_world.
+comm::GroupPtr start_job(const Launch& launch);
+
+/// ConfigError when there is more than one rank, for commands that use one: N silent copies of one run that all
 /// write to one directory are what nobody wants.
 void require_single_rank(const Launch& launch);
 

@@ -1,18 +1,20 @@
 #include <csignal>
 
+#include "core/comm/job.h"
 #include "train/cli.h"
 
 int main(int argc, char** argv) {
   // A limit on the size of files is an error of the write that meets it, like a full disk, and not the end.
   std::signal(SIGXFSZ, SIG_IGN);
   using namespace krait::train;
-  return cli::run(argc, argv,
-                  {
-                      cli::add_train,
-                      cli::add_eval,
-                      cli::add_generate,
-                      cli::add_ablate,
-                      cli::add_data,
-                      cli::add_info,
-                  });
+  const int status = cli::run(argc, argv,
+                              {
+                                  cli::add_train,
+                                  cli::add_eval,
+                                  cli::add_generate,
+                                  cli::add_ablate,
+                                  cli::add_data,
+                                  cli::add_info,
+                              });
+  return krait::comm::finish(status);
 }

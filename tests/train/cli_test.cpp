@@ -115,7 +115,7 @@ TEST_CASE("launchers: what started this process is found; more than one rank is 
     const Environment size("OMPI_COMM_WORLD_SIZE", "4"), rank("OMPI_COMM_WORLD_RANK", "3");
     CHECK(detect_launch().rank == 3);
     CHECK(error_of([] { require_single_rank(detect_launch()); }) ==
-          "mpirun (Open MPI) started 4 ranks, but this build trains on one\n       try one process, without the launcher");
+          "mpirun (Open MPI) started 4 ranks, but this command uses one\n       try one process, without the launcher");
   }
   {
     const Environment batch("SLURM_NTASKS", "8");  // a batch script: one process

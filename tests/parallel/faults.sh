@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Usage: faults.sh PROGRAM MPIRUN [flags]: each hidden case of fault_test.cpp must end all ranks soon, with a status that
+# is not 0 and with one message that says what happened.
+set -uo pipefail
+program=$1
+shift
+failed=0
+
+# expect CASE PATTERN: one line of the output matches.
+expect() {
+  local begin=$SECONDS out status
+  out=$(KRAIT_COMM_TIMEOUT=3 timeout 60 "${@:3}" -n 3 "$program" "fault: $1" 2>&1)
+  status=$?
+  local seconds=$((SECONDS - begin)) lines
+  lines=$(grep -cE "$2" <<<"$out")
+  if [ "$status" -eq 0 ] || [ "$status" -eq 124 ] || [ "$seconds" -ge 30 ] || [ "$lines" -ne 1 ]; then
+    echo "FAILED: $1: status $status after $seconds s, $lines lines match '$2':"
+    echo "$out"
+    failed=1
+  else
+    echo "passed: $1: status $status after $seconds s"
+  fi
+  if pgrep -f "$program fault: $1" >/dev/null; then
+    echo "FAILED: $1: processes are left"
+    failed=1
+  fi
+}
+
+expect "killed" "signal 9 \(Killed\)" "$@"
+expect "exits" "error: rank 2 of 3 .*: the process exits before the job's end" "$@"
+expect "leaves without a word" "without .*calling \"finalize\"|error: rank 0 of 3 .*all_reduce of" "$@"
+expect "error" "error: rank 2 of 3 .*: the disk is full" "$@"
+expect "exception" "error: rank 2 of 3 .*: ends with status 1" "$@"
+stuck="error: rank 0 of 3 .*: all_reduce of (float32|f32) \(3\).* in group 'world' \(world ranks 0, 1, 2\) has not ended after 3"
+expect "stalls" "$stuck" "$@"
+expect "stopped" "$stuck" "$@"
+expect "other collective" "error: rank . of 3 .* in group 'world' \(world ranks 0, 1, 2\) has not ended after" "$@"
+expect "error on all ranks" "error: rank 0 of 3 .*: no such file" "$@"
+exit $failed
