@@ -19,7 +19,7 @@ Variable cross_entropy(const Variable& logits, const Tensor& targets, const Cros
 
 LossOut linear_cross_entropy(const Variable& x, const Variable& w, const Tensor& targets,
                              const CrossEntropyOptions& options, double loss_scale, int64_t chunk_rows,
-                             const Tensor& count) {
+                             const Tensor& count, const kernels::VocabularyShard& shard) {
   KRAIT_CHECK(targets.shape() == x.shape().drop_last(), "linear_cross_entropy: x {} with targets {}", x.shape(),
               targets.shape());
   const bool tape = recording(), in_place = tape && w.accumulates_in_place();
@@ -33,7 +33,8 @@ LossOut linear_cross_entropy(const Variable& x, const Variable& w, const Tensor&
                                                   .chunk_rows = chunk_rows,
                                                   .count = count,
                                                   .want_dx = tape && x.requires_grad(),
-                                                  .dw_sum = dw});
+                                                  .dw_sum = dw,
+                                                  .shard = shard});
   const Variable loss = record("linear_cross_entropy", {x, w}, out.loss,
                                [shape = x.shape(), dtype = w.dtype(), dx_flat = out.dx,
                                 dw = in_place ? Tensor{} : dw, in_place](const Tensor& dloss) -> Grads {

@@ -23,9 +23,11 @@ struct LossOut {
 /// When w accumulates in place, its gradient is added to its buffer here too: clear buffers before the forward, and
 /// call backward with the gradient 1 for this loss (an error on a CPU otherwise, NaN in dx on CUDA); a factor known up
 /// front, such as 1 / accumulation steps, goes into loss_scale. Otherwise any upstream gradient is right.
+/// With a shard, w is a member's rows of the whole matrix; x is replicated, and dx is this member's part of it: wrap x
+/// in copy_to_group.
 LossOut linear_cross_entropy(const Variable& x, const Variable& w, const Tensor& targets,
                              const CrossEntropyOptions& options = {}, double loss_scale = 1.0, int64_t chunk_rows = 0,
-                             const Tensor& count = {});
+                             const Tensor& count = {}, const kernels::VocabularyShard& shard = {});
 
 }  // namespace autograd
 }  // namespace krait

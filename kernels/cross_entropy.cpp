@@ -76,7 +76,7 @@ void cross_entropy_backward(Tensor& dlogits, const Tensor& dloss, const Tensor& 
               dloss.shape());
   const int64_t valid = valid_columns(logits.size(1), options);
   KRAIT_DISPATCH(logits.device(), cross_entropy_gradient(dlogits, dloss, logits.contiguous(), targets.contiguous(), lse,
-                                                         count, valid, options));
+                                                         count, VocabularyColumns{0, valid, valid}, options));
 }
 
 namespace {
@@ -96,6 +96,24 @@ struct Rows {
   Tensor losses, nll, count;
 };
 
+// cross_entropy_rows where every member of a group has some columns.
+void sharded_rows(Tensor& losses, Tensor& nll, Tensor& lse, Tensor& gradient, const Tensor& logits, const Tensor& targets,
+                  const Tensor& count, int64_t valid, const LinearCrossEntropyJob& job) {
+  const int64_t first = job.shard.first;
+  const VocabularyColumns columns{first, std::clamp<int64_t>(valid - first, 0, logits.size(1)), valid};
+  const Device device = logits.device();
+  Tensor own_top = empty_like(losses), sums = empty({3, losses.size(0)}, losses.dtype(), device);
+  KRAIT_DISPATCH(device, cross_entropy_partial(own_top, sums, logits, targets, columns, job.options));
+  const Tensor top = own_top.clone();
+  job.shard.group->all_reduce(top, comm::Reduce::max).wait();
+  KRAIT_DISPATCH(device, cross_entropy_rescale(sums, own_top, top));
+  job.shard.group->all_reduce(sums.slice(0, 0, job.options.label_smoothing != 0.0 ? 3 : 2)).wait();
+  KRAIT_DISPATCH(device, cross_entropy_finish(losses, nll, lse, top, sums, targets, valid, job.options));
+  if (!gradient.defined()) return;
+  const Tensor scale = full({}, job.loss_scale, losses.dtype(), device);
+  KRAIT_DISPATCH(device, cross_entropy_gradient(gradient, scale, logits, targets, lse, count, columns, job.options));
+}
+
 // Everything per row, and the gradients that the job wants.
 Rows linear_rows(Tensor& dx, const Tensor& x, const Tensor& w, const Tensor& targets_in,
                  const LinearCrossEntropyJob& job) {
@@ -104,7 +122,12 @@ Rows linear_rows(Tensor& dx, const Tensor& x, const Tensor& w, const Tensor& tar
               "linear_cross_entropy: x is {}, w is {}; expected (t, d) and (v, d)", x.shape(), w.shape());
   check_targets(targets_in, x.shape().drop_last(), x.device());
   const Tensor rows = blas_ready(x), weight = blas_ready(w), targets = targets_in.contiguous();
-  const int64_t t = x.size(0), v = w.size(0), valid = valid_columns(v, job.options);
+  const VocabularyShard& shard = job.shard;
+  const bool sharded = shard.group && shard.group->size() > 1;
+  const int64_t t = x.size(0), v = w.size(0), whole = sharded ? shard.whole : v;
+  KRAIT_CHECK(!sharded || (shard.first >= 0 && shard.first + v <= whole),
+              "linear_cross_entropy: rows from {} of w {} do not lie in a vocabulary of {}", shard.first, w.shape(), whole);
+  const int64_t valid = valid_columns(whole, job.options);
   const Device device = x.device();
   const DType accum = accum_dtype(x.dtype());
   const Tensor kept = count_targets(targets, valid, job.options.ignore_index);
@@ -115,16 +138,21 @@ Rows linear_rows(Tensor& dx, const Tensor& x, const Tensor& w, const Tensor& tar
   Tensor dw = job.dw_sum;
   const bool gradients = job.want_dx || dw.defined();
 
-  const int64_t chunk = std::min(t, job.chunk_rows > 0 ? job.chunk_rows : rows_per_chunk(v, x.dtype(), device));
+  // Every member must cut the rows alike, also where its share of the vocabulary is smaller.
+  const int64_t columns = sharded ? (whole + shard.group->size() - 1) / shard.group->size() : v;
+  const int64_t chunk = std::min(t, job.chunk_rows > 0 ? job.chunk_rows : rows_per_chunk(columns, x.dtype(), device));
   const Tensor buffer = empty({chunk, v}, x.dtype(), device);
   for (int64_t begin = 0; begin < t; begin += chunk) {
     const int64_t end = std::min(t, begin + chunk);
-    const auto part = [&](const Tensor& whole) { return whole.slice(0, begin, end); };
+    const auto part = [&](const Tensor& all) { return all.slice(0, begin, end); };
     Tensor logits = buffer.slice(0, 0, end - begin);
     matmul_out(logits, part(rows), weight, false, true);
     Tensor l = part(out.losses), n = part(out.nll), s = part(lse), gradient = gradients ? logits : Tensor{};
-    KRAIT_DISPATCH(device, cross_entropy_rows(l, n, s, gradient, logits, part(targets), out.count, job.loss_scale,
-                                              valid, job.options));
+    if (sharded)
+      sharded_rows(l, n, s, gradient, logits, part(targets), out.count, valid, job);
+    else
+      KRAIT_DISPATCH(device, cross_entropy_rows(l, n, s, gradient, logits, part(targets), out.count, job.loss_scale,
+                                                valid, job.options));
     if (job.want_dx) {
       Tensor dx_part = part(dx);
       matmul_out(dx_part, logits, weight);
@@ -147,9 +175,9 @@ LinearCrossEntropyOut linear_cross_entropy(const Tensor& x, const Tensor& w, con
 }
 
 Tensor linear_cross_entropy_nll(const Tensor& x, const Tensor& w, const Tensor& targets,
-                                const CrossEntropyOptions& options, int64_t chunk_rows) {
+                                const CrossEntropyOptions& options, int64_t chunk_rows, const VocabularyShard& shard) {
   Tensor none;
-  return linear_rows(none, x, w, targets, {.options = options, .chunk_rows = chunk_rows}).nll;
+  return linear_rows(none, x, w, targets, {.options = options, .chunk_rows = chunk_rows, .shard = shard}).nll;
 }
 
 void scale_by(Tensor& t, const Tensor& factor, bool must_be_one) {

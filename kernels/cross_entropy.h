@@ -1,4 +1,5 @@
 #pragma once
+#include "core/comm/process_group.h"
 #include "core/dispatch.h"
 #include "core/tensor.h"
 
@@ -44,6 +45,14 @@ struct LinearCrossEntropyOut {
   Tensor count;
   Tensor dx;       // (t, d) when wanted
 };
+/// That w (v, d) is rows [first, first + v) of a whole vocabulary whose other rows are with the other members of the
+/// group (Shoeybi et al. 2019, section 3). The logits stay apart: of every token the members exchange the maximum, and
+/// then sum_j exp(s_j - max), s_y and, with smoothing, sum_j s_j. targets, valid_vocab and V are the whole vocabulary's;
+/// all results are the same on every member but dx, which is this one's part of the sum.
+struct VocabularyShard {
+  comm::GroupPtr group = {};  // null, or of one: w is whole
+  int64_t first = 0, whole = 0;
+};
 struct LinearCrossEntropyJob {
   CrossEntropyOptions options = {};
   double loss_scale = 1.0;
@@ -51,24 +60,40 @@ struct LinearCrossEntropyJob {
   Tensor count = {};       // as above
   bool want_dx = false;
   Tensor dw_sum = {};      // when defined, the gradient of w is added to it
+  VocabularyShard shard = {};
 };
 LinearCrossEntropyOut linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& targets,
                                            const LinearCrossEntropyJob& job);
 /// The same without gradients: nll per token (t), fp32 (fp64 for fp64), for evaluation.
 Tensor linear_cross_entropy_nll(const Tensor& x, const Tensor& w, const Tensor& targets,
-                                const CrossEntropyOptions& options = {}, int64_t chunk_rows = 0);
+                                const CrossEntropyOptions& options = {}, int64_t chunk_rows = 0,
+                                const VocabularyShard& shard = {});
 
 /// t *= factor, a scalar on t's device. With `must_be_one` any other factor is an error (CPU) or makes t NaN (CUDA).
 void scale_by(Tensor& t, const Tensor& factor, bool must_be_one);
 
+/// Which of the vocabulary's V valid columns are here: `valid` of them, from `first` on. Those after them are padding.
+struct VocabularyColumns {
+  int64_t first = 0, valid = 0, whole = 0;  // whole: V
+};
+
 // rows: row losses. dlogits may be undefined (no gradient) or alias logits. valid is V, resolved.
-// gradient: factor = dloss / max(count, 1). reduce: out = scale sum(rows) / max(count, 1), count undefined: 1.
+// gradient: factor = dloss / max(count, 1).
+// partial: over the columns here, top (t) = max_j s_j (the lowest value where there are none) and
+// sums (3, t) = sum_j exp(s_j - top), s_y or 0, sum_j s_j (with smoothing only). rescale: sums from one maximum to a
+// larger one. finish: the row results from everybody's top and sums.
+// reduce: out = scale sum(rows) / max(count, 1), count undefined: 1.
 KRAIT_BACKENDS(void cross_entropy_rows(Tensor& rows, Tensor& nll, Tensor& lse, Tensor& dlogits, const Tensor& logits,
                                        const Tensor& targets, const Tensor& count, double scale, int64_t valid,
                                        const CrossEntropyOptions& options);
                void cross_entropy_gradient(Tensor& dlogits, const Tensor& dloss, const Tensor& logits,
                                            const Tensor& targets, const Tensor& lse, const Tensor& count,
-                                           int64_t valid, const CrossEntropyOptions& options);
+                                           VocabularyColumns columns, const CrossEntropyOptions& options);
+               void cross_entropy_partial(Tensor& top, Tensor& sums, const Tensor& logits, const Tensor& targets,
+                                          VocabularyColumns columns, const CrossEntropyOptions& options);
+               void cross_entropy_rescale(Tensor& sums, const Tensor& from, const Tensor& to);
+               void cross_entropy_finish(Tensor& rows, Tensor& nll, Tensor& lse, const Tensor& top, const Tensor& sums,
+                                         const Tensor& targets, int64_t valid, const CrossEntropyOptions& options);
                void cross_entropy_reduce(Tensor& out, const Tensor& rows, const Tensor& count, double scale);
                void cross_entropy_count(Tensor& count, const Tensor& targets, int64_t valid, int64_t ignore_index);
                void scale_by(Tensor& t, const Tensor& factor, bool must_be_one))

@@ -14,16 +14,23 @@ Tensor checked_tokens(const Tensor& table, const Tensor& tokens) {
   return tokens.contiguous().view({tokens.numel()});
 }
 
+TableRows checked_rows(const Tensor& table, TableRows rows) {
+  if (rows.whole == 0) return {0, table.size(0)};
+  KRAIT_CHECK(rows.first >= 0 && rows.first + table.size(0) <= rows.whole,
+              "embedding: rows from {} of a table {} do not lie in {} rows", rows.first, table.shape(), rows.whole);
+  return rows;
+}
+
 }  // namespace
 
-Tensor embedding_forward(const Tensor& table, const Tensor& tokens_in) {
+Tensor embedding_forward(const Tensor& table, const Tensor& tokens_in, TableRows rows) {
   const Tensor tokens = checked_tokens(table, tokens_in);
   Tensor y = empty({tokens.numel(), table.size(1)}, table.dtype(), table.device());
-  KRAIT_DISPATCH(table.device(), embedding_forward(y, table.contiguous(), tokens));
+  KRAIT_DISPATCH(table.device(), embedding_forward(y, table.contiguous(), tokens, checked_rows(table, rows)));
   return y.view(tokens_in.shape().append(table.size(1)));
 }
 
-void embedding_backward(Tensor& dtable, const Tensor& dy, const Tensor& tokens_in) {
+void embedding_backward(Tensor& dtable, const Tensor& dy, const Tensor& tokens_in, TableRows rows) {
   const Tensor tokens = checked_tokens(dtable, tokens_in);
   KRAIT_CHECK(dy.shape() == tokens_in.shape().append(dtable.size(1)) && dy.device() == dtable.device(),
               "embedding: dy is {} for tokens {} and a table {}", describe(dy), tokens_in.shape(), describe(dtable));
@@ -33,7 +40,8 @@ void embedding_backward(Tensor& dtable, const Tensor& dy, const Tensor& tokens_i
   KRAIT_CHECK(dtable.is_contiguous(), "embedding: dtable is not contiguous");
   if (dy.numel() == 0) return;
   KRAIT_DISPATCH(dtable.device(),
-                 embedding_backward(dtable, dy.contiguous().view({tokens.numel(), dtable.size(1)}), tokens));
+                 embedding_backward(dtable, dy.contiguous().view({tokens.numel(), dtable.size(1)}), tokens,
+                                    checked_rows(dtable, rows)));
 }
 
 }  // namespace krait::kernels

@@ -3,25 +3,46 @@
 #include "autograd/attention.h"
 #include "autograd/rope.h"
 #include "autograd/shape.h"
+#include "autograd/shared_rows.h"
 #include "core/random.h"
 
 namespace krait::layers {
 
-Attention::Attention(const AttentionConfig& config, const LayerContext& context) : config_(config), stream_(context.stream("attention")) {
-  const int64_t q = config.n_heads * config.head_dim, kv = config.n_kv_heads * config.head_dim;
+Attention::Attention(const AttentionConfig& config, const LayerContext& context)
+    : config_(config),
+      group_(context.parallel.tensor),
+      q_(owned(group_, config.n_heads, "model.attention.n_heads", "heads")),
+      kv_(owned_or_copied(group_, config.n_kv_heads, "model.attention.n_kv_heads", "key/value heads")),
+      stream_(context.stream("attention")) {
+  const int64_t d = config.head_dim, q = config.n_heads * d, kv = config.n_kv_heads * d;
+  const Shard q_rows = q_.rows(d), kv_rows = kv_.rows(d);
   const Initializer init = normal(context.init_std);
-  qkv_weight_ = stacked_parameter({{"wq.weight", q, init}, {"wk.weight", kv, init}, {"wv.weight", kv, init}},
-                                  {context.d_model});
+  qkv_weight_ = stacked_parameter(
+      {{"wq.weight", q, init, q_rows}, {"wk.weight", kv, init, kv_rows}, {"wv.weight", kv, init, kv_rows}},
+      {context.d_model});
   if (config.bias) {
     const Initializer zero = constant(0.0);
-    qkv_bias_ = stacked_parameter({{"wq.bias", q, zero}, {"wk.bias", kv, zero}, {"wv.bias", kv, zero}}, {},
-                                  {.decay = false});
+    qkv_bias_ = stacked_parameter(
+        {{"wq.bias", q, zero, q_rows}, {"wk.bias", kv, zero, kv_rows}, {"wv.bias", kv, zero, kv_rows}}, {},
+        {.decay = false});
   }
   if (config.qk_norm) {
-    q_norm_ = child<Norm>("q_norm", config.head_dim, NormConfig{"rms", context.norm_eps});
-    k_norm_ = child<Norm>("k_norm", config.head_dim, NormConfig{"rms", context.norm_eps});
+    q_norm_ = child<Norm>("q_norm", d, NormConfig{"rms", context.norm_eps}, group_);
+    k_norm_ = child<Norm>("k_norm", d, NormConfig{"rms", context.norm_eps}, group_);
   }
-  out_ = child<Linear>("wo", q, context.d_model, config.bias, context.residual_std);
+  out_ = child<Linear>("wo", q, context.d_model, config.bias, context.residual_std, LinearSplit{group_, q_.columns(d)});
+}
+
+// x (b, l, d) -> this member's heads side by side (b, l, heads head_dim).
+Variable Attention::qkv(const Variable& x) const {
+  Variable weight = qkv_weight_, bias = qkv_bias_.defined() ? qkv_bias_.variable() : Variable();
+  if (group_->size() > config_.n_kv_heads) {
+    const int64_t d = config_.head_dim, k = q_.count() * d, v = k + kv_.count() * d, all = config_.n_kv_heads * d;
+    const std::vector<SharedRows> copies{{k, v, kv_.begin * d}, {v, heads() * d, all + kv_.begin * d}};
+    weight = share_rows(weight, copies, 2 * all, group_);
+    if (bias.defined()) bias = share_rows(bias, copies, 2 * all, group_);
+  }
+  return linear(copy_to_group(x, group_), weight, bias);
 }
 
 kernels::AttentionOptions Attention::options(Device device) const {
@@ -29,7 +50,7 @@ kernels::AttentionOptions Attention::options(Device device) const {
   o.window = config_.window;
   if (config_.alibi) {
     if (!slopes_.defined() || slopes_.device() != device)
-      slopes_ = kernels::alibi_slopes(config_.n_heads).to(device);
+      slopes_ = kernels::alibi_slopes(config_.n_heads).slice(0, q_.begin, q_.end).contiguous().to(device);
     o.alibi_slopes = slopes_;
   }
   return o;
@@ -37,14 +58,13 @@ kernels::AttentionOptions Attention::options(Device device) const {
 
 // x (b, l, d) -> normalised and rotated heads (b, l, hq + 2 hkv, head_dim).
 Variable Attention::project(const Variable& x, const Tensor& positions, int64_t offset) {
-  const int64_t b = x.size(0), l = x.size(1), hq = config_.n_heads, hkv = config_.n_kv_heads;
-  Variable qkv = linear(x, qkv_weight_, qkv_bias_.defined() ? qkv_bias_.variable() : Variable());
-  qkv = reshape(qkv, {b, l, heads(), config_.head_dim});
+  const int64_t b = x.size(0), l = x.size(1), hq = q_.count(), hkv = kv_.count();
+  Variable all = reshape(qkv(x), {b, l, heads(), config_.head_dim});
   if (config_.qk_norm)
-    qkv = concat({q_norm_->forward(slice(qkv, 2, 0, hq)), k_norm_->forward(slice(qkv, 2, hq, hq + hkv)),
-                  slice(qkv, 2, hq + hkv, heads())},
+    all = concat({q_norm_->forward(slice(all, 2, 0, hq)), k_norm_->forward(slice(all, 2, hq, hq + hkv)),
+                  slice(all, 2, hq + hkv, heads())},
                  2);
-  if (!config_.rope) return qkv;
+  if (!config_.rope) return all;
   const int64_t needed = offset + l;
   if (!cos_.defined() || cos_.size(0) < needed || cos_.device() != x.device()) {
     const int64_t length = std::max<int64_t>(needed, cos_.defined() ? 2 * cos_.size(0) : needed);
@@ -54,35 +74,37 @@ Variable Attention::project(const Variable& x, const Tensor& positions, int64_t 
     sin_ = table.sin;
   }
   const auto style = config_.rope_style == "half" ? RopeStyle::half : RopeStyle::interleaved;
-  return rope_heads_(qkv, hq + hkv, cos_, sin_, style, positions, offset);
+  return rope_heads_(all, hq + hkv, cos_, sin_, style, positions, offset);
 }
 
 Variable Attention::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
-  const Variable qkv = project(x, info.positions, state ? state->length : 0);
-  const Shape joined{x.size(0), x.size(1), config_.n_heads * config_.head_dim};
+  const Variable all = project(x, info.positions, state ? state->length : 0);
+  const Shape joined{x.size(0), x.size(1), q_.count() * config_.head_dim};
   if (state) {
-    require_no_grad("attention with a cache", {qkv});
-    return out_->forward(Variable(with_cache(qkv.data(), info, *state).view(joined)));
+    require_no_grad("attention with a cache", {all});
+    return out_->forward(Variable(with_cache(all.data(), info, *state).view(joined)));
   }
   kernels::AttentionOptions o = options(x.device());
   o.q_segments = info.segments;
   if (training() && config_.dropout > 0) {
     const RandomSource& source = current_random();
     o.dropout = {config_.dropout, random_key(source.seed, stream_), source.step, source.batch_offset};
+    o.part.head = q_.begin;
+    o.part.heads = config_.n_heads;
   }
-  const Variable packed = reshape(qkv, {x.size(0), x.size(1), heads() * config_.head_dim});
-  return out_->forward(attention_qkv(packed, config_.n_heads, config_.n_kv_heads, o));
+  const Variable packed = reshape(all, {x.size(0), x.size(1), heads() * config_.head_dim});
+  return out_->forward(attention_qkv(packed, q_.count(), kv_.count(), o));
 }
 
 // Attends over the cached positions and the new ones, and leaves the new ones in the cache.
-Tensor Attention::with_cache(const Tensor& qkv, const SequenceInfo& info, LayerState& state) {
-  const int64_t hq = config_.n_heads, hkv = config_.n_kv_heads, l = qkv.size(1);
-  const Tensor q = qkv.slice(2, 0, hq);
+Tensor Attention::with_cache(const Tensor& all, const SequenceInfo& info, LayerState& state) {
+  const int64_t hq = q_.count(), hkv = kv_.count(), l = all.size(1);
+  const Tensor q = all.slice(2, 0, hq);
   Tensor& k_cache = state.tensors.at("k");
   Tensor& v_cache = state.tensors.at("v");
   KRAIT_CHECK(!info.segments.defined(), "attention with a cache does not take document boundaries; "
               "set data.documents: ignore or data.state: reset");
-  kernels::AttentionOptions o = options(qkv.device());
+  kernels::AttentionOptions o = options(all.device());
   // With a window only the last window - 1 positions matter: the cache holds those and the block in work.
   const int64_t capacity = k_cache.size(1);
   int64_t kept = std::min(state.length, config_.window > 0 ? std::min(config_.window - 1, capacity) : state.length);
@@ -97,8 +119,8 @@ Tensor Attention::with_cache(const Tensor& qkv, const SequenceInfo& info, LayerS
   KRAIT_CHECK(kept + l <= k_cache.size(1), "the key/value cache holds {} positions, {} are needed; raise max_length",
               k_cache.size(1), kept + l);
   Tensor k_new = k_cache.slice(1, kept, kept + l), v_new = v_cache.slice(1, kept, kept + l);
-  copy_(k_new, qkv.slice(2, hq, hq + hkv));
-  copy_(v_new, qkv.slice(2, hq + hkv, heads()));
+  copy_(k_new, all.slice(2, hq, hq + hkv));
+  copy_(v_new, all.slice(2, hq + hkv, heads()));
   const Tensor out =
       kernels::attention_forward(q, k_cache.slice(1, 0, kept + l), v_cache.slice(1, 0, kept + l), o).o;
   state.length += l;
@@ -118,7 +140,7 @@ Tensor Attention::step(const Tensor& x, LayerState& state) {
 
 LayerState Attention::initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const {
   const int64_t capacity = config_.window > 0 ? std::min(config_.window, max_length) : max_length;
-  const Shape shape{batch, capacity, config_.n_kv_heads, config_.head_dim};
+  const Shape shape{batch, capacity, kv_.count(), config_.head_dim};
   LayerState s;
   s.tensors["k"] = empty(shape, dtype, device);
   s.tensors["v"] = empty(shape, dtype, device);
@@ -134,7 +156,7 @@ std::string Attention::kernel_name(int64_t batch, int64_t context, DType dtype, 
                                    bool has_segments) const {
   // A shape-only probe: the tensors are never read.
   const Tensor qkv = empty({batch, context, heads(), config_.head_dim}, dtype, device);
-  const int64_t hq = config_.n_heads, hkv = config_.n_kv_heads;
+  const int64_t hq = q_.count(), hkv = kv_.count();
   kernels::AttentionOptions o = options(device);
   o.dropout.p = config_.dropout;
   if (has_segments) o.q_segments = o.k_segments = zeros({batch, context}, DType::i32, device);

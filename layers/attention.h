@@ -13,6 +13,8 @@ namespace krait::layers {
 /// Causal self-attention (Vaswani et al. 2017), with rotary positions (Su et al. 2021), grouped keys and values
 /// (Ainslie et al. 2023), a sliding window and ALiBi (Press et al. 2022):
 ///   [q; k; v] = x W_qkv^T      o = dropout(softmax(scale q k^T + mask)) v      y = o W_o^T
+/// With a tensor group each member has a share of the heads; where there are fewer key heads than members, several hold
+/// copies of one.
 /// The state is the cache of keys (after rotation) and values: all max_length positions, or with a window the
 /// last window - 1.
 class Attention final : public Mixer {
@@ -30,12 +32,15 @@ class Attention final : public Mixer {
                           bool has_segments) const override;
 
  private:
-  int64_t heads() const { return config_.n_heads + 2 * config_.n_kv_heads; }
+  int64_t heads() const { return q_.count() + 2 * kv_.count(); }  // here
+  Variable qkv(const Variable& x) const;
   Variable project(const Variable& x, const Tensor& positions, int64_t offset);
-  Tensor with_cache(const Tensor& qkv, const SequenceInfo& info, LayerState& state);
+  Tensor with_cache(const Tensor& all, const SequenceInfo& info, LayerState& state);
   kernels::AttentionOptions options(Device device) const;
 
   AttentionConfig config_;
+  comm::GroupPtr group_;
+  Owned q_, kv_;  // heads
   std::string stream_;  // of the random numbers of dropout
   Parameter qkv_weight_, qkv_bias_;
   std::shared_ptr<Norm> q_norm_, k_norm_;

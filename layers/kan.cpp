@@ -39,17 +39,26 @@ KanInit init_of(const KanOptions& o, int64_t in, int64_t out, double gain) {
 
 }  // namespace
 
-KanLayer::KanLayer(const KanOptions& o, int64_t in, int64_t out, double gain, bool masked) : order_(o.order) {
+KanLayer::KanLayer(const KanOptions& o, int64_t in, int64_t out, double gain, bool masked, const LinearSplit& split)
+    : split_(split), order_(o.order) {
+  const Shard& edges = split.shard;
+  const Shard grids = edges.dim == 1 ? Shard{0, edges.ranges} : Shard{};
   const KanInit init = init_of(o, in, out, gain);
-  if (o.base) base_weight_ = parameter("base_weight", {out, in}, init.base);
-  spline_weight_ = parameter("spline_weight", {out, in, o.grid + o.order}, init.spline);
-  spline_scaler_ = parameter("spline_scaler", {out, in}, init.scaler, {.decay = false});
+  if (o.base) base_weight_ = parameter("base_weight", {out, in}, init.base, {}, edges);
+  spline_weight_ = parameter("spline_weight", {out, in, o.grid + o.order}, init.spline, {}, edges);
+  spline_scaler_ = parameter("spline_scaler", {out, in}, init.scaler, {.decay = false}, edges);
   const auto knots = [o](Tensor& value, uint64_t) {
     copy_(value, kernels::uniform_knots(value.size(0), o.grid, o.order, o.range[0], o.range[1]));
   };
   grid_ = parameter("grid", {in, o.grid + 2 * o.order + 1}, knots,
-                    {.decay = false, .keep_fp32 = true, .trainable = false});
-  if (masked) mask_ = parameter("mask", {out, in}, constant(1.0), {.decay = false, .trainable = false});
+                    {.decay = false, .keep_fp32 = true, .trainable = false}, grids);
+  if (masked) mask_ = parameter("mask", {out, in}, constant(1.0), {.decay = false, .trainable = false}, edges);
+}
+
+Variable KanLayer::forward(const Variable& x) const {
+  if (split_.shard.ranges.empty()) return kan(x, edge_functions());
+  if (split_.shard.dim == 1) return reduce_from_group(kan(x, edge_functions()), split_.group);
+  return kan(copy_to_group(x, split_.group), edge_functions());
 }
 
 KanVariables KanLayer::edge_functions() const {
@@ -77,11 +86,19 @@ Variable kan_penalty(const Variable& edges, double l1, double entropy) {
   return total * l1 - sum(p * log(p + kTiny)) * entropy;
 }
 
+namespace {
+Owned owned_units(int64_t hidden, const LayerContext& context) {
+  return owned(context.parallel.tensor, hidden, "model.mlp.hidden", "hidden units");
+}
+}  // namespace
+
 KanMlp::KanMlp(const KanOptions& o, bool squash, int64_t hidden, const LayerContext& context)
     : squash_(squash), middle_(0.5 * (o.range[0] + o.range[1])), half_(0.5 * (o.range[1] - o.range[0])),
-      fc_(child<KanLayer>("fc", o, context.d_model, hidden)),
+      fc_(child<KanLayer>("fc", o, context.d_model, hidden, 1.0, false,
+                          LinearSplit{context.parallel.tensor, owned_units(hidden, context).rows()})),
       proj_(child<KanLayer>("proj", o, hidden, context.d_model,
-                            context.residual_std > 0 ? context.residual_std / context.init_std : 1.0)) {}
+                            context.residual_std > 0 ? context.residual_std / context.init_std : 1.0, false,
+                            LinearSplit{context.parallel.tensor, owned_units(hidden, context).columns()})) {}
 
 Variable KanMlp::squashed(const Variable& x) const { return squash_ ? tanh(x) * half_ + middle_ : x; }
 

@@ -14,8 +14,10 @@ namespace krait::layers {
 class KanLayer final : public Module {
  public:
   /// `gain` scales the initial base weights and splines.
-  KanLayer(const KanOptions& options, int64_t in, int64_t out, double gain = 1.0, bool masked = false);
-  Variable forward(const Variable& x) const { return kan(x, edge_functions()); }  // (..., in) to (..., out)
+  /// `split` as for a linear layer: by outputs, or by inputs, with their grids, and the sum of the members' y.
+  KanLayer(const KanOptions& options, int64_t in, int64_t out, double gain = 1.0, bool masked = false,
+           const LinearSplit& split = {});
+  Variable forward(const Variable& x) const;  // (..., in) to (..., out)
   /// |phi|, the mean over all rows of x: (out, in).
   Variable edges(const Variable& x) const { return kan_edges(x, edge_functions()); }
   /// Mean |spline_weight| of every edge: (out, in). Needs no inputs.
@@ -28,6 +30,7 @@ class KanLayer final : public Module {
 
  private:
   KanVariables edge_functions() const;
+  LinearSplit split_;
   int64_t order_;
   Parameter base_weight_, spline_weight_, spline_scaler_, grid_, mask_;
 };

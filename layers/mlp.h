@@ -17,6 +17,9 @@ class FeedForward : public Module {
   virtual void set_auxiliary_scale(double /*scale*/) {}
 };
 
+// With a tensor group the hidden units are split: up-projections by rows, the down-projection by columns, one sum of the
+// outputs (Shoeybi et al. 2019).
+
 /// y = W_proj act(W_fc x + b) + b. GELU in the erf form (Hendrycks & Gimpel 2016) or its tanh form, which the
 /// matrix product applies itself; squared ReLU (So et al. 2021); SiLU.
 class Mlp final : public FeedForward {
@@ -36,6 +39,7 @@ class SwiGlu final : public FeedForward {
   Variable forward(const Variable& x) override;
 
  private:
+  comm::GroupPtr group_;
   Parameter gate_up_, bias_;
   std::shared_ptr<Linear> down_;
 };

@@ -102,7 +102,8 @@ class DecoderModel : public Model {
   void set_auxiliary_scale(double scale) override { decoder().set_auxiliary_scale(scale); }
 };
 
-/// Next-token prediction: embedding, decoder, head (tied or not).
+/// Next-token prediction: embedding, decoder, head (tied or not). With a tensor group each member has a range of the
+/// vocabulary's rows; the loss exchanges a few numbers of each token, and only logits() and what generates gather.
 class LanguageModel final : public DecoderModel {
  public:
   LanguageModel(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss = {},
@@ -128,9 +129,15 @@ class LanguageModel final : public DecoderModel {
  private:
   Variable hidden(const ModelInput& input);
   Variable capped(const Variable& logits) const;
+  Variable embedded(const Tensor& tokens) const;
+  kernels::VocabularyShard vocabulary() const;
+  Variable whole_logits(const Variable& h) const;
   int64_t tied_head_parameters() const override { return tied_ ? embedding_.shape().numel() : 0; }
   const Variable& head() const { return tied_ ? embedding_.variable() : head_.variable(); }
 
+  comm::GroupPtr group_;  // shares the vocabulary: embedding and head
+  Owned rows_;            // of `padded_` rows
+  int64_t padded_;
   CrossEntropyOptions loss_options_;
   int64_t vocab_size_ = 0, max_positions_ = 0;
   bool tied_ = false;

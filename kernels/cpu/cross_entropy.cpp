@@ -36,23 +36,46 @@ void with_row(const T* s, std::vector<A>& scratch, int64_t valid, double cap, F&
   f(static_cast<const A*>(capped), std::true_type{});
 }
 
+template <class A>
+struct Softmax {
+  A top, sum, total;  // max s, sum exp(s - top), sum s (where asked for)
+};
+template <class A>
+Softmax<A> softmax_of(const A* s, int64_t valid, bool with_total) {
+  A top = std::numeric_limits<A>::lowest(), sum = A(0), total = A(0);
+#pragma omp simd reduction(max : top)
+  for (int64_t j = 0; j < valid; ++j) top = s[j] > top ? s[j] : top;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < valid; ++j) sum += vexp(s[j] - top);
+  if (with_total) {
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < valid; ++j) total += s[j];
+  }
+  return {top, sum, total};
+}
+
 // ds_j = factor [p_j (1 + 2 z lse) - (1 - eps) (j = y) - eps / V] over one row, times the cap's slope
-// 1 - (s_j / c)^2 where there is one; padding gets 0. ds may be s.
+// 1 - (s_j / c)^2 where there is one; padding gets 0. ds may be s. y counts from the first column here.
 template <bool kCapped, class T, class A>
-void gradient_row(T* ds, const A* s, int64_t v, int64_t valid, int64_t y, A lse, A factor,
+void gradient_row(T* ds, const A* s, int64_t v, VocabularyColumns columns, int64_t y, A lse, A factor,
                   const CrossEntropyOptions& o) {
+  const int64_t valid = columns.valid;
   [[maybe_unused]] const A inverse = kCapped ? A(1 / o.logit_cap) : A(0);
   const A of_p = factor * (A(1) + A(2 * o.z_loss) * lse);
-  const A smooth = factor * A(o.label_smoothing / static_cast<double>(valid));
-  A at_y = of_p * vexp(s[y] - lse) - factor * A(1 - o.label_smoothing) - smooth;
-  if constexpr (kCapped) at_y *= A(1) - s[y] * inverse * (s[y] * inverse);
+  const A smooth = factor * A(o.label_smoothing / static_cast<double>(columns.whole));
+  const bool here = y >= 0 && y < valid;
+  A at_y = A(0);
+  if (here) {
+    at_y = of_p * vexp(s[y] - lse) - factor * A(1 - o.label_smoothing) - smooth;
+    if constexpr (kCapped) at_y *= A(1) - s[y] * inverse * (s[y] * inverse);
+  }
 #pragma omp simd
   for (int64_t j = 0; j < valid; ++j) {
     A d = of_p * vexp(s[j] - lse) - smooth;
     if constexpr (kCapped) d *= A(1) - s[j] * inverse * (s[j] * inverse);
     put(ds[j], d);
   }
-  put(ds[y], at_y);
+  if (here) put(ds[y], at_y);
   std::fill(ds + valid, ds + v, T(A(0)));
 }
 
@@ -88,16 +111,7 @@ void cross_entropy_rows(Tensor& rows, Tensor& nll, Tensor& lse_out, Tensor& dlog
       std::vector<A> scratch;
       for (int64_t i = first; i < last; ++i)
         with_row(all + i * v, scratch, valid, o.logit_cap, [&](const A* s, auto is_capped) {
-          A top = -std::numeric_limits<A>::infinity();
-#pragma omp simd reduction(max : top)
-          for (int64_t j = 0; j < valid; ++j) top = s[j] > top ? s[j] : top;
-          A sum = A(0), total = A(0);
-#pragma omp simd reduction(+ : sum)
-          for (int64_t j = 0; j < valid; ++j) sum += vexp(s[j] - top);
-          if (eps != A(0)) {
-#pragma omp simd reduction(+ : total)
-            for (int64_t j = 0; j < valid; ++j) total += s[j];
-          }
+          const auto [top, sum, total] = softmax_of(s, valid, eps != A(0));
           const A lse = top + std::log(sum);
           lses[i] = lse;
           const auto y = static_cast<int64_t>(target[i]);
@@ -109,14 +123,15 @@ void cross_entropy_rows(Tensor& rows, Tensor& nll, Tensor& lse_out, Tensor& dlog
           plain[i] = lse - s[y];
           loss[i] = (A(1) - eps) * plain[i] + A(o.z_loss) * lse * lse;
           if (eps != A(0)) loss[i] += eps * (lse - total / static_cast<A>(valid));
-          if (gradients) gradient_row<is_capped()>(gradients + i * v, s, v, valid, y, lse, factor, o);
+          if (gradients) gradient_row<is_capped()>(gradients + i * v, s, v, {0, valid, valid}, y, lse, factor, o);
         });
     });
   });
 }
 
 void cross_entropy_gradient(Tensor& dlogits, const Tensor& dloss, const Tensor& logits, const Tensor& targets,
-                            const Tensor& lse, const Tensor& count, int64_t valid, const CrossEntropyOptions& o) {
+                            const Tensor& lse, const Tensor& count, VocabularyColumns columns,
+                            const CrossEntropyOptions& o) {
   const int64_t v = logits.size(1);
   visit(logits, targets, [&]<class T, class I>() {
     using A = accum_t<T>;
@@ -130,11 +145,62 @@ void cross_entropy_gradient(Tensor& dlogits, const Tensor& dloss, const Tensor& 
           std::fill_n(ds, v, T(A(0)));
           continue;
         }
-        with_row(logits.data<T>() + i * v, scratch, valid, o.logit_cap, [&](const A* s, auto is_capped) {
-          gradient_row<is_capped()>(ds, s, v, valid, y, lse.data<A>()[i], factor, o);
+        with_row(logits.data<T>() + i * v, scratch, columns.valid, o.logit_cap, [&](const A* s, auto is_capped) {
+          gradient_row<is_capped()>(ds, s, v, columns, y - columns.first, lse.data<A>()[i], factor, o);
         });
       }
     });
+  });
+}
+
+void cross_entropy_partial(Tensor& top, Tensor& sums, const Tensor& logits, const Tensor& targets,
+                           VocabularyColumns columns, const CrossEntropyOptions& o) {
+  const int64_t t = logits.size(0), v = logits.size(1);
+  visit(logits, targets, [&]<class T, class I>() {
+    using A = accum_t<T>;
+    A *tops = top.data<A>(), *sum = sums.data<A>(), *at_target = sum + t, *total = at_target + t;
+    parallel_for(0, t, grain(v), [&](int64_t first, int64_t last) {
+      std::vector<A> scratch;
+      for (int64_t i = first; i < last; ++i)
+        with_row(logits.data<T>() + i * v, scratch, columns.valid, o.logit_cap, [&](const A* s, auto) {
+          const Softmax<A> all = softmax_of(s, columns.valid, o.label_smoothing != 0.0);
+          const int64_t y = static_cast<int64_t>(targets.data<I>()[i]) - columns.first;
+          tops[i] = all.top;
+          sum[i] = all.sum;
+          at_target[i] = y >= 0 && y < columns.valid ? s[y] : A(0);
+          total[i] = all.total;
+        });
+    });
+  });
+}
+
+void cross_entropy_rescale(Tensor& sums, const Tensor& from, const Tensor& to) {
+  visit_float(sums.dtype(), [&]<class A>() {
+    if constexpr (!std::is_same_v<A, bf16>) {  // sums are never bf16
+      A* sum = sums.data<A>();
+      for (int64_t i = 0; i < from.numel(); ++i) sum[i] *= std::exp(from.data<A>()[i] - to.data<A>()[i]);
+    }
+  });
+}
+
+void cross_entropy_finish(Tensor& rows, Tensor& nll, Tensor& lse_out, const Tensor& top, const Tensor& sums,
+                          const Tensor& targets, int64_t valid, const CrossEntropyOptions& o) {
+  const int64_t t = rows.numel();
+  visit(rows, targets, [&]<class T, class I>() {
+    using A = accum_t<T>;
+    const A *sum = sums.data<A>(), *at_target = sum + t, *total = at_target + t, eps = A(o.label_smoothing);
+    for (int64_t i = 0; i < t; ++i) {
+      const A lse = top.data<A>()[i] + std::log(sum[i]);
+      lse_out.data<A>()[i] = lse;
+      A plain = A(0), loss = A(0);
+      if (static_cast<int64_t>(targets.data<I>()[i]) != o.ignore_index) {
+        plain = lse - at_target[i];
+        loss = (A(1) - eps) * plain + A(o.z_loss) * lse * lse;
+        if (eps != A(0)) loss += eps * (lse - total[i] / static_cast<A>(valid));
+      }
+      nll.data<A>()[i] = plain;
+      rows.data<A>()[i] = loss;
+    }
   });
 }
 

@@ -35,32 +35,42 @@ void add_to_row(D* __restrict to, const A* __restrict sum, int64_t d) {
 
 }  // namespace
 
-void embedding_forward(Tensor& y, const Tensor& table, const Tensor& tokens) {
+void embedding_forward(Tensor& y, const Tensor& table, const Tensor& tokens, TableRows rows) {
   const int64_t v = table.size(0), n = tokens.numel(), row = table.size(1) * size_of(table.dtype());
   visit_index(tokens.dtype(), [&]<class I>() {
     const I* t = tokens.data<I>();
-    check_range(t, n, v);
+    check_range(t, n, rows.whole);
     if (n == 0 || row == 0) return;
     const char* from = static_cast<const char*>(table.raw_data());
     char* to = static_cast<char*>(y.raw_data());
     parallel_for(0, n, std::max<int64_t>(1, 65536 / row), [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i)
-        std::memcpy(to + i * row, from + static_cast<int64_t>(t[i]) * row, static_cast<size_t>(row));
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t token = static_cast<int64_t>(t[i]) - rows.first;
+        if (token >= 0 && token < v)
+          std::memcpy(to + i * row, from + token * row, static_cast<size_t>(row));
+        else
+          std::memset(to + i * row, 0, static_cast<size_t>(row));
+      }
     });
   });
 }
 
 // Positions are grouped by token with a counting sort, which keeps their order; each token's run is summed once.
-void embedding_backward(Tensor& dtable, const Tensor& dy, const Tensor& tokens) {
+void embedding_backward(Tensor& dtable, const Tensor& dy, const Tensor& tokens, TableRows rows) {
   const int64_t v = dtable.size(0), d = dtable.size(1), n = tokens.numel();
-  std::vector<int64_t> order(static_cast<size_t>(n)), first_of(static_cast<size_t>(v) + 1, 0);
+  // Those of other rows of a whole table come last, as token v.
+  std::vector<int64_t> order(static_cast<size_t>(n)), first_of(static_cast<size_t>(v) + 2, 0);
   visit_index(tokens.dtype(), [&]<class I>() {
     const I* t = tokens.data<I>();
-    check_range(t, n, v);
-    for (int64_t i = 0; i < n; ++i) ++first_of[static_cast<size_t>(t[i]) + 1];
-    for (size_t k = 0; k < static_cast<size_t>(v); ++k) first_of[k + 1] += first_of[k];
+    check_range(t, n, rows.whole);
+    const auto token = [&](int64_t i) {
+      const int64_t k = static_cast<int64_t>(t[i]) - rows.first;
+      return static_cast<size_t>(k >= 0 && k < v ? k : v);
+    };
+    for (int64_t i = 0; i < n; ++i) ++first_of[token(i) + 1];
+    for (size_t k = 0; k <= static_cast<size_t>(v); ++k) first_of[k + 1] += first_of[k];
     std::vector<int64_t> next(first_of.begin(), first_of.end() - 1);
-    for (int64_t i = 0; i < n; ++i) order[static_cast<size_t>(next[static_cast<size_t>(t[i])]++)] = i;
+    for (int64_t i = 0; i < n; ++i) order[static_cast<size_t>(next[token(i)]++)] = i;
   });
   std::vector<int64_t> used;
   for (int64_t k = 0; k < v; ++k)

@@ -85,7 +85,8 @@ __device__ Softmax<A> join_block(Softmax<A> mine) {
 }
 
 struct Settings {
-  int64_t v, valid, ignore;
+  int64_t v, valid, ignore;  // columns of a row here, and those that are not padding
+  int64_t first, whole;      // the first one's place among all valid columns, and how many those are
   double smoothing, z_loss, cap;
 };
 
@@ -103,11 +104,11 @@ __device__ A seen(T x, A cap, A inverse_cap) {
 // Each thread writes what it alone has read, so ds may be s. Ignored rows and padding get 0, a bad target NaN.
 template <class T, class A, int V, bool kCapped>
 __device__ void gradient_row(T* ds, const T* s, int64_t y, A lse, A factor, const Settings& o) {
-  const bool ignored = y == o.ignore, bad = !ignored && (y < 0 || y >= o.valid);
+  const bool ignored = y == o.ignore, bad = !ignored && (y < 0 || y >= o.whole);
   const A of_p = factor * (A(1) + A(2 * o.z_loss) * lse);
-  const A smooth = factor * A(o.smoothing / static_cast<double>(o.valid)), hit = factor * A(1 - o.smoothing);
+  const A smooth = factor * A(o.smoothing / static_cast<double>(o.whole)), hit = factor * A(1 - o.smoothing);
   const A cap = A(o.cap), inverse_cap = kCapped ? A(1 / o.cap) : A(0);
-  const int v = static_cast<int>(o.v), valid = static_cast<int>(o.valid), target = static_cast<int>(y);
+  const int v = static_cast<int>(o.v), valid = static_cast<int>(o.valid), target = static_cast<int>(y - o.first);
   for (int i = threadIdx.x * V; i < v; i += blockDim.x * V) {
     Pack<T, V> p{};
     if (!ignored) {
@@ -127,24 +128,12 @@ __device__ void gradient_row(T* ds, const T* s, int64_t y, A lse, A factor, cons
   }
 }
 
-template <class A>
-__device__ A divided_by_count(A value, const float* count) {
-  return value / static_cast<A>(fmaxf(*count, 1.0f));
-}
-
-// One block per row; the second pass reads the row from the second-level cache: all rows in flight fit there.
-// Bound by memory: read once, with gradients written once.
-template <class T, class I, int V, bool kCapped>
-__global__ void __launch_bounds__(kMaxRowThreads)
-    rows_kernel(accum_t<T>* rows, accum_t<T>* nll, accum_t<T>* lse_out, T* dlogits, const T* logits, const I* targets,
-                const float* count, double scale, Settings o) {
-  using A = accum_t<T>;
-  const int64_t row = blockIdx.x;
-  const T* s = logits + row * o.v;
+// Of the whole block over one row; every thread gets it.
+template <bool kCapped, int V, class T, class A = accum_t<T>>
+__device__ Softmax<A> softmax_of_row(const T* s, A cap, A inverse_cap, const Settings& o) {
   Softmax<A> mine{std::numeric_limits<A>::lowest(), A(0), A(0)};
   const int valid = static_cast<int>(o.valid);
   const bool smoothing = o.smoothing != 0.0;
-  const A cap = A(o.cap), inverse_cap = kCapped ? A(1 / o.cap) : A(0);
   for (int i = threadIdx.x * V; i < valid; i += blockDim.x * V) {
     const Pack<T, V> p = *reinterpret_cast<const Pack<T, V>*>(s + i);
     A x[V], high = mine.top;
@@ -163,7 +152,25 @@ __global__ void __launch_bounds__(kMaxRowThreads)
       for (int q = 0; q < V; ++q)
         if (i + q < valid) mine.total += x[q];
   }
-  const Softmax<A> all = join_block(mine);
+  return join_block(mine);
+}
+
+template <class A>
+__device__ A divided_by_count(A value, const float* count) {
+  return value / static_cast<A>(fmaxf(*count, 1.0f));
+}
+
+// One block per row; the second pass reads the row from the second-level cache: all rows in flight fit there.
+// Bound by memory: read once, with gradients written once.
+template <class T, class I, int V, bool kCapped>
+__global__ void __launch_bounds__(kMaxRowThreads)
+    rows_kernel(accum_t<T>* rows, accum_t<T>* nll, accum_t<T>* lse_out, T* dlogits, const T* logits, const I* targets,
+                const float* count, double scale, Settings o) {
+  using A = accum_t<T>;
+  const int64_t row = blockIdx.x;
+  const T* s = logits + row * o.v;
+  const A cap = A(o.cap), inverse_cap = kCapped ? A(1 / o.cap) : A(0);
+  const Softmax<A> all = softmax_of_row<kCapped, V>(s, cap, inverse_cap, o);
   const A lse = all.top + log_of(all.sum);
   const auto y = static_cast<int64_t>(targets[row]);
   if (threadIdx.x == 0) {
@@ -191,6 +198,48 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   const int64_t row = blockIdx.x;
   gradient_row<T, A, V, kCapped>(dlogits + row * o.v, logits + row * o.v, static_cast<int64_t>(targets[row]), lse[row],
                         divided_by_count(*dloss, count), o);
+}
+
+// One block per row. Bound by memory: the row is read once.
+template <class T, class I, int V, bool kCapped>
+__global__ void __launch_bounds__(kMaxRowThreads)
+    partial_kernel(accum_t<T>* top, accum_t<T>* sums, const T* logits, const I* targets, Settings o) {
+  using A = accum_t<T>;
+  const int64_t row = blockIdx.x, t = gridDim.x;
+  const T* s = logits + row * o.v;
+  const A cap = A(o.cap), inverse_cap = kCapped ? A(1 / o.cap) : A(0);
+  const Softmax<A> all = softmax_of_row<kCapped, V>(s, cap, inverse_cap, o);
+  if (threadIdx.x != 0) return;
+  const int64_t y = static_cast<int64_t>(targets[row]) - o.first;
+  top[row] = all.top;
+  sums[row] = all.sum;
+  sums[t + row] = y >= 0 && y < o.valid ? seen<kCapped>(s[y], cap, inverse_cap) : A(0);
+  sums[2 * t + row] = all.total;
+}
+
+template <class A>
+__global__ void rescale_kernel(A* sums, const A* from, const A* to, int64_t t) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i < t) sums[i] *= exp_of(from[i] - to[i]);
+}
+
+// One thread per row, from all members' sums: a bad target gives NaN.
+template <class A, class I>
+__global__ void finish_kernel(A* rows, A* nll, A* lse_out, const A* top, const A* sums, const I* targets, int64_t t,
+                              Settings o) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= t) return;
+  const A lse = top[i] + log_of(sums[i]);
+  const auto y = static_cast<int64_t>(targets[i]);
+  A plain = A(0), loss = A(0);
+  if (y != o.ignore) {
+    plain = y >= 0 && y < o.whole ? lse - sums[t + i] : std::numeric_limits<A>::quiet_NaN();
+    loss = A(1 - o.smoothing) * plain + A(o.z_loss) * lse * lse;
+    if (o.smoothing != 0.0) loss += A(o.smoothing) * (lse - sums[2 * t + i] / static_cast<A>(o.whole));
+  }
+  rows[i] = loss;
+  nll[i] = plain;
+  lse_out[i] = lse;
 }
 
 // Sum over the one block of kSumThreads threads, in a fixed order; thread 0 gets it.
@@ -252,8 +301,8 @@ void visit(const Tensor& logits, const Tensor& dlogits, const Tensor& targets, d
   });
 }
 
-Settings settings_of(const Tensor& logits, int64_t valid, const CrossEntropyOptions& o) {
-  return {logits.size(1), valid, o.ignore_index, o.label_smoothing, o.z_loss, o.logit_cap};
+Settings settings_of(int64_t v, VocabularyColumns c, const CrossEntropyOptions& o) {
+  return {v, c.valid, o.ignore_index, c.first, c.whole, o.label_smoothing, o.z_loss, o.logit_cap};
 }
 
 LaunchConfig config_of(const Tensor& logits) {
@@ -271,17 +320,48 @@ void cross_entropy_rows(Tensor& rows, Tensor& nll, Tensor& lse, Tensor& dlogits,
     using A = accum_t<T>;
     launch(rows_kernel<T, I, V, kCapped>, config_of(logits), rows.data<A>(), nll.data<A>(), lse.data<A>(),
            dlogits.defined() ? dlogits.data<T>() : nullptr, logits.data<T>(), targets.data<I>(), count.data<float>(),
-           scale, settings_of(logits, valid, options));
+           scale, settings_of(logits.size(1), {0, valid, valid}, options));
   });
 }
 
 void cross_entropy_gradient(Tensor& dlogits, const Tensor& dloss, const Tensor& logits, const Tensor& targets,
-                            const Tensor& lse, const Tensor& count, int64_t valid,
+                            const Tensor& lse, const Tensor& count, VocabularyColumns columns,
                             const CrossEntropyOptions& options) {
   visit(logits, dlogits, targets, options.logit_cap, [&]<class T, class I, int V, bool kCapped>() {
     using A = accum_t<T>;
     launch(gradient_kernel<T, I, V, kCapped>, config_of(logits), dlogits.data<T>(), dloss.data<A>(), logits.data<T>(),
-           targets.data<I>(), lse.data<A>(), count.data<float>(), settings_of(logits, valid, options));
+           targets.data<I>(), lse.data<A>(), count.data<float>(), settings_of(logits.size(1), columns, options));
+  });
+}
+
+void cross_entropy_partial(Tensor& top, Tensor& sums, const Tensor& logits, const Tensor& targets,
+                           VocabularyColumns columns, const CrossEntropyOptions& options) {
+  visit(logits, {}, targets, options.logit_cap, [&]<class T, class I, int V, bool kCapped>() {
+    using A = accum_t<T>;
+    launch(partial_kernel<T, I, V, kCapped>, config_of(logits), top.data<A>(), sums.data<A>(), logits.data<T>(),
+           targets.data<I>(), settings_of(logits.size(1), columns, options));
+  });
+}
+
+void cross_entropy_rescale(Tensor& sums, const Tensor& from, const Tensor& to) {
+  const int64_t t = from.numel();
+  visit_float(sums.dtype(), [&]<class A>() {
+    if constexpr (!std::is_same_v<A, bf16>)  // sums are never bf16
+      launch(rescale_kernel<A>, {.grid = ceil_div(t, 256), .block = 256, .stream = current_stream(sums.device())},
+             sums.data<A>(), from.data<A>(), to.data<A>(), t);
+  });
+}
+
+void cross_entropy_finish(Tensor& rows, Tensor& nll, Tensor& lse, const Tensor& top, const Tensor& sums,
+                          const Tensor& targets, int64_t valid, const CrossEntropyOptions& options) {
+  const int64_t t = rows.numel();
+  visit_float(rows.dtype(), [&]<class A>() {
+    if constexpr (!std::is_same_v<A, bf16>)
+      visit_index(targets.dtype(), [&]<class I>() {
+        launch(finish_kernel<A, I>, {.grid = ceil_div(t, 256), .block = 256, .stream = current_stream(rows.device())},
+               rows.data<A>(), nll.data<A>(), lse.data<A>(), top.data<A>(), sums.data<A>(), targets.data<I>(), t,
+               settings_of(0, {0, valid, valid}, options));
+      });
   });
 }
 

@@ -15,20 +15,21 @@ constexpr int kChunk = 32;  // sorted positions that one block adds up
 // One warp per token. Bound by memory: n d sizeof(T) bytes read (rows used often come from cache) and written.
 template <class T, int V, class I>
 __global__ void embedding_forward_kernel(T* __restrict__ y, const T* __restrict__ table, const I* __restrict__ tokens,
-                                         int64_t n, int64_t v, int64_t d) {
+                                         int64_t n, int64_t v, int64_t d, TableRows rows) {
   const int64_t i = int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32;
   if (i >= n) return;
-  const int64_t token = static_cast<int64_t>(tokens[i]);
-  const bool inside = token >= 0 && token < v;
+  const auto id = static_cast<int64_t>(tokens[i]);
+  const int64_t token = id - rows.first;
+  const bool inside = token >= 0 && token < v, elsewhere = id >= 0 && id < rows.whole;
   for (int64_t j = (threadIdx.x % 32) * V; j < d; j += 32 * V) {
     Packed<T, V> row;
     if (inside) {
       row.load(table + token * d + j);
     } else {
-      float nan[V];
+      float fill[V];
 #pragma unroll
-      for (int k = 0; k < V; ++k) nan[k] = nanf("");
-      row.pack(nan);
+      for (int k = 0; k < V; ++k) fill[k] = elsewhere ? 0.0f : nanf("");
+      row.pack(fill);
     }
     row.store(y + i * d + j);
   }
@@ -36,10 +37,11 @@ __global__ void embedding_forward_kernel(T* __restrict__ y, const T* __restrict_
 
 // Sort keys: the tokens, with v for those outside the table.
 template <class I>
-__global__ void token_keys_kernel(uint32_t* keys, int32_t* positions, const I* tokens, int64_t n, int64_t v) {
+__global__ void token_keys_kernel(uint32_t* keys, int32_t* positions, const I* tokens, int64_t n, int64_t v,
+                                  int64_t first) {
   const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (i >= n) return;
-  const int64_t token = static_cast<int64_t>(tokens[i]);
+  const int64_t token = static_cast<int64_t>(tokens[i]) - first;
   keys[i] = static_cast<uint32_t>(token >= 0 && token < v ? token : v);
   positions[i] = static_cast<int32_t>(i);
 }
@@ -135,7 +137,7 @@ __global__ void join_runs_kernel(D* __restrict__ dtable, const A* __restrict__ p
 
 }  // namespace
 
-void embedding_forward(Tensor& y, const Tensor& table, const Tensor& tokens) {
+void embedding_forward(Tensor& y, const Tensor& table, const Tensor& tokens, TableRows rows) {
   const int64_t n = tokens.numel(), v = table.size(0), d = table.size(1);
   visit_float(table.dtype(), [&]<class T>() {
     visit_index(tokens.dtype(), [&]<class I>() {
@@ -143,7 +145,7 @@ void embedding_forward(Tensor& y, const Tensor& table, const Tensor& tokens) {
       const auto run = [&]<int kV>() {
         launch(embedding_forward_kernel<T, kV, I>,
                {.grid = ceil_div(n, 8), .block = 256, .stream = current_stream(table.device())}, y.data<T>(),
-               table.data<T>(), tokens.data<I>(), n, v, d);
+               table.data<T>(), tokens.data<I>(), n, v, d, rows);
       };
       if (d % V == 0 && aligned16(y.data<T>(), table.data<T>()))
         run.template operator()<V>();
@@ -153,7 +155,7 @@ void embedding_forward(Tensor& y, const Tensor& table, const Tensor& tokens) {
   });
 }
 
-void embedding_backward(Tensor& dtable, const Tensor& dy, const Tensor& tokens) {
+void embedding_backward(Tensor& dtable, const Tensor& dy, const Tensor& tokens, TableRows rows) {
   const int64_t n = tokens.numel(), v = dtable.size(0), d = dtable.size(1), chunks = ceil_div(n, kChunk);
   KRAIT_CHECK(n < (int64_t{1} << 31), "embedding: {} tokens in one backward pass; at most 2^31 - 1 on a GPU", n);
   const Device device = dtable.device();
@@ -166,7 +168,7 @@ void embedding_backward(Tensor& dtable, const Tensor& dy, const Tensor& tokens) 
   int32_t *positions_in = unsorted.data<int32_t>() + n, *positions = sorted.data<int32_t>() + n;
   visit_index(tokens.dtype(), [&]<class I>() {
     launch(token_keys_kernel<I>, {.grid = ceil_div(n, 256), .block = 256, .stream = stream}, keys_in, positions_in,
-           tokens.data<I>(), n, v);
+           tokens.data<I>(), n, v, rows.first);
   });
   const int bits = std::max(1, static_cast<int>(std::bit_width(static_cast<uint32_t>(v))));  // v itself is a key
   size_t bytes = 0;
