@@ -44,6 +44,19 @@ struct AblateCommand {
 };
 int run_ablate(const AblateCommand& command);
 
+struct BenchCommand {
+  std::string what;           // kernels | train | lengths
+  std::string filter;         // rows whose name has all these words; empty: all
+  std::string device = "auto";
+  std::string json;           // file to write; empty: none
+  std::string baseline;       // report of an earlier run to compare with; empty: none
+  double margin = 0.1;        // slower than the baseline by more than this share is a regression
+  double seconds = 0;         // of timed work in a row; 0: the default of what is measured
+  std::string only;           // one row by its whole name, without ceilings: what `bench train` starts for each row
+  bool list = false;          // print the names and measure nothing
+};
+int run_bench(const BenchCommand& command);
+
 struct InfoCommand {
   std::string run_dir;  // empty: about this build and machine
   bool verify = false;

@@ -14,6 +14,7 @@ int main(int argc, char** argv) {
                                   cli::add_generate,
                                   cli::add_ablate,
                                   cli::add_data,
+                                  cli::add_bench,
                                   cli::add_info,
                               });
   return krait::comm::finish(status);
