@@ -10,6 +10,7 @@
 #include "core/device_timer.h"
 #include "core/parallel.h"
 #include "train/build_info.h"
+#include "train/progress.h"
 
 namespace krait::train::bench {
 
@@ -152,7 +153,11 @@ std::string table_line(const Row& r, const Ceilings& c) {
                                  floor > 0 ? fmt::format("{:.0f}", 100 * floor / r.time.median_ms) : "", r.bound(c),
                                  r.goal_ms > 0 ? fmt::format("{:.4g} {}", r.goal_ms, r.time.median_ms <= r.goal_ms ? '+' : '-') : "",
                                  r.check.against.empty() ? "" : fmt::format("{} {:.1e}", r.check.ok ? "ok" : "WRONG", r.check.error));
-  for (const auto& [name, value] : r.values) line += fmt::format("  {} {:.5g}", name, value);
+  for (const auto& [name, value] : r.values) {
+    if (name == "reserved_bytes" || name == "parameters" || (name == "allocations_while_timed" && value == 0)) continue;
+    line += name.ends_with("_bytes") ? fmt::format("  {} {}", name, human_bytes(static_cast<int64_t>(value)))
+                                     : fmt::format("  {} {:.5g}", name, value);
+  }
   return line;
 }
 

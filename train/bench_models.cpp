@@ -37,7 +37,6 @@ class RandomTask final : public data::Task {
   }
 };
 
-// The model sections; `{precision}` and the like come from the device and the BenchModel.
 struct Base {
   const char* model;
   const char* precision;  // on CUDA; fp32 on a CPU
@@ -127,7 +126,7 @@ Config bench_config(const BenchModel& model, Device device, const std::vector<st
       "name: {}\nseed: 1\nruntime: {{device: {}, precision: {}}}\ndata: {}\nmodel: {}\noptimizer: {}\n"
       "lr_scheduler: {{type: constant}}\ntrain: {{steps: 1000000, micro_batch_size: {}}}\n",
       model.base, device.is_cpu() ? "cpu" : "cuda", device.is_cpu() ? "fp32" : base.precision,
-      classifier ? "{type: listops, context: 128}" : fmt::format("{{type: tokens, path: random, context: {}}}", model.context),
+      classifier ? "{type: listops, context: 128, min_length: 20, max_length: 128}" : fmt::format("{{type: tokens, path: random, context: {}}}", model.context),
       base.model, base.optimizer, model.batch);
   Config config = parse_config(yaml, "bench " + model.name, extra);
   if (classifier) {
@@ -140,7 +139,11 @@ Config bench_config(const BenchModel& model, Device device, const std::vector<st
 }
 
 Session bench_session(const Config& config) {
-  return make_session(config, {nullptr, config.data.task ? nullptr : data::make_byte_tokenizer(false), ""});
+  if (config.data.task) return make_session(config, {nullptr, nullptr, ""});
+  if (config.model.vocab_size >= 256) return make_session(config, {nullptr, data::make_byte_tokenizer(false), ""});
+  std::vector<char32_t> alphabet;
+  for (int64_t i = 0; i < config.model.vocab_size; ++i) alphabet.push_back(static_cast<char32_t>(U'!' + i));
+  return make_session(config, {nullptr, data::make_char_tokenizer(std::move(alphabet), false), ""});
 }
 
 data::Batch random_batch(const Config& config, int64_t step) {
