@@ -43,8 +43,18 @@ TEST_CASE("fault: stalls", "[.]") {
 TEST_CASE("fault: stopped", "[.]") {
   fail_on_last_rank([] { std::raise(SIGSTOP); });
 }
-TEST_CASE("fault: other collective", "[.]") {
-  fail_on_last_rank([] { world()->barrier(); });
+TEST_CASE("fault: other group", "[.]") {
+  const comm::GroupPtr pair = world()->split(world()->rank() > 0, "pair");
+  fail_on_last_rank([&] {
+    Tensor t = ones({5}, DType::f32, kCpu);
+    pair->all_reduce(t).wait();
+  });
+}
+TEST_CASE("fault: leaves early", "[.]") {
+  const comm::GroupPtr others = world()->split(world()->rank() < 2, "others");
+  if (world()->rank() < 2) return;
+  Tensor t = ones({3}, DType::f32, kCpu);
+  world()->all_reduce(t).wait();
 }
 TEST_CASE("fault: error on all ranks", "[.]") { comm::abort_job("no such file", 2); }
 

@@ -11,6 +11,7 @@
 #include "core/comm/backend.h"
 #include "core/comm/job.h"
 #include "core/comm/mpi/mpi_types.h"
+#include "core/comm/roll_call.h"
 #include "core/comm/work.h"
 #include "core/stream.h"
 
@@ -69,6 +70,7 @@ class MpiGroup::Call final : public Work::State {
 
   void wait() override {
     if (requests_.empty()) return;
+    const Waiting waiting;
     const auto begin = Clock::now();
     for (int64_t turn = 0;; ++turn) {
       int done = 0;
@@ -95,8 +97,8 @@ class MpiGroup::Call final : public Work::State {
       std::string what;
       if (!tensors_.empty()) what = " of " + describe(tensors_.back());
       abort_job(fmt::format("{}{} in {} has not ended after {:.1f} s: another rank is stuck, has ended or made another "
-                            "call\n       look at its last lines; if it only is slow, raise KRAIT_COMM_TIMEOUT ({:g} s)",
-                            collective_, what, place_, waited, timeout()));
+                            "call (if it only is slow, raise KRAIT_COMM_TIMEOUT, {:g} s){}",
+                            collective_, what, place_, waited, timeout(), roll_call()));
     }
     const auto waiting = now - begin;
     if (waiting < std::chrono::milliseconds(1))
@@ -133,6 +135,7 @@ ProcessGroup& MpiGroup::nccl(const char* collective, Device device) {
 
 Work MpiGroup::all_reduce(Tensor t, Reduce op) {
   check_tensor("all_reduce", *this, t);
+  note_call("all_reduce", name_, t);
   if (t.device().is_cuda()) return nccl("all_reduce", t.device()).all_reduce(t, op);
   const MPI_Datatype type = mpi_type(t.dtype());
   const MPI_Op mpi = mpi_op(t.dtype(), op);
@@ -145,6 +148,7 @@ Work MpiGroup::all_reduce(Tensor t, Reduce op) {
 
 Work MpiGroup::all_gather(const Tensor& piece, Tensor whole) {
   check_parts("all_gather", *this, whole, piece, size_);
+  note_call("all_gather", name_, piece);
   if (piece.device().is_cuda()) return nccl("all_gather", piece.device()).all_gather(piece, whole);
   auto call = std::make_shared<Call>(*this, "all_gather", std::vector{piece, whole});
   const MPI_Datatype type = mpi_type(piece.dtype());
@@ -162,6 +166,7 @@ Work MpiGroup::all_gather(const Tensor& piece, Tensor whole) {
 
 Work MpiGroup::reduce_scatter(const Tensor& whole, Tensor piece) {
   check_parts("reduce_scatter", *this, whole, piece, size_);
+  note_call("reduce_scatter", name_, whole);
   if (piece.device().is_cuda()) return nccl("reduce_scatter", piece.device()).reduce_scatter(whole, piece);
   auto call = std::make_shared<Call>(*this, "reduce_scatter", std::vector{piece, whole});
   const MPI_Datatype type = mpi_type(piece.dtype());
@@ -182,6 +187,7 @@ Work MpiGroup::reduce_scatter(const Tensor& whole, Tensor piece) {
 
 Work MpiGroup::all_to_all(const Tensor& send, Tensor receive) {
   check_parts("all_to_all", *this, send, receive, 1);
+  note_call("all_to_all", name_, send);
   if (send.device().is_cuda()) return nccl("all_to_all", send.device()).all_to_all(send, receive);
   auto call = std::make_shared<Call>(*this, "all_to_all", std::vector{send, receive});
   const MPI_Datatype type = mpi_type(send.dtype());
@@ -200,6 +206,7 @@ Work MpiGroup::all_to_all(const Tensor& send, Tensor receive) {
 Work MpiGroup::broadcast(Tensor t, int root) {
   check_tensor("broadcast", *this, t);
   check_root("broadcast", *this, root);
+  note_call("broadcast", name_, t);
   if (t.device().is_cuda()) return nccl("broadcast", t.device()).broadcast(t, root);
   auto call = std::make_shared<Call>(*this, "broadcast", std::vector{t});
   in_pieces(t.numel(), [&](int64_t first, int count) {
@@ -213,6 +220,7 @@ Work MpiGroup::exchange(const Tensor& send, int to, Tensor receive, int from) {
   check_exchange(*this, send, to, receive, from);
   if (!send.defined() && !receive.defined()) return {};
   const Device device = send.defined() ? send.device() : receive.device();
+  note_call("exchange", name_, send.defined() ? send : receive);
   if (device.is_cuda()) return nccl("exchange", device).exchange(send, to, receive, from);
   auto call = std::make_shared<Call>(*this, "exchange", std::vector<Tensor>{});
   if (receive.defined()) {
@@ -231,6 +239,7 @@ Work MpiGroup::exchange(const Tensor& send, int to, Tensor receive, int from) {
 }
 
 void MpiGroup::barrier() {
+  note_call("barrier", name_, {});
   Call call(*this, "barrier", {});
   check_mpi(MPI_Ibarrier(comm_, call.request()), "MPI_Ibarrier");
   call.wait();

@@ -5,8 +5,14 @@
 #include "core/comm/job.h"
 #include "core/comm/mpi/mpi_group.h"
 #include "core/comm/mpi/mpi_types.h"
+#include "core/comm/mpi/roll_call_thread.h"
 
 namespace krait::comm {
+
+namespace {
+std::unique_ptr<RollCallThread> roll_call_thread;
+GroupPtr at_end;  // all ranks again, so that the wait for the last one matches no other call
+}  // namespace
 
 GroupPtr start_mpi(int rank, int size, int local_rank) {
   int level = 0;
@@ -27,15 +33,23 @@ GroupPtr start_mpi(int rank, int size, int local_rank) {
   MPI_Comm_size(host, &local_size);
   MPI_Comm_free(&host);
   job_state() = {rank, size, local_rank, local_size, true};
+  if (level == MPI_THREAD_MULTIPLE) roll_call_thread = std::make_unique<RollCallThread>();
+  MPI_Comm all;
+  check_mpi(MPI_Comm_dup(MPI_COMM_WORLD, &all), "MPI_Comm_dup");
+  at_end = std::make_shared<MpiGroup>(all, "the end of the job");
   return std::make_shared<MpiGroup>(MPI_COMM_WORLD, "world");
 }
 
+// MPI_Finalize has no time limit.
 void stop_mpi() {
+  at_end->barrier();
   job_state().running = false;
+  roll_call_thread.reset();
   MPI_Finalize();
 }
 
 void kill_job(int status) {
+  (void)roll_call_thread.release();  // it may be the one that holds what its end would wait for
   MPI_Abort(MPI_COMM_WORLD, status);
   _exit(status);
 }

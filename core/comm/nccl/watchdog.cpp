@@ -5,6 +5,7 @@
 
 #include "core/comm/job.h"
 #include "core/comm/nccl/check.h"
+#include "core/comm/roll_call.h"
 #include "core/stream.h"
 
 namespace krait::comm {
@@ -98,9 +99,9 @@ void Watchdog::look(Clock::time_point now) {
   for (const Pending& p : pending_) {
     const double waited = seconds(now - std::max(p.start, progress_));
     if (waited > timeout())
-      abort_job(fmt::format("{} has not ended after {:.1f} s: another rank is stuck, has ended or made another call\n"
-                            "       look at its last lines; if it only is slow, raise KRAIT_COMM_TIMEOUT ({:g} s)",
-                            describe(p.entry), waited, timeout()));
+      abort_job(fmt::format("{} has not ended after {:.1f} s: another rank is stuck, has ended or made another call "
+                            "(if it only is slow, raise KRAIT_COMM_TIMEOUT, {:g} s){}",
+                            describe(p.entry), waited, timeout(), roll_call()));
   }
   for (const Communicator& c : communicators_) {
     ncclResult_t status = ncclSuccess;
