@@ -143,7 +143,7 @@ void run_forward(Tensor& y, Tensor& final_state, const Tensor& states, const Sel
     }
     launch(scan_chunks_kernel<false, T>,
            {.grid = ceil_div(e, 128), .grid_y = n, .grid_z = b, .block = 128, .stream = config.stream}, saved, nullptr,
-           deltas.data<A>(), h0, view, chunks);
+           deltas.data<A>(), h0, view, chunks, kScanChunk);
   }
   launch(scan_forward_kernel<T, kStates, kChannels, true>, config, y.data<T>(), final_state.data<A>(), saved, nullptr,
          h0, view, chunks, chunks, groups);
@@ -152,6 +152,7 @@ void run_forward(Tensor& y, Tensor& final_state, const Tensor& states, const Sel
 }  // namespace
 
 void selective_scan_forward(Tensor& y, Tensor& final_state, Tensor& states, const SelectiveScanInputs& in) {
+  if (scan_walks(in)) return walk_forward(y, final_state, states, in);
   const int64_t b = in.x.size(0), l = in.x.size(1), e = in.x.size(2), n = in.A.size(1);
   const int64_t chunks = ceil_div(l, kScanChunk);
   visit_float(in.x.dtype(), [&]<class T>() {

@@ -90,13 +90,13 @@ __device__ __forceinline__ void load_state_rows(A* to, const T* from, int64_t ro
   }
 }
 
-// The states of the chunks, one after the other. Forward: states[k] holds the state that chunk k makes of 0 and becomes
+// The states of chunks of `length` positions, one after the other. Forward: states[k] holds the state that chunk k makes of 0 and becomes
 // the state before it (first: h0; the last chunk's is not read). Reverse: states[k] holds what chunk k sends back
 // of 0 and becomes what it receives (first: the final state's gradient); what chunk 0 sends back goes to `out`.
 // states (b, chunks, n, e); deltas (b, chunks, e) sums of delta; initial and out (b, e, n) may be null.
 template <bool kReverse, class T, class A = accum_t<T>>
 __global__ void scan_chunks_kernel(A* __restrict__ states, A* __restrict__ out, const A* __restrict__ deltas,
-                                   const A* __restrict__ initial, const ScanView<T> in, int64_t chunks) {
+                                   const A* __restrict__ initial, const ScanView<T> in, int64_t chunks, int64_t length) {
   const int64_t channel = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const int i = static_cast<int>(blockIdx.y);
   const int64_t row = blockIdx.z, e = in.e, n = in.n;
@@ -113,12 +113,22 @@ __global__ void scan_chunks_kernel(A* __restrict__ states, A* __restrict__ out, 
     A decay = scan_exp2(a * deltas[(row * chunks + k) * e + channel]);
     if (in.segments != nullptr) {
       const int32_t* s = in.segments + row * in.l;
-      const int64_t t0 = k * kScanChunk, t1 = t0 + kScanChunk < in.l ? t0 + kScanChunk : in.l;
+      const int64_t t0 = k * length, t1 = t0 + length < in.l ? t0 + length : in.l;
       if (s[t1 - 1] != s[t0 > 0 ? t0 - 1 : 0]) decay = A(0);
     }
     h = decay * h + own;
   }
   if (out != nullptr) out[(row * e + channel) * n + i] = h;
 }
+
+// The gradients of parameters and of B and C from parts: da (..., n, e), rows (parts, 2, e) of dD and ddt_bias, bc
+// (blocks of channels, b, l, 2 n) of dB and dC. In a fixed order.
+void sum_scan_parts(SelectiveScanGrad& grad, const Tensor& da, const Tensor& rows, const Tensor& bc);
+
+// bf16 with 16 states: a thread walks along a channel with all its states (selective_scan_walk*.cu).
+bool scan_walks(const SelectiveScanInputs& in);
+void walk_forward(Tensor& y, Tensor& final_state, Tensor& states, const SelectiveScanInputs& in);
+void walk_backward(SelectiveScanGrad& grad, const Tensor& dy, const Tensor& dfinal, const SelectiveScanInputs& in,
+                   const Tensor& states);
 
 }  // namespace krait::kernels::cuda

@@ -357,8 +357,28 @@ void run_backward(const ScanOutputs<T>& out, const Upstream<T>& up, const Tensor
 
 }  // namespace
 
+void sum_scan_parts(SelectiveScanGrad& grad, const Tensor& da, const Tensor& rows, const Tensor& bc) {
+  const int64_t e = grad.dA.size(0), n = grad.dA.size(1), parts = rows.size(0);
+  const Stream stream = current_stream(da.device());
+  visit_float(grad.dx.dtype(), [&]<class T>() {
+    using A = accum_t<T>;
+    const auto sum = [&](const Tensor& to, const A* from, int64_t stride, int64_t width) {
+      if (!to.defined()) return;
+      launch(sum_scan_parts_kernel<A>, {.grid = ceil_div(e * width, 32), .block = 512, .stream = stream}, to.data<A>(),
+             from, parts, stride, e, width);
+    };
+    sum(grad.dA, da.data<A>(), n * e, n);
+    sum(grad.dD, rows.data<A>(), 2 * e, 1);
+    sum(grad.ddt_bias, rows.data<A>() + e, 2 * e, 1);
+    const int64_t positions = grad.dB.numel() / n;
+    launch(split_scan_sums_kernel<T>, {.grid = ceil_div(positions * 2 * n, 256), .block = 256, .stream = stream},
+           grad.dB.data<T>(), grad.dC.data<T>(), bc.data<A>(), bc.size(0), positions, n);
+  });
+}
+
 void selective_scan_backward(SelectiveScanGrad& grad, const Tensor& dy, const Tensor& dfinal,
                              const SelectiveScanInputs& in, const Tensor& states) {
+  if (scan_walks(in)) return walk_backward(grad, dy, dfinal, in, states);
   const int64_t b = in.x.size(0), l = in.x.size(1), e = in.x.size(2), n = in.A.size(1), chunks = states.size(1);
   const Device device = in.x.device();
   const Stream stream = current_stream(device);
@@ -380,7 +400,8 @@ void selective_scan_backward(SelectiveScanGrad& grad, const Tensor& dy, const Te
       run_reverse<T, 16, 32>(back, deltas, up, in, static_cast<int>(ceil_div(n, 16)));
     launch(scan_chunks_kernel<true, T>,
            {.grid = ceil_div(e, 128), .grid_y = n, .grid_z = b, .block = 128, .stream = stream}, back.data<A>(),
-           grad.dh0.defined() ? grad.dh0.data<A>() : nullptr, deltas.data<A>(), scan_pointer<A>(dfinal), view, chunks);
+           grad.dh0.defined() ? grad.dh0.data<A>() : nullptr, deltas.data<A>(), scan_pointer<A>(dfinal), view, chunks,
+           kScanChunk);
 
     const Tensor rows = empty({b * chunks, 2, e}, sums, device), bc = empty({blocks, b, l, 2 * n}, sums, device);
     const ScanOutputs<T> out{grad.dx.data<T>(), grad.ddt.data<T>(), grad.dz.defined() ? grad.dz.data<T>() : nullptr,
@@ -390,16 +411,7 @@ void selective_scan_backward(SelectiveScanGrad& grad, const Tensor& dy, const Te
     else
       run_backward<T, 16, 4>(out, up, states, in, blocks, per_block);
 
-    const auto sum_parts = [&](const Tensor& to, const A* from, int64_t stride, int64_t width) {
-      if (!to.defined()) return;
-      launch(sum_scan_parts_kernel<A>, {.grid = ceil_div(e * width, 32), .block = 512, .stream = stream}, to.data<A>(),
-             from, b * chunks, stride, e, width);
-    };
-    sum_parts(grad.dA, back.data<A>(), n * e, n);
-    sum_parts(grad.dD, rows.data<A>(), 2 * e, 1);
-    sum_parts(grad.ddt_bias, rows.data<A>() + e, 2 * e, 1);
-    launch(split_scan_sums_kernel<T>, {.grid = ceil_div(b * l * 2 * n, 256), .block = 256, .stream = stream},
-           grad.dB.data<T>(), grad.dC.data<T>(), bc.data<A>(), blocks, b * l, n);
+    sum_scan_parts(grad, back, rows, bc);
   });
 }
 
