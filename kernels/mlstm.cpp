@@ -1,8 +1,13 @@
 #include "kernels/mlstm.h"
 
+#include "kernels/elementwise.h"
+#include "kernels/reduce.h"
+
 namespace krait::kernels {
 
 namespace {
+
+constexpr double kEmpty = -1e30;  // m of the empty state: below any gate, and finite
 
 Tensor last_contiguous(const Tensor& t) { return t.size(-1) == 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
 
@@ -106,6 +111,32 @@ MlstmGrad mlstm_backward(const MlstmUpstream& up, const MlstmInputs& in, const M
     return grad;
   }
   KRAIT_DISPATCH(in.q.device(), mlstm_backward(grad, upstream, whole, out, options));
+  return grad;
+}
+
+MlstmSummary mlstm_summary(const MlstmInputs& in, const MlstmOptions& options) {
+  MlstmInputs whole = complete({in.q, in.k, in.v, in.i, in.f, {}, in.segments}, options);
+  const DType a = accum_dtype(in.q.dtype());
+  const Device device = in.q.device();
+  const Shape c = state_shape(in), n = c.drop_last(), m = n.drop_last();
+  MlstmSummary out{{zeros(c, a, device), zeros(n, a, device), full(m, kEmpty, a, device)},
+                   sum(logsigmoid(whole.f), {1})};
+  if (in.v.numel() == 0) return out;
+  whole.initial.m = out.own.m.clone();
+  KRAIT_DISPATCH(device, mlstm_last_state(out.own, whole, options));
+  return out;
+}
+
+MlstmInitialGradient mlstm_initial_gradient(const Tensor& dh, const MlstmInputs& in, const MlstmOut& out,
+                                            const MlstmOptions& options) {
+  const MlstmInputs whole = complete(in, options);
+  check_same("mlstm_initial_gradient", dh, out.h);
+  KRAIT_CHECK(dh.shape() == out.h.shape(), "mlstm_initial_gradient: dh is {}, expected {}", dh.shape(), out.h.shape());
+  const DType a = accum_dtype(in.q.dtype());
+  const Shape c = state_shape(in);
+  MlstmInitialGradient grad{zeros(c, a, dh.device()), zeros(c.drop_last(), a, dh.device())};
+  if (dh.numel() == 0) return grad;
+  KRAIT_DISPATCH(dh.device(), mlstm_initial_gradient(grad, dh.contiguous(), whole, out, options));
   return grad;
 }
 

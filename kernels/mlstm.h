@@ -57,6 +57,18 @@ struct MlstmUpstream { Tensor dh, dc_last, dn_last; };
 MlstmGrad mlstm_backward(const MlstmUpstream& upstream, const MlstmInputs& in, const MlstmOut& out,
                          const MlstmOptions& options = {});
 
+/// One piece of a sequence as seen from outside, from the empty state C = n = 0, m = -infinity (in.initial is not read):
+/// where no document begins inside it, the state (C, n, m) before it becomes behind it
+///   m' = max(log_decay + m, m_own)      C' = e^(log_decay + m - m') C + e^(m_own - m') C_own      n' the same
+/// and `own` otherwise. log_decay (b, heads) = sum_t lf_t. Costs the states of the forward pass alone; reads no q.
+struct MlstmSummary { MlstmState own; Tensor log_decay; };
+MlstmSummary mlstm_summary(const MlstmInputs& in, const MlstmOptions& options = {});
+/// Gradients of the initial c and n from dh alone (the last state's left out); `out` is the forward pass's, of which h,
+/// m and r are read.
+struct MlstmInitialGradient { Tensor dc0, dn0; };
+MlstmInitialGradient mlstm_initial_gradient(const Tensor& dh, const MlstmInputs& in, const MlstmOut& out,
+                                            const MlstmOptions& options = {});
+
 /// One position of the recurrent form: q, k (b, heads, dq), v (b, heads, dv), i, f (b, heads). Advances the state in
 /// place (contiguous) and returns h (b, heads, dv), fp32 (fp64 for fp64).
 Tensor mlstm_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i, const Tensor& f,
@@ -65,10 +77,14 @@ Tensor mlstm_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 /// What serves these sizes, for the line printed at the start of a run.
 std::string mlstm_kernel_name(DType dtype, Device device, int64_t dq, int64_t dv);
 
-// Last dimensions of q, k, v are contiguous, everything else is whole. l > 0; the initial state may be undefined.
+// Last dimensions of q, k, v are contiguous, everything else is whole. l > 0; the initial state may be undefined, or have
+// an m alone.
 KRAIT_BACKENDS(void mlstm_forward(MlstmOut& out, const MlstmInputs& in, const MlstmOptions& options);
                void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& upstream, const MlstmInputs& in,
                                    const MlstmOut& out, const MlstmOptions& options);
+               void mlstm_last_state(MlstmState& last, const MlstmInputs& in, const MlstmOptions& options);
+               void mlstm_initial_gradient(MlstmInitialGradient& grad, const Tensor& dh, const MlstmInputs& in,
+                                           const MlstmOut& out, const MlstmOptions& options);
                void mlstm_step(Tensor& h, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
                                const Tensor& f, MlstmState& state, double eps);
                void mlstm_kernel_name(std::string& name, DType dtype, int64_t dq, int64_t dv))

@@ -92,6 +92,35 @@ SelectiveScanGrad selective_scan_backward(const Tensor& dy, const Tensor& dfinal
   return grad;
 }
 
+SelectiveScanSummary selective_scan_summary(const SelectiveScanInputs& inputs) {
+  const SelectiveScanInputs in = check_inputs(inputs);
+  const int64_t b = in.x.size(0), e = in.x.size(2), n = in.A.size(1);
+  const DType a = accum_dtype(in.x.dtype());
+  SelectiveScanSummary out{empty({b, e, n}, a, in.x.device()), empty({b, e}, a, in.x.device())};
+  if (in.x.numel() == 0) {
+    zero_(out.deltas);
+    if (in.h0.defined())
+      copy_(out.state, in.h0);
+    else
+      zero_(out.state);
+    return out;
+  }
+  KRAIT_DISPATCH(in.x.device(), selective_scan_summary(out.state, out.deltas, in));
+  return out;
+}
+
+Tensor selective_scan_initial_gradient(const Tensor& dy, const SelectiveScanInputs& inputs) {
+  const SelectiveScanInputs in = check_inputs(inputs);
+  check_same("selective_scan", in.x, dy);
+  KRAIT_CHECK(dy.shape() == in.x.shape(), "selective_scan: dy is {} for x {}", dy.shape(), in.x.shape());
+  Tensor gradient = empty({in.x.size(0), in.x.size(2), in.A.size(1)}, accum_dtype(in.x.dtype()), in.x.device());
+  if (in.x.numel() == 0)
+    zero_(gradient);
+  else
+    KRAIT_DISPATCH(in.x.device(), selective_scan_initial_gradient(gradient, with_rows(dy), in));
+  return gradient;
+}
+
 Tensor selective_scan_step(Tensor& h, const SelectiveScanInputs& in) {
   KRAIT_CHECK(in.x.ndim() == 2, "selective_scan_step: x is {}, expected (batch, channels)", in.x.shape());
   SelectiveScanInputs one = in;

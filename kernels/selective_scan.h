@@ -35,6 +35,15 @@ SelectiveScanOut selective_scan_forward(const SelectiveScanInputs& in, bool save
 /// dy or dfinal may be undefined (0).
 SelectiveScanGrad selective_scan_backward(const Tensor& dy, const Tensor& dfinal, const SelectiveScanInputs& in,
                                           const Tensor& states);
+/// One piece of a sequence as seen from outside: h_out = exp(A deltas) h_in + state, where no document begins inside it.
+/// state (b, e, n) is its final state from h0 (undefined: 0), deltas (b, e) = sum_t delta_t. Cheaper than the forward
+/// pass: reads neither C nor D nor z, writes nothing per position.
+struct SelectiveScanSummary { Tensor state, deltas; };
+SelectiveScanSummary selective_scan_summary(const SelectiveScanInputs& in);
+/// Gradient of h0 (b, e, n) from the outputs alone: sum_t exp(A (delta_1 + .. + delta_t)) g_t C_t over the first
+/// document. Reads neither B nor D nor h0.
+Tensor selective_scan_initial_gradient(const Tensor& dy, const SelectiveScanInputs& in);
+
 /// One position: in.x, dt, z (b, e), B, C (b, n), in.h0 undefined; y (b, e). h (b, e, n) advances in place.
 Tensor selective_scan_step(Tensor& h, const SelectiveScanInputs& in);
 
@@ -43,7 +52,9 @@ Tensor selective_scan_step(Tensor& h, const SelectiveScanInputs& in);
 KRAIT_BACKENDS(void selective_scan_forward(Tensor& y, Tensor& final_state, Tensor& states,
                                            const SelectiveScanInputs& in);
                void selective_scan_backward(SelectiveScanGrad& grad, const Tensor& dy, const Tensor& dfinal,
-                                            const SelectiveScanInputs& in, const Tensor& states))
+                                            const SelectiveScanInputs& in, const Tensor& states);
+               void selective_scan_summary(Tensor& state, Tensor& deltas, const SelectiveScanInputs& in);
+               void selective_scan_initial_gradient(Tensor& gradient, const Tensor& dy, const SelectiveScanInputs& in))
 
 }  // namespace kernels
 }  // namespace krait

@@ -121,6 +121,35 @@ SsdGrad ssd_backward(const Tensor& dy, const Tensor& dfinal, const SsdInput& in)
   return grad;
 }
 
+SsdSummary ssd_summary(const SsdInput& in) {
+  check_input(in);
+  SsdSummary out{sum(in.a, {1}), empty(state_shape(in), accum_dtype(in.x.dtype()), in.x.device())};
+  if (in.x.numel() == 0) {
+    if (in.initial_state.defined())
+      copy_(out.state, in.initial_state);
+    else
+      zero_(out.state);
+    return out;
+  }
+  const SsdInput ready = prepared(in);
+  KRAIT_DISPATCH(in.x.device(), ssd_final_state(out.state, ready));
+  return out;
+}
+
+Tensor ssd_initial_gradient(const Tensor& dy, const SsdInput& in) {
+  check_input(in);
+  check_same("ssd", in.x, dy);
+  KRAIT_CHECK(dy.shape() == in.x.shape(), "ssd: dy is {} for x {}", dy.shape(), in.x.shape());
+  Tensor gradient = empty(state_shape(in), accum_dtype(in.x.dtype()), in.x.device());
+  if (in.x.numel() == 0) {
+    zero_(gradient);
+    return gradient;
+  }
+  const SsdInput ready = prepared(in);
+  KRAIT_DISPATCH(in.x.device(), ssd_initial_gradient(gradient, rows_ready(dy), ready));
+  return gradient;
+}
+
 Tensor ssd_step(Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& B, const Tensor& C,
                 const Tensor& D) {
   KRAIT_CHECK(x.ndim() == 3 && B.ndim() == 3 && C.shape() == B.shape() && B.size(0) == x.size(0) && B.size(1) > 0 &&

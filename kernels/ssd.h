@@ -41,6 +41,15 @@ SsdGrad ssd_backward(const Tensor& dy, const Tensor& dfinal, const SsdInput& in)
 /// The same with dx, dB and dC of `grad` given: tensors with any strides whose last is 1.
 void ssd_backward_into(SsdGrad& grad, const Tensor& dy, const Tensor& dfinal, const SsdInput& in);
 
+/// One piece of a sequence as seen from outside: h_out = e^{log_decay} h_in + state, where no document begins inside
+/// it; state (b, heads, p, n) is its final state from the initial one (undefined: 0), log_decay (b, heads) = sum_t a_t.
+/// Costs the states of the forward pass alone; reads neither C nor D.
+struct SsdSummary { Tensor log_decay, state; };
+SsdSummary ssd_summary(const SsdInput& in);
+/// Gradient of the initial state from the outputs alone, sum_t e^{a_1 + .. + a_t} dy_t (x) C_t over the first document.
+/// Reads neither x nor B nor D nor the initial state.
+Tensor ssd_initial_gradient(const Tensor& dy, const SsdInput& in);
+
 /// One position: x (b, heads, p), dt and a (b, heads), B and C (b, g, n); updates the state (b, heads, p, n) in place
 /// and returns y (b, heads, p). dt and D may be undefined.
 Tensor ssd_step(Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& B, const Tensor& C,
@@ -54,6 +63,8 @@ std::string ssd_kernel_name(DType dtype, Device device);
 KRAIT_BACKENDS(
     void ssd_forward(Tensor& y, Tensor& final_state, const SsdInput& in);
     void ssd_backward(SsdGrad& grad, const Tensor& dy, const Tensor& dfinal, const SsdInput& in);
+    void ssd_final_state(Tensor& state, const SsdInput& in);
+    void ssd_initial_gradient(Tensor& gradient, const Tensor& dy, const SsdInput& in);
     void ssd_step(Tensor& y, Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& B,
                   const Tensor& C, const Tensor& D))
 

@@ -81,6 +81,31 @@ class Unit {
     out.last.m.data<A>()[unit] = m_;
   }
 
+  void last_state(int64_t b, int64_t h, const MlstmState& last) {
+    begin(b, h);
+    for (int64_t x = 0; x < chunks_; ++x) {
+      load(x);
+      advance();
+    }
+    const int64_t unit = b * heads_ + h;
+    store_state(last.c.data<A>() + unit * dq_ * dv_, last.n.data<A>() + unit * dq_, state_);
+    last.m.data<A>()[unit] = m_;
+  }
+
+  void initial_gradient(int64_t b, int64_t h, const MlstmInitialGradient& grad, const Tensor& dh, const MlstmOut& out) {
+    begin(b, h);
+    const A first_m = m_;
+    load_state(g_, nullptr, nullptr);
+    for (int64_t x = chunks_ - 1; x >= 0; --x) {
+      m_ = x == 0 ? first_m : out.m.data<A>()[row(x * chunk_ - 1)];
+      load(x);
+      load_upstream(dh, out);
+      send_back();
+    }
+    const int64_t unit = b * heads_ + h;
+    store_state(grad.dc0.data<A>() + unit * dq_ * dv_, grad.dn0.data<A>() + unit * dq_, g_);
+  }
+
   void backward(int64_t b, int64_t h, const MlstmGrad& grad, const MlstmUpstream& up, const MlstmOut& out) {
     begin(b, h);
     const int64_t size = dqp_ * dvp_, unit = b * heads_ + h;
@@ -113,7 +138,7 @@ class Unit {
     const bool given = in_.initial.c.defined();
     load_state(state_, given ? in_.initial.c.data<A>() + unit * dq_ * dv_ : nullptr,
                given ? in_.initial.n.data<A>() + unit * dq_ : nullptr);
-    m_ = given ? in_.initial.m.data<A>()[unit] : A{0};
+    m_ = in_.initial.m.defined() ? in_.initial.m.data<A>()[unit] : A{0};
   }
 
   void load_state(A* to, const A* c, const A* n) const {
@@ -261,6 +286,11 @@ class Unit {
       put_row(grad.dk.data<T>() + gate(t0_ + t) * dq_, dk_ + t * dqp_, A{1}, dq_);
       put_row(grad.dv.data<T>() + gate(t0_ + t) * dv_, h_ + t * dvp_, A{1}, dv_);
     }
+    send_back();
+  }
+
+  // g from the gradient of the state behind the chunk to that of the state before it.
+  void send_back() {
     scale_row(g_, g_, decay_, dqp_ * dvp_);
     for (int64_t i = 0; i < dqp_; i += kStrip)
       multiply_strip(g_ + i * dvp_, dvp_, qi_ + i, 1, dqp_, d_, dvp_, dvp_, rows_, true);
@@ -319,6 +349,27 @@ void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& upstream, const MlstmI
     parallel_for(0, in.q.size(0) * heads, 1, [&](int64_t first, int64_t last) {
       Unit<T> unit(in, options);
       for (int64_t x = first; x < last; ++x) unit.backward(x / heads, x % heads, grad, upstream, out);
+    });
+  });
+}
+
+void mlstm_last_state(MlstmState& last, const MlstmInputs& in, const MlstmOptions& options) {
+  const int64_t heads = in.q.size(2);
+  visit_float(in.q.dtype(), [&]<class T>() {
+    parallel_for(0, in.q.size(0) * heads, 1, [&](int64_t first, int64_t end) {
+      Unit<T> unit(in, options);
+      for (int64_t x = first; x < end; ++x) unit.last_state(x / heads, x % heads, last);
+    });
+  });
+}
+
+void mlstm_initial_gradient(MlstmInitialGradient& grad, const Tensor& dh, const MlstmInputs& in, const MlstmOut& out,
+                            const MlstmOptions& options) {
+  const int64_t heads = in.q.size(2);
+  visit_float(in.q.dtype(), [&]<class T>() {
+    parallel_for(0, in.q.size(0) * heads, 1, [&](int64_t first, int64_t end) {
+      Unit<T> unit(in, options);
+      for (int64_t x = first; x < end; ++x) unit.initial_gradient(x / heads, x % heads, grad, dh, out);
     });
   });
 }

@@ -95,14 +95,10 @@ class Backward {
  public:
   Backward(SsdGrad& grad, const Tensor& dy, const Tensor& dfinal, const SsdInput& in)
       : grad_(grad), in_(in), z_(in), x_(in.x), B_(in.B), C_(in.C), dy_(dy), dx_(grad.dx), dB_(grad.dB), dC_(grad.dC),
-        states_(in, nullptr), dstates_(empty(z_.states(), dtype_of<A>, kCpu)),
+        states_(in, nullptr), dstates_(in, dy, dfinal, grad.dinitial_state.defined() ? &grad.dinitial_state : nullptr),
         partial_D_(in.D.defined() ? zeros({z_.b * z_.chunks, z_.heads, z_.p}, dtype_of<A>, kCpu) : Tensor()),
         a_(in.a.data<A>()), dt_(in.dt.defined() ? in.dt.data<A>() : nullptr),
         segments_(in.segments.defined() ? in.segments.data<int32_t>() : nullptr) {
-    for_each_unit<A>(z_, [&] { return S(z_); }, [&](S& s, int64_t b, int64_t c, int64_t g, int64_t t0, int64_t q) {
-      own_dstates(s, b, c, g, t0, q);
-    });
-    scan(dfinal);
     for_each_unit<A>(z_, [&] { return S(z_); }, [&](S& s, int64_t b, int64_t c, int64_t g, int64_t t0, int64_t q) {
       unit(s, b, c, g, t0, q);
     });
@@ -113,44 +109,6 @@ class Backward {
   int64_t state_at(int64_t b, int64_t c, int64_t h) const { return (b * z_.chunks + c) * z_.heads + h; }
   void fill(Decay<A>& decay, int64_t b, int64_t t0, int64_t h, int64_t q) const {
     decay.fill(a_ + (b * z_.l + t0) * z_.heads + h, z_.heads, segments_ ? segments_ + b * z_.l + t0 : nullptr, t0 == 0, q);
-  }
-
-  // What a chunk's outputs send to the state before it: sum_i e^{s_i} C_i (x) dy_i.
-  void own_dstates(S& s, int64_t b, int64_t c, int64_t g, int64_t t0, int64_t q) {
-    pack_rows<A>(s.c_rows, z_.np, C_.at(b, t0, g), C_.row, q, z_.n, z_.qp);
-    for (int64_t h = g * z_.group; h < (g + 1) * z_.group; ++h) {
-      fill(s.decay, b, t0, h, q);
-      pack_rows<A>(s.dyw, z_.pp, dy_.at(b, t0, h), dy_.row, q, z_.p, z_.qp);
-      scale_rows(s.dyw, s.dyw, s.decay.in, q, z_.pp);
-      outer_sum(dstates_.template data<A>() + state_at(b, c, h) * z_.state(), s.c_rows, s.dyw, q, z_);
-    }
-  }
-
-  // Backwards over the chunks: dstates becomes the gradient of the state after each chunk.
-  void scan(const Tensor& dfinal) {
-    A* dstates = dstates_.template data<A>();
-    const A* totals = states_.totals.template data<A>();
-    parallel_for(0, z_.b * z_.heads, 1, [&](int64_t first, int64_t last) {
-      std::vector<A> state(static_cast<size_t>(z_.state()));
-      for (int64_t i = first; i < last; ++i) {
-        A* __restrict running = state.data();
-        std::fill(state.begin(), state.end(), A(0));
-        if (dfinal.defined()) put_state(running, dfinal.data<A>() + i * z_.p * z_.n, z_);
-        for (int64_t c = z_.chunks - 1; c >= 0; --c) {
-          const int64_t unit = state_at(i / z_.heads, c, i % z_.heads);
-          A* __restrict own = dstates + unit * z_.state();
-          const A decay = totals[unit];
-#pragma omp simd
-          for (int64_t k = 0; k < z_.n * z_.pp; ++k) {
-            const A after = running[k];
-            running[k] = decay * after + own[k];
-            own[k] = after;
-          }
-        }
-        if (grad_.dinitial_state.defined())
-          get_state(grad_.dinitial_state.template data<A>() + i * z_.p * z_.n, running, z_);
-      }
-    });
   }
 
   void unit(S& s, int64_t b, int64_t c, int64_t g, int64_t t0, int64_t q) {
@@ -178,7 +136,7 @@ class Backward {
     scale_rows(s.xw, s.x, s.weights, q, pp);
     scale_rows(s.dyw, s.dy, s.decay.in, q, pp);
     const A* state = states_.before.template data<A>() + state_at(b, c, h) * z_.state();
-    const A* dstate = dstates_.template data<A>() + state_at(b, c, h) * z_.state();
+    const A* dstate = dstates_.behind.template data<A>() + state_at(b, c, h) * z_.state();
     transpose<A>(s.state_t, np, state, pp, np, pp);
     transpose<A>(s.dstate_t, np, dstate, pp, np, pp);
 
@@ -254,7 +212,8 @@ class Backward {
   View<const T> x_, B_, C_, dy_;
   View<T> dx_, dB_, dC_;
   States<T> states_;
-  Tensor dstates_, partial_D_;
+  StateGradients<T> dstates_;
+  Tensor partial_D_;
   const A *a_, *dt_;
   const int32_t* segments_;
 };

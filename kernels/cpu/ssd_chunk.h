@@ -156,9 +156,21 @@ struct States {
   States(const SsdInput& in, Tensor* final_state);
 };
 
+/// Gradients of the state behind each chunk, (b, chunks, heads, np pp), from dy and the final state's (may be undefined).
+/// Writes the initial state's where it is wanted.
+template <class T>
+struct StateGradients {
+  using A = accum_t<T>;
+  Tensor behind;
+  StateGradients(const SsdInput& in, const Tensor& dy, const Tensor& dfinal, Tensor* dinitial);
+};
+
 extern template struct States<float>;
 extern template struct States<double>;
 extern template struct States<bf16>;
+extern template struct StateGradients<float>;
+extern template struct StateGradients<double>;
+extern template struct StateGradients<bf16>;
 
 /// The padded transpose (n, pp) of a state (p, n), and back.
 template <class A>

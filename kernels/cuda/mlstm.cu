@@ -267,6 +267,20 @@ void forward_states(Tensor& c, Tensor& n, const MlstmInputs& in, const MlstmGate
   states(job, mma, current_stream(device));
 }
 
+// What of dh the backward kernels need, and dh in the dtype of the products.
+template <class T>
+Tensor weigh_upstream(const MlstmGates<accum_t<T>>& gates, const Tensor& dh, const MlstmOut& out, const MlstmShape& s,
+                      const MlstmOptions& options) {
+  using A = accum_t<T>;
+  constexpr bool kSame = std::is_same_v<T, A>;
+  const Tensor rows = kSame ? dh : empty(dh.shape(), dtype_of<T>, dh.device());
+  launch(upstream_kernel<T>, {.grid = ceil_div(s.units * s.l, 8), .stream = current_stream(dh.device())}, gates,
+         kSame ? nullptr : rows.template data<T>(), dh.data<A>(), out.h.data<A>(), out.m.data<A>(), out.r.data<A>(), s,
+         static_cast<A>(1 / std::sqrt(static_cast<double>(s.dq))), static_cast<A>(options.eps),
+         options.denominator_gradient);
+  return rows;
+}
+
 }  // namespace
 
 void mlstm_forward(MlstmOut& out, const MlstmInputs& in, const MlstmOptions& options) {
@@ -297,10 +311,7 @@ void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& up, const MlstmInputs&
     using A = accum_t<T>;
     const A scale = static_cast<A>(1 / std::sqrt(static_cast<double>(s.dq)));
     const GateArrays<A> arrays(in, s, nullptr, nullptr, true);
-    const Tensor dh_rows = std::is_same_v<T, A> ? up.dh : empty(up.dh.shape(), dtype_of<T>, device);
-    launch(upstream_kernel<T>, {.grid = ceil_div(s.units * s.l, 8), .stream = stream}, arrays.gates,
-           std::is_same_v<T, A> ? nullptr : dh_rows.data<T>(), up.dh.data<A>(), out.h.data<A>(), out.m.data<A>(), out.r.data<A>(), s, scale, static_cast<A>(options.eps),
-           options.denominator_gradient);
+    const Tensor dh_rows = weigh_upstream<T>(arrays.gates, up.dh, out, s, options);
     Tensor c, n;
     forward_states<T>(c, n, in, arrays.gates, s, {}, {}, mma);
 
@@ -329,6 +340,34 @@ void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& up, const MlstmInputs&
     launch(gate_gradients_kernel<A>, {.grid = s.units * s.chunks, .block = kChunk, .stream = stream},
            grad.di.data<A>(), grad.df.data<A>(), in.f.data<A>(), arrays.gates, q_dots, k_dots, dot_tiles,
            flow.data<A>(), flow_tiles, s, !in.initial.c.defined());
+  });
+}
+
+void mlstm_last_state(MlstmState& last, const MlstmInputs& in, const MlstmOptions&) {
+  const MlstmShape s(in);
+  visit_float(in.q.dtype(), [&]<class T>() {
+    using A = accum_t<T>;
+    const GateArrays<A> arrays(in, s, nullptr, last.m.data<A>(), false);
+    Tensor c, n;
+    forward_states<T>(c, n, in, arrays.gates, s, last.c, last.n, use_mma(in));
+  });
+}
+
+void mlstm_initial_gradient(MlstmInitialGradient& grad, const Tensor& dh, const MlstmInputs& in, const MlstmOut& out,
+                            const MlstmOptions& options) {
+  const MlstmShape s(in);
+  const Device device = in.q.device();
+  visit_float(in.q.dtype(), [&]<class T>() {
+    using A = accum_t<T>;
+    const GateArrays<A> arrays(in, s, nullptr, nullptr, true);
+    const Tensor dh_rows = weigh_upstream<T>(arrays.gates, dh, out, s, options);
+    const Tensor dc = empty({s.units, s.chunks, s.dq, s.dv}, dtype_of<T>, device);
+    const Tensor dn = empty({s.units, s.chunks, s.dq}, dtype_of<A>, device);
+    const MlstmStateJob<T> reverse{dc.data<T>(), dn.data<A>(), Strided<const T>(in.q), Strided<const T>(dh_rows),
+                                   arrays.gates.wc, arrays.gates.wn, arrays.gates.decay, nullptr, nullptr,
+                                   grad.dc0.data<A>(), grad.dn0.data<A>(), true, nullptr, nullptr, nullptr, nullptr,
+                                   nullptr, s, state_tiles(s)};
+    states(reverse, use_mma(in), current_stream(device));
   });
 }
 
