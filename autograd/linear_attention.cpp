@@ -41,7 +41,8 @@ LinearAttentionOut linear_attention(const Variable& q, const Variable& k, const 
   const Features in = features_of(q, k, v, options.feature);
   const Variable decay =
       g.defined() ? g : Variable(zeros(q.shape().drop_last(), accum_dtype(q.dtype()), q.device()));
-  const SsdOut out = ssd_scan(in.v, decay, in.k, in.q, options.chunk, initial_state, options.segments);
+  const SsdOut out = ssd_scan(in.v, decay, in.k, in.q, options.chunk, initial_state, options.segments,
+                              options.pieces);
   return {normalised(out.y, options), out.final_state};
 }
 

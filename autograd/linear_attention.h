@@ -1,4 +1,5 @@
 #pragma once
+#include "autograd/state_passing.h"
 #include "autograd/variable.h"
 
 namespace krait {
@@ -15,6 +16,7 @@ struct LinearAttentionOptions {
   double eps = 1e-6;
   int64_t chunk = 64;
   Tensor segments = {};  // (b, l) int32: the state starts anew where it changes
+  SequencePieces pieces = {};  // as in autograd/ssd.h
 };
 
 /// y (b, l, h, dv) like v; state (b, h, rows, dk) in fp32 (fp64), rows = dv, or dv + 1 with z last for elu1.

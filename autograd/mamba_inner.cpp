@@ -4,6 +4,7 @@
 
 #include "kernels/accumulate.h"
 #include "kernels/causal_conv1d.h"
+#include "kernels/elementwise.h"
 #include "kernels/linear.h"
 #include "kernels/selective_scan.h"
 
@@ -49,7 +50,9 @@ kernels::CausalConv1dOut convolve(const MambaInnerArguments& in) {
                                         in.conv_state.data(), true, in.segments);
 }
 
-kernels::SelectiveScanInputs scan_inputs(const MambaInnerArguments& in, const Tensor& x, const Tensor& dbc) {
+// h0: the state that enters; with several pieces not in.ssm_state but what the pieces before this one leave.
+kernels::SelectiveScanInputs scan_inputs(const MambaInnerArguments& in, const Tensor& x, const Tensor& dbc,
+                                         const Tensor& h0) {
   const Sizes sizes(in);
   kernels::SelectiveScanInputs scan;
   scan.x = x;
@@ -60,9 +63,35 @@ kernels::SelectiveScanInputs scan_inputs(const MambaInnerArguments& in, const Te
   scan.D = in.D.data();
   scan.z = sizes.z(in.xz.data());
   scan.dt_bias = in.dt_bias.data();
-  scan.h0 = in.ssm_state.data();
+  scan.h0 = h0;
   scan.segments = in.segments;
   return scan;
+}
+
+// The state that enters the own piece, the one that leaves the last, and what the backward needs of the others.
+struct Entered { Tensor h0, last, decays; };
+
+Entered enter(const MambaInnerArguments& in, const Tensor& x, const Tensor& dbc) {
+  check_carried("mamba_inner", in.pieces, in.ssm_state);
+  if (!in.pieces.several()) return {in.ssm_state.data(), {}, {}};
+  const auto own = kernels::selective_scan_summary(scan_inputs(in, x, dbc, {}));
+  const std::vector<Tensor> all = gather_pieces({own.state, own.deltas}, in.pieces);
+  const Tensor decays = cut_decays(kernels::exp(kernels::mul(in.A.data(), all[1].unsqueeze(-1))), in.pieces);
+  const PassedState state = pass_states(all[0], decays, in.ssm_state.data(), in.pieces);
+  return {state.before, state.last, decays};
+}
+
+kernels::SelectiveScanGrad scan_gradient(const MambaInnerArguments& in, const kernels::SelectiveScanInputs& scan,
+                                         const Entered& entered, const Tensor& dy, const Tensor& dlast,
+                                         const Tensor& states) {
+  check_carried("mamba_inner", in.pieces, {}, dlast);
+  if (!in.pieces.several()) return kernels::selective_scan_backward(dy, dlast, scan, states);
+  const Tensor upstream = dy.defined() ? dy : zeros_like(scan.x);
+  const Tensor own = kernels::selective_scan_initial_gradient(upstream, scan);
+  const Tensor behind = pass_gradients(gather_pieces({own}, in.pieces)[0], entered.decays, in.pieces);
+  auto grad = kernels::selective_scan_backward(upstream, behind, scan, states);
+  grad.dh0 = {};
+  return grad;
 }
 
 }  // namespace
@@ -74,12 +103,14 @@ MambaInnerOut mamba_inner(const MambaInnerArguments& in) {
       recording() && std::any_of(inputs.begin(), inputs.end(), [](const Variable& v) { return v.requires_grad(); });
   auto [x, conv_state] = convolve(in);
   const Tensor dbc = linear_of(x, in.x_proj.data());
-  auto [y, ssm_state, states] = kernels::selective_scan_forward(scan_inputs(in, x, dbc), tape);
+  const Entered entered = enter(in, x, dbc);
+  auto [y, ssm_state, states] = kernels::selective_scan_forward(scan_inputs(in, x, dbc, entered.h0), tape);
+  if (in.pieces.several()) ssm_state = entered.last;
 
-  const auto backward = [in, dbc, states = states](const std::vector<Tensor>& d) -> Grads {
+  const auto backward = [in, dbc, entered, states = states](const std::vector<Tensor>& d) -> Grads {
     const Sizes sizes(in);
     Tensor again = convolve(in).y;
-    auto scan = kernels::selective_scan_backward(d[0], d[2], scan_inputs(in, again, dbc), states);
+    auto scan = scan_gradient(in, scan_inputs(in, again, dbc, entered.h0), entered, d[0], d[2], states);
     // Tensors go as soon as they have served: the peak of a training step is here.
     Tensor dxz = empty_like(in.xz.data());
     copy_columns(dxz, sizes.e, scan.dz);

@@ -1,4 +1,5 @@
 #pragma once
+#include "autograd/state_passing.h"
 #include "autograd/variable.h"
 
 namespace krait {
@@ -9,11 +10,14 @@ inline namespace autograd {
 /// The same as causal_conv1d, linear and selective_scan one after the other, but backward computes x~ and dt_proj d
 /// again: per token it keeps xz, [d; B; C] and the scan's states, not 2e values more.
 /// x_proj (r + 2n, e), dt_proj (e, r), A (e, n); the rest as in those functions. conv_bias, D, the states and segments
-/// may be undefined.
+/// may be undefined. With pieces, xz is the own piece of a sequence that several members share: conv_state is what lies
+/// before it (autograd/sequence_exchange.h), the states of the others pass through it, the ssm_state given (a value, alike
+/// on all) enters the first piece, the one returned is that of the last.
 struct MambaInnerArguments {
   Variable xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D;
   Variable conv_state = {}, ssm_state = {};
   Tensor segments = {};
+  SequencePieces pieces = {};
 };
 struct MambaInnerOut { Variable y, conv_state, ssm_state; };
 MambaInnerOut mamba_inner(const MambaInnerArguments& in);

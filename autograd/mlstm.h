@@ -1,4 +1,5 @@
 #pragma once
+#include "autograd/state_passing.h"
 #include "autograd/variable.h"
 #include "kernels/mlstm.h"
 
@@ -19,9 +20,13 @@ struct MlstmResult {
 };
 
 /// mLSTM over q, k (b, l, heads, dq), v (b, l, heads, dv), gate pre-activations i, f (b, l, heads), fp32 (fp64 for
-/// fp64): kernels/mlstm.h. h (b, l, heads, dv) is fp32 (fp64 for fp64) also in bf16. The state is the zero state again where segments (b, l) begin a document.
+/// fp64): kernels/mlstm.h. h (b, l, heads, dv) is fp32 (fp64 for fp64) also in bf16. The state is the zero state again
+/// where segments (b, l) begin a document. With pieces, q, k, .. are the own piece of a sequence that several members
+/// share: the states of the others pass through it, `initial` (a value, alike on all) enters the first piece, the last
+/// state is that of the last.
 MlstmResult mlstm(const Variable& q, const Variable& k, const Variable& v, const Variable& i, const Variable& f,
-                  const MlstmMemory& initial = {}, const Tensor& segments = {}, const MlstmOptions& options = {});
+                  const MlstmMemory& initial = {}, const Tensor& segments = {}, const MlstmOptions& options = {},
+                  const SequencePieces& pieces = {});
 
 }  // namespace autograd
 }  // namespace krait

@@ -1,4 +1,5 @@
 #pragma once
+#include "autograd/state_passing.h"
 #include "autograd/variable.h"
 
 namespace krait {
@@ -10,13 +11,16 @@ struct SsdOut { Variable y, final_state; };
 struct SsdOptions {
   int64_t chunk = 256;
   Tensor segments = {};  // (b, l) int32
+  /// x, B, C, .. are the own piece of a sequence that several members share: the states of the others pass through it,
+  /// initial_state (a value, alike on all) enters the first piece, final_state is that of the last.
+  SequencePieces pieces = {};
 };
 
 /// h_t = e^{a_t} h_{t-1} + x_t (x) B_t, y_t = h_t C_t: x (b, l, heads, p), log decay a (b, l, heads) in fp32 (fp64),
 /// B, C (b, l, g, n). With x the values, B the keys and C the queries this is gated linear attention; with a = 0 the
 /// plain one.
 SsdOut ssd_scan(const Variable& x, const Variable& a, const Variable& B, const Variable& C, int64_t chunk,
-                const Variable& initial_state = {}, const Tensor& segments = {});
+                const Variable& initial_state = {}, const Tensor& segments = {}, const SequencePieces& pieces = {});
 
 /// Mamba-2's: dt_t x_t in place of x_t, and D x_t added to y_t. dt, a: fp32 (fp64); D (heads), (heads, p) or undefined.
 SsdOut ssd(const Variable& x, const Variable& dt, const Variable& a, const Variable& B, const Variable& C,
