@@ -17,7 +17,8 @@ void gate_bias(Tensor& value, uint64_t /*key*/) {
 
 }  // namespace
 
-LinearAttention::LinearAttention(const LinearAttentionConfig& config, const LayerContext& context) : config_(config) {
+LinearAttention::LinearAttention(const LinearAttentionConfig& config, const LayerContext& context)
+    : config_(config), sequence_(context.parallel.sequence) {
   const int64_t m = context.d_model, h = config.n_heads;
   const Initializer init = normal(context.init_std), zero = constant(0.0);
   qkv_weight_ = stacked_parameter({{"wq.weight", m, init}, {"wk.weight", m, init}, {"wv.weight", m, init}}, {m});
@@ -42,16 +43,18 @@ LinearAttention::Projected LinearAttention::project(const Variable& u) const {
 
 LinearAttentionOptions LinearAttention::options(const Tensor& segments) const {
   const auto feature = config_.feature == "elu1" ? FeatureMap::elu1 : FeatureMap::identity;
-  return {feature, config_.eps, config_.chunk_size, segments};
+  return {feature, config_.eps, config_.chunk_size, segments, {}};
 }
 
 Variable LinearAttention::forward(const Variable& u, const SequenceInfo& info, LayerState* state) {
   const Projected in = project(u);
   const Variable before = state ? Variable(state->tensors.at("S")) : Variable();
-  const LinearAttentionOut out = linear_attention(in.q, in.k, in.v, in.g, before, options(info.segments));
+  LinearAttentionOptions with = options(info.segments);
+  with.pieces = sequence_pieces(sequence_, info.segments);
+  const LinearAttentionOut out = linear_attention(in.q, in.k, in.v, in.g, before, with);
   if (state) {
     state->tensors.at("S") = out.state.data();
-    state->length += u.size(1);
+    state->length += u.size(1) * sequence_->size();
   }
   return out_->forward(reshape(out.y, u.shape()));
 }

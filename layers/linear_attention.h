@@ -30,6 +30,7 @@ class LinearAttention final : public Mixer {
   LinearAttentionOptions options(const Tensor& segments) const;
 
   LinearAttentionConfig config_;
+  comm::GroupPtr sequence_;  // shares each sequence
   Parameter qkv_weight_, qkv_bias_, gate_weight_, gate_bias_;
   std::shared_ptr<Linear> out_;
 };

@@ -5,7 +5,9 @@
 #include "autograd/elementwise.h"
 #include "autograd/linear.h"
 #include "autograd/mamba_inner.h"
+#include "autograd/shape.h"
 #include "layers/inverse_softplus.h"
+#include "layers/sequence_history.h"
 
 namespace krait::layers {
 
@@ -40,7 +42,8 @@ Variable optional(const Parameter& p) { return p.defined() ? p.variable() : Vari
 
 }  // namespace
 
-Mamba::Mamba(const MambaConfig& config, const LayerContext& context) : config_(config) {
+Mamba::Mamba(const MambaConfig& config, const LayerContext& context)
+    : config_(config), sequence_(context.parallel.sequence) {
   const int64_t d = context.d_model, e = config.d_inner, n = config.d_state, r = config.dt_rank;
   const ParameterOptions no_decay{.decay = false}, exact{.decay = false, .keep_fp32 = true};
   in_proj_ = parameter("in_proj.weight", {2 * e, d}, fan_in_uniform(d));
@@ -57,29 +60,37 @@ Mamba::Mamba(const MambaConfig& config, const LayerContext& context) : config_(c
   if (config.bias) out_bias_ = parameter("out_proj.bias", {d}, constant(0.0), no_decay);
 }
 
-Mamba::Result Mamba::run(const Variable& u, const Tensor& segments, const Variable& conv, const Variable& ssm) const {
+Mamba::Result Mamba::run(const Variable& u, const Tensor& segments, const Variable& conv, const Variable& ssm,
+                         const comm::GroupPtr& sequence) const {
   MambaInnerArguments in{linear(u, in_proj_, optional(in_bias_)), conv_, optional(conv_bias_), x_proj_, dt_proj_,
                          dt_bias_, -exp(A_log_), D_};
-  in.conv_state = conv;
+  in.conv_state =
+      convolution_history(slice(in.xz, -1, 0, config_.d_inner), config_.d_conv - 1, sequence, segments, conv);
   in.ssm_state = ssm;
   in.segments = segments;
+  in.pieces = sequence_pieces(sequence, segments);
   const MambaInnerOut out = mamba_inner(in);
   return {linear(out.y, out_proj_, optional(out_bias_)), out.conv_state, out.ssm_state};
 }
 
+Variable Mamba::advance(const Variable& x, const Tensor& segments, LayerState& state,
+                        const comm::GroupPtr& sequence) const {
+  Tensor &conv = state.tensors.at("conv"), &ssm = state.tensors.at("ssm");
+  const Result out = run(x, segments, Variable(conv), Variable(ssm), sequence);
+  conv = from_last_piece(out.conv.data(), sequence);
+  ssm = out.ssm.data();
+  state.length += x.size(1) * sequence->size();
+  return out.y;
+}
+
 Variable Mamba::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
   if (!state) return run(x, info.segments, {}, {}).y;
-  Tensor &conv = state->tensors.at("conv"), &ssm = state->tensors.at("ssm");
-  const Result out = run(x, info.segments, Variable(conv), Variable(ssm));
-  conv = out.conv.data();
-  ssm = out.ssm.data();
-  state->length += x.size(1);
-  return out.y;
+  return advance(x, info.segments, *state, sequence_);
 }
 
 Tensor Mamba::step(const Tensor& x, LayerState& state) {
   const NoGrad guard;
-  return forward(Variable(x), {}, &state).data();
+  return advance(Variable(x), {}, state, comm::single_group("sequence")).data();
 }
 
 LayerState Mamba::initial_state(int64_t batch, int64_t /*max_length*/, DType dtype, Device device) const {

@@ -20,7 +20,9 @@ class Mamba final : public Mixer {
 
   struct Result { Variable y, conv, ssm; };
   /// The parallel form with its states, differentiable in all of them; conv and ssm may be undefined (0).
-  Result run(const Variable& u, const Tensor& segments, const Variable& conv, const Variable& ssm) const;
+  Result run(const Variable& u, const Tensor& segments, const Variable& conv, const Variable& ssm) const {
+    return run(u, segments, conv, ssm, sequence_);
+  }
 
   Variable forward(const Variable& x, const SequenceInfo& info, LayerState* state) override;
   Tensor step(const Tensor& x, LayerState& state) override;
@@ -30,7 +32,13 @@ class Mamba final : public Mixer {
                           bool has_segments) const override;
 
  private:
+  Result run(const Variable& u, const Tensor& segments, const Variable& conv, const Variable& ssm,
+             const comm::GroupPtr& sequence) const;
+  /// From and into a state.
+  Variable advance(const Variable& x, const Tensor& segments, LayerState& state, const comm::GroupPtr& sequence) const;
+
   MambaConfig config_;
+  comm::GroupPtr sequence_;  // shares each sequence
   Parameter in_proj_, in_bias_, conv_, conv_bias_, x_proj_, dt_proj_, dt_bias_, A_log_, D_, out_proj_, out_bias_;
 };
 

@@ -12,6 +12,7 @@
 #include "kernels/causal_conv1d.h"
 #include "kernels/ssd.h"
 #include "layers/inverse_softplus.h"
+#include "layers/sequence_history.h"
 
 namespace krait::layers {
 
@@ -39,7 +40,7 @@ Variable optional(const Parameter& p) { return p.defined() ? p.variable() : Vari
 }  // namespace
 
 Mamba2::Mamba2(const Mamba2Config& config, const LayerContext& context)
-    : config_(config), eps_(context.norm_eps), dt_low_(config.dt_limit[0]),
+    : config_(config), sequence_(context.parallel.sequence), eps_(context.norm_eps), dt_low_(config.dt_limit[0]),
       dt_high_(config.dt_limit[1] > 0 ? config.dt_limit[1] : std::numeric_limits<double>::infinity()) {
   const int64_t m = context.d_model, e = config.inner, h = config.heads;
   const auto limit = [](int64_t fan_in) { return 1.0 / std::sqrt(static_cast<double>(fan_in)); };
@@ -72,10 +73,11 @@ Variable Mamba2::finish(const Variable& y, const Variable& z) const {
 
 Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments) const {
   const auto [z, xbc, dt] = project(u);
-  const ConvOut mixed = causal_conv1d(xbc, conv_weight_, optional(conv_bias_), conv, true, segments);
+  const Variable history = convolution_history(xbc, config_.d_conv - 1, sequence_, segments, conv);
+  const ConvOut mixed = causal_conv1d(xbc, conv_weight_, optional(conv_bias_), history, true, segments);
   const SsdTimeStep time = ssd_time_step(dt, dt_bias_, A_log_, dt_low_, dt_high_);
   const SsdOut scan = ssd_packed(mixed.y, time.dt, time.a, D_, ssm, {config_.heads, config_.n_groups, config_.d_state},
-                                 {config_.chunk_size, segments});
+                                 {config_.chunk_size, segments, sequence_pieces(sequence_, segments)});
   return {finish(scan.y, z), mixed.final_state, scan.final_state};
 }
 
@@ -83,9 +85,9 @@ Variable Mamba2::forward(const Variable& u, const SequenceInfo& info, LayerState
   if (!state) return apply(u, {}, {}, info.segments).y;
   Tensor &conv = state->tensors.at("conv"), &ssm = state->tensors.at("ssm");
   const Out out = apply(u, Variable(conv), Variable(ssm), info.segments);
-  conv = out.conv.data();
+  conv = from_last_piece(out.conv.data(), sequence_);
   ssm = out.ssm.data();
-  state->length += u.size(1);
+  state->length += u.size(1) * sequence_->size();
   return out.y;
 }
 

@@ -36,6 +36,7 @@ class Mamba2 final : public Mixer {
   int64_t conv_width() const { return config_.inner + 2 * config_.n_groups * config_.d_state; }
 
   Mamba2Config config_;
+  comm::GroupPtr sequence_;  // shares each sequence
   double eps_, dt_low_, dt_high_;
   Parameter in_weight_, in_bias_, conv_weight_, conv_bias_, dt_bias_, A_log_, D_, norm_weight_, out_weight_, out_bias_;
 };

@@ -8,6 +8,7 @@
 #include "autograd/gate_linear.h"
 #include "autograd/head_norm.h"
 #include "autograd/shape.h"
+#include "layers/sequence_history.h"
 #include "layers/xlstm_init.h"
 
 namespace krait::layers {
@@ -38,7 +39,7 @@ Variable block_diagonal(const Variable& x, const Variable& w) {
 
 Variable MlstmMixer::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
   const Variable y = mix(x, info, state, false);
-  if (state) state->length += x.size(1);
+  if (state) state->length += x.size(1) * sequence_->size();
   return y;
 }
 
@@ -64,7 +65,8 @@ Variable MlstmMixer::cell(const Variable& q, const Variable& k, const Variable& 
   if (state)
     memory = {Variable(state->tensors.at("c")), Variable(state->tensors.at("n")), state->tensors.at("m")};
   const MlstmResult r = mlstm(reshape(q, {b, l, heads_, dq_}), reshape(k, {b, l, heads_, dq_}),
-                              reshape(v, {b, l, heads_, dv_}), g[0], g[1], memory, info.segments, options_);
+                              reshape(v, {b, l, heads_, dv_}), g[0], g[1], memory, info.segments, options_,
+                              sequence_pieces(sequence_, info.segments));
   if (state) {
     state->tensors["c"] = r.last.c.data();
     state->tensors["n"] = r.last.n.data();
@@ -94,7 +96,7 @@ std::string MlstmMixer::kernel_name(int64_t, int64_t, DType dtype, Device device
 
 Mlstm::Mlstm(const MlstmConfig& c, const LayerContext& context)
     : MlstmMixer(c.n_heads, c.inner / c.n_heads, c.inner / c.n_heads,
-                 {.eps = c.eps, .denominator_gradient = c.denominator_gradient, .chunk = c.chunk_size}),
+                 {.eps = c.eps, .denominator_gradient = c.denominator_gradient, .chunk = c.chunk_size}, context),
       config_(c) {
   const int64_t e = c.inner, size = c.qkv_block_size;
   const Initializer small = normal(small_std(context.d_model)), zero = constant(0.0);
@@ -115,9 +117,11 @@ Mlstm::Mlstm(const MlstmConfig& c, const LayerContext& context)
 Variable Mlstm::mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) {
   const int64_t e = config_.inner;
   const Vars up = chunk(up_->forward(x), 2, -1);  // x_m, z
-  const Variable tail = state ? Variable(state->tensors.at("conv")) : Variable();
-  const ConvOut conv = causal_conv1d(up[0], conv_weight_, conv_bias_, tail, true, info.segments);
-  if (state) state->tensors["conv"] = conv.final_state.data();
+  const Variable carried = state ? Variable(state->tensors.at("conv")) : Variable();
+  const comm::GroupPtr sequence = recurrent ? comm::single_group("sequence") : sequence_;
+  const Variable history = convolution_history(up[0], config_.conv - 1, sequence, info.segments, carried);
+  const ConvOut conv = causal_conv1d(up[0], conv_weight_, conv_bias_, history, true, info.segments);
+  if (state) state->tensors["conv"] = from_last_piece(conv.final_state.data(), sequence);
   const Variable& x_c = conv.y;
   const Variable qkv = concat({block_diagonal(x_c, q_), block_diagonal(x_c, k_), block_diagonal(up[0], v_)}, -1);
   const Variable gates = gate_linear(qkv, gate_weight_) + gate_bias_;
@@ -135,7 +139,7 @@ LayerState Mlstm::initial_state(int64_t batch, int64_t max_length, DType dtype, 
 
 MlstmLarge::MlstmLarge(const MlstmLargeConfig& c, const LayerContext& context)
     : MlstmMixer(c.n_heads, c.qk_width / c.n_heads, context.d_model / c.n_heads,
-                 {.eps = c.eps, .denominator_gradient = c.denominator_gradient, .chunk = c.chunk_size}),
+                 {.eps = c.eps, .denominator_gradient = c.denominator_gradient, .chunk = c.chunk_size}, context),
       config_(c) {
   const int64_t d = context.d_model;
   const Initializer small = normal(small_std(context.d_model)), zero = constant(0.0);

@@ -18,8 +18,8 @@ class MlstmMixer : public Mixer {
   std::string kernel_name(int64_t batch, int64_t context, DType dtype, Device device, bool has_segments) const final;
 
  protected:
-  MlstmMixer(int64_t heads, int64_t dq, int64_t dv, const MlstmOptions& options)
-      : heads_(heads), dq_(dq), dv_(dv), options_(options) {}
+  MlstmMixer(int64_t heads, int64_t dq, int64_t dv, const MlstmOptions& options, const LayerContext& context)
+      : heads_(heads), dq_(dq), dv_(dv), options_(options), sequence_(context.parallel.sequence) {}
   /// x (b, l, d) to the same; `recurrent`: a single position that advances the state.
   virtual Variable mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) = 0;
   /// q, k (b, l, h dq), v (b, l, h dv), gates (b, l, 2 h) = [i, f] to the heads' outputs (b, l, h, dv).
@@ -27,6 +27,7 @@ class MlstmMixer : public Mixer {
                 const SequenceInfo& info, LayerState* state, bool recurrent) const;
   int64_t heads_, dq_, dv_;
   MlstmOptions options_;
+  comm::GroupPtr sequence_;  // shares each sequence
 };
 
 /// mLSTM block of the first generation (Beck et al. 2024, figure 11), behind the block's norm; E inner channels:
