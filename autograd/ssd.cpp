@@ -1,11 +1,8 @@
 #include "autograd/ssd.h"
 
-#include <cmath>
-
-#include "autograd/elementwise.h"
-#include "autograd/shape.h"
 #include "kernels/elementwise.h"
 #include "kernels/ssd.h"
+#include "kernels/ssd_time_step.h"
 
 namespace krait::autograd {
 
@@ -116,10 +113,14 @@ SsdOut ssd_packed(const Variable& xbc, const Variable& dt, const Variable& a, co
 
 SsdTimeStep ssd_time_step(const Variable& dt, const Variable& dt_bias, const Variable& A_log, double low,
                           double high) {
-  const DType sums = accum_dtype(dt.dtype());
-  Variable step = softplus(cast(dt, sums) + cast(dt_bias, sums));
-  if (low > 0 || std::isfinite(high)) step = clamp(step, low, high);
-  return {step, step * neg(exp(cast(A_log, sums)))};
+  auto [step, a] = kernels::ssd_time_step_forward(dt.data(), dt_bias.data(), A_log.data(), low, high);
+  const Vars out = record("ssd_time_step", {dt, dt_bias, A_log}, {step, a},
+                          [dt = dt.data(), bias = dt_bias.data(), A_log = A_log.data(), low,
+                           high](const std::vector<Tensor>& d) -> Grads {
+                            auto g = kernels::ssd_time_step_backward(d[0], d[1], dt, bias, A_log, low, high);
+                            return {g.ddt, g.dbias.to(bias.dtype()), g.dA_log.to(A_log.dtype())};
+                          });
+  return {out[0], out[1]};
 }
 
 }  // namespace krait::autograd

@@ -31,15 +31,20 @@ GatedRmsNormOut gated_rms_norm_forward(const Tensor& x, const Tensor& z, const T
 }
 
 GatedRmsNormGrad gated_rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& z, const Tensor& w,
-                                         const Tensor& rstd, bool norm_first, const Tensor& dw_into) {
+                                         const Tensor& rstd, bool norm_first, const Tensor& dw_into,
+                                         const Tensor& dz_into, bool y_again) {
   check_same("gated_rms_norm", x, dy);
   KRAIT_CHECK(dy.shape() == x.shape(), "gated_rms_norm: dy is {}, x is {}", dy.shape(), x.shape());
   const Tensor rows = rows_of(x).contiguous();
-  GatedRmsNormGrad out{empty(x.shape(), x.dtype(), x.device()), empty(x.shape(), x.dtype(), x.device()), {}};
-  Tensor dx = out.dx.view(rows.shape()), dz = out.dz.view(rows.shape());
+  const auto like_x = [&] { return empty(x.shape(), x.dtype(), x.device()); };
+  GatedRmsNormGrad out{like_x(), dz_into.defined() ? dz_into : like_x(), {}, y_again ? like_x() : Tensor()};
+  KRAIT_CHECK(out.dz.shape() == x.shape() && out.dz.dtype() == x.dtype() && out.dz.can_view(rows.shape()) &&
+                  (out.dz.stride(-1) == 1 || out.dz.size(-1) == 1),
+              "gated_rms_norm: dz is {}, expected rows like those of x {}", describe(out.dz), x.shape());
+  Tensor dx = out.dx.view(rows.shape()), dz = out.dz.view(rows.shape()), y = y_again ? out.y.view(rows.shape()) : Tensor();
   WeightGrad dw(w, x.dtype(), dw_into);
   KRAIT_DISPATCH(x.device(),
-                 gated_rms_norm_backward(dx, dz, dw.sum(), dw.adds(), rows_of(dy).contiguous(), rows, rows_of(z),
+                 gated_rms_norm_backward(dx, dz, y, dw.sum(), dw.adds(), rows_of(dy).contiguous(), rows, rows_of(z),
                                          w.to(accum_dtype(x.dtype())).contiguous(), rstd, norm_first));
   out.dw = dw.finish();
   return out;

@@ -30,6 +30,12 @@ void write_row(T* __restrict y, const A* __restrict v, const A* __restrict w, co
   }
 }
 
+template <class T, class A>
+void write_again(T* __restrict y, const T* __restrict x, const A* __restrict s, const A* __restrict w, A rstd, int64_t c) {
+#pragma omp simd
+  for (int64_t j = 0; j < c; ++j) put(y[j], static_cast<A>(x[j]) * s[j] * rstd * w[j]);
+}
+
 // silu(z) and its slope, of one row.
 template <class T, class A>
 void gate_rows(A* __restrict s, A* __restrict slope, const T* __restrict z, int64_t e) {
@@ -94,16 +100,17 @@ void gated_rms_norm_forward(Tensor& y_out, Tensor& rstd_out, const Tensor& x_in,
 }
 
 // Rows are cut into chunks by the shape alone, so that dw does not depend on the number of threads.
-void gated_rms_norm_backward(Tensor& dx_out, Tensor& dz_out, Tensor& dw_out, bool add_dw, const Tensor& dy_in,
-                             const Tensor& x_in, const Tensor& z_in, const Tensor& w_in, const Tensor& rstd_in,
+void gated_rms_norm_backward(Tensor& dx_out, Tensor& dz_out, Tensor& y_out, Tensor& dw_out, bool add_dw,
+                             const Tensor& dy_in, const Tensor& x_in, const Tensor& z_in, const Tensor& w_in, const Tensor& rstd_in,
                              bool norm_first) {
   const int64_t r = x_in.size(0), e = x_in.size(1), groups = rstd_in.size(1), c = e / groups, z_row = z_in.stride(0);
+  const int64_t dz_row = dz_out.stride(0);
   const int64_t chunk = std::max<int64_t>(16, (r + 127) / 128), chunks = (r + chunk - 1) / chunk;
   visit_float(x_in.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     const Tensor partial = zeros({chunks, e}, dtype_of<A>, kCpu);
     A* partial_w = partial.data<A>();
-    T *dx = dx_out.data<T>(), *dz = dz_out.data<T>();
+    T *dx = dx_out.data<T>(), *dz = dz_out.data<T>(), *y = y_out.defined() ? y_out.data<T>() : nullptr;
     const T *dy = dy_in.data<T>(), *x = x_in.data<T>(), *z = z_in.data<T>();
     const A *w = w_in.data<A>(), *rstd = rstd_in.data<A>();
     parallel_for(0, chunks, std::max<int64_t>(1, kNormGrain / (e * chunk)), [&](int64_t first, int64_t last) {
@@ -116,7 +123,9 @@ void gated_rms_norm_backward(Tensor& dx_out, Tensor& dz_out, Tensor& dw_out, boo
           for (int64_t g = 0; g < groups; ++g) {
             const int64_t at = i * e + g * c, col = g * c;
             const auto group = norm_first ? backward_group<true, T, A> : backward_group<false, T, A>;
-            group(dx + at, dz + at, dw + col, dy + at, x + at, s + col, slope + col, w + col, rstd[i * groups + g], c);
+            const A scale = rstd[i * groups + g];
+            group(dx + at, dz + i * dz_row + col, dw + col, dy + at, x + at, s + col, slope + col, w + col, scale, c);
+            if (y != nullptr) write_again(y + at, x + at, s + col, w + col, scale, c);
           }
         }
       }

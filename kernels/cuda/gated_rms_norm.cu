@@ -2,8 +2,8 @@
 
 #include "kernels/cuda/norm_backward.cuh"
 
-// A block takes a row, group by group; what a group's second pass reads again comes from cache. Bound by memory:
-// forward 3 r e sizeof(T) bytes, backward 5.
+// Bound by memory: forward 3 r e sizeof(T) bytes, backward 5 (6 with y). A warp or a block holds a group of a row in
+// registers; other rows (odd widths, more than 4096 channels, fp64) are read twice.
 namespace krait::kernels::cuda {
 
 namespace {
@@ -19,6 +19,134 @@ struct Gate {
     slope = sigmoid * (A(1) + c * (A(1) - sigmoid));
   }
 };
+
+// The same for bf16: a few units in the last place of fp32 do not show.
+struct QuickGate {
+  float s, slope;
+  __device__ explicit QuickGate(float z) {
+    const float c = fmaxf(z, -80.0f), sigmoid = __fdividef(1.0f, 1.0f + __expf(-c));
+    s = c * sigmoid;
+    slope = sigmoid * (1.0f + c * (1.0f - sigmoid));
+  }
+};
+template <class T> using gate_of = std::conditional_t<std::is_same_v<T, bf16>, QuickGate, Gate<float>>;
+
+// Pointers at column 0 of the group blockIdx.y; rows are e apart, those of z and dz z_row and dz_row.
+struct RowSizes { int64_t r, e, z_row, dz_row; int c; };
+
+template <class T, int kGroup, int kEach>
+__global__ void __launch_bounds__(block_of(kGroup))
+    gated_forward_kernel(T* __restrict__ y, float* __restrict__ rstd, const T* __restrict__ x, const T* __restrict__ z,
+                         const float* __restrict__ w, RowSizes d, float eps, bool norm_first) {
+  constexpr int V = 16 / sizeof(T), kVectors = kEach / V;
+  const int lane = static_cast<int>(threadIdx.x) % kGroup;
+  const int64_t row = int64_t{blockIdx.x} * groups_of(kGroup) + threadIdx.x / kGroup, start = int64_t{blockIdx.y} * d.c;
+  if (row >= d.r) return;  // a whole group
+  float u[kVectors][V], sum[1] = {0};
+  Packed<T, V> xs[kVectors], zs[kVectors];
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const int col = (k * kGroup + lane) * V;
+    if (col >= d.c) continue;
+    xs[k].load(x + row * d.e + start + col);
+    zs[k].load(z + row * d.z_row + start + col);
+  }
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    if ((k * kGroup + lane) * V >= d.c) continue;
+    float gate[V];
+    xs[k].unpack(u[k]);
+    zs[k].unpack(gate);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const float v = u[k][i];
+      u[k][i] *= gate_of<T>(gate[i]).s;
+      sum[0] += norm_first ? v * v : u[k][i] * u[k][i];
+    }
+  }
+  group_sum<kGroup>(sum);
+  const float scale = 1.0f / sqrtf(sum[0] / static_cast<float>(d.c) + eps);
+  if (lane == 0) rstd[row * gridDim.y + blockIdx.y] = scale;
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const int col = (k * kGroup + lane) * V;
+    if (col >= d.c) continue;
+    float weight[V];
+    load_values(weight, w + start + col);
+#pragma unroll
+    for (int i = 0; i < V; ++i) u[k][i] *= scale * weight[i];
+    store_values(y + row * d.e + start + col, u[k]);
+  }
+}
+
+template <class T, int kGroup, int kEach>
+__global__ void __launch_bounds__(kGroup, 512 / kGroup)
+    gated_backward_kernel(T* __restrict__ dx, T* __restrict__ dz, T* __restrict__ y, float* __restrict__ partial_w,
+                          const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ z,
+                          const float* __restrict__ w, const float* __restrict__ rstd, RowSizes d, bool norm_first) {
+  constexpr int V = 16 / sizeof(T), kVectors = kEach / V;
+  const int lane = static_cast<int>(threadIdx.x);
+  const int64_t start = int64_t{blockIdx.y} * d.c;
+  float dw[kVectors][V] = {};
+  for (int64_t row = blockIdx.x; row < d.r; row += gridDim.x) {
+    Packed<T, V> xs[kVectors], zs[kVectors], ups[kVectors];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int col = (k * kGroup + lane) * V;
+      if (col >= d.c) continue;
+      xs[k].load(x + row * d.e + start + col);
+      zs[k].load(z + row * d.z_row + start + col);
+      ups[k].load(dy + row * d.e + start + col);
+    }
+    const float scale = rstd[row * gridDim.y + blockIdx.y];
+    float sum[1] = {0};
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int col = (k * kGroup + lane) * V;
+      if (col >= d.c) continue;
+      float v[V], gate[V], up[V], weight[V];
+      xs[k].unpack(v);
+      zs[k].unpack(gate);
+      ups[k].unpack(up);
+      load_values(weight, w + start + col);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const float product = up[i] * v[i] * gate_of<T>(gate[i]).s * scale;  // t vhat, whichever of the two holds s
+        dw[k][i] += product;
+        sum[0] += product * weight[i];
+      }
+    }
+    group_sum<kGroup>(sum);
+    const float mean = sum[0] / static_cast<float>(d.c);
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int col = (k * kGroup + lane) * V;
+      if (col >= d.c) continue;
+      float v[V], gate[V], up[V], weight[V], out[V], dgate[V];
+      xs[k].unpack(v);
+      zs[k].unpack(gate);
+      ups[k].unpack(up);
+      load_values(weight, w + start + col);
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const gate_of<T> g(gate[i]);
+        const float t = norm_first ? up[i] * g.s : up[i], vhat = (norm_first ? v[i] : v[i] * g.s) * scale;
+        const float dv = scale * (t * weight[i] - vhat * mean);
+        out[i] = norm_first ? dv : dv * g.s;
+        dgate[i] = (norm_first ? up[i] * vhat * weight[i] : dv * v[i]) * g.slope;
+        v[i] *= g.s * scale * weight[i];
+      }
+      store_values(dx + row * d.e + start + col, out);
+      store_values(dz + row * d.dz_row + start + col, dgate);
+      if (y != nullptr) store_values(y + row * d.e + start + col, v);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const int col = (k * kGroup + lane) * V;
+    if (col < d.c) store_values(partial_w + int64_t{blockIdx.x} * d.e + start + col, dw[k]);
+  }
+}
 
 template <class T, class A = accum_t<T>>
 __global__ void __launch_bounds__(kThreads)
@@ -45,8 +173,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, class A = accum_t<T>>
 __global__ void __launch_bounds__(kThreads)
-    gated_rms_norm_backward_kernel(T* dx, T* dz, A* partial_w, const T* dy, const T* x, const T* z, const A* w,
-                                   const A* rstd, int64_t r, int64_t e, int64_t c, int64_t z_row, bool norm_first) {
+    gated_rms_norm_backward_kernel(T* dx, T* dz, T* y, A* partial_w, const T* dy, const T* x, const T* z, const A* w,
+                                   const A* rstd, int64_t r, int64_t e, int64_t c, int64_t z_row, int64_t dz_row,
+                                   bool norm_first) {
   A* dw = partial_w + int64_t{blockIdx.x} * e;
   const int64_t groups = e / c;
   for (int64_t row = blockIdx.x; row < r; row += gridDim.x) {
@@ -69,38 +198,82 @@ __global__ void __launch_bounds__(kThreads)
         const A t = norm_first ? up * gate.s : up, vhat = (norm_first ? v : v * gate.s) * scale;
         const A dv = scale * (t * w[j] - vhat * mean);
         dx[at + j] = static_cast<T>(norm_first ? dv : dv * gate.s);
-        dz[at + j] = static_cast<T>((norm_first ? up * vhat * w[j] : dv * v) * gate.slope);
+        dz[row * dz_row + j] = static_cast<T>((norm_first ? up * vhat * w[j] : dv * v) * gate.slope);
+        if (y != nullptr) y[at + j] = static_cast<T>(v * gate.s * scale * w[j]);
       }
     }
   }
+}
+
+// Whether the rows of a group fit in the registers of a block.
+template <class T>
+bool fits(int64_t c) {
+  return !std::is_same_v<T, double> && c <= 4096 && c % (16 / static_cast<int64_t>(sizeof(T))) == 0;
+}
+
+template <class T>
+bool rows_aligned(const Tensor& t) {
+  return aligned16(t.data<T>()) && t.stride(0) * static_cast<int64_t>(sizeof(T)) % 16 == 0;
 }
 
 }  // namespace
 
 void gated_rms_norm_forward(Tensor& y, Tensor& rstd, const Tensor& x, const Tensor& z, const Tensor& w, double eps,
                             bool norm_first) {
-  const int64_t e = x.size(1), c = e / rstd.size(1);
-  visit_float(x.dtype(), [&]<class T>() {
-    using A = accum_t<T>;
-    launch(gated_rms_norm_forward_kernel<T>,
-           {.grid = x.size(0), .block = kThreads, .stream = current_stream(x.device())}, y.data<T>(), rstd.data<A>(),
-           x.data<T>(), z.data<T>(), w.data<A>(), e, c, z.stride(0), eps, norm_first);
-  });
-}
-
-void gated_rms_norm_backward(Tensor& dx, Tensor& dz, Tensor& dw, bool add_dw, const Tensor& dy, const Tensor& x,
-                             const Tensor& z, const Tensor& w, const Tensor& rstd, bool norm_first) {
-  const int64_t r = x.size(0), e = x.size(1), c = e / rstd.size(1);
-  const int64_t blocks = std::min<int64_t>(r, 4 * 132);  // a fixed number, so that every GPU gives the same bits
+  const int64_t r = x.size(0), e = x.size(1), groups = rstd.size(1), c = e / groups;
   const Stream stream = current_stream(x.device());
   visit_float(x.dtype(), [&]<class T>() {
     using A = accum_t<T>;
-    const Tensor partial = empty({blocks, e}, dtype_of<A>, x.device());
-    launch(gated_rms_norm_backward_kernel<T>, {.grid = blocks, .block = kThreads, .stream = stream}, dx.data<T>(),
-           dz.data<T>(), partial.data<A>(), dy.data<T>(), x.data<T>(), z.data<T>(), w.data<A>(), rstd.data<A>(), r, e,
-           c, z.stride(0), norm_first);
+    if constexpr (!std::is_same_v<T, double>) {
+      if (fits<T>(c) && rows_aligned<T>(x) && rows_aligned<T>(y) && rows_aligned<T>(z) && aligned16(w.data<A>())) {
+        const auto run = [&]<int kGroup, int kEach>() {
+          launch(gated_forward_kernel<T, kGroup, kEach>,
+                 {.grid = ceil_div(r, groups_of(kGroup)), .grid_y = groups, .block = block_of(kGroup), .stream = stream},
+                 y.data<T>(), rstd.data<float>(), x.data<T>(), z.data<T>(), w.data<float>(),
+                 RowSizes{r, e, z.stride(0), 0, static_cast<int>(c)}, eps, norm_first);
+        };
+        if (c <= 1536) return run.template operator()<32, 48>();
+        return run.template operator()<256, 16>();
+      }
+    }
+    launch(gated_rms_norm_forward_kernel<T>, {.grid = r, .block = kThreads, .stream = stream}, y.data<T>(),
+           rstd.data<A>(), x.data<T>(), z.data<T>(), w.data<A>(), e, c, z.stride(0), eps, norm_first);
+  });
+}
+
+void gated_rms_norm_backward(Tensor& dx, Tensor& dz, Tensor& y, Tensor& dw, bool add_dw, const Tensor& dy,
+                             const Tensor& x, const Tensor& z, const Tensor& w, const Tensor& rstd, bool norm_first) {
+  const int64_t r = x.size(0), e = x.size(1), groups = rstd.size(1), c = e / groups;
+  constexpr int64_t kMultiprocessors = 132;  // a fixed number, so that every GPU gives the same bits
+  const Stream stream = current_stream(x.device());
+  visit_float(x.dtype(), [&]<class T>() {
+    using A = accum_t<T>;
+    T* y_again = data_or_null<T>(y);
+    Tensor partial;
+    if constexpr (!std::is_same_v<T, double>) {
+      if (fits<T>(c) && rows_aligned<T>(x) && rows_aligned<T>(dy) && rows_aligned<T>(dx) && rows_aligned<T>(z) &&
+          rows_aligned<T>(dz) && aligned16(y_again, w.data<A>())) {
+        const auto run = [&]<int kGroup>() {
+          partial = empty({std::min(r, kMultiprocessors * 512 / kGroup), e}, DType::f32, x.device());
+          launch(gated_backward_kernel<T, kGroup, 16>,
+                 {.grid = partial.size(0), .grid_y = groups, .block = kGroup, .stream = stream}, dx.data<T>(), dz.data<T>(),
+                 y_again, partial.data<float>(), dy.data<T>(), x.data<T>(), z.data<T>(), w.data<float>(),
+                 rstd.data<float>(), RowSizes{r, e, z.stride(0), dz.stride(0), static_cast<int>(c)}, norm_first);
+        };
+        if (c <= 2048)
+          run.template operator()<128>();
+        else
+          run.template operator()<256>();
+      }
+    }
+    if (!partial.defined()) {
+      partial = empty({std::min<int64_t>(r, 4 * kMultiprocessors), e}, dtype_of<A>, x.device());
+      launch(gated_rms_norm_backward_kernel<T>, {.grid = partial.size(0), .block = kThreads, .stream = stream},
+             dx.data<T>(), dz.data<T>(), y_again, partial.data<A>(), dy.data<T>(), x.data<T>(), z.data<T>(), w.data<A>(),
+             rstd.data<A>(), r, e, c, z.stride(0), dz.stride(0), norm_first);
+    }
     launch(sum_partials_kernel<A>, {.grid = ceil_div(e, 32), .block = 512, .stream = stream}, dw.data<A>(), add_dw,
-           static_cast<A*>(nullptr), false, partial.data<A>(), static_cast<A*>(nullptr), blocks, e);
+           static_cast<A*>(nullptr), false, partial.data<A>(), static_cast<A*>(nullptr), partial.size(0), e);
   });
 }
 

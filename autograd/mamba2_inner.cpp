@@ -1,0 +1,125 @@
+#include "autograd/mamba2_inner.h"
+
+#include "kernels/causal_conv1d.h"
+#include "kernels/gated_rms_norm.h"
+#include "kernels/linear.h"
+#include "kernels/ssd.h"
+#include "kernels/ssd_time_step.h"
+
+namespace krait::autograd {
+
+namespace {
+
+using kernels::Epilogue;
+
+Tensor buffer_of(const Variable& v) { return v.accumulates_in_place() ? v.grad() : Tensor{}; }
+
+// The parts of zxbcdt and of [x; B; C], as views.
+struct Sizes {
+  explicit Sizes(const Mamba2InnerArguments& in)
+      : h(in.sizes.heads), g(in.sizes.groups), n(in.sizes.d_state), e((in.zxbcdt.size(2) - h) / 2 - g * n) {
+    KRAIT_CHECK(e > 0 && e % h == 0 && in.zxbcdt.size(2) == 2 * e + 2 * g * n + h,
+                "mamba2_inner: {} does not split into [z; x; B; C; dt] of {} heads and {} groups of {}", in.zxbcdt.shape(),
+                h, g, n);
+  }
+  Tensor z(const Tensor& t) const { return t.slice(2, 0, e); }
+  Tensor xbc(const Tensor& t) const { return t.slice(2, e, 2 * e + 2 * g * n); }
+  Tensor dt(const Tensor& t) const { return t.slice(2, 2 * e + 2 * g * n, 2 * e + 2 * g * n + h); }
+  Tensor x(const Tensor& xbc) const { return heads(xbc.slice(2, 0, e)); }
+  Tensor B(const Tensor& xbc) const { return groups(xbc.slice(2, e, e + g * n)); }
+  Tensor C(const Tensor& xbc) const { return groups(xbc.slice(2, e + g * n, e + 2 * g * n)); }
+  Tensor heads(const Tensor& t) const { return t.view({t.size(0), t.size(1), h, e / h}); }
+  Tensor groups(const Tensor& t) const { return t.view({t.size(0), t.size(1), g, n}); }
+  int64_t h, g, n, e;
+};
+
+kernels::CausalConv1dOut convolve(const Mamba2InnerArguments& in) {
+  return kernels::causal_conv1d_forward(Sizes(in).xbc(in.zxbcdt.data()), in.conv_weight.data(), in.conv_bias.data(),
+                                        in.conv_state.data(), true, in.options.segments);
+}
+
+kernels::SsdInput scan_input(const Mamba2InnerArguments& in, const Tensor& xbc) {
+  const Sizes sizes(in);
+  const auto time = kernels::ssd_time_step_forward(sizes.dt(in.zxbcdt.data()), in.dt_bias.data(), in.A_log.data(),
+                                                   in.dt_low, in.dt_high);
+  return {sizes.x(xbc), time.dt, time.a, sizes.B(xbc), sizes.C(xbc), in.D.data(), in.ssm_state.data(),
+          in.options.segments, in.options.chunk};
+}
+
+// Gradient of the convolution, into its part of dzxbcdt.
+kernels::CausalConv1dGrad convolve_backward(const Mamba2InnerArguments& in, Tensor dxbc, const Tensor& dfinal,
+                                            Tensor into) {
+  auto grad = kernels::causal_conv1d_backward(dxbc, dfinal, Sizes(in).xbc(in.zxbcdt.data()), in.conv_weight.data(),
+                                              in.conv_bias.data(), in.conv_state.data(), true, in.options.segments,
+                                              buffer_of(in.conv_weight), buffer_of(in.conv_bias));
+  copy_(into, grad.dx);
+  return grad;
+}
+
+Grads differentiate(const Mamba2InnerArguments& in, const Tensor& y, const Tensor& rstd, const Tensor& dout,
+                    const Tensor& dconv_state, const Tensor& dssm_state) {
+  const Sizes sizes(in);
+  const Tensor& zxbcdt = in.zxbcdt.data();
+  // Tensors go as soon as they have served: the peak of a training step is here.
+  Tensor dzxbcdt = empty_like(zxbcdt), dy, dnorm, dweight, dbias;
+  if (dout.defined()) {
+    Tensor up = kernels::linear_backward(dout, y, in.out_weight.data(), {}, Epilogue::none, {true, false, false}).dx;
+    auto norm = kernels::gated_rms_norm_backward(up, y, sizes.z(zxbcdt), in.norm_weight.data(), rstd, in.norm_first,
+                                                 buffer_of(in.norm_weight), sizes.z(dzxbcdt), true);
+    up = {};
+    dy = norm.dx;
+    dnorm = norm.dw;
+    const Tensor weight_sum = buffer_of(in.out_weight), bias_sum = buffer_of(in.out_bias);
+    auto out = kernels::linear_backward(dout, norm.y, in.out_weight.data(), {}, Epilogue::none,
+                                        {false, in.out_weight.requires_grad(), in.out_bias.requires_grad()}, weight_sum,
+                                        bias_sum);
+    if (!weight_sum.defined()) dweight = out.dw;
+    if (!bias_sum.defined()) dbias = out.db;
+  } else {
+    Tensor dz = sizes.z(dzxbcdt);
+    zero_(dz);
+    dy = zeros_like(y);
+  }
+  Tensor dxbc;
+  kernels::SsdGrad scan;
+  {
+    const Tensor xbc = convolve(in).y;
+    dxbc = empty_like(xbc);
+    scan.dx = sizes.x(dxbc);
+    scan.dB = sizes.B(dxbc);
+    scan.dC = sizes.C(dxbc);
+    kernels::ssd_backward_into(scan, sizes.heads(dy), dssm_state, scan_input(in, xbc));
+    dy = {};
+  }
+  scan.dx = scan.dB = scan.dC = {};
+  const auto time = kernels::ssd_time_step_backward(scan.ddt, scan.da, sizes.dt(zxbcdt), in.dt_bias.data(),
+                                                    in.A_log.data(), in.dt_low, in.dt_high, sizes.dt(dzxbcdt));
+  const auto conv = convolve_backward(in, dxbc, dconv_state, sizes.xbc(dzxbcdt));
+  return {dzxbcdt, conv.dweight, conv.dbias, time.dbias.to(in.dt_bias.dtype()), time.dA_log.to(in.A_log.dtype()), scan.dD,
+          dnorm, dweight, dbias, conv.dinitial, scan.dinitial_state};
+}
+
+}  // namespace
+
+Mamba2InnerOut mamba2_inner(const Mamba2InnerArguments& in) {
+  const Sizes sizes(in);
+  const Tensor& zxbcdt = in.zxbcdt.data();
+  kernels::CausalConv1dOut conv = convolve(in);
+  auto [states, final_state] = kernels::ssd_forward(scan_input(in, conv.y));
+  conv.y = {};
+  const Tensor y = states.view({zxbcdt.size(0), zxbcdt.size(1), sizes.e});
+  const auto norm = kernels::gated_rms_norm_forward(y, sizes.z(zxbcdt), in.norm_weight.data(), in.norm_eps,
+                                                    in.sizes.groups, in.norm_first);
+  const Tensor out =
+      kernels::linear_forward(norm.y, in.out_weight.data(), in.out_bias.data(), Epilogue::none, false).y;
+  const Vars results =
+      record("mamba2_inner",
+             {in.zxbcdt, in.conv_weight, in.conv_bias, in.dt_bias, in.A_log, in.D, in.norm_weight, in.out_weight,
+              in.out_bias, in.conv_state, in.ssm_state},
+             {out, conv.final_state, final_state}, [in, y, rstd = norm.rstd](const std::vector<Tensor>& d) -> Grads {
+               return differentiate(in, y, rstd, d[0], d[1], d[2]);
+             });
+  return {results[0], results[1], results[2]};
+}
+
+}  // namespace krait::autograd
