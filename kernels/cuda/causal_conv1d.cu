@@ -1,69 +1,13 @@
-#include "kernels/causal_conv1d.h"
+#include "kernels/cuda/causal_conv1d.cuh"
 
-#include "core/cuda/launch.cuh"
-
-// A thread walks along a tile of positions of one channel with the last kWidth inputs in registers; neighbouring
-// threads have neighbouring channels. Bound by memory: forward 2 b l c sizeof(T) bytes, backward 3. Filters wider than
-// 8 re-read their inputs.
+// Any filter: a thread walks along a tile of positions of one channel with the last kWidth inputs in registers;
+// neighbouring threads have neighbouring channels. Filters wider than 8 re-read their inputs. Filters of width 4 over
+// whole vectors of channels have kernels of their own (causal_conv1d_four.cu).
 namespace krait::kernels::cuda {
 
 namespace {
 
 constexpr int kThreads = 128;
-
-template <class A>
-__device__ __forceinline__ A sigmoid_of(A p) {
-  return A(1) / (A(1) + exp(-p));
-}
-__device__ __forceinline__ float sigmoid_of(float p) { return 1.0f / (1.0f + __expf(-p)); }
-
-// silu(p) without infinity times 0.
-template <class A>
-__device__ __forceinline__ A silu_of(A p) {
-  const A x = p < A(-110) ? A(-110) : p;
-  return x * sigmoid_of(x);
-}
-template <class A>
-__device__ __forceinline__ A silu_slope(A p) {
-  const A x = p < A(-110) ? A(-110) : p;
-  const A s = sigmoid_of(x);
-  return s * (A(1) + x * (A(1) - s));
-}
-
-// Pointers of one batch row and channel; strides in elements.
-template <class T>
-struct Line {
-  const T *x, *initial;     // initial may be null
-  const int32_t* segments;  // may be null
-  int64_t l, c, stride;
-  int k;
-
-  __device__ bool together(int64_t s, int64_t t) const {
-    return segments == nullptr || segments[s < 0 ? 0 : s] == segments[t];
-  }
-  // Input s as position t sees it.
-  template <class A>
-  __device__ A input(int64_t s, int64_t t) const {
-    if (!together(s, t)) return A(0);
-    if (s >= 0) return static_cast<A>(x[s * stride]);
-    return initial == nullptr ? A(0) : static_cast<A>(initial[(s + k - 1) * c]);
-  }
-};
-
-template <class T>
-struct Inputs {
-  const T *x, *initial;
-  const accum_t<T>*weight, *bias;
-  const int32_t* segments;
-  int64_t l, c, x_batch, x_row;
-  int k;
-  bool silu;
-
-  __device__ Line<T> line(int64_t row, int64_t channel) const {
-    return {x + row * x_batch + channel, initial == nullptr ? nullptr : initial + row * (k - 1) * c + channel,
-            segments == nullptr ? nullptr : segments + row * l, l, c, x_row, k};
-  }
-};
 
 // The filter of one channel, right-aligned in kWidth places, and the last kWidth inputs.
 template <int kWidth, class A>
@@ -72,7 +16,7 @@ struct Window {
   int first;  // place of the oldest tap
 
   template <class T>
-  __device__ void start(const Inputs<T>& in, const Line<T>& line, int64_t channel, int64_t t0) {
+  __device__ void start(const ConvInputs<T>& in, const ConvLine<T>& line, int64_t channel, int64_t t0) {
     first = kWidth - in.k;
     bias = in.bias == nullptr ? A(0) : in.bias[channel];
 #pragma unroll
@@ -104,12 +48,12 @@ struct Window {
 
 template <class T, int kWidth, class A = accum_t<T>>
 __global__ void __launch_bounds__(kThreads)
-    conv_forward_kernel(T* __restrict__ y, T* __restrict__ final_state, const Inputs<T> in, int64_t tiles, int64_t tile) {
+    conv_forward_kernel(T* __restrict__ y, T* __restrict__ final_state, const ConvInputs<T> in, int64_t tiles, int64_t tile) {
   const int64_t channel = int64_t{blockIdx.y} * kThreads + threadIdx.x;
   if (channel >= in.c) return;
   const int64_t row = int64_t{blockIdx.x} / tiles, t0 = int64_t{blockIdx.x} % tiles * tile;
   const int64_t t1 = t0 + tile < in.l ? t0 + tile : in.l;
-  const Line<T> line = in.line(row, channel);
+  const ConvLine<T> line = in.line(row, channel);
   y += row * in.l * in.c + channel;
   if constexpr (kWidth > 0) {
     Window<kWidth, A> window;
@@ -134,29 +78,10 @@ __global__ void __launch_bounds__(kThreads)
         static_cast<T>(line.template input<A>(in.l - in.k + 1 + i, in.l - 1));
 }
 
-template <class T>
-struct Gradients {
-  T *dx, *dinitial;  // dinitial may be null
-  const T *dy, *dfinal;  // dfinal may be null
-  int64_t dy_batch, dy_row;
-
-  // Adds what the final state sends back to input s, and stores.
-  template <class A>
-  __device__ void store(const Line<T>& line, int64_t row, int64_t channel, int64_t s, A d) const {
-    const int64_t kept = s - (line.l - line.k + 1);
-    if (dfinal != nullptr && kept >= 0 && line.together(s, line.l - 1))
-      d += static_cast<A>(dfinal[(row * (line.k - 1) + kept) * line.c + channel]);
-    if (s >= 0)
-      dx[(row * line.l + s) * line.c + channel] = static_cast<T>(d);
-    else if (dinitial != nullptr)
-      dinitial[(row * (line.k - 1) + s + line.k - 1) * line.c + channel] = static_cast<T>(d);
-  }
-};
-
 // partial (b tiles, k + 1, c): k rows of dweight and one of dbias.
 template <class T, int kWidth, class A = accum_t<T>>
 __global__ void __launch_bounds__(kThreads)
-    conv_backward_kernel(const Gradients<T> grad, A* __restrict__ partial, const Inputs<T> in, int64_t tiles,
+    conv_backward_kernel(const ConvGradients<T> grad, A* __restrict__ partial, const ConvInputs<T> in, int64_t tiles,
                          int64_t tile) {
   const int64_t channel = int64_t{blockIdx.y} * kThreads + threadIdx.x;
   if (channel >= in.c) return;
@@ -164,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t t1 = t0 + tile < in.l ? t0 + tile : in.l;
   const int64_t seen = t1 + in.k - 1 < in.l ? t1 + in.k - 1 : in.l;  // positions that see the tile's inputs
   const int64_t oldest = t0 > 0 ? t0 : int64_t{1} - in.k;            // first input whose gradient this tile stores
-  const Line<T> line = in.line(row, channel);
+  const ConvLine<T> line = in.line(row, channel);
   const T* dy = grad.dy + row * grad.dy_batch + channel;
   Window<kWidth, A> window;
   window.start(in, line, channel, t0);
@@ -219,13 +144,13 @@ __global__ void __launch_bounds__(kThreads)
 // Any width: p is computed again for each of the k uses of a gradient.
 template <class T, class A = accum_t<T>>
 __global__ void __launch_bounds__(kThreads)
-    conv_backward_wide_kernel(const Gradients<T> grad, A* __restrict__ partial, const Inputs<T> in, int64_t tiles,
+    conv_backward_wide_kernel(const ConvGradients<T> grad, A* __restrict__ partial, const ConvInputs<T> in, int64_t tiles,
                               int64_t tile) {
   const int64_t channel = int64_t{blockIdx.y} * kThreads + threadIdx.x;
   if (channel >= in.c) return;
   const int64_t row = int64_t{blockIdx.x} / tiles, t0 = int64_t{blockIdx.x} % tiles * tile;
   const int64_t t1 = t0 + tile < in.l ? t0 + tile : in.l;
-  const Line<T> line = in.line(row, channel);
+  const ConvLine<T> line = in.line(row, channel);
   const T* dy = grad.dy + row * grad.dy_batch + channel;
   const A* w = in.weight + channel * in.k;
   const auto gradient = [&](int64_t t) {
@@ -261,6 +186,7 @@ __global__ void sum_taps_kernel(A* dweight, bool add_dweight, A* dbias, bool add
   const int64_t channel = int64_t{blockIdx.x} * 32 + tx;
   A s = 0;
   if (channel < c)
+#pragma unroll 8
     for (int64_t i = ty; i < pieces; i += 16) s += partial[(i * (k + 1) + tap) * c + channel];
   part[ty][tx] = s;
   __syncthreads();
@@ -274,25 +200,27 @@ __global__ void sum_taps_kernel(A* dweight, bool add_dweight, A* dbias, bool add
   }
 }
 
-template <class T>
-T* pointer(const Tensor& t) {
-  return t.defined() && t.numel() > 0 ? t.data<T>() : nullptr;
-}
-
-template <class T>
-Inputs<T> inputs_of(const CausalConv1dInputs& in) {
-  using A = accum_t<T>;
-  return {in.x.data<T>(), pointer<T>(in.initial), in.weight.data<A>(), pointer<A>(in.bias),
-          pointer<int32_t>(in.segments), in.x.size(1), in.x.size(2), in.x.stride(0), in.x.stride(1),
-          static_cast<int>(in.weight.size(1)), in.silu};
-}
-
 // Positions per tile: short enough to fill the device, long enough that partial sums stay small.
 int64_t tile_of(int64_t b, int64_t l) { return std::min(l, std::max<int64_t>(64, ceil_div(b * l, 2048))); }
 
 }  // namespace
 
+void sum_conv_taps(Tensor& dweight, bool add_dweight, Tensor& dbias, bool add_dbias, const Tensor& partial) {
+  const int64_t c = partial.size(2), taps = partial.size(1);
+  const auto run = [&]<class A>(A /*zero*/) {
+    launch(sum_taps_kernel<A>,
+           {.grid = ceil_div(c, 32), .grid_y = taps, .block = 512, .stream = current_stream(partial.device())},
+           dweight.data<A>(), add_dweight, conv_pointer<A>(dbias), add_dbias, partial.data<A>(), partial.size(0), c,
+           static_cast<int>(taps - 1));
+  };
+  if (partial.dtype() == DType::f64)
+    run(double{});
+  else
+    run(float{});
+}
+
 void causal_conv1d_forward(Tensor& y, Tensor& final_state, const CausalConv1dInputs& in) {
+  if (conv_four_forward(y, final_state, in)) return;
   const int64_t b = in.x.size(0), l = in.x.size(1), c = in.x.size(2), k = in.weight.size(1);
   const int64_t tile = tile_of(b, l), tiles = ceil_div(l, tile);
   const LaunchConfig config{.grid = b * tiles, .grid_y = ceil_div(c, kThreads), .block = kThreads,
@@ -301,29 +229,27 @@ void causal_conv1d_forward(Tensor& y, Tensor& final_state, const CausalConv1dInp
     const auto kernel = k <= 4   ? conv_forward_kernel<T, 4>
                         : k <= 8 ? conv_forward_kernel<T, 8>
                                  : conv_forward_kernel<T, 0>;
-    launch(kernel, config, y.data<T>(), pointer<T>(final_state), inputs_of<T>(in), tiles, tile);
+    launch(kernel, config, y.data<T>(), conv_pointer<T>(final_state), conv_inputs<T>(in), tiles, tile);
   });
 }
 
 void causal_conv1d_backward(Tensor& dx, Tensor& dinitial, Tensor& dweight, bool add_dweight, Tensor& dbias,
                             bool add_dbias, const Tensor& dy, const Tensor& dfinal, const CausalConv1dInputs& in) {
+  if (conv_four_backward(dx, dinitial, dweight, add_dweight, dbias, add_dbias, dy, dfinal, in)) return;
   const int64_t b = in.x.size(0), l = in.x.size(1), c = in.x.size(2), k = in.weight.size(1);
   const int64_t tile = tile_of(b, l), tiles = ceil_div(l, tile);
   const Stream stream = current_stream(in.x.device());
   visit_float(in.x.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     const Tensor partial = empty({b * tiles, k + 1, c}, dtype_of<A>, in.x.device());
-    const Gradients<T> grad{dx.data<T>(), pointer<T>(dinitial), dy.data<T>(), pointer<T>(dfinal), dy.stride(0),
-                            dy.stride(1)};
+    const ConvGradients<T> grad = conv_gradients<T>(dx, dinitial, dy, dfinal);
     const auto kernel = k <= 4   ? conv_backward_kernel<T, 4>
                         : k <= 8 ? conv_backward_kernel<T, 8>
                                  : conv_backward_wide_kernel<T>;
     launch(kernel,
            {.grid = b * tiles, .grid_y = ceil_div(c, kThreads), .block = kThreads, .stream = stream}, grad,
-           partial.data<A>(), inputs_of<T>(in), tiles, tile);
-    launch(sum_taps_kernel<A>, {.grid = ceil_div(c, 32), .grid_y = k + 1, .block = 512, .stream = stream},
-           dweight.data<A>(), add_dweight, pointer<A>(dbias), add_dbias, partial.data<A>(), b * tiles, c,
-           static_cast<int>(k));
+           partial.data<A>(), conv_inputs<T>(in), tiles, tile);
+    sum_conv_taps(dweight, add_dweight, dbias, add_dbias, partial);
   });
 }
 

@@ -48,13 +48,14 @@ const OpCase kWithState{.name = "causal_conv1d with state",
                                    {{2, 9, 3}, {3, 1}, {3}, {2, 0, 3}}, {{1, 0, 3}, {3, 4}, {3}, {1, 3, 3}},
                                    {{3, 67, 5}, {5, 3}, {5}, {3, 2, 5}}, {{1, 130, 9}, {9, 8}, {9}, {1, 7, 9}},
                                    {{2, 5, 4}, {4, 11}, {4}, {2, 10, 4}}, {{1, 150, 3}, {3, 11}, {3}, {1, 10, 3}},
-                                   {{2, 33, 300}, {300, 4}, {300}, {2, 3, 300}}},
+                                   {{2, 33, 300}, {300, 4}, {300}, {2, 3, 300}}, {{1, 2, 8}, {8, 4}, {8}, {1, 3, 8}},
+                                   {{2, 71, 16}, {16, 4}, {16}, {2, 3, 16}}},
                         .inputs = {Normal{}, Normal{.mean = 3}}};
 
 const OpCase kPlain{.name = "causal_conv1d without bias, state and silu",
                     .run = [](const Vars& in) { return outputs(causal_conv1d(in[0], in[1], {}, {}, false)); },
                     .reference = [](const Vars& in) { return plain(in, false); },
-                    .shapes = {{{1, 1, 1}, {1, 2}}, {{2, 70, 6}, {6, 4}}, {{0, 4, 3}, {3, 4}}, {{2, 21, 2}, {2, 9}}}};
+                    .shapes = {{{1, 1, 1}, {1, 2}}, {{2, 70, 6}, {6, 4}}, {{0, 4, 3}, {3, 4}}, {{2, 21, 2}, {2, 9}}, {{2, 70, 24}, {24, 4}}}};
 
 // Documents of uneven length, one shorter than the filter, over more than one tile of 64.
 std::vector<int32_t> documents(int64_t b, int64_t l) {
@@ -74,7 +75,7 @@ OpCase packed(int64_t k) {
   };
   c.reference = [](const Vars& in) { return plain(in, true, documents(in[0].size(0), in[0].size(1))); };
   c.shapes = {{{2, 131, 5}, {5, k}, {5}, {2, k - 1, 5}}, {{1, 2, 3}, {3, k}, {3}, {1, k - 1, 3}},
-              {{1, 1, 3}, {3, k}, {3}, {1, k - 1, 3}}};
+              {{1, 1, 3}, {3, k}, {3}, {1, k - 1, 3}}, {{2, 75, 8}, {8, k}, {8}, {2, k - 1, 8}}};
   c.inputs = {Normal{}};
   return c;
 }
@@ -91,7 +92,7 @@ const OpCase kHalf{.name = "causal_conv1d of a slice",
                          const int64_t c = in[0].size(-1) / 2;
                          return Vars{plain({Variable(in[0].data().slice(-1, c, 2 * c)), in[1]}, false)[0]};
                        },
-                   .shapes = {{{2, 37, 10}, {5, 4}}, {{1, 1, 2}, {1, 4}}}};
+                   .shapes = {{{2, 37, 10}, {5, 4}}, {{1, 1, 2}, {1, 4}}, {{2, 37, 16}, {8, 4}}}};
 
 }  // namespace
 
