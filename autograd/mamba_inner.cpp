@@ -29,6 +29,11 @@ kernels::LinearGrad linear_gradient(const Tensor& dy, const Tensor& x, const Var
   return grad;
 }
 
+// The sum over the members that have the other channels, in place.
+void sum_members(const Tensor& t, const comm::GroupPtr& group) {
+  if (group && group->size() > 1) group->all_reduce(t).wait();
+}
+
 void copy_columns(Tensor& to, int64_t begin, const Tensor& from) {
   Tensor columns = to.slice(-1, begin, begin + from.size(-1));
   copy_(columns, from);
@@ -103,6 +108,7 @@ MambaInnerOut mamba_inner(const MambaInnerArguments& in) {
       recording() && std::any_of(inputs.begin(), inputs.end(), [](const Variable& v) { return v.requires_grad(); });
   auto [x, conv_state] = convolve(in);
   const Tensor dbc = linear_of(x, in.x_proj.data());
+  sum_members(dbc, in.tensor);
   const Entered entered = enter(in, x, dbc);
   auto [y, ssm_state, states] = kernels::selective_scan_forward(scan_inputs(in, x, dbc, entered.h0), tape);
   if (in.pieces.several()) ssm_state = entered.last;
@@ -121,6 +127,7 @@ MambaInnerOut mamba_inner(const MambaInnerArguments& in) {
     copy_columns(ddbc, 0, of_dt.dx);
     copy_columns(ddbc, sizes.r, scan.dB);
     copy_columns(ddbc, sizes.r + sizes.n, scan.dC);
+    sum_members(ddbc, in.tensor);
     auto of_x = linear_gradient(ddbc, again, in.x_proj);
     again = {};
     kernels::accumulate(scan.dx, of_x.dx);

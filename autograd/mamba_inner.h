@@ -1,6 +1,7 @@
 #pragma once
 #include "autograd/state_passing.h"
 #include "autograd/variable.h"
+#include "core/comm/process_group.h"
 
 namespace krait {
 inline namespace autograd {
@@ -18,6 +19,7 @@ struct MambaInnerArguments {
   Variable conv_state = {}, ssm_state = {};
   Tensor segments = {};
   SequencePieces pieces = {};
+  comm::GroupPtr tensor = {};  // null, or a group whose members have some of the channels each: x_proj's products are summed
 };
 struct MambaInnerOut { Variable y, conv_state, ssm_state; };
 MambaInnerOut mamba_inner(const MambaInnerArguments& in);

@@ -28,6 +28,19 @@ MoeRouting moe_route(const Tensor& logits, const MoeOptions& options) {
   return r;
 }
 
+MoeRouting moe_part(const MoeRouting& whole, int64_t first, int64_t experts) {
+  KRAIT_CHECK(first >= 0 && experts >= 1 && first + experts <= whole.groups.groups(),
+              "moe_part: experts from {} on do not lie in {}: {}", first, whole.groups.groups(), experts);
+  if (experts == whole.groups.groups()) return whole;
+  const Device device = whole.index.device();
+  MoeRouting part = whole;
+  part.position = empty(whole.position.shape(), DType::i32, device);
+  part.groups.offsets = empty({experts + 1}, DType::i32, device);
+  part.groups.order = empty(whole.groups.order.shape(), DType::i32, device);
+  KRAIT_DISPATCH(device, moe_part(part, whole, first));
+  return part;
+}
+
 Tensor moe_route_backward(const Tensor& dweight, const Tensor& logits, const MoeRouting& routing,
                           const MoeOptions& options, const MoePenalties& penalties) {
   if (dweight.defined()) {

@@ -23,6 +23,10 @@ struct MoeRouting {
 /// logits (t, n) fp32 or fp64, n >= experts, k <= n.
 MoeRouting moe_route(const Tensor& logits, const MoeOptions& options);
 
+/// The routing to slots [first, first + experts) alone: groups, order and position count these experts' rows from 0, the
+/// choices of others have position -1. index, weight, lse and counts stay those of the whole.
+MoeRouting moe_part(const MoeRouting& whole, int64_t first, int64_t experts);
+
 /// Weights of the two auxiliary losses whose gradient is added to the logits' (a loss's gradient times the weight):
 ///   balance   n sum_e f_e mean_t p_te, f_e = counts_e / (t k), for a null slot the mean over all null slots: 1 when
 ///             uniform, f held constant (Fedus et al. 2022)
@@ -50,6 +54,7 @@ MoeGrad moe_experts_backward(const Tensor& dy, const Tensor& x, const Tensor& we
 // moe_hidden_backward, on row i = choice c with g, u its hidden and h = silu(g) u, dh the gradient of h before the
 // choice's weight: dhidden = weight_c dh h', weighted = weight_c h, dweight_c = dh . h. dweight is 0 elsewhere already.
 KRAIT_BACKENDS(void moe_route(MoeRouting& routing, const Tensor& logits, const MoeOptions& options);
+               void moe_part(MoeRouting& part, const MoeRouting& whole, int64_t first);
                void moe_route_backward(Tensor& dlogits, const Tensor& dweight, const Tensor& logits,
                                        const MoeRouting& routing, const MoeOptions& options,
                                        const MoePenalties& penalties);

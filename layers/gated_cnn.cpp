@@ -10,13 +10,19 @@
 namespace krait::layers {
 
 // The public code truncates its normal weights at 100 standard deviations: plain normal ones.
-GatedCnn::GatedCnn(const GatedCnnConfig& config, const LayerContext& context) : config_(config) {
+GatedCnn::GatedCnn(const GatedCnnConfig& config, const LayerContext& context)
+    : config_(config), tensor_(context.parallel.tensor) {
   const int64_t f = config.hidden, c = config.conv_channels;
   const double bound = 1.0 / std::sqrt(static_cast<double>(config.d_conv));
-  fc1_ = child<Linear>("fc1", context.d_model, 2 * f, true, context.init_std);
-  conv_weight_ = parameter("conv.weight", {c, config.d_conv}, uniform(-bound, bound));
-  conv_bias_ = parameter("conv.bias", {c}, uniform(-bound, bound), {.decay = false});
-  fc2_ = child<Linear>("fc2", f, context.d_model, true, context.init_std);
+  const Owned plain = owned_uneven(tensor_, f - c), mixed = owned(tensor_, c, "model.gated_cnn.conv_ratio", "convolved channels");
+  config_.conv_channels = mixed.count();
+  config_.hidden = plain.count() + mixed.count();
+  Shard up{0, {plain.range(1), mixed.range(1, f - c), plain.range(1, f), mixed.range(1, 2 * f - c)}};
+  Shard down{1, {plain.range(1), mixed.range(1, f - c)}};
+  fc1_ = child<Linear>("fc1", context.d_model, 2 * f, true, context.init_std, LinearSplit{tensor_, up});
+  conv_weight_ = parameter("conv.weight", {c, config.d_conv}, uniform(-bound, bound), {}, mixed.rows());
+  conv_bias_ = parameter("conv.bias", {c}, uniform(-bound, bound), {.decay = false}, mixed.rows());
+  fc2_ = child<Linear>("fc2", f, context.d_model, true, context.init_std, LinearSplit{tensor_, down});
 }
 
 GatedCnn::Projected GatedCnn::project(const Variable& u) const {

@@ -9,6 +9,7 @@ namespace krait::layers {
 /// state space. With u the normalised input, F inner and C convolved channels,
 ///   [g, i, c] = W_1 u + b_1, of widths F, F - C, C          c' = conv(c), depthwise, causal
 ///   out = W_2 (gelu(g) * [i, c']) + b_2
+/// With a tensor group each member has a share of the channels of i and of c, and of those of g that gate them.
 /// The state is the last d_conv - 1 rows of c. The paper's norm is model.norm: layer with norm_eps 1e-6.
 class GatedCnn final : public Mixer {
  public:
@@ -27,7 +28,8 @@ class GatedCnn final : public Mixer {
   Projected project(const Variable& u) const;
   Variable finish(const Projected& in, const Variable& convolved) const;
 
-  GatedCnnConfig config_;
+  GatedCnnConfig config_;  // hidden and conv_channels: those here
+  comm::GroupPtr tensor_;
   std::shared_ptr<Linear> fc1_, fc2_;
   Parameter conv_weight_, conv_bias_;
 };

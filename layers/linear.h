@@ -6,6 +6,13 @@
 
 namespace krait::layers {
 
+/// x W^T + b where each member has a part of the inputs and of W's columns: the products are summed, b is added once.
+inline Variable linear_sum(const Variable& x, const Variable& w, const Variable& bias, const comm::GroupPtr& group) {
+  if (group->size() == 1) return linear(x, w, bias);
+  const Variable y = reduce_from_group(linear(x, w), group);
+  return bias.defined() ? y + bias : y;
+}
+
 /// How the weight (out, in) of a linear layer is cut over a tensor group (Shoeybi et al. 2019). shard.dim 0: each member
 /// makes its part of the outputs from the whole x, whose gradient is summed over the members. shard.dim 1: each member
 /// has its part of the inputs, and y is summed. Without ranges: whole on every member.
@@ -28,8 +35,7 @@ class Linear final : public Module {
     const Variable bias = bias_.defined() ? bias_.variable() : Variable();
     if (!sums_) return linear(copy_to_group(x, group_), weight_, bias, epilogue);
     KRAIT_ASSERT(epilogue == Epilogue::none, "a sum over processes has no epilogue");
-    const Variable y = reduce_from_group(linear(x, weight_), group_);
-    return bias.defined() ? y + bias : y;
+    return linear_sum(x, weight_, bias, group_);
   }
 
   /// What it computes in.

@@ -18,20 +18,26 @@ void gate_bias(Tensor& value, uint64_t /*key*/) {
 }  // namespace
 
 LinearAttention::LinearAttention(const LinearAttentionConfig& config, const LayerContext& context)
-    : config_(config), sequence_(context.parallel.sequence) {
+    : config_(config), sequence_(context.parallel.sequence), tensor_(context.parallel.tensor) {
   const int64_t m = context.d_model, h = config.n_heads;
   const Initializer init = normal(context.init_std), zero = constant(0.0);
-  qkv_weight_ = stacked_parameter({{"wq.weight", m, init}, {"wk.weight", m, init}, {"wv.weight", m, init}}, {m});
+  const Owned own = owned(tensor_, h, "model.linear_attention.n_heads", "heads");
+  const Shard rows = own.rows(config.head_dim);
+  config_.n_heads = own.count();
+  qkv_weight_ = stacked_parameter(
+      {{"wq.weight", m, init, rows}, {"wk.weight", m, init, rows}, {"wv.weight", m, init, rows}}, {m});
   if (config.bias)
-    qkv_bias_ = stacked_parameter({{"wq.bias", m, zero}, {"wk.bias", m, zero}, {"wv.bias", m, zero}}, {}, {.decay = false});
+    qkv_bias_ = stacked_parameter(
+        {{"wq.bias", m, zero, rows}, {"wk.bias", m, zero, rows}, {"wv.bias", m, zero, rows}}, {}, {.decay = false});
   if (config.gate) {
-    gate_weight_ = parameter("wg.weight", {h, m}, init);
-    gate_bias_ = parameter("wg.bias", {h}, gate_bias, {.decay = false, .keep_fp32 = true});
+    gate_weight_ = parameter("wg.weight", {h, m}, init, {}, own.rows());
+    gate_bias_ = parameter("wg.bias", {h}, gate_bias, {.decay = false, .keep_fp32 = true}, own.rows());
   }
-  out_ = child<Linear>("wo", m, m, config.bias, context.residual_std);
+  out_ = child<Linear>("wo", m, m, config.bias, context.residual_std, LinearSplit{tensor_, own.columns(config.head_dim)});
 }
 
-LinearAttention::Projected LinearAttention::project(const Variable& u) const {
+LinearAttention::Projected LinearAttention::project(const Variable& whole) const {
+  const Variable u = copy_to_group(whole, tensor_);
   const int64_t b = u.size(0), l = u.size(1), h = config_.n_heads;
   const Variable qkv = reshape(linear(u, qkv_weight_, qkv_bias_.defined() ? qkv_bias_.variable() : Variable()),
                                {b, l, 3 * h, config_.head_dim});
@@ -56,7 +62,7 @@ Variable LinearAttention::forward(const Variable& u, const SequenceInfo& info, L
     state->tensors.at("S") = out.state.data();
     state->length += u.size(1) * sequence_->size();
   }
-  return out_->forward(reshape(out.y, u.shape()));
+  return out_->forward(reshape(out.y, {u.size(0), u.size(1), config_.n_heads * config_.head_dim}));
 }
 
 Tensor LinearAttention::step(const Tensor& u, LayerState& state) {
@@ -66,7 +72,7 @@ Tensor LinearAttention::step(const Tensor& u, LayerState& state) {
   const Tensor y =
       linear_attention_step(state.tensors.at("S"), now(in.q), now(in.k), now(in.v), now(in.g), options({}));
   ++state.length;
-  return out_->forward(Variable(y.reshape(u.shape()))).data();
+  return out_->forward(Variable(y.reshape({u.size(0), 1, config_.n_heads * config_.head_dim}))).data();
 }
 
 LayerState LinearAttention::initial_state(int64_t batch, int64_t /*max_length*/, DType dtype, Device device) const {
@@ -77,7 +83,7 @@ LayerState LinearAttention::initial_state(int64_t batch, int64_t /*max_length*/,
 }
 
 double LinearAttention::extra_flops_per_token(int64_t context) const {
-  const int64_t q = std::min(config_.chunk_size, context), d = config_.head_dim, h = config_.n_heads;
+  const int64_t q = std::min(config_.chunk_size, context), d = config_.head_dim, h = config_.n_heads * tensor_->size();
   return static_cast<double>(2 * q * d * h + 4 * d * d * h);
 }
 

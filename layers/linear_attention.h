@@ -12,6 +12,7 @@ namespace krait::layers {
 /// feature identity: phi = 1, q scaled by head_dim^-1/2, no divisor. Without gate g = 0; with it, as in gated linear
 /// attention (Yang et al. 2024) with one decay per head,
 ///   g_t = log sigmoid(W_g u + b_g)
+/// With a tensor group each member has a share of the heads.
 /// b_g starts at 3 to 6 over the heads: memories of 20 to 400 positions. The state is S, with z as its last row.
 class LinearAttention final : public Mixer {
  public:
@@ -26,11 +27,11 @@ class LinearAttention final : public Mixer {
 
  private:
   struct Projected { Variable q, k, v, g; };  // (b, l, h, head_dim), g (b, l, h) or undefined
-  Projected project(const Variable& u) const;
+  Projected project(const Variable& whole) const;
   LinearAttentionOptions options(const Tensor& segments) const;
 
-  LinearAttentionConfig config_;
-  comm::GroupPtr sequence_;  // shares each sequence
+  LinearAttentionConfig config_;  // n_heads: the heads here
+  comm::GroupPtr sequence_, tensor_;  // share each sequence, and the heads
   Parameter qkv_weight_, qkv_bias_, gate_weight_, gate_bias_;
   std::shared_ptr<Linear> out_;
 };

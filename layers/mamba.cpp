@@ -7,6 +7,7 @@
 #include "autograd/mamba_inner.h"
 #include "autograd/shape.h"
 #include "layers/inverse_softplus.h"
+#include "layers/linear.h"
 #include "layers/sequence_history.h"
 
 namespace krait::layers {
@@ -43,34 +44,39 @@ Variable optional(const Parameter& p) { return p.defined() ? p.variable() : Vari
 }  // namespace
 
 Mamba::Mamba(const MambaConfig& config, const LayerContext& context)
-    : config_(config), sequence_(context.parallel.sequence) {
+    : config_(config), sequence_(context.parallel.sequence), tensor_(context.parallel.tensor) {
   const int64_t d = context.d_model, e = config.d_inner, n = config.d_state, r = config.dt_rank;
   const ParameterOptions no_decay{.decay = false}, exact{.decay = false, .keep_fp32 = true};
-  in_proj_ = parameter("in_proj.weight", {2 * e, d}, fan_in_uniform(d));
-  if (config.bias) in_bias_ = parameter("in_proj.bias", {2 * e}, constant(0.0), no_decay);
-  conv_ = parameter("conv1d.weight", {e, config.d_conv}, fan_in_uniform(config.d_conv));
-  if (config.conv_bias) conv_bias_ = parameter("conv1d.bias", {e}, fan_in_uniform(config.d_conv), no_decay);
-  x_proj_ = parameter("x_proj.weight", {r + 2 * n, e}, fan_in_uniform(e));
-  dt_proj_ = parameter("dt_proj.weight", {e, r}, fan_in_uniform(r));
-  dt_bias_ = parameter("dt_proj.bias", {e}, time_step_bias(config), exact);
-  A_log_ = parameter("A_log", {e, n}, log_of_counts, exact);
-  D_ = parameter("D", {e}, constant(1.0), exact);
+  const Owned own = owned(tensor_, e, "model.mamba.expand", "channels");
+  const Shard rows = own.rows(), x_and_z{0, {own.range(1), own.range(1, e)}};
+  config_.d_inner = own.count();
+  in_proj_ = parameter("in_proj.weight", {2 * e, d}, fan_in_uniform(d), {}, x_and_z);
+  if (config.bias) in_bias_ = parameter("in_proj.bias", {2 * e}, constant(0.0), no_decay, x_and_z);
+  conv_ = parameter("conv1d.weight", {e, config.d_conv}, fan_in_uniform(config.d_conv), {}, rows);
+  if (config.conv_bias) conv_bias_ = parameter("conv1d.bias", {e}, fan_in_uniform(config.d_conv), no_decay, rows);
+  x_proj_ = parameter("x_proj.weight", {r + 2 * n, e}, fan_in_uniform(e), {}, own.columns());
+  dt_proj_ = parameter("dt_proj.weight", {e, r}, fan_in_uniform(r), {}, rows);
+  dt_bias_ = parameter("dt_proj.bias", {e}, time_step_bias(config), exact, rows);
+  A_log_ = parameter("A_log", {e, n}, log_of_counts, exact, rows);
+  D_ = parameter("D", {e}, constant(1.0), exact, rows);
   const double scale = 1.0 / std::sqrt(static_cast<double>(context.n_branches));
-  out_proj_ = parameter("out_proj.weight", {d, e}, fan_in_uniform(e, scale));
+  out_proj_ = parameter("out_proj.weight", {d, e}, fan_in_uniform(e, scale), {}, own.columns());
   if (config.bias) out_bias_ = parameter("out_proj.bias", {d}, constant(0.0), no_decay);
 }
 
 Mamba::Result Mamba::run(const Variable& u, const Tensor& segments, const Variable& conv, const Variable& ssm,
                          const comm::GroupPtr& sequence) const {
-  MambaInnerArguments in{linear(u, in_proj_, optional(in_bias_)), conv_, optional(conv_bias_), x_proj_, dt_proj_,
+  MambaInnerArguments in{linear(copy_to_group(u, tensor_), in_proj_, optional(in_bias_)), conv_, optional(conv_bias_),
+                         x_proj_, dt_proj_,
                          dt_bias_, -exp(A_log_), D_};
   in.conv_state =
       convolution_history(slice(in.xz, -1, 0, config_.d_inner), config_.d_conv - 1, sequence, segments, conv);
   in.ssm_state = ssm;
   in.segments = segments;
   in.pieces = sequence_pieces(sequence, segments);
+  in.tensor = tensor_;
   const MambaInnerOut out = mamba_inner(in);
-  return {linear(out.y, out_proj_, optional(out_bias_)), out.conv_state, out.ssm_state};
+  return {linear_sum(out.y, out_proj_, optional(out_bias_), tensor_), out.conv_state, out.ssm_state};
 }
 
 Variable Mamba::advance(const Variable& x, const Tensor& segments, LayerState& state,
@@ -103,7 +109,7 @@ LayerState Mamba::initial_state(int64_t batch, int64_t /*max_length*/, DType dty
 double Mamba::extra_flops_per_token(int64_t /*context*/) const {
   // Per state: exp, its argument, two products and a sum for h, delta B x, product and sum for y. The convolution counts
   // with the matrix parameters.
-  return static_cast<double>(config_.d_inner) * (9.0 * static_cast<double>(config_.d_state) + 3.0);
+  return static_cast<double>(config_.d_inner * tensor_->size()) * (9.0 * static_cast<double>(config_.d_state) + 3.0);
 }
 
 std::string Mamba::kernel_name(int64_t /*batch*/, int64_t /*context*/, DType /*dtype*/, Device device,

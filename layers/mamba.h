@@ -12,6 +12,8 @@ namespace krait::layers {
 ///   [d; B; C] = x_proj(x~)           delta = softplus(dt_proj(d))          A = -exp(A_log)
 ///   h_t = exp(delta_t A) h_{t-1} + delta_t B_t x~_t                        y_t = C_t h_t + D x~_t
 ///   out = out_proj(y silu(z))
+/// With a tensor group each member has a share of the e channels; only x_proj looks across them: its products are summed,
+/// as out_proj's are.
 /// Time steps, A, D and h are fp32 also in bf16. The state is the last d_conv - 1 inputs of the convolution ("conv",
 /// (b, d_conv - 1, e)) and h ("ssm", (b, e, n)).
 class Mamba final : public Mixer {
@@ -37,8 +39,8 @@ class Mamba final : public Mixer {
   /// From and into a state.
   Variable advance(const Variable& x, const Tensor& segments, LayerState& state, const comm::GroupPtr& sequence) const;
 
-  MambaConfig config_;
-  comm::GroupPtr sequence_;  // shares each sequence
+  MambaConfig config_;  // d_inner: the channels here
+  comm::GroupPtr sequence_, tensor_;  // share each sequence, and the channels
   Parameter in_proj_, in_bias_, conv_, conv_bias_, x_proj_, dt_proj_, dt_bias_, A_log_, D_, out_proj_, out_bias_;
 };
 

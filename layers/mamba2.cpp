@@ -8,11 +8,13 @@
 #include "autograd/linear.h"
 #include "autograd/mamba2_inner.h"
 #include "autograd/shape.h"
+#include "autograd/shared_rows.h"
 #include "autograd/ssd.h"
 #include "core/random.h"
 #include "kernels/causal_conv1d.h"
 #include "kernels/ssd.h"
 #include "layers/inverse_softplus.h"
+#include "layers/linear.h"
 #include "layers/sequence_history.h"
 
 namespace krait::layers {
@@ -41,39 +43,63 @@ Variable optional(const Parameter& p) { return p.defined() ? p.variable() : Vari
 }  // namespace
 
 Mamba2::Mamba2(const Mamba2Config& config, const LayerContext& context)
-    : config_(config), sequence_(context.parallel.sequence), eps_(context.norm_eps), dt_low_(config.dt_limit[0]),
+    : whole_(config), config_(config), sequence_(context.parallel.sequence), tensor_(context.parallel.tensor),
+      groups_(owned_or_copied(tensor_, config.n_groups, "model.mamba2.n_groups", "groups of B and C")),
+      eps_(context.norm_eps), dt_low_(config.dt_limit[0]),
       dt_high_(config.dt_limit[1] > 0 ? config.dt_limit[1] : std::numeric_limits<double>::infinity()) {
-  const int64_t m = context.d_model, e = config.inner, h = config.heads;
+  const int64_t m = context.d_model, e = config.inner, h = config.heads, p = config.head_dim, n = config.d_state;
+  const int64_t bc = config.n_groups * n, width = e + 2 * bc;
+  const Owned own = owned(tensor_, h, "model.mamba2.head_dim", "heads");
+  config_.heads = own.count();
+  config_.inner = own.count() * p;
+  config_.n_groups = groups_.count();
+  const Shard heads = own.rows(), conv{0, {own.range(p), groups_.range(n, e), groups_.range(n, e + bc)}};
+  const Shard in{0, {own.range(p), own.range(p, e), groups_.range(n, 2 * e), groups_.range(n, 2 * e + bc),
+                     own.range(1, e + width)}};
   const auto limit = [](int64_t fan_in) { return 1.0 / std::sqrt(static_cast<double>(fan_in)); };
   const auto spread = [](double bound) { return uniform(-bound, bound); };
   const ParameterOptions plain{.decay = false}, exact{.decay = false, .keep_fp32 = true};
-  in_weight_ = parameter("in_proj.weight", {e + conv_width() + h, m}, spread(limit(m)));
-  if (config.bias) in_bias_ = parameter("in_proj.bias", {e + conv_width() + h}, constant(0.0), plain);
-  conv_weight_ = parameter("conv1d.weight", {conv_width(), config.d_conv}, spread(limit(config.d_conv)));
-  if (config.conv_bias) conv_bias_ = parameter("conv1d.bias", {conv_width()}, spread(limit(config.d_conv)), plain);
-  dt_bias_ = parameter("dt_bias", {h}, time_step_bias(config.dt_min, config.dt_max), exact);
+  in_weight_ = parameter("in_proj.weight", {e + width + h, m}, spread(limit(m)), {}, in);
+  if (config.bias) in_bias_ = parameter("in_proj.bias", {e + width + h}, constant(0.0), plain, in);
+  conv_weight_ = parameter("conv1d.weight", {width, config.d_conv}, spread(limit(config.d_conv)), {}, conv);
+  if (config.conv_bias) conv_bias_ = parameter("conv1d.bias", {width}, spread(limit(config.d_conv)), plain, conv);
+  dt_bias_ = parameter("dt_bias", {h}, time_step_bias(config.dt_min, config.dt_max), exact, heads);
   A_log_ = parameter("A_log", {h},
                      mapped_uniform(config.A_init_range[0], config.A_init_range[1], [](double a) { return std::log(a); }),
-                     exact);
-  D_ = parameter("D", config.D_has_hdim ? Shape{h, config.head_dim} : Shape{h}, constant(1.0), exact);
-  norm_weight_ = parameter("norm.weight", {e}, constant(1.0), exact);
+                     exact, heads);
+  D_ = parameter("D", config.D_has_hdim ? Shape{h, p} : Shape{h}, constant(1.0), exact, heads);
+  norm_weight_ = parameter("norm.weight", {e}, constant(1.0), exact, own.rows(p));
   out_weight_ = parameter("out_proj.weight", {m, e},
-                          spread(limit(e) / std::sqrt(static_cast<double>(context.n_branches))));
+                          spread(limit(e) / std::sqrt(static_cast<double>(context.n_branches))), {}, own.columns(p));
   if (config.bias) out_bias_ = parameter("out_proj.bias", {m}, constant(0.0), plain);
 }
 
+// With copies of B and C, whose rows begin at `first`: their gradients are summed over the members that hold them.
+Variable Mamba2::shared(const Parameter& parameter, int64_t first) const {
+  if (!parameter.defined() || tensor_->size() <= whole_.n_groups) return optional(parameter);
+  const int64_t n = config_.d_state, here = config_.n_groups * n, all = whole_.n_groups * n, at = groups_.begin * n;
+  return share_rows(parameter, {{first, first + here, at}, {first + here, first + 2 * here, all + at}}, 2 * all, tensor_);
+}
+
 Mamba2::Projected Mamba2::project(const Variable& u) const {
-  const Vars parts = split(linear(u, in_weight_, optional(in_bias_)), {config_.inner, conv_width(), config_.heads}, 2);
+  const int64_t e = config_.inner;
+  const Variable all = linear(copy_to_group(u, tensor_), shared(in_weight_, 2 * e), shared(in_bias_, 2 * e));
+  const Vars parts = split(all, {e, conv_width(), config_.heads}, 2);
   return {parts[0], parts[1], parts[2]};
 }
 
+Variable Mamba2::norm(const Variable& y, const Variable& z) const {
+  if (tensor_->size() <= whole_.n_groups)
+    return gated_rms_norm(y, z, norm_weight_, eps_, config_.n_groups, config_.norm_before_gate);
+  return gated_rms_norm_over(y, z, norm_weight_, eps_, whole_.n_groups, groups_.begin, config_.norm_before_gate, tensor_);
+}
+
 Variable Mamba2::finish(const Variable& y, const Variable& z) const {
-  return linear(gated_rms_norm(y, z, norm_weight_, eps_, config_.n_groups, config_.norm_before_gate), out_weight_,
-                optional(out_bias_));
+  return linear_sum(norm(y, z), out_weight_, optional(out_bias_), tensor_);
 }
 
 Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments) const {
-  if (sequence_->size() > 1) return apply_in_pieces(u, conv, ssm, segments);
+  if (sequence_->size() > 1 || tensor_->size() > 1) return apply_in_steps(u, conv, ssm, segments);
   const Mamba2InnerOut out = mamba2_inner({.zxbcdt = linear(u, in_weight_, optional(in_bias_)),
                                            .conv_weight = conv_weight_,
                                            .conv_bias = optional(conv_bias_),
@@ -94,12 +120,13 @@ Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variabl
   return {out.y, out.conv_state, out.ssm_state};
 }
 
-// The same in small steps, through which the members that share the sequence pass their states.
-Mamba2::Out Mamba2::apply_in_pieces(const Variable& u, const Variable& conv, const Variable& ssm,
-                                    const Tensor& segments) const {
+// The same in small steps, between which the members that share the sequence or the heads exchange what they must.
+Mamba2::Out Mamba2::apply_in_steps(const Variable& u, const Variable& conv, const Variable& ssm,
+                                   const Tensor& segments) const {
   const auto [z, xbc, dt] = project(u);
   const Variable history = convolution_history(xbc, config_.d_conv - 1, sequence_, segments, conv);
-  const ConvOut mixed = causal_conv1d(xbc, conv_weight_, optional(conv_bias_), history, true, segments);
+  const ConvOut mixed = causal_conv1d(xbc, shared(conv_weight_, config_.inner), shared(conv_bias_, config_.inner), history,
+                                      true, segments);
   const SsdTimeStep time = ssd_time_step(dt, dt_bias_, A_log_, dt_low_, dt_high_);
   const SsdOut scan = ssd_packed(mixed.y, time.dt, time.a, D_, ssm, {config_.heads, config_.n_groups, config_.d_state},
                                  {config_.chunk_size, segments, sequence_pieces(sequence_, segments)});
@@ -139,9 +166,10 @@ LayerState Mamba2::initial_state(int64_t batch, int64_t /*max_length*/, DType dt
 }
 
 double Mamba2::extra_flops_per_token(int64_t context) const {
-  const int64_t q = std::min(config_.chunk_size, context), n = config_.d_state, p = config_.head_dim;
-  const int64_t inside = q * (n * config_.n_groups + p * config_.heads), states = 4 * n * p * config_.heads;
-  return static_cast<double>(inside + states + 2 * config_.d_conv * conv_width());
+  const Mamba2Config& c = whole_;
+  const int64_t q = std::min(c.chunk_size, context), n = c.d_state, p = c.head_dim;
+  const int64_t inside = q * (n * c.n_groups + p * c.heads), states = 4 * n * p * c.heads;
+  return static_cast<double>(inside + states + 2 * c.d_conv * (c.inner + 2 * c.n_groups * n));
 }
 
 std::string Mamba2::kernel_name(int64_t /*batch*/, int64_t /*context*/, DType dtype, Device device,

@@ -3,6 +3,7 @@
 #include "layers/mamba2_config.h"
 #include "layers/mixer.h"
 #include "layers/registry.h"
+#include "layers/tensor_split.h"
 
 namespace krait::layers {
 
@@ -12,6 +13,8 @@ namespace krait::layers {
 ///   dt' = softplus(dt + dt_bias)       A = -e^{A_log}
 ///   h_t = e^{dt'_t A} h_{t-1} + dt'_t x_t (x) B_t           y_t = h_t C_t + D x_t
 ///   out = GatedRMSNorm(y, z) W_out^T
+/// With a tensor group each member has a share of the heads, and their groups' B and C; where there are fewer groups than
+/// members, several hold copies of one, and exchange the norm's mean square.
 /// The state is the last d_conv - 1 inputs of the convolution and h.
 class Mamba2 final : public Mixer {
  public:
@@ -33,11 +36,14 @@ class Mamba2 final : public Mixer {
   struct Projected { Variable z, xbc, dt; };
   Projected project(const Variable& u) const;
   Variable finish(const Variable& y, const Variable& z) const;
-  Out apply_in_pieces(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments) const;
+  Out apply_in_steps(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments) const;
   int64_t conv_width() const { return config_.inner + 2 * config_.n_groups * config_.d_state; }
+  Variable shared(const Parameter& p, int64_t first) const;
+  Variable norm(const Variable& y, const Variable& z) const;
 
-  Mamba2Config config_;
-  comm::GroupPtr sequence_;  // shares each sequence
+  Mamba2Config whole_, config_;  // config_: inner, heads and n_groups of this member
+  comm::GroupPtr sequence_, tensor_;  // share each sequence, and the heads
+  Owned groups_;
   double eps_, dt_low_, dt_high_;
   Parameter in_weight_, in_bias_, conv_weight_, conv_bias_, dt_bias_, A_log_, D_, norm_weight_, out_weight_, out_bias_;
 };

@@ -87,7 +87,7 @@ LayerState MlstmMixer::initial_state(int64_t batch, int64_t, DType dtype, Device
 double MlstmMixer::extra_flops_per_token(int64_t context) const {
   const auto chunk_length = static_cast<double>(std::min(options_.chunk, context));
   const auto dq = static_cast<double>(dq_), dv = static_cast<double>(dv_);
-  return static_cast<double>(heads_) * (chunk_length * (dq + dv) + 4 * dq * dv);  // inside the chunk, and the state
+  return static_cast<double>(heads_ * tensor_->size()) * (chunk_length * (dq + dv) + 4 * dq * dv);  // inside the chunk, and the state
 }
 
 std::string MlstmMixer::kernel_name(int64_t, int64_t, DType dtype, Device device, bool) const {
@@ -95,23 +95,32 @@ std::string MlstmMixer::kernel_name(int64_t, int64_t, DType dtype, Device device
 }
 
 Mlstm::Mlstm(const MlstmConfig& c, const LayerContext& context)
-    : MlstmMixer(c.n_heads, c.inner / c.n_heads, c.inner / c.n_heads,
+    : MlstmMixer(c.n_heads, "model.mlstm.n_heads", c.inner / c.n_heads, c.inner / c.n_heads,
                  {.eps = c.eps, .denominator_gradient = c.denominator_gradient, .chunk = c.chunk_size}, context),
       config_(c) {
   const int64_t e = c.inner, size = c.qkv_block_size;
   const Initializer small = normal(small_std(context.d_model)), zero = constant(0.0);
   const double bound = 1.0 / std::sqrt(static_cast<double>(c.conv));
-  up_ = child<Linear>("proj_up", context.d_model, 2 * e, false, small_std(context.d_model));
-  conv_weight_ = parameter("conv1d.weight", {e, c.conv}, uniform(-bound, bound));
-  conv_bias_ = parameter("conv1d.bias", {e}, uniform(-bound, bound), kPlain);
-  q_ = parameter("q_proj.weight", {e / size, size, size}, small);
-  k_ = parameter("k_proj.weight", {e / size, size, size}, small);
-  v_ = parameter("v_proj.weight", {e / size, size, size}, small);
-  gate_weight_ = stacked_parameter({{"igate.weight", heads_, zero}, {"fgate.weight", heads_, zero}}, {3 * e});
-  gate_bias_ = stacked_parameter({{"igate.bias", heads_, normal(0.1)}, {"fgate.bias", heads_, forget_bias()}}, {}, kExact);
-  norm_ = parameter("outnorm.weight", {e}, zero, kExact);
-  skip_ = parameter("learnable_skip", {e}, constant(1.0), kPlain);
-  down_ = child<Linear>("proj_down", e, context.d_model, false, wang_std(context.n_layers, context.d_model));
+  const int64_t h = c.n_heads, p = e / h;
+  config_.inner = heads_ * p;
+  KRAIT_CHECK(config_.inner % size == 0,
+              "model.mlstm.qkv_block_size: blocks of {} do not fit into {} channels, the share of each of {} processes "
+              "(parallelism.tensor)", size, config_.inner, tensor_->size());
+  const Shard rows = own_.rows(p), heads = own_.rows(), up{0, {own_.range(p), own_.range(p, e)}};
+  const Shard blocks{0, {{own_.begin * p / size, own_.end * p / size}}};
+  const Shard qkv{1, {own_.range(p), own_.range(p, e), own_.range(p, 2 * e)}};
+  up_ = child<Linear>("proj_up", context.d_model, 2 * e, false, small_std(context.d_model), LinearSplit{tensor_, up});
+  conv_weight_ = parameter("conv1d.weight", {e, c.conv}, uniform(-bound, bound), {}, rows);
+  conv_bias_ = parameter("conv1d.bias", {e}, uniform(-bound, bound), kPlain, rows);
+  q_ = parameter("q_proj.weight", {e / size, size, size}, small, {}, blocks);
+  k_ = parameter("k_proj.weight", {e / size, size, size}, small, {}, blocks);
+  v_ = parameter("v_proj.weight", {e / size, size, size}, small, {}, blocks);
+  gate_weight_ = stacked_parameter({{"igate.weight", h, zero, qkv}, {"fgate.weight", h, zero, qkv}}, {3 * e});
+  gate_bias_ = stacked_parameter({{"igate.bias", h, normal(0.1), heads}, {"fgate.bias", h, forget_bias(), heads}}, {}, kExact);
+  norm_ = parameter("outnorm.weight", {e}, zero, kExact, rows);
+  skip_ = parameter("learnable_skip", {e}, constant(1.0), kPlain, rows);
+  down_ = child<Linear>("proj_down", e, context.d_model, false, wang_std(context.n_layers, context.d_model),
+                        LinearSplit{tensor_, own_.columns(p)});
 }
 
 Variable Mlstm::mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) {
@@ -124,7 +133,10 @@ Variable Mlstm::mix(const Variable& x, const SequenceInfo& info, LayerState* sta
   if (state) state->tensors["conv"] = from_last_piece(conv.final_state.data(), sequence);
   const Variable& x_c = conv.y;
   const Variable qkv = concat({block_diagonal(x_c, q_), block_diagonal(x_c, k_), block_diagonal(up[0], v_)}, -1);
-  const Variable gates = gate_linear(qkv, gate_weight_) + gate_bias_;
+  // The gates look at all channels: every member's part of every head's, then each head's sum where the head is.
+  const Variable partial = reshape(gate_linear(qkv, gate_weight_), {x.size(0), x.size(1), 2, heads_ * tensor_->size()});
+  const Variable gates =
+      reshape(reduce_scatter_to_group(partial, -1, tensor_), {x.size(0), x.size(1), 2 * heads_}) + gate_bias_;
   const Vars parts = split(qkv, {e, e, e}, -1);
   const Variable h = cell(parts[0], parts[1], parts[2], gates, info, state, recurrent);
   const Variable normed = cast(head_norm(h, norm_.variable() + 1.0, config_.norm_eps), x.dtype());
@@ -138,27 +150,32 @@ LayerState Mlstm::initial_state(int64_t batch, int64_t max_length, DType dtype, 
 }
 
 MlstmLarge::MlstmLarge(const MlstmLargeConfig& c, const LayerContext& context)
-    : MlstmMixer(c.n_heads, c.qk_width / c.n_heads, context.d_model / c.n_heads,
+    : MlstmMixer(c.n_heads, "model.mlstm_large.n_heads", c.qk_width / c.n_heads, context.d_model / c.n_heads,
                  {.eps = c.eps, .denominator_gradient = c.denominator_gradient, .chunk = c.chunk_size}, context),
       config_(c) {
   const int64_t d = context.d_model;
   const Initializer small = normal(small_std(context.d_model)), zero = constant(0.0);
-  qkvo_ = stacked_parameter({{"q.weight", c.qk_width, small}, {"k.weight", c.qk_width, small}, {"v.weight", d, small},
-                             {"ogate_preact.weight", d, zero}}, {d});
-  gate_weight_ = stacked_parameter({{"igate_preact.weight", heads_, zero}, {"fgate_preact.weight", heads_, zero}}, {d});
-  gate_bias_ = stacked_parameter({{"igate_preact.bias", heads_, constant(c.input_gate_bias)},
-                                  {"fgate_preact.bias", heads_, forget_bias()}}, {}, kExact);
-  norm_ = parameter("multihead_norm.weight", {d}, constant(1.0), kExact);
-  out_ = child<Linear>("out_proj", d, d, false, wang_std(context.n_layers, context.d_model));
+  const int64_t h = c.n_heads;
+  config_.qk_width = heads_ * dq_;
+  const Shard qk = own_.rows(dq_), v = own_.rows(dv_), heads = own_.rows();
+  qkvo_ = stacked_parameter({{"q.weight", c.qk_width, small, qk}, {"k.weight", c.qk_width, small, qk},
+                             {"v.weight", d, small, v}, {"ogate_preact.weight", d, zero, v}}, {d});
+  gate_weight_ = stacked_parameter({{"igate_preact.weight", h, zero, heads}, {"fgate_preact.weight", h, zero, heads}}, {d});
+  gate_bias_ = stacked_parameter({{"igate_preact.bias", h, constant(c.input_gate_bias), heads},
+                                  {"fgate_preact.bias", h, forget_bias(), heads}}, {}, kExact);
+  norm_ = parameter("multihead_norm.weight", {d}, constant(1.0), kExact, v);
+  out_ = child<Linear>("out_proj", d, d, false, wang_std(context.n_layers, context.d_model),
+                       LinearSplit{tensor_, own_.columns(dv_)});
 }
 
-Variable MlstmLarge::mix(const Variable& u, const SequenceInfo& info, LayerState* state, bool recurrent) {
-  const int64_t d = u.size(-1), w = config_.qk_width;
+Variable MlstmLarge::mix(const Variable& whole, const SequenceInfo& info, LayerState* state, bool recurrent) {
+  const Variable u = copy_to_group(whole, tensor_);
+  const int64_t d = heads_ * dv_, w = config_.qk_width;
   const Vars p = split(linear(u, qkvo_), {w, w, d, d}, -1);  // q, k, v, o
   const Variable gates = config_.gate_cap * tanh((gate_linear(u, gate_weight_) + gate_bias_) / config_.gate_cap);
   const Variable h = cell(p[0], p[1], p[2], gates, info, state, recurrent);
   const Variable normed = cast(head_norm(h, norm_, config_.norm_eps), u.dtype());
-  return out_->forward(sigmoid(p[3]) * reshape(normed, u.shape()));
+  return out_->forward(sigmoid(p[3]) * reshape(normed, p[3].shape()));
 }
 
 LayerKind mlstm_kind() {

@@ -8,7 +8,7 @@
 
 namespace krait::layers {
 
-/// What both blocks of mLSTM share: the cell with its state {c, n, m}, fp32 (fp64 in fp64).
+/// What both blocks of mLSTM share: the heads of this member of a tensor group, the cell with its state {c, n, m}, fp32 (fp64 in fp64).
 class MlstmMixer : public Mixer {
  public:
   Variable forward(const Variable& x, const SequenceInfo& info, LayerState* state) final;
@@ -18,16 +18,20 @@ class MlstmMixer : public Mixer {
   std::string kernel_name(int64_t batch, int64_t context, DType dtype, Device device, bool has_segments) const final;
 
  protected:
-  MlstmMixer(int64_t heads, int64_t dq, int64_t dv, const MlstmOptions& options, const LayerContext& context)
-      : heads_(heads), dq_(dq), dv_(dv), options_(options), sequence_(context.parallel.sequence) {}
+  /// `key`: the option that says how many heads there are.
+  MlstmMixer(int64_t heads, const char* key, int64_t dq, int64_t dv, const MlstmOptions& options,
+             const LayerContext& context)
+      : tensor_(context.parallel.tensor), sequence_(context.parallel.sequence), own_(owned(tensor_, heads, key, "heads")),
+        heads_(own_.count()), dq_(dq), dv_(dv), options_(options) {}
   /// x (b, l, d) to the same; `recurrent`: a single position that advances the state.
   virtual Variable mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) = 0;
   /// q, k (b, l, h dq), v (b, l, h dv), gates (b, l, 2 h) = [i, f] to the heads' outputs (b, l, h, dv).
   Variable cell(const Variable& q, const Variable& k, const Variable& v, const Variable& gates,
                 const SequenceInfo& info, LayerState* state, bool recurrent) const;
+  comm::GroupPtr tensor_, sequence_;  // share the heads, and each sequence
+  Owned own_;                         // heads
   int64_t heads_, dq_, dv_;
   MlstmOptions options_;
-  comm::GroupPtr sequence_;  // shares each sequence
 };
 
 /// mLSTM block of the first generation (Beck et al. 2024, figure 11), behind the block's norm; E inner channels:
@@ -42,7 +46,7 @@ class Mlstm final : public MlstmMixer {
 
  private:
   Variable mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) override;
-  MlstmConfig config_;
+  MlstmConfig config_;  // inner: the channels here
   std::shared_ptr<Linear> up_, down_;
   Parameter conv_weight_, conv_bias_, q_, k_, v_, gate_weight_, gate_bias_, norm_, skip_;
 };
@@ -59,7 +63,7 @@ class MlstmLarge final : public MlstmMixer {
 
  private:
   Variable mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) override;
-  MlstmLargeConfig config_;
+  MlstmLargeConfig config_;  // qk_width: the channels here
   Parameter qkvo_, gate_weight_, gate_bias_, norm_;
   std::shared_ptr<Linear> out_;
 };

@@ -6,12 +6,13 @@
 namespace krait::layers {
 
 Moe::Moe(const MlpConfig& config, const LayerContext& context)
-    : config_(config.moe), options_{config.moe.n_experts, config.moe.top_k, config.moe.renormalize} {
+    : tensor_(context.parallel.tensor), own_(owned(tensor_, config.moe.n_experts, "model.mlp.n_experts", "experts")),
+      config_(config.moe), options_{config.moe.n_experts, config.moe.top_k, config.moe.renormalize} {
   const int64_t m = context.d_model, f = config.hidden, e = config_.n_experts;
   const Initializer init = normal(context.init_std);
   router_ = parameter("router.weight", {e + config_.n_null_experts, m}, init, {.keep_fp32 = true});
-  gate_up_ = stacked_parameter({{"gate", e, init}, {"up", e, init}}, {f, m});
-  down_ = parameter("down", {e, m, f}, normal(context.residual_std));
+  gate_up_ = stacked_parameter({{"gate", e, init, own_.rows()}, {"up", e, init, own_.rows()}}, {f, m});
+  down_ = parameter("down", {e, m, f}, normal(context.residual_std), {}, own_.rows());
 }
 
 Variable Moe::logits(const Variable& x) const { return linear(cast(x, accum_dtype(x.dtype())), router_); }
@@ -26,7 +27,8 @@ Variable Moe::forward(const Variable& x) {
   const double scale = training() ? auxiliary_scale_ : 0.0;
   const MoeRoute chosen =
       moe_route(logits(rows), options_, {scale * config_.balance_coef, scale * config_.z_coef});
-  return reshape(moe_experts(rows, chosen, gate_up_, down_), x.shape());
+  const MoeRoute own{copy_to_group(chosen.weight, tensor_), kernels::moe_part(chosen.routing, own_.begin, own_.count())};
+  return reshape(reduce_from_group(moe_experts(copy_to_group(rows, tensor_), own, gate_up_, down_), tensor_), x.shape());
 }
 
 // Of all experts, which the parameter count takes for used, a token visits top_k, less the null ones among them when

@@ -85,6 +85,19 @@ void moe_route(MoeRouting& r, const Tensor& logits, const MoeOptions& options) {
   sort_choices(r, options.experts);
 }
 
+void moe_part(MoeRouting& part, const MoeRouting& whole, int64_t first) {
+  const int32_t* offsets = whole.groups.offsets.data<int32_t>() + first;
+  const int64_t experts = part.groups.groups(), choices = whole.position.numel();
+  const int32_t begin = offsets[0], end = offsets[experts];
+  for (int64_t e = 0; e <= experts; ++e) part.groups.offsets.data<int32_t>()[e] = offsets[e] - begin;
+  for (int64_t i = begin; i < end; ++i)
+    part.groups.order.data<int32_t>()[i - begin] = whole.groups.order.data<int32_t>()[i];
+  for (int64_t c = 0; c < choices; ++c) {
+    const int32_t at = whole.position.data<int32_t>()[c];
+    part.position.data<int32_t>()[c] = at >= begin && at < end ? at - begin : -1;
+  }
+}
+
 void moe_route_backward(Tensor& dlogits, const Tensor& dweight, const Tensor& logits, const MoeRouting& r,
                         const MoeOptions& options, const MoePenalties& penalties) {
   const int64_t t = logits.size(0), n = logits.size(1), k = options.top_k, experts = options.experts;

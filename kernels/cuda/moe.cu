@@ -1,5 +1,6 @@
 // Routing and what surrounds the experts' products (grouped_matmul.cu). A warp routes a token. Choices are sorted by a
 // count per piece of 1024, a pass over the pieces and a placement in order: no atomics, the same order every time.
+#include <algorithm>
 #include <limits>
 
 #include "core/cuda/launch.cuh"
@@ -133,6 +134,18 @@ __global__ void place_kernel(int32_t* position, int32_t* order, const int32_t* i
   }
 }
 
+// Of a range of experts, whose offsets are given: rows and positions from 0.
+__global__ void part_kernel(int32_t* position, int32_t* order, int32_t* part_offsets, const int32_t* whole_position,
+                            const int32_t* whole_order, const int32_t* offsets, int64_t choices, int64_t experts) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int32_t begin = offsets[0], end = offsets[experts];
+  if (i <= experts) part_offsets[i] = offsets[i] - begin;
+  if (i >= choices) return;
+  const int32_t at = whole_position[i];
+  position[i] = at >= begin && at < end ? at - begin : -1;
+  if (i < end - begin) order[i] = whole_order[begin + i];
+}
+
 template <class A>
 __global__ void route_backward_kernel(A* dlogits, const A* dweight, const A* logits, const A* lse, const int32_t* index,
                                       const A* weight, const int32_t* counts, int64_t t, int n, int k, int experts,
@@ -250,6 +263,16 @@ void moe_route(MoeRouting& r, const Tensor& logits, const MoeOptions& options) {
   launch(place_kernel, {.grid = pieces, .block = 256, .stream = stream}, r.position.data<int32_t>(),
          r.groups.order.data<int32_t>(), index, counts.data<int32_t>(), r.groups.offsets.data<int32_t>(), choices, n,
          experts);
+}
+
+void moe_part(MoeRouting& part, const MoeRouting& whole, int64_t first) {
+  const int64_t choices = whole.position.numel(), experts = part.groups.groups();
+  launch(part_kernel,
+         {.grid = ceil_div(std::max(choices, experts + 1), 256), .block = 256,
+          .stream = current_stream(whole.position.device())},
+         part.position.data<int32_t>(), part.groups.order.data<int32_t>(), part.groups.offsets.data<int32_t>(),
+         whole.position.data<int32_t>(), whole.groups.order.data<int32_t>(),
+         whole.groups.offsets.data<int32_t>() + first, choices, experts);
 }
 
 void moe_route_backward(Tensor& dlogits, const Tensor& dweight, const Tensor& logits, const MoeRouting& r,

@@ -56,6 +56,20 @@ TEST_CASE("fault: leaves early", "[.]") {
   Tensor t = ones({3}, DType::f32, kCpu);
   world()->all_reduce(t).wait();
 }
+TEST_CASE("fault: stalls on a GPU", "[.]") {
+  Tensor t = ones({3}, DType::f32, comm::local_cuda_device());
+  world()->all_reduce(t).wait();
+  if (world()->rank() == world()->size() - 1) sleep(1000);
+  world()->all_reduce(t).wait();
+  t.cpu();
+}
+TEST_CASE("fault: killed on a GPU", "[.]") {
+  Tensor t = ones({3}, DType::f32, comm::local_cuda_device());
+  world()->all_reduce(t).wait();
+  if (world()->rank() == world()->size() - 1) std::raise(SIGKILL);
+  world()->all_reduce(t).wait();
+  t.cpu();
+}
 TEST_CASE("fault: error on all ranks", "[.]") { comm::abort_job("no such file", 2); }
 
 }  // namespace krait

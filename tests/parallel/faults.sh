@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Usage: faults.sh PROGRAM MPIRUN [flags]: each hidden case of fault_test.cpp must end all ranks soon, with a status that
-# is not 0 and with one message that says what happened.
+# Usage: faults.sh cpu|cuda PROGRAM MPIRUN [flags]: each hidden case of fault_test.cpp must end all ranks soon, with a
+# status that is not 0 and with one message that says what happened. cuda: those on two GPUs; status 77 without them.
 set -uo pipefail
-program=$1
-shift
+device=$1
+program=$2
+shift 2
 failed=0
+ranks=3
 
 # expect CASE PATTERN: one line of the output matches.
 expect() {
   local begin=$SECONDS out status
-  out=$(KRAIT_COMM_TIMEOUT=3 timeout 60 "${@:3}" -n 3 "$program" "fault: $1" 2>&1)
+  out=$(KRAIT_COMM_TIMEOUT=3 timeout 60 "${@:3}" -n "$ranks" "$program" "fault: $1" 2>&1)
   status=$?
   local seconds=$((SECONDS - begin)) lines
   lines=$(grep -cE "$2" <<<"$out")
@@ -25,6 +27,15 @@ expect() {
     failed=1
   fi
 }
+
+if [ "$device" = cuda ]; then
+  [ "$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" -ge 2 ] || exit 77
+  ranks=2
+  expect "stalls on a GPU" "error: rank 0 of 2 .*: all_reduce of .* in group 'world' .* has not ended after 3" "$@"
+  expect "stalls on a GPU" "^ +rank 1 \(.*\) is not in a collective: its call 1, " "$@"
+  expect "killed on a GPU" "signal 9 \(Killed\)" "$@"
+  exit $failed
+fi
 
 expect "killed" "signal 9 \(Killed\)" "$@"
 expect "exits" "error: rank 2 of 3 .*: the process exits before the job's end" "$@"

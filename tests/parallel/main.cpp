@@ -49,7 +49,12 @@ int main(int argc, char** argv) {
       return 77;
     }
   }
-  krait::testing::the_world = krait::comm::init_world(launch.rank, launch.world_size, launch.local_rank);
+  try {
+    krait::testing::the_world = krait::comm::init_world(launch.rank, launch.world_size, launch.local_rank);
+  } catch (const krait::Error& e) {
+    std::fprintf(stderr, "error: %s\n", e.what());
+    return 1;
+  }
   Catch::Session session;
   session.configData().abortAfter = 1;
   const int failed = session.run(argc, argv);

@@ -4,9 +4,10 @@
 #include <chrono>
 #include <thread>
 
+#include "core/allocator.h"
 #include "core/comm/backend.h"
 #include "core/comm/job.h"
-#include "core/parallel.h"
+#include "core/stream.h"
 #include "tests/parallel/world.h"
 
 namespace krait::comm {
@@ -190,5 +191,61 @@ TEST_CASE("NCCL: collectives give what one rank computes, for every dtype and si
 }
 TEST_CASE("NCCL: groups of a mesh hold the right ranks and work side by side", "[cuda]") { check_mesh(local_cuda_device()); }
 TEST_CASE("NCCL: collectives under way together keep apart", "[cuda]") { check_overlap(local_cuda_device()); }
+
+TEST_CASE("NCCL: collectives may be recorded in a graph", "[cuda]") {
+  const Device device = local_cuda_device();
+  const int p = world()->size();
+  const int64_t n = 1003;
+  Tensor t = ones({n}, DType::f32, device), whole = zeros({n * p}, DType::f32, device);
+  Tensor other = zeros({n}, DType::f32, device);
+  const auto step = [&] {
+    Work sum = world()->all_reduce(t);
+    fill_(other, 7);  // beside it
+    sum.wait();
+    const Tensor copy = t.clone();  // memory of the graph's own
+    world()->all_gather(copy, whole).wait();
+  };
+  step();  // starts NCCL
+  fill_(t, 1);
+  MemoryPool pool(device);
+  CapturedGraph graph(device);
+  {
+    const MemoryPool::Scope scope(pool);
+    graph.begin();
+    step();
+    graph.end();
+  }
+  double expected = 1;
+  for (int k = 0; k < 3; ++k) {
+    graph.replay();
+    watch_device(device, "a replay");
+    world()->all_reduce(other, Reduce::max).wait();  // outside, in between
+    expected *= p;
+    CHECK(equals(whole, [&](int64_t) { return expected; }));
+    CHECK(equals(other, [&](int64_t) { return 7; }));
+  }
+}
+
+TEST_CASE("NCCL: many collectives in flight on a busy device keep their order and their memory", "[cuda]") {
+  const Device device = local_cuda_device();
+  const GroupPtr other = world()->split(0, "other");
+  const int64_t n = (int64_t{1} << 20) + 3;
+  for (int round = 0; round < 20; ++round) {
+    std::vector<Tensor> sums;
+    for (int k = 0; k < 8; ++k) {
+      Tensor t = full({n}, world()->rank() + k, DType::f32, device);
+      Work work = (k % 2 ? *world() : *other).all_reduce(t);
+      sums.push_back(t);
+      t = {};
+      zeros({n}, DType::f32, device);  // takes and gives back memory meanwhile
+    }
+    const int p = world()->size();
+    for (int k = 0; k < 8; ++k) {
+      const Tensor& t = sums[static_cast<size_t>(k)];
+      CHECK(t.select(0, 0).item() == p * (p - 1) / 2 + p * k);
+      CHECK(t.select(0, n - 1).item() == p * (p - 1) / 2 + p * k);
+    }
+  }
+}
 
 }  // namespace krait::comm

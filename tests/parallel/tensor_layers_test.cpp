@@ -22,6 +22,18 @@ const std::vector<Family> kFamilies{
     {"mlp kinds", "layers: [attention], attention: {n_heads: 4}, mlp: {type: relu2}, norm_position: post"},
     {"gelu_gated", "layers: [attention], attention: {n_heads: 4}, mlp: {type: gelu_gated, bias: true}"},
     {"kan", "layers: [attention], attention: {n_heads: 4}, mlp: {type: kan, hidden: 12}"},
+    {"moe", "layers: [attention], attention: {n_heads: 4}, mlp: {type: moe, hidden: 24, n_experts: 8, top_k: 3}"},
+    {"moe with null experts", "layers: [attention], attention: {n_heads: 4}, mlp: {type: moe, hidden: 8, n_experts: 4, n_null_experts: 2, top_k: 2, renormalize: false}"},
+    {"mamba", "layers: [mamba], mamba: {d_state: 5, bias: true}, mlp: {type: none}"},
+    {"mamba2, a group for all", "layers: [mamba2], mamba2: {d_state: 6, head_dim: 8, chunk_size: 4, bias: true}, mlp: {type: none}"},
+    {"mamba2, two groups", "layers: [mamba2], mamba2: {d_state: 6, head_dim: 8, n_groups: 2, chunk_size: 4, D_has_hdim: true, norm_before_gate: true}, mlp: {type: none}"},
+    {"mamba2, as many groups as heads", "layers: [mamba2], mamba2: {d_state: 6, head_dim: 8, n_groups: 8}, mlp: {type: none}"},
+    {"mlstm", "layers: [mlstm], mlstm: {n_heads: 4, chunk_size: 4}, mlp: {type: none}", 4},
+    {"mlstm_large", "layers: [mlstm_large], mlstm_large: {n_heads: 4, chunk_size: 4}, mlp: {type: swiglu}"},
+    {"linear attention", "layers: [linear_attention], linear_attention: {n_heads: 4, gate: true, bias: true, chunk_size: 4}, mlp: {type: silu}"},
+    {"gated_cnn", "layers: [gated_cnn], gated_cnn: {conv_ratio: 0.5}, mlp: {type: none}"},
+    {"gated_cnn, all convolved", "layers: [gated_cnn], gated_cnn: {hidden: 32}, mlp: {type: none}"},
+    {"lstm", "layers: [lstm], lstm: {hidden: 24}, mlp: {type: gelu}"},
 };
 
 ModelConfig config_of(const std::string& yaml, int64_t d_model = 32, int64_t n_layers = 1) {

@@ -144,8 +144,7 @@ std::string roll_call() {
   std::string text;
   size_t named = 0;
   for (const size_t r : order) {
-    const bool first_kind = key(r).first == key(order[0]).first;
-    if (named == kNamed || (!first_kind && key(order[0]).first < 2)) break;
+    if (named == kNamed || key(r) != key(order[0])) break;
     text += line(r, answered[r] ? &answers[r] : nullptr);
     ++named;
   }
