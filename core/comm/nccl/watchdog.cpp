@@ -34,7 +34,12 @@ bool Watchdog::started() { return running; }
 
 Watchdog::Watchdog() : progress_(Clock::now()) {
   running = true;
-  std::thread([this] { run(); }).detach();
+  int device = 0;
+  check(cudaGetDevice(&device));
+  std::thread([this, device] {
+    check(cudaSetDevice(device));  // or its first call would open a context on device 0
+    run();
+  }).detach();
 }
 
 void Watchdog::watch(cudaEvent_t event, Entry entry) {
