@@ -14,7 +14,7 @@ namespace krait::kernels::cuda::ssd::mma64 {
 namespace {
 
 constexpr int kMaxBundle = 3;
-constexpr int64_t kSmallest = 160 * 1024;  // shared memory of a block that every kernel here makes do with
+constexpr int64_t kSmallest = 163 * 1024;  // shared memory of a block that every kernel here makes do with
 constexpr float kLog2e = 1.4426950408889634f, kGone = -256.0f;  // 2^kGone is 0
 
 // One block per chunk; a warp sums the decays of a head.
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kMaxBundle * 128, 1)
 #pragma unroll
       for (int v = 0; v < 4; ++v)
         product[v] = v <= w ? __ldg(reinterpret_cast<const uint4*>(from + v * 256)) : make_uint4(0, 0, 0, 0);
-      float acc[2][4][4] = {};
+      float acc[8][4] = {};
 #pragma unroll
       for (int q = 0; q < N; q += 16) {  // h_in C_i
         uint32_t fa[4], fb[4];
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kMaxBundle * 128, 1)
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           corner.right(fb, state_tile, kPitch<N>, 16 * m, q);
-          mma_pair(acc[m / 2][m % 2 * 2], acc[m / 2][m % 2 * 2 + 1], fa, fb);
+          mma_pair(acc[2 * m], acc[2 * m + 1], fa, fb);
         }
       }
       head_barrier(slot);  // the state's tile has been read
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kMaxBundle * 128, 1)
 #pragma unroll
       for (int m = 0; m < 8; ++m)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) acc[m / 4][m % 4][e] *= e < 2 ? in0 : in1;
+        for (int e = 0; e < 4; ++e) acc[m][e] *= e < 2 ? in0 : in1;
 #pragma unroll
       for (int v = 0; v < 4; ++v) {  // + sum_j (C_i . B_j) M_ij dt_j x_j
         if (v > w) break;
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kMaxBundle * 128, 1)
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
           corner.right_transposed(fb, rows, kNarrow, 16 * m, 16 * v);
-          mma_pair(acc[m / 2][m % 2 * 2], acc[m / 2][m % 2 * 2 + 1], fa, fb);
+          mma_pair(acc[2 * m], acc[2 * m + 1], fa, fb);
         }
       }
       if (in.D != nullptr) {
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kMaxBundle * 128, 1)
         for (int m = 0; m < 8; ++m) {
           const float2 D = pair(skip + slot * kRows + 8 * m + 2 * t);
           const uint32_t top = word(rows + i * kNarrow + 8 * m + 2 * t), bottom = word(rows + (i + 8) * kNarrow + 8 * m + 2 * t);
-          float(&a)[4] = acc[m / 4][m % 4];
+          float(&a)[4] = acc[m];
           a[0] += D.x * low(top);
           a[1] += D.y * high(top);
           a[2] += D.x * low(bottom);
@@ -249,8 +249,8 @@ __global__ void __launch_bounds__(kMaxBundle * 128, 1)
       }
       bf16* to = y.at(b, c * kRows, h);
       const int valid = d.valid(c);
-      store_tiles(to, y.row, 16 * w, valid, 0, p, acc[0]);
-      store_tiles(to, y.row, 16 * w, valid, 32, p, acc[1]);
+#pragma unroll
+      for (int m = 0; m < 4; ++m) store_block(to, y.row, 16 * w, valid, 16 * m, p, acc[2 * m], acc[2 * m + 1]);
     } else if (in.states != nullptr) {
       __syncwarp();
       bf16* to = in.states + (d.unit(b, c, h) * kRows + 16 * w) * N;

@@ -119,41 +119,26 @@ __device__ inline void mma_pair(float (&c0)[4], float (&c1)[4], const uint32_t (
   mma(c1, a, b[2], b[3]);
 }
 
-/// Four tiles of 8 columns: from lane t of a quad holding columns 2t, 2t + 1 of all four to all columns of tile t.
-__device__ inline uint4 gather_tile(uint32_t d0, uint32_t d1, uint32_t d2, uint32_t d3) {
+/// The lanes of a quad hold words d0 to d3 each; afterwards lane t holds d_t of all four, in the order of the lanes.
+__device__ inline uint4 transpose_quad(uint32_t d0, uint32_t d1, uint32_t d2, uint32_t d3) {
   constexpr unsigned kAll = 0xFFFFFFFFu;
-  const int t = threadIdx.x % 4;
-  const uint32_t a = __shfl_xor_sync(kAll, t & 1 ? d0 : d1, 1), b = __shfl_xor_sync(kAll, t & 1 ? d2 : d3, 1);
-  if (t & 1) {
-    d0 = a;
-    d2 = b;
-  } else {
-    d1 = a;
-    d3 = b;
-  }
-  const uint32_t c = __shfl_xor_sync(kAll, t & 2 ? d0 : d2, 2), e = __shfl_xor_sync(kAll, t & 2 ? d1 : d3, 2);
-  if (t & 2) {
-    d0 = c;
-    d1 = e;
-  } else {
-    d2 = c;
-    d3 = e;
-  }
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+  const uint32_t a = __shfl_xor_sync(kAll, odd ? d0 : d1, 1), b = __shfl_xor_sync(kAll, odd ? d2 : d3, 1);
+  (odd ? d0 : d1) = a;
+  (odd ? d2 : d3) = b;
+  const uint32_t c = __shfl_xor_sync(kAll, upper ? d0 : d2, 2), e = __shfl_xor_sync(kAll, upper ? d1 : d3, 2);
+  (upper ? d0 : d2) = c;
+  (upper ? d1 : d3) = e;
   return make_uint4(d0, d1, d2, d3);
 }
 
-/// Writes rows r0 + g and r0 + g + 8 of four accumulators of 8 columns, times a factor per row, to columns
-/// [column, column + 32) where those exist. All lanes take part.
-__device__ inline void store_tiles(bf16* to, int64_t row, int r0, int rows, int column, int columns, const float (&s)[4][4],
-                                   float f0 = 1, float f1 = 1) {
-  const int lane = threadIdx.x % 32, r = r0 + lane / 4, c = column + lane % 4 * 8;
-  const uint4 a = gather_tile(pack(s[0][0] * f0, s[0][1] * f0), pack(s[1][0] * f0, s[1][1] * f0),
-                              pack(s[2][0] * f0, s[2][1] * f0), pack(s[3][0] * f0, s[3][1] * f0));
-  const uint4 b = gather_tile(pack(s[0][2] * f1, s[0][3] * f1), pack(s[1][2] * f1, s[1][3] * f1),
-                              pack(s[2][2] * f1, s[2][3] * f1), pack(s[3][2] * f1, s[3][3] * f1));
-  if (c >= columns) return;
-  if (r < rows) *reinterpret_cast<uint4*>(to + r * row + c) = a;
-  if (r + 8 < rows) *reinterpret_cast<uint4*>(to + (r + 8) * row + c) = b;
+/// Writes two accumulators, rows r0 to r0 + 15 of 16 columns, in pieces of 16 bytes; what lies outside is left out.
+/// All lanes take part.
+__device__ inline void store_block(bf16* to, int64_t row, int r0, int rows, int column, int columns, const float (&s)[4],
+                                   const float (&next)[4]) {
+  const uint4 piece = transpose_quad(pack(s[0], s[1]), pack(next[0], next[1]), pack(s[2], s[3]), pack(next[2], next[3]));
+  const int t = threadIdx.x % 4, r = r0 + threadIdx.x % 32 / 4 + t / 2 * 8, c = column + t % 2 * 8;
+  if (r < rows && c < columns) *reinterpret_cast<uint4*>(to + r * row + c) = piece;
 }
 
 }  // namespace krait::kernels::cuda::ssd::mma64

@@ -16,15 +16,18 @@ namespace {
 constexpr unsigned kAll = 0xFFFFFFFFu;
 constexpr uint32_t kOne = 0x3F80, kOnes = 0x3F803F80;  // 1 in bf16, once and twice
 
-// What the warps leave of a head for the one that puts it together. half: of the columns, w: 16 rows.
+constexpr int kParts = 4, kThreads = kParts * 128;
+
+// What the warps leave of a head for the one that puts it together. Warp (w, part): rows 16 w to 16 w + 15 and a quarter
+// of the columns.
 struct Parts {
-  float W[4][kRows];             // sums over the rows i >= r of w of sum_{j < r} W_ij, j and r in the same half
-  float left[kRows];             // of rows from 32 on: sum_{j < 32} W_ij
-  float in[2][kRows];            // e^{s_i} dy_i . h_in C_i
-  float out[2][kRows];           // e^{s_q - s_j} dt_j x_j . dh_out B_j
-  float step[2][kRows];          // U_j . x_j
-  float skip[4][kRows];          // sum_j dy_j x_j
-  float dot[8];                  // e^{s_q} <dh_out, h_in>
+  float W[4][kRows];          // sums over the rows i >= r of w of sum_{j < r} W_ij, j and r in the same quarter
+  float left[3][kRows];       // of quarter v and rows i behind it: sum_j W_ij
+  float in[kParts][kRows];    // e^{s_i} dy_i . h_in C_i
+  float out[kParts][kRows];   // e^{s_q - s_j} dt_j x_j . dh_out B_j
+  float step[kParts][kRows];  // U_j . x_j
+  float skip[4][kRows];       // sum_j dy_j x_j
+  float dot[kParts * 4];      // e^{s_q} <dh_out, h_in>
 };
 
 struct Grads {
@@ -44,11 +47,11 @@ __device__ inline float quad_sum(float v) {
   return v + __shfl_xor_sync(kAll, v, 2);
 }
 
-// Sums each of eight values over the lanes of the same t; lane (g, t) gets the sum of value g.
-__device__ inline float sum_of_g(float (&v)[8]) {
+// Sums each of four values over the lanes of the same t; lane (g, t) gets the sum of value g % 4.
+__device__ inline float sum_of_g(float (&v)[4]) {
   const int g = threadIdx.x % 32 / 4;
 #pragma unroll
-  for (int size = 4; size > 0; size /= 2) {
+  for (int size = 2; size > 0; size /= 2) {
     const bool upper = g & size;
 #pragma unroll
     for (int k = 0; k < size; ++k) {
@@ -56,56 +59,67 @@ __device__ inline float sum_of_g(float (&v)[8]) {
       v[k] = (upper ? v[k + size] : v[k]) + other;
     }
   }
-  return v[0];
+  return v[0] + __shfl_xor_sync(kAll, v[0], 16);
 }
+
+__device__ inline float sum_of_parts(const float (&v)[kParts][kRows], int at) {
+  return (v[0][at] + v[1][at]) + (v[2][at] + v[3][at]);
+}
+
+// Of values 2 lane and 2 lane + 1: the sums from each on.
+struct Suffix {
+  float first, second;
+  __device__ Suffix(float v0, float v1) {
+    const int lane = threadIdx.x % 32;
+    float sum = v0 + v1;
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const float other = __shfl_down_sync(kAll, sum, offset);
+      if (lane + offset < 32) sum += other;
+    }
+    const float later = __shfl_down_sync(kAll, sum, 1);
+    second = v1 + (lane < 31 ? later : 0.0f);
+    first = v0 + second;
+  }
+};
 
 // da_r = sum_{i >= r > j} W_ij + sum_{i >= r} in_i + sum_{j < r} out_j + e^{s_q} <dh_out, h_in>, ddt and dD of one head,
 // by one warp; a lane has positions 2 lane and 2 lane + 1.
 __device__ inline void put_together(const Parts& parts, const Grads& grad, const Sizes& d, int64_t b, int64_t c, int64_t h) {
-  const int lane = threadIdx.x % 32, r = 2 * lane, valid = d.valid(c);
-  float own[2] = {0, 0}, in[2], left[2], out[2];
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    for (int w = r / 16; w < 4; ++w) own[e] += parts.W[w][r + e];
-    in[e] = parts.in[0][r + e] + parts.in[1][r + e];
-    left[e] = lane < 16 ? 0.0f : parts.left[r + e];
-    out[e] = parts.out[0][r + e] + parts.out[1][r + e];
+  const int lane = threadIdx.x % 32, r = 2 * lane, block = r / 16, valid = d.valid(c);
+  const Suffix in(sum_of_parts(parts.in, r), sum_of_parts(parts.in, r + 1));
+  float da[2] = {in.first, in.second};
+  for (int v = 0; v < 3; ++v) {
+    const Suffix left(parts.left[v][r], parts.left[v][r + 1]);
+    if (v >= block) continue;
+    da[0] += left.first;
+    da[1] += left.second;
   }
-  float dot = 0;
-  for (int w = 0; w < 8; ++w) dot += parts.dot[w];
-  float in_after = in[0] + in[1], left_after = left[0] + left[1], out_before = out[0] + out[1];
+  const float out[2] = {sum_of_parts(parts.out, r), sum_of_parts(parts.out, r + 1)};
+  float before = out[0] + out[1], dot = lane < 16 ? parts.dot[lane] : 0.0f;
   for (int offset = 1; offset < 32; offset *= 2) {
-    const float i = __shfl_down_sync(kAll, in_after, offset), k = __shfl_down_sync(kAll, left_after, offset);
-    const float o = __shfl_up_sync(kAll, out_before, offset);
-    if (lane + offset < 32) {
-      in_after += i;
-      left_after += k;
-    }
-    if (lane >= offset) out_before += o;
+    const float other = __shfl_up_sync(kAll, before, offset);
+    if (lane >= offset) before += other;
+    dot += __shfl_xor_sync(kAll, dot, offset);
   }
-  const float later_in = __shfl_down_sync(kAll, in_after, 1), later_left = __shfl_down_sync(kAll, left_after, 1);
-  const float earlier = __shfl_up_sync(kAll, out_before, 1);
-  const float in1 = in[1] + (lane < 31 ? later_in : 0.0f), left1 = left[1] + (lane < 31 ? later_left : 0.0f);
-  const float out0 = lane > 0 ? earlier : 0.0f;
-  const float da[2] = {own[0] + in[0] + in1 + (lane < 16 ? 0.0f : left[0] + left1) + out0 + dot,
-                       own[1] + in1 + (lane < 16 ? 0.0f : left1) + out0 + out[0] + dot};
+  const float earlier = __shfl_up_sync(kAll, before, 1), out0 = lane > 0 ? earlier : 0.0f;
+  da[0] += out0 + dot;
+  da[1] += out0 + out[0] + dot;
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
+    for (int w = block; w < 4; ++w) da[e] += parts.W[w][r + e];
     if (r + e < valid) {
       const int64_t at = (b * d.l + c * kRows + r + e) * d.heads + h;
       grad.da[at] = da[e];
-      if (grad.ddt != nullptr) grad.ddt[at] = parts.step[0][r + e] + parts.step[1][r + e];
+      if (grad.ddt != nullptr) grad.ddt[at] = sum_of_parts(parts.step, r + e);
     }
-    if (grad.dD != nullptr && r + e < d.p)
-      grad.dD[d.unit(b, c, h) * d.p + r + e] =
-          (parts.skip[0][r + e] + parts.skip[1][r + e]) + (parts.skip[2][r + e] + parts.skip[3][r + e]);
+    if (grad.dD != nullptr && r + e < d.p) grad.dD[d.unit(b, c, h) * d.p + r + e] = sum_of_parts(parts.skip, r + e);
   }
 }
 
-// Eight warps: w = 16 rows (positions), half = which half of the columns (of positions, channels or states).
+// Sixteen warps: w = 16 rows (positions), part = which quarter of the columns (of positions, channels or states).
 template <int N>
-__global__ void __launch_bounds__(256, 1) chunk_kernel(const Grads grad, const Inputs in) {
-  constexpr int kStage = 2 * (kSquare + kWide<N> + kDecays);
+__global__ void __launch_bounds__(kThreads, 1) chunk_kernel(const Grads grad, const Inputs in) {
+  constexpr int kStage = 2 * (kSquare + kWide<N> + kDecays), kColumns = N / kParts, kPairs = kColumns / 16;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ Parts all_parts[2];
   bf16 *const b_tile = reinterpret_cast<bf16*>(shared), *const c_tile = b_tile + kWide<N>;
@@ -114,70 +128,67 @@ __global__ void __launch_bounds__(256, 1) chunk_kernel(const Grads grad, const I
   const int64_t group = blockIdx.x % d.g, c = blockIdx.x / d.g % d.chunks, b = blockIdx.x / d.g / d.chunks;
   const int64_t t0 = c * kRows, h0 = group * d.group;
   const int heads = static_cast<int>(d.group), rows = d.valid(c), p = static_cast<int>(d.p), n = static_cast<int>(d.n);
-  const int tid = threadIdx.x, warp = tid / 32, w = warp % 4, half = warp / 4, lane = tid % 32, g = lane / 4, t = lane % 4;
-  const int i = 16 * w + g;  // the lane's rows are i and i + 8
+  const int tid = threadIdx.x, warp = tid / 32, w = warp % 4, part = warp / 4, lane = tid % 32, g = lane / 4, t = lane % 4;
+  const int i = 16 * w + g;          // the lane's rows are i and i + 8
+  const int first = part * kColumns;  // of the warp's columns of states
 
   const auto fetch_head = [&](int k) {
     if (k < heads) {
       bf16* to = stages + k % 2 * kStage;
-      fetch<kRows>(to, in.x.at(b, t0, h0 + k), in.x.row, rows, p, tid, 256);
-      fetch<kRows>(to + kSquare, in.dy.at(b, t0, h0 + k), in.dy.row, rows, p, tid, 256);
+      fetch<kRows>(to, in.x.at(b, t0, h0 + k), in.x.row, rows, p, tid, kThreads);
+      fetch<kRows>(to + kSquare, in.dy.at(b, t0, h0 + k), in.dy.row, rows, p, tid, kThreads);
       const int64_t unit = d.unit(b, c, h0 + k);
-      fetch<N>(to + 2 * kSquare, in.states + unit * (kRows * N), N, kRows, N, tid, 256);
-      fetch<N>(to + 2 * kSquare + kWide<N>, in.dstates + unit * (kRows * N), N, kRows, N, tid, 256);
-      fetch_line(reinterpret_cast<float*>(to + 2 * kSquare + 2 * kWide<N>), in.decays + unit * kDecays, kDecays, tid, 256);
+      fetch<N>(to + 2 * kSquare, in.states + unit * (kRows * N), N, kRows, N, tid, kThreads);
+      fetch<N>(to + 2 * kSquare + kWide<N>, in.dstates + unit * (kRows * N), N, kRows, N, tid, kThreads);
+      fetch_line(reinterpret_cast<float*>(to + 2 * kSquare + 2 * kWide<N>), in.decays + unit * kDecays, kDecays, tid,
+                 kThreads);
     }
     copy_commit();
   };
-  fetch<N>(b_tile, in.B.at(b, t0, group), in.B.row, rows, n, tid, 256);
-  fetch<N>(c_tile, in.C.at(b, t0, group), in.C.row, rows, n, tid, 256);
+  fetch<N>(b_tile, in.B.at(b, t0, group), in.B.row, rows, n, tid, kThreads);
+  fetch<N>(c_tile, in.C.at(b, t0, group), in.C.row, rows, n, tid, kThreads);
   fetch_head(0);
 
   const Corner corner;
-  uint4 product[2];
-#pragma unroll
-  for (int q = 0; q < 2; ++q)
-    product[q] = 2 * half + q <= w ? *reinterpret_cast<const uint4*>(in.products + (d.product(b, c, group) * 4 + w) * 1024 +
-                                                                     (2 * half + q) * 256 + lane * 8)
-                                   : make_uint4(0, 0, 0, 0);
+  uint4 product = make_uint4(0, 0, 0, 0);
+  if (part <= w)
+    product = *reinterpret_cast<const uint4*>(in.products + (d.product(b, c, group) * 4 + w) * 1024 + part * 256 + lane * 8);
   const uint32_t below = (2 * t < g ? kOne : 0u) | (2 * t + 1 < g ? kOne << 16 : 0u);  // [j < r] of an 8 x 8 tile
-  float gamma_sum[2][2][4] = {}, dB[N / 64][4][4] = {}, dC[N / 64][4][4] = {};
+  float gamma_sum[2][4] = {}, dB[2 * kPairs][4] = {}, dC[2 * kPairs][4] = {};
 
-  for (int k = 0; k < heads; ++k) {
+  for (int k = 0;; ++k) {
     copy_wait<0>();
     __syncthreads();
     fetch_head(k + 1);
-    if (k > 0 && warp == k % 8) put_together(all_parts[(k - 1) % 2], grad, d, b, c, h0 + k - 1);
+    if (k > 0 && warp == 3 * k % 16) put_together(all_parts[(k - 1) % 2], grad, d, b, c, h0 + k - 1);
+    if (k == heads) break;
     Parts& parts = all_parts[k % 2];
     const bf16 *x = stages + k % 2 * kStage, *dy = x + kSquare, *state = dy + kSquare, *dstate = state + kWide<N>;
     const Decay decay(reinterpret_cast<const float*>(dstate + kWide<N>));
-
-    uint32_t own_dy[4][4];
-#pragma unroll
-    for (int q = 0; q < 4; ++q) corner.left(own_dy[q], dy, kNarrow, 16 * w, 16 * q);
-
-    // Gamma_ij = (dy_i . x_j) M_ij dt_j for the columns of this half, W_ij = Gamma_ij (C_i . B_j), and M_ij (C_i . B_j)
-    // into `square`.
-    float row_sums[4] = {};
     const float s0 = decay.s[i], s1 = decay.s[i + 8];
+
+    uint32_t own[4][4];
 #pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      const int j0 = 32 * half + 16 * v;
-      if (j0 > 16 * w) break;
+    for (int q = 0; q < 4; ++q) corner.left(own[q], dy, kNarrow, 16 * w, 16 * q);
+
+    // Gamma_ij = (dy_i . x_j) M_ij dt_j for the positions j of this quarter, W_ij = Gamma_ij (C_i . B_j), and
+    // M_ij (C_i . B_j) into `square`.
+    if (part <= w) {
+      const int j0 = 16 * part;
+      const bool under = part < w;  // every row of this warp is past every column
       float gamma[2][4] = {};
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         uint32_t fb[4];
         corner.right(fb, x, kNarrow, j0, 16 * q);
-        mma_pair(gamma[0], gamma[1], own_dy[q], fb);
+        mma_pair(gamma[0], gamma[1], own[q], fb);
       }
-      const uint32_t words[4] = {product[v].x, product[v].y, product[v].z, product[v].w};
+      const uint32_t words[4] = {product.x, product.y, product.z, product.w};
       uint32_t W[4];
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
         const int j = j0 + 8 * m + 2 * t;
         const float2 s = pair(decay.s + j), dt = pair(decay.dt + j);
-        const bool under = j0 < 16 * w;
         const float mask[4] = {under || j <= i ? exp2_of(s0 - s.x) : 0.0f, under || j < i ? exp2_of(s0 - s.y) : 0.0f,
                                under || j <= i + 8 ? exp2_of(s1 - s.x) : 0.0f,
                                under || j < i + 8 ? exp2_of(s1 - s.y) : 0.0f};
@@ -185,7 +196,7 @@ __global__ void __launch_bounds__(256, 1) chunk_kernel(const Grads grad, const I
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           gamma[m][e] *= mask[e] * (e % 2 == 0 ? dt.x : dt.y);
-          gamma_sum[v][m][e] += gamma[m][e];
+          gamma_sum[m][e] += gamma[m][e];
         }
         W[2 * m] = pack(gamma[m][0] * of[0], gamma[m][1] * of[1]);
         W[2 * m + 1] = pack(gamma[m][2] * of[2], gamma[m][3] * of[3]);
@@ -193,39 +204,30 @@ __global__ void __launch_bounds__(256, 1) chunk_kernel(const Grads grad, const I
         *reinterpret_cast<uint32_t*>(to) = pack(mask[0] * of[0], mask[1] * of[1]);
         *reinterpret_cast<uint32_t*>(to + 8 * kNarrow) = pack(mask[2] * of[2], mask[3] * of[3]);
       }
-      // Sums over j < r of this half for r in this block of columns: a product with [j < r].
-      float before[2][4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) before[0][e] = before[1][e] = row_sums[e];
+      // Sums over j < r for the r of this quarter, and over its j: products with [j < r] and with 1.
+      float before[2][4] = {}, all[4] = {};
       mma(before[0], W, below, 0);
       mma(before[1], W, kOnes, below);
-      mma(row_sums, W, kOnes, kOnes);
-      const bool under = j0 < 16 * w;  // every row of this warp is past every r
+      mma(all, W, kOnes, kOnes);
+      float over[4];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const bool reached = under || g >= 2 * t + e;
-        float first = (reached ? before[0][e] : 0.0f) + before[0][2 + e];
-        float second = (under ? before[1][e] : 0.0f) + (reached ? before[1][2 + e] : 0.0f);
-#pragma unroll
-        for (int offset = 4; offset < 32; offset *= 2) {
-          first += __shfl_xor_sync(kAll, first, offset);
-          second += __shfl_xor_sync(kAll, second, offset);
-        }
-        if (g == 0) {
-          parts.W[w][j0 + 2 * t + e] = first;
-          parts.W[w][j0 + 8 + 2 * t + e] = second;
-        }
+        over[e] = (reached ? before[0][e] : 0.0f) + before[0][2 + e];
+        over[2 + e] = (under ? before[1][e] : 0.0f) + (reached ? before[1][2 + e] : 0.0f);
       }
-    }
-    if (half == 0 && w >= 2 && t == 0) {
-      parts.left[i] = row_sums[0];
-      parts.left[i + 8] = row_sums[2];
+      const float sum = sum_of_g(over);
+      if (g < 4) parts.W[w][j0 + g / 2 * 8 + 2 * t + g % 2] = sum;
+      if (under && t == 0) {
+        parts.left[part][i] = all[0];
+        parts.left[part][i + 8] = all[2];
+      }
     }
 
     // e^{s_q} <dh_out, h_in>
     float dot = 0;
 #pragma unroll
-    for (int at = tid; at < kRows * N / 8; at += 256) {
+    for (int at = tid; at < kRows * N / 8; at += kThreads) {
       const int where = at / (N / 8) * kPitch<N> + at % (N / 8) * 8;
       const uint4 u = *reinterpret_cast<const uint4*>(state + where), v = *reinterpret_cast<const uint4*>(dstate + where);
       dot += low(u.x) * low(v.x) + high(u.x) * high(v.x) + low(u.y) * low(v.y) + high(u.y) * high(v.y) +
@@ -237,81 +239,74 @@ __global__ void __launch_bounds__(256, 1) chunk_kernel(const Grads grad, const I
     // dC_i += e^{s_i} dy_i h_in
     const float in0 = decay.in[i], in1 = decay.in[i + 8];
     float carried[2] = {0, 0};
+    {
+      float sum[2 * kPairs][4] = {};
 #pragma unroll
-    for (int m = 0; m < N / 32; ++m) {
-      const int column = half * (N / 2) + 16 * m;
-      float part[2][4] = {};
+      for (int q = 0; q < 4; ++q)
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        uint32_t fb[4];
-        corner.right_transposed(fb, state, kPitch<N>, column, 16 * q);
-        mma_pair(part[0], part[1], own_dy[q], fb);
-      }
+        for (int m = 0; m < kPairs; ++m) {
+          uint32_t fb[4];
+          corner.right_transposed(fb, state, kPitch<N>, first + 16 * m, 16 * q);
+          mma_pair(sum[2 * m], sum[2 * m + 1], own[q], fb);
+        }
 #pragma unroll
-      for (int o = 0; o < 2; ++o) {
-        const bf16* own_c = c_tile + i * kPitch<N> + column + 8 * o + 2 * t;
+      for (int m = 0; m < 2 * kPairs; ++m) {
+        const bf16* own_c = c_tile + i * kPitch<N> + first + 8 * m + 2 * t;
         const uint32_t top = word(own_c), bottom = word(own_c + 8 * kPitch<N>);
-        carried[0] += part[o][0] * low(top) + part[o][1] * high(top);
-        carried[1] += part[o][2] * low(bottom) + part[o][3] * high(bottom);
-        float(&sum)[4] = dC[m / 2][m % 2 * 2 + o];
+        carried[0] += sum[m][0] * low(top) + sum[m][1] * high(top);
+        carried[1] += sum[m][2] * low(bottom) + sum[m][3] * high(bottom);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sum[e] += part[o][e] * (e < 2 ? in0 : in1);
+        for (int e = 0; e < 4; ++e) dC[m][e] += sum[m][e] * (e < 2 ? in0 : in1);
       }
-    }
-    carried[0] = quad_sum(carried[0]) * in0;
-    carried[1] = quad_sum(carried[1]) * in1;
-    if (t == 0) {
-      parts.in[half][i] = carried[0];
-      parts.in[half][i + 8] = carried[1];
     }
 
     // dB_j += e^{s_q - s_j} dt_j x_j dh_out
     {
-      uint32_t own_x[4][4];
 #pragma unroll
-      for (int q = 0; q < 4; ++q) corner.left(own_x[q], x, kNarrow, 16 * w, 16 * q);
+      for (int q = 0; q < 4; ++q) corner.left(own[q], x, kNarrow, 16 * w, 16 * q);
       const float out0 = decay.out[i], out1 = decay.out[i + 8];
+      float sum[2 * kPairs][4] = {};
 #pragma unroll
-      for (int m = 0; m < N / 32; ++m) {
-        float part[2][4] = {};
+      for (int q = 0; q < 4; ++q)
 #pragma unroll
-        for (int q = 0; q < 4; ++q) {
+        for (int m = 0; m < kPairs; ++m) {
           uint32_t fb[4];
-          corner.right_transposed(fb, dstate, kPitch<N>, half * (N / 2) + 16 * m, 16 * q);
-          mma_pair(part[0], part[1], own_x[q], fb);
+          corner.right_transposed(fb, dstate, kPitch<N>, first + 16 * m, 16 * q);
+          mma_pair(sum[2 * m], sum[2 * m + 1], own[q], fb);
         }
 #pragma unroll
-        for (int o = 0; o < 2; ++o)
+      for (int m = 0; m < 2 * kPairs; ++m)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) dB[m / 2][m % 2 * 2 + o][e] += part[o][e] * (e < 2 ? out0 : out1);
-      }
+        for (int e = 0; e < 4; ++e) dB[m][e] += sum[m][e] * (e < 2 ? out0 : out1);
     }
 
-    // U_j = e^{s_q - s_j} dh_out B_j + sum_i M_ij (C_i . B_j) dy_i for the channels of this half.
-    float u[4][4] = {};
+    // U_j = e^{s_q - s_j} dh_out B_j + sum_i M_ij (C_i . B_j) dy_i for the channels of this quarter.
+    float u[2][4] = {};
 #pragma unroll
     for (int q = 0; q < N; q += 16) {
       uint32_t fa[4], fb[4];
       corner.left(fa, b_tile, kPitch<N>, 16 * w, q);
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        corner.right(fb, dstate, kPitch<N>, 32 * half + 16 * m, q);
-        mma_pair(u[2 * m], u[2 * m + 1], fa, fb);
-      }
+      corner.right(fb, dstate, kPitch<N>, 16 * part, q);
+      mma_pair(u[0], u[1], fa, fb);
     }
     const float end = decay.s[kRows - 1], out0 = exp2_of(end - s0), out1 = exp2_of(end - s1);
     const float dt0 = decay.dt[i], dt1 = decay.dt[i + 8];
+    const int channel = 16 * part + 2 * t;
+    uint32_t own_x[2][2], up[2][2];
     float through[2] = {0, 0};
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const bf16* own = x + i * kNarrow + 32 * half + 8 * m + 2 * t;
-      const uint32_t top = word(own), bottom = word(own + 8 * kNarrow);
+    for (int m = 0; m < 2; ++m) {
+      const int where = i * kNarrow + channel + 8 * m;
+      own_x[m][0] = word(x + where);
+      own_x[m][1] = word(x + where + 8 * kNarrow);
+      up[m][0] = word(dy + where);
+      up[m][1] = word(dy + where + 8 * kNarrow);
       u[m][0] *= out0;
       u[m][1] *= out0;
       u[m][2] *= out1;
       u[m][3] *= out1;
-      through[0] += u[m][0] * low(top) + u[m][1] * high(top);
-      through[1] += u[m][2] * low(bottom) + u[m][3] * high(bottom);
+      through[0] += u[m][0] * low(own_x[m][0]) + u[m][1] * high(own_x[m][0]);
+      through[1] += u[m][2] * low(own_x[m][1]) + u[m][3] * high(own_x[m][1]);
     }
     __syncthreads();  // `square` is whole
 #pragma unroll
@@ -319,62 +314,59 @@ __global__ void __launch_bounds__(256, 1) chunk_kernel(const Grads grad, const I
       if (q < w) continue;
       uint32_t fa[4], fb[4];
       corner.left_transposed(fa, square, kNarrow, 16 * w, 16 * q);
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        corner.right_transposed(fb, dy, kNarrow, 32 * half + 16 * m, 16 * q);
-        mma_pair(u[2 * m], u[2 * m + 1], fa, fb);
-      }
+      corner.right_transposed(fb, dy, kNarrow, 16 * part, 16 * q);
+      mma_pair(u[0], u[1], fa, fb);
     }
-    float step[2] = {0, 0}, skip[8];
+    float step[2] = {0, 0};
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const int where = i * kNarrow + 32 * half + 8 * m + 2 * t;
-      const uint32_t top = word(x + where), bottom = word(x + where + 8 * kNarrow);
-      step[0] += u[m][0] * low(top) + u[m][1] * high(top);
-      step[1] += u[m][2] * low(bottom) + u[m][3] * high(bottom);
+    for (int m = 0; m < 2; ++m) {
+      step[0] += u[m][0] * low(own_x[m][0]) + u[m][1] * high(own_x[m][0]);
+      step[1] += u[m][2] * low(own_x[m][1]) + u[m][3] * high(own_x[m][1]);
       u[m][0] *= dt0;
       u[m][1] *= dt0;
       u[m][2] *= dt1;
       u[m][3] *= dt1;
-      if (in.D == nullptr) continue;
-      const uint32_t up = word(dy + where), down = word(dy + where + 8 * kNarrow);
-      const int channel = 32 * half + 8 * m + 2 * t;  // p is a multiple of 8
-      const float2 D = channel < p ? __ldg(reinterpret_cast<const float2*>(in.D + (h0 + k) * d.p + channel)) : make_float2(0, 0);
-      u[m][0] += D.x * low(up);
-      u[m][1] += D.y * high(up);
-      u[m][2] += D.x * low(down);
-      u[m][3] += D.y * high(down);
-      skip[2 * m] = low(up) * low(top) + low(down) * low(bottom);
-      skip[2 * m + 1] = high(up) * high(top) + high(down) * high(bottom);
     }
-    store_tiles(grad.dx.at(b, t0, h0 + k), grad.dx.row, 16 * w, rows, 32 * half, p, u);
     if (in.D != nullptr) {
+      float skip[4];
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        float2 D = make_float2(0, 0);  // p is a multiple of 8
+        if (channel + 8 * m < p) D = __ldg(reinterpret_cast<const float2*>(in.D + (h0 + k) * d.p + channel + 8 * m));
+        u[m][0] += D.x * low(up[m][0]);
+        u[m][1] += D.y * high(up[m][0]);
+        u[m][2] += D.x * low(up[m][1]);
+        u[m][3] += D.y * high(up[m][1]);
+        skip[2 * m] = low(up[m][0]) * low(own_x[m][0]) + low(up[m][1]) * low(own_x[m][1]);
+        skip[2 * m + 1] = high(up[m][0]) * high(own_x[m][0]) + high(up[m][1]) * high(own_x[m][1]);
+      }
       const float sum = sum_of_g(skip);
-      parts.skip[w][32 * half + g / 2 * 8 + 2 * t + g % 2] = sum;
+      if (g < 4) parts.skip[w][16 * part + g / 2 * 8 + 2 * t + g % 2] = sum;
     }
-    through[0] = quad_sum(through[0]) * dt0;
-    through[1] = quad_sum(through[1]) * dt1;
-    step[0] = quad_sum(step[0]);
-    step[1] = quad_sum(step[1]);
+    store_block(grad.dx.at(b, t0, h0 + k), grad.dx.row, 16 * w, rows, 16 * part, p, u[0], u[1]);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      carried[e] = quad_sum(carried[e]);
+      through[e] = quad_sum(through[e]);
+      step[e] = quad_sum(step[e]);
+    }
     if (t == 0) {
-      parts.out[half][i] = through[0];
-      parts.out[half][i + 8] = through[1];
-      parts.step[half][i] = step[0];
-      parts.step[half][i + 8] = step[1];
+      parts.in[part][i] = carried[0] * in0;
+      parts.in[part][i + 8] = carried[1] * in1;
+      parts.out[part][i] = through[0] * dt0;
+      parts.out[part][i + 8] = through[1] * dt1;
+      parts.step[part][i] = step[0];
+      parts.step[part][i + 8] = step[1];
     }
   }
-  __syncthreads();
-  if (warp == 0) put_together(all_parts[(heads - 1) % 2], grad, d, b, c, h0 + heads - 1);
 
   // + sum over the heads of Gamma_ij B_j, and of Gamma_ij C_i.
 #pragma unroll
-  for (int v = 0; v < 2; ++v)
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      bf16* to = square + i * kNarrow + 32 * half + 16 * v + 8 * m + 2 * t;
-      *reinterpret_cast<uint32_t*>(to) = pack(gamma_sum[v][m][0], gamma_sum[v][m][1]);
-      *reinterpret_cast<uint32_t*>(to + 8 * kNarrow) = pack(gamma_sum[v][m][2], gamma_sum[v][m][3]);
-    }
+  for (int m = 0; m < 2; ++m) {
+    bf16* to = square + i * kNarrow + 16 * part + 8 * m + 2 * t;
+    *reinterpret_cast<uint32_t*>(to) = pack(gamma_sum[m][0], gamma_sum[m][1]);
+    *reinterpret_cast<uint32_t*>(to + 8 * kNarrow) = pack(gamma_sum[m][2], gamma_sum[m][3]);
+  }
   __syncthreads();
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
@@ -382,24 +374,24 @@ __global__ void __launch_bounds__(256, 1) chunk_kernel(const Grads grad, const I
     if (q <= w) {
       corner.left(fa, square, kNarrow, 16 * w, 16 * q);
 #pragma unroll
-      for (int m = 0; m < N / 32; ++m) {
-        corner.right_transposed(fb, b_tile, kPitch<N>, half * (N / 2) + 16 * m, 16 * q);
-        mma_pair(dC[m / 2][m % 2 * 2], dC[m / 2][m % 2 * 2 + 1], fa, fb);
+      for (int m = 0; m < kPairs; ++m) {
+        corner.right_transposed(fb, b_tile, kPitch<N>, first + 16 * m, 16 * q);
+        mma_pair(dC[2 * m], dC[2 * m + 1], fa, fb);
       }
     }
     if (q >= w) {
       corner.left_transposed(fa, square, kNarrow, 16 * w, 16 * q);
 #pragma unroll
-      for (int m = 0; m < N / 32; ++m) {
-        corner.right_transposed(fb, c_tile, kPitch<N>, half * (N / 2) + 16 * m, 16 * q);
-        mma_pair(dB[m / 2][m % 2 * 2], dB[m / 2][m % 2 * 2 + 1], fa, fb);
+      for (int m = 0; m < kPairs; ++m) {
+        corner.right_transposed(fb, c_tile, kPitch<N>, first + 16 * m, 16 * q);
+        mma_pair(dB[2 * m], dB[2 * m + 1], fa, fb);
       }
     }
   }
 #pragma unroll
-  for (int m = 0; m < N / 64; ++m) {
-    store_tiles(grad.dB.at(b, t0, group), grad.dB.row, 16 * w, rows, half * (N / 2) + 32 * m, n, dB[m]);
-    store_tiles(grad.dC.at(b, t0, group), grad.dC.row, 16 * w, rows, half * (N / 2) + 32 * m, n, dC[m]);
+  for (int m = 0; m < kPairs; ++m) {
+    store_block(grad.dB.at(b, t0, group), grad.dB.row, 16 * w, rows, first + 16 * m, n, dB[2 * m], dB[2 * m + 1]);
+    store_block(grad.dC.at(b, t0, group), grad.dC.row, 16 * w, rows, first + 16 * m, n, dC[2 * m], dC[2 * m + 1]);
   }
 }
 
@@ -424,7 +416,7 @@ void backward(SsdGrad& grad, const Tensor& dy, const Tensor& dfinal, const SsdIn
   const auto run = [&]<int N>() {
     constexpr int64_t values = 2 * kWide<N> + kSquare + 4 * (kSquare + kWide<N> + kDecays);
     launch(chunk_kernel<N>,
-           {.grid = d.b * d.chunks * d.g, .block = 256, .shared = values * int64_t{sizeof(bf16)},
+           {.grid = d.b * d.chunks * d.g, .block = kThreads, .shared = values * int64_t{sizeof(bf16)},
             .stream = current_stream(in.x.device())},
            out, from);
   };
