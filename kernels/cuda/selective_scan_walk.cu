@@ -14,24 +14,36 @@ struct WalkOutputs {
 };
 
 // kOutput: y, states and the final state, from edges or h0. Else edges and deltas of a span that starts from 0.
-// Bound by the special functions, 16 b l e (n + 4) of them at 16 a cycle and multiprocessor: B32 E1536 L2048 0.56 ms at
-// 1.7 GHz. 8 issue slots fewer than that time holds would be lost to anything else: per state a product for the
-// exponent, delta x B, h and u; per position B and C once for all threads of a warp.
-template <bool kOutput>
+// kUsual: with softplus and a gate, and no branch for either.
+// Bound by the special functions, b l e (n + 4) of them at 16 a cycle and multiprocessor: B32 E1536 L2048 0.56 ms at
+// 1.7 GHz; the instructions, about 145 a warp and position, would take 0.51 ms, memory 0.3 ms.
+template <bool kOutput, bool kUsual>
 __global__ void __launch_bounds__(kWalkThreads, 3)
     walk_forward_kernel(const WalkOutputs out, const float* __restrict__ h0, const ScanView<bf16> in, int64_t length,
                         int64_t spans, int64_t used_spans, bool wide) {
+  constexpr int kCopied = 8, kTensors = kOutput ? 3 : 2, kGroup = 4;  // positions copied, and prepared, together
   __shared__ float4 rows[2][kWalkRows * 8];
+  __shared__ __align__(16) bf16 stage[2][kWalkThreads / 32][kTensors][kCopied][32];
   const WalkPlace at(in.e, in.l, length, used_spans);
-  const int t1 = at.t1;
-  const uint32_t channel = at.channel;
-  const uint32_t e = static_cast<uint32_t>(in.e), z_row = static_cast<uint32_t>(in.z_row);
+  const int t1 = at.t1, lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const uint32_t channel = at.channel, e = static_cast<uint32_t>(in.e), z_row = static_cast<uint32_t>(in.z_row);
+  const bool gated = kOutput && (kUsual || in.z != nullptr), softplus = kUsual || in.softplus;
   const int64_t begin = at.row * in.l * in.e;
-  const bf16 *x = in.x + begin, *dt = in.dt + begin;
-  const bf16* z = kOutput && in.z != nullptr ? in.z + at.row * in.z_batch : nullptr;
   bf16* y = out.y + begin;
   const float bias = in.bias == nullptr ? 0.0f : in.bias[channel], d = in.d == nullptr ? 0.0f : in.d[channel];
   const int64_t edge = ((at.row * spans + at.span) * kWalkStates) * in.e + channel;
+
+  // Lane 4 i + j copies 8 channels of position i for its warp.
+  const uint32_t copied = at.warp_channel + lane % 4 * 8;
+  const auto copy = [&](int from, int buffer) {
+    const uint32_t t = static_cast<uint32_t>(from + lane / 4);
+    const bool valid = copied < e && from + lane / 4 < t1;
+    bf16* to = stage[buffer][warp][0][lane / 4] + lane % 4 * 8;
+    walk_copy(to, at_place(in.x + begin, t * e + copied), valid);
+    walk_copy(to + kCopied * 32, at_place(in.dt + begin, t * e + copied), valid);
+    if (gated) walk_copy(to + 2 * kCopied * 32, at_place(in.z + at.row * in.z_batch, t * z_row + copied), valid);
+    walk_commit();
+  };
 
   float a[kWalkStates], h[kWalkStates];
 #pragma unroll
@@ -45,80 +57,62 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
   }
   float sum = 0;
 
-  // The raw inputs of kWalkAhead positions.
-  struct Ahead {
-    uint32_t x[kWalkAhead], dt[kWalkAhead], z[kWalkAhead];
-  };
-  const auto load = [&](int from) {
-    Ahead v;
-#pragma unroll
-    for (int s = 0; s < kWalkAhead; ++s) {
-      const uint32_t t = static_cast<uint32_t>(from + s), place = t * e + channel;
-      v.dt[s] = load_raw(at_place(dt, place));
-      v.x[s] = load_raw(at_place(x, place));
-      v.z[s] = z == nullptr ? 0 : load_raw(at_place(z, t * z_row + channel));
-    }
-    return v;
-  };
-  // One position, with its row [B; C].
-  const auto step = [&](int t, uint32_t raw_x, uint32_t raw_dt, uint32_t raw_z, const float4* row, float forget) {
-    const float value = low_half(raw_x), raw = low_half(raw_dt) + bias;
-    const float delta = in.softplus ? walk_softplus(raw) : raw, dx = delta * value;
-    if (!kOutput) sum += delta;
-    float u[4] = {d * value, 0, 0, 0};
-#pragma unroll
-    for (int q = 0; q < kWalkStates / 4; ++q) {
-      const float4 b = row[q], c = kOutput ? row[4 + q] : float4{};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int i = 4 * q + j;
-        h[i] = fmaf(scan_exp2(fmaf(delta, a[i], forget)), h[i], dx * state_of(b, j));
-        if (kOutput) u[j] = fmaf(state_of(c, j), h[i], u[j]);
-      }
-    }
-    if (!kOutput) return;
-    float result = (u[0] + u[1]) + (u[2] + u[3]);
-    if (z != nullptr) {
-      const float gate = fmaxf(low_half(raw_z), -110.0f);
-      result *= gate * walk_sigmoid(gate);
-    }
-    store_if(at.active, at_place(y, static_cast<uint32_t>(t) * e + channel), static_cast<bf16>(result));
-  };
-
-  const int full = at.t0 + (t1 - at.t0) / kWalkAhead * kWalkAhead;  // from here on one by one
   uint4 fetched = fetch_state_rows(in, at.row, at.t0, t1, wide);
-  Ahead now{};
-  if (full > at.t0) now = load(at.t0);
-  for (int tile = at.t0, odd = 0; tile < t1; tile += kWalkRows, odd ^= 1) {
+  copy(at.t0, 0);
+  for (int tile = at.t0, odd = 0, buffer = 0; tile < t1; tile += kWalkRows, odd ^= 1) {
     keep_state_rows(rows[odd], fetched);
     __syncthreads();
     fetched = fetch_state_rows(in, at.row, tile + kWalkRows, t1, wide);
-    const uint32_t begins =
-        __ballot_sync(0xFFFFFFFFu, in.begins(at.row, int64_t{tile} + static_cast<int>(threadIdx.x) % 32));
+    uint32_t marks = __ballot_sync(0xFFFFFFFFu, in.begins(at.row, int64_t{tile} + lane));
     if (kOutput && out.states != nullptr && tile % kScanChunk == 0 && at.active) {
       const int64_t chunks = (in.l + kScanChunk - 1) / kScanChunk;
       float* to = out.states + (at.row * chunks + tile / kScanChunk) * kWalkStates * in.e + channel;
 #pragma unroll
       for (int i = 0; i < kWalkStates; ++i) to[i * in.e] = h[i];
     }
-    const int end = tile + kWalkRows < full ? tile + kWalkRows : full;
+    const int end = tile + kWalkRows < t1 ? tile + kWalkRows : t1;
     const float4* row = rows[odd];
-    uint32_t marks = begins;
-    int t = tile;
-    for (; t < end; t += kWalkAhead, row += 8 * kWalkAhead, marks >>= kWalkAhead) {
-      const Ahead next = load(t + kWalkAhead < full ? t + kWalkAhead : t);
+    for (int t = tile; t < end; buffer ^= 1) {
+      copy(t + kCopied, buffer ^ 1);
+      walk_wait<1>();
+      __syncwarp();
+      const bf16* mine = stage[buffer][warp][0][0] + lane;
+#pragma unroll 1
+      for (int group = 0; group < kCopied; group += kGroup, t += kGroup, row += 8 * kGroup, marks >>= kGroup) {
+        float delta[kGroup], value[kGroup], gate[kGroup];
 #pragma unroll
-      for (int s = 0; s < kWalkAhead; ++s)
-        step(t + s, now.x[s], now.dt[s], now.z[s], row + 8 * s, forgetting(marks, s));
-      now = next;
-    }
-    if (t < tile + kWalkRows)
-      for (; t < t1; ++t, row += 8, marks >>= 1) {
-        const uint32_t place = static_cast<uint32_t>(t) * e + channel;
-        step(t, load_raw(at_place(x, place)), load_raw(at_place(dt, place)),
-             z == nullptr ? 0 : load_raw(at_place(z, static_cast<uint32_t>(t) * z_row + channel)), row, forgetting(marks, 0));
+        for (int s = 0; s < kGroup; ++s) {
+          value[s] = staged(mine + (group + s) * 32);
+          const float raw = staged(mine + (kCopied + group + s) * 32) + bias;
+          delta[s] = softplus ? walk_softplus(raw) : raw;
+          if (t + s >= t1) delta[s] = 0;
+          if (!kOutput) sum += delta[s];
+          const float c = gated ? fmaxf(staged(mine + (2 * kCopied + group + s) * 32), -110.0f) : 0.0f;
+          gate[s] = gated ? c * walk_sigmoid(c) : 1.0f;
+        }
+#pragma unroll
+        for (int s = 0; s < kGroup; ++s) {
+          const float dx = delta[s] * value[s], forget = forgetting(marks, s);
+          float u[4] = {d * value[s], 0, 0, 0};
+#pragma unroll
+          for (int q = 0; q < kWalkStates / 4; ++q) {
+            const float4 b = row[8 * s + q], c = kOutput ? row[8 * s + 4 + q] : float4{};
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const int i = 4 * q + j;
+              h[i] = fmaf(scan_exp2(fmaf(delta[s], a[i], forget)), h[i], dx * state_of(b, j));
+              if (kOutput) u[j] = fmaf(state_of(c, j), h[i], u[j]);
+            }
+          }
+          if (kOutput)
+            store_if(at.active && t + s < t1, at_place(y, static_cast<uint32_t>(t + s) * e + channel),
+                     gate[s] * ((u[0] + u[1]) + (u[2] + u[3])));
+        }
       }
+      __syncwarp();
+    }
   }
+  walk_wait<0>();
 
   if (!at.active) return;
 #pragma unroll
@@ -135,28 +129,29 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
 
 bool scan_walks(const SelectiveScanInputs& in) {
   const int64_t l = in.x.size(1), e = in.x.size(2), limit = int64_t{1} << 31;
-  const bool z_fits = !in.z.defined() || (l * in.z.stride(1) + e < limit);
-  return in.x.dtype() == DType::bf16 && in.A.size(1) == kWalkStates && l * e + e < limit && z_fits;
+  if (in.x.dtype() != DType::bf16 || in.A.size(1) != kWalkStates || e % 8 != 0 || (l + 64) * e >= limit) return false;
+  return !in.z.defined() || ((l + 64) * in.z.stride(1) < limit && scan_rows_wide(in.z));
 }
 
-bool scan_rows_wide(const SelectiveScanInputs& in) {
-  const auto whole = [](const Tensor& t) { return t.stride(0) % 8 == 0 && t.stride(1) % 8 == 0; };
-  return aligned16(in.B.data<bf16>(), in.C.data<bf16>()) && whole(in.B) && whole(in.C);
+bool scan_rows_wide(const Tensor& t) {
+  return aligned16(t.data<bf16>()) && t.stride(0) % 8 == 0 && t.stride(1) % 8 == 0;
 }
 
-SelectiveScanInputs walk_inputs(const SelectiveScanInputs& in) {
-  SelectiveScanInputs out = in;
-  out.x = in.x.contiguous();
-  out.dt = in.dt.contiguous();
-  return out;
+Tensor walk_input(const Tensor& t) {
+  if (t.is_contiguous() && aligned16(t.data<bf16>())) return t;
+  Tensor copy = empty(t.shape(), t.dtype(), t.device());
+  copy_(copy, t);
+  return copy;
 }
 
 void walk_forward(Tensor& y, Tensor& final_state, Tensor& states, const SelectiveScanInputs& given) {
-  const SelectiveScanInputs in = walk_inputs(given);
+  SelectiveScanInputs in = given;
+  in.x = walk_input(in.x);
+  in.dt = walk_input(in.dt);
   const int64_t b = in.x.size(0), e = in.x.size(2);
   const Device device = in.x.device();
   const ScanView<bf16> view = scan_view<bf16>(in);
-  const bool wide = scan_rows_wide(in);
+  const bool wide = scan_rows_wide(in.B) && scan_rows_wide(in.C), usual = in.softplus && in.z.defined();
   const WalkSpans spans = walk_spans(in);
   const float* h0 = scan_pointer<float>(in.h0);
   LaunchConfig config{.grid = b * spans.count,
@@ -173,12 +168,12 @@ void walk_forward(Tensor& y, Tensor& final_state, Tensor& states, const Selectiv
     out.deltas = deltas.data<float>();
     LaunchConfig own = config;
     own.grid = b * (spans.count - 1);
-    launch(walk_forward_kernel<false>, own, out, nullptr, view, spans.length, spans.count, spans.count - 1, wide);
+    launch(in.softplus ? walk_forward_kernel<false, true> : walk_forward_kernel<false, false>, own, out, nullptr, view, spans.length, spans.count, spans.count - 1, wide);
     launch(scan_chunks_kernel<false, bf16>,
            {.grid = ceil_div(e, 128), .grid_y = kWalkStates, .grid_z = b, .block = 128, .stream = config.stream},
            out.edges, nullptr, out.deltas, h0, view, spans.count, spans.length);
   }
-  launch(walk_forward_kernel<true>, config, out, h0, view, spans.length, spans.count, spans.count, wide);
+  launch(usual ? walk_forward_kernel<true, true> : walk_forward_kernel<true, false>, config, out, h0, view, spans.length, spans.count, spans.count, wide);
 }
 
 }  // namespace krait::kernels::cuda

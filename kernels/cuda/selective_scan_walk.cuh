@@ -8,28 +8,30 @@ namespace krait::kernels::cuda {
 
 inline constexpr int kWalkThreads = 128, kWalkStates = 16;
 inline constexpr int kWalkRows = 32;  // positions of B and C that the block's threads fetch together
-inline constexpr int kWalkAhead = 4;  // positions whose inputs are loaded together
 
 // Where a block works. Channels past e repeat the last one and store nothing.
 struct WalkPlace {
   int64_t row, span;
   int channel, t0, t1;
   bool active;
+  int warp_channel;  // the warp's first
 
   __device__ WalkPlace(int64_t e, int64_t l, int64_t length, int64_t spans) {
     row = blockIdx.x / spans;
     span = blockIdx.x % spans;
     const int64_t own = int64_t{blockIdx.y} * kWalkThreads + threadIdx.x;
     active = own < e;
+    warp_channel = static_cast<int>(own) - static_cast<int>(threadIdx.x) % 32;
     channel = static_cast<int>(active ? own : e - 1);
     t0 = static_cast<int>(span * length);
     t1 = static_cast<int>(l < (span + 1) * length ? l : (span + 1) * length);
   }
 };
 
-bool scan_rows_wide(const SelectiveScanInputs& in);
-// x and dt contiguous, so that most addresses differ by their base alone.
-SelectiveScanInputs walk_inputs(const SelectiveScanInputs& in);
+// Whether rows may be read in 16-byte pieces.
+bool scan_rows_wide(const Tensor& t);
+// t, or a contiguous copy where it is neither contiguous nor aligned.
+Tensor walk_input(const Tensor& t);
 
 struct WalkSpans {
   int64_t length, count;  // length is a multiple of kScanChunk
@@ -70,17 +72,26 @@ __device__ __forceinline__ T* at_place(T* base, uint32_t place) {
   return p;
 }
 
-// A value as its bits, zero-extended: low_half makes it a float.
-__device__ __forceinline__ uint32_t load_raw(const bf16* p) {
-  uint16_t v;
-  asm("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(p));
-  return v;
+// 16 bytes from global to shared memory in the background; zeros where not `valid`.
+__device__ __forceinline__ void walk_copy(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void walk_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLater>
+__device__ __forceinline__ void walk_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
 }
 
-__device__ __forceinline__ void store_if(bool wanted, bf16* p, bf16 v) {
-  asm volatile("{ .reg .pred w; setp.ne.u32 w, %0, 0; @w st.global.u16 [%1], %2; }" ::"r"(uint32_t{wanted}), "l"(p),
-               "h"(v.bits)
-               : "memory");
+__device__ __forceinline__ float staged(const bf16* p) {
+  return low_half(*reinterpret_cast<const uint16_t*>(p));
+}
+
+__device__ __forceinline__ void store_if(bool wanted, bf16* p, float v) {
+  const bf16 rounded = static_cast<bf16>(v);
+  if (wanted) asm volatile("st.global.u16 [%0], %1;" ::"l"(p), "h"(rounded.bits) : "memory");
 }
 
 // What fetch_state_rows read, into rows (kWalkRows, 8): 4 x 4 values of B, then of C.
@@ -96,7 +107,7 @@ __device__ __forceinline__ float state_of(const float4& v, int i) {
 
 __device__ __forceinline__ float walk_log2(float x) {
   float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm volatile("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // volatile: no branch around it
   return y;
 }
 __device__ __forceinline__ float walk_reciprocal(float x) {
@@ -109,7 +120,8 @@ __device__ __forceinline__ float walk_reciprocal(float x) {
 __device__ __forceinline__ float walk_softplus(float x) {
   const float p = scan_exp2(-fabsf(x) * static_cast<float>(kLog2E));
   const float series = p * (1.0f - p * (0.5f - p * (1.0f / 3.0f)));
-  return fmaxf(x, 0.0f) + (p < 0.03f ? series : walk_log2(1.0f + p) * static_cast<float>(1.0 / kLog2E));
+  const float log = walk_log2(1.0f + p) * static_cast<float>(1.0 / kLog2E);
+  return fmaxf(x, 0.0f) + (p < 0.03f ? series : log);
 }
 // softplus' at the place where softplus is y: 1 - exp(-y).
 __device__ __forceinline__ float walk_softplus_slope(float y) {

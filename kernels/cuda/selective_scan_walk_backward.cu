@@ -5,14 +5,19 @@ namespace krait::kernels::cuda {
 namespace {
 
 constexpr int kWalkWarps = kWalkThreads / 32;
+constexpr int kWalkAhead = 4;                                           // positions whose inputs are loaded together
 constexpr int kTile = 4;                                                // positions whose states are in registers
 constexpr int kTiles = static_cast<int>(kScanChunk) / kTile;
 constexpr int kKept = kTiles - 2;                                       // tiles whose first states are in shared memory
-constexpr int64_t kShared = kScanChunk * 128 + 2 * 2 * kWalkWarps * 512  // rows of B and C; sums
-                            + int64_t{kKept} * 2 * kWalkThreads * 16;    // first states, bf16
+constexpr int64_t kShared = kScanChunk * 128                              // rows of B and C
+                            + 2 * kWalkWarps * 512                        // sums of two tiles
+                            + int64_t{kWalkWarps} * 4 * kTile * 64        // the next tile's inputs
+                            + int64_t{kKept} * 2 * kWalkThreads * 16;     // first states, bf16
 
 struct WalkGradients {
-  bf16 *dx, *ddt, *dz;  // (b, l, e); dz may be null
+  bf16 *dx, *ddt;  // (b, l, e)
+  bf16 *dz, *y;    // dz (b, l, e), rows may be apart; y (b, l, e); either may be null
+  int64_t dz_batch, dz_row;
   float* da;    // (b, spans, n, e)
   float* rows;  // (b spans, 2, e): parts of dD and of ddt_bias
   float* bc;    // (blocks of channels, b, l, 2, n): parts of dB and dC
@@ -25,14 +30,15 @@ struct WalkUpstream {
   const float* received;  // (b, spans, n, e); null with one span
 };
 
-// g = dy silu(z), and what u is multiplied by for dz: dy silu'(z).
+// silu(z), g = dy silu(z) and dy silu'(z), which u is multiplied by for dz.
 struct Gate {
-  float g, of_u;
-  __device__ Gate(uint32_t dy, const bf16* z, uint32_t raw_z) : g(low_half(dy)), of_u(0) {
-    if (z == nullptr) return;
-    const float c = fmaxf(low_half(raw_z), -110.0f), s = walk_sigmoid(c);
-    of_u = g * s * (1.0f + c * (1.0f - s));
-    g *= c * s;
+  float silu = 1, g, of_u = 0;
+  __device__ Gate(float dy, float z, bool gated) : g(dy) {
+    if (!gated) return;
+    const float c = fmaxf(z, -110.0f), s = walk_sigmoid(c);
+    silu = c * s;
+    g = dy * silu;
+    of_u = dy * s * (1.0f + c * (1.0f - s));
   }
 };
 
@@ -72,20 +78,20 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
         __ballot_sync(0xFFFFFFFFu, in.begins(at.row, int64_t{tile} + static_cast<int>(threadIdx.x) % 32));
     __syncthreads();
     for (int from = tile + kWalkRows - kWalkAhead; from >= tile; from -= kWalkAhead) {
-      uint32_t raw_dt[kWalkAhead], raw_z[kWalkAhead], raw_dy[kWalkAhead];
+      float raw_dt[kWalkAhead], raw_z[kWalkAhead], raw_dy[kWalkAhead];
 #pragma unroll
       for (int s = 0; s < kWalkAhead; ++s) {
         const uint32_t t = static_cast<uint32_t>(from + s < t1 ? from + s : t1 - 1), place = t * e + channel;
-        raw_dt[s] = load_raw(at_place(dt, place));
-        raw_dy[s] = load_raw(at_place(dy, place));
-        raw_z[s] = z == nullptr ? 0 : load_raw(at_place(z, t * z_row + channel));
+        raw_dt[s] = static_cast<float>(dt[place]);
+        raw_dy[s] = static_cast<float>(dy[place]);
+        raw_z[s] = z == nullptr ? 0.0f : static_cast<float>(z[t * z_row + channel]);
       }
 #pragma unroll
       for (int s = kWalkAhead - 1; s >= 0; --s) {
         const bool real = from + s < t1;
-        const float raw = low_half(raw_dt[s]) + bias;
+        const float raw = raw_dt[s] + bias;
         const float delta = !real ? 0.0f : in.softplus ? walk_softplus(raw) : raw;
-        const float g = real ? Gate(raw_dy[s], z, raw_z[s]).g : 0.0f, forget = forgetting(begins, from + s - tile);
+        const float g = real ? Gate(raw_dy[s], raw_z[s], z != nullptr).g : 0.0f, forget = forgetting(begins, from + s - tile);
         sum += delta;
 #pragma unroll
         for (int q = 0; q < kWalkStates / 4; ++q) {
@@ -109,26 +115,45 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
 // The gradients of a span, from its last chunk to its first. A chunk is walked three times: forwards for the states
 // before each tile of kTile positions (kept in bf16), then per tile forwards with the tile's states kept in registers,
 // and backwards. Sums over the channels of a warp (dB, dC) are products with selecting matrices on the tensor cores,
-// over warps in shared memory, over blocks in a second pass: no atomics.
-// Bound by the special functions, 16 b l e (3 n + 8) at 16 a cycle and multiprocessor, and as much by issue, about
-// 29 n slots a warp and position: B32 E1536 L2048 1.6 ms at 1.7 GHz.
+// over warps in shared memory, over blocks in a second pass: no atomics. kUsual: with softplus and a gate, and no branch
+// for either.
+// Bound by the special functions, b l e (3 n + 8) of them at 16 a cycle and multiprocessor, and by the instructions,
+// about as many: B32 E1536 L2048 1.6 ms at 1.7 GHz; three warps a scheduler do not hide every latency behind that.
+template <bool kUsual>
 __global__ void __launch_bounds__(kWalkThreads, 3)
     walk_backward_kernel(const WalkGradients out, const WalkUpstream up, const float* __restrict__ states,
                          const ScanView<bf16> in, int64_t length, int64_t spans, bool wide) {
   extern __shared__ float4 shared[];
-  float4* rows = shared;                                                // (kScanChunk, 8)
-  float2* sums = reinterpret_cast<float2*>(rows + kScanChunk * 8);      // (2, 2 tiles, warps, dC or dB, 32)
-  uint4* starts = reinterpret_cast<uint4*>(sums + 4 * kWalkWarps * 64);  // (kKept, 2, threads)
+  float4* rows = shared;                                            // (kScanChunk, 8)
+  float2* sums = reinterpret_cast<float2*>(rows + kScanChunk * 8);  // (2 tiles, warps, dC or dB, 32)
+  uint4* starts = reinterpret_cast<uint4*>(sums + 2 * kWalkWarps * 64);  // (kKept, 2, threads)
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
+  bf16* stage = reinterpret_cast<bf16*>(starts + kKept * 2 * kWalkThreads) + warp * 4 * kTile * 32;  // (4, kTile, 32)
   const WalkPlace at(in.e, in.l, length, spans);
   const int t1 = at.t1;
-  const uint32_t channel = at.channel, e = static_cast<uint32_t>(in.e), z_row = static_cast<uint32_t>(in.z_row);
+  const uint32_t channel = at.channel, e = static_cast<uint32_t>(in.e);
+  const bool gated = kUsual || in.z != nullptr, softplus = kUsual || in.softplus;
   const int64_t chunks = (in.l + kScanChunk - 1) / kScanChunk, begin = at.row * in.l * in.e;
-  const bf16 *x = in.x + begin, *dt = in.dt + begin, *dy = up.dy + begin;
-  const bf16* z = in.z == nullptr ? nullptr : in.z + at.row * in.z_batch;
-  bf16 *dx_out = out.dx + begin, *ddt_out = out.ddt + begin, *dz_out = out.dz + begin;
+  const uint32_t z_row = static_cast<uint32_t>(in.z_row), dz_row = static_cast<uint32_t>(out.dz_row);
+  bf16 *dx_out = out.dx + begin, *ddt_out = out.ddt + begin, *y_out = out.y + begin;
+  bf16* dz_out = out.dz + at.row * out.dz_batch;
   const float bias = in.bias == nullptr ? 0.0f : in.bias[channel], d = in.d == nullptr ? 0.0f : in.d[channel];
   float* bc = out.bc + (int64_t{blockIdx.y} * (gridDim.x / spans) + at.row) * in.l * (2 * kWalkStates);
+
+  // A lane copies 8 channels of position lane / 4 % 4 for its warp: of x or dt, and of dy or z.
+  const uint32_t copied = at.warp_channel + lane % 4 * 8, copied_row = lane / 4 % 4;
+  const bf16* copy_first = (lane < 16 ? in.x : in.dt) + begin;
+  const bf16* copy_second = lane < 16 || !gated ? up.dy + begin : in.z + at.row * in.z_batch;
+  const uint32_t second_row = lane < 16 || !gated ? e : z_row;
+  bf16* copy_to = stage + (lane / 16 * kTile + copied_row) * 32 + lane % 4 * 8;
+  const auto copy = [&](int from, bool both) {
+    const uint32_t t = static_cast<uint32_t>(from) + copied_row;
+    const bool valid = copied < e && static_cast<int>(t) < t1;
+    walk_copy(copy_to, at_place(copy_first, t * e + copied), valid);
+    if (both) walk_copy(copy_to + 2 * kTile * 32, at_place(copy_second, t * second_row + copied), valid);
+    walk_commit();
+  };
+  const bf16* mine = stage + lane;  // x; dt, dy and z each kTile * 32 on
 
   float a[kWalkStates], r[kWalkStates], da[kWalkStates];
   float select[8];  // select[j]: one in row j of an accumulator
@@ -144,15 +169,11 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
       r[i] = up.dfinal[(at.row * in.e + channel) * kWalkStates + i];
   }
   float dd = 0, dbias = 0;
-  const auto step_of = [&](uint32_t raw_dt, bool real) {
-    const float raw = low_half(raw_dt) + bias;
-    return !real ? 0.0f : in.softplus ? walk_softplus(raw) : raw;
-  };
 
-  int odd = 0;  // which half of sums this pair of tiles uses
-  for (int chunk = (t1 - 1) / static_cast<int>(kScanChunk); chunk * kScanChunk >= at.t0; --chunk) {
+  for (int chunk = (t1 - 1) / static_cast<int>(kScanChunk), next = 0; chunk * kScanChunk >= at.t0; --chunk, next = 1) {
     const int first = chunk * static_cast<int>(kScanChunk);
     const int tiles = ((t1 - first < kScanChunk ? t1 - first : static_cast<int>(kScanChunk)) + kTile - 1) / kTile;
+    if (next == 0) copy(first, tiles == 1);  // later chunks' first copy is under way
     keep_state_rows(rows, fetch_state_rows(in, at.row, first, t1, wide));
     keep_state_rows(rows + kWalkRows * 8, fetch_state_rows(in, at.row, first + kWalkRows, t1, wide));
     uint32_t begins[2];
@@ -166,19 +187,23 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
     float h[kWalkStates];
 #pragma unroll
     for (int i = 0; i < kWalkStates; ++i) h[i] = start[i * in.e];
+#pragma unroll 1
     for (int tile = 0; tile + 1 < tiles; ++tile) {
-      const int from = first + tile * kTile;
       const uint32_t marks = marks_of(tile);
-      uint32_t raw_dt[kTile], raw_x[kTile];
+      float delta[kTile], dx[kTile];
+      walk_wait<0>();
+      __syncwarp();
 #pragma unroll
       for (int s = 0; s < kTile; ++s) {
-        const uint32_t place = static_cast<uint32_t>(from + s) * e + channel;
-        raw_dt[s] = load_raw(at_place(dt, place));
-        raw_x[s] = load_raw(at_place(x, place));
+        const float raw = staged(mine + (kTile + s) * 32) + bias;
+        delta[s] = softplus ? walk_softplus(raw) : raw;
+        dx[s] = delta[s] * staged(mine + s * 32);
       }
+      __syncwarp();
+      copy(first + (tile + 1) * kTile, tile + 2 == tiles);
 #pragma unroll
       for (int s = 0; s < kTile; ++s) {
-        const float delta = step_of(raw_dt[s], true), dx = delta * low_half(raw_x[s]), forget = forgetting(marks, s);
+        const float forget = forgetting(marks, s);
         const float4* row = rows + (tile * kTile + s) * 8;
 #pragma unroll
         for (int q = 0; q < kWalkStates / 4; ++q) {
@@ -186,7 +211,7 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const int i = 4 * q + j;
-            h[i] = fmaf(scan_exp2(fmaf(delta, a[i], forget)), h[i], dx * state_of(b, j));
+            h[i] = fmaf(scan_exp2(fmaf(delta[s], a[i], forget)), h[i], dx[s] * state_of(b, j));
           }
         }
       }
@@ -202,15 +227,10 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
     for (int tile = tiles - 1; tile >= 0; --tile) {
       const int from = first + tile * kTile;
       const uint32_t marks = marks_of(tile);
-      uint32_t raw_dt[kTile], raw_x[kTile], raw_z[kTile], raw_dy[kTile];
-#pragma unroll
-      for (int s = 0; s < kTile; ++s) {
-        const uint32_t t = static_cast<uint32_t>(from + s < t1 ? from + s : t1 - 1), place = t * e + channel;
-        raw_dt[s] = load_raw(at_place(dt, place));
-        raw_x[s] = load_raw(at_place(x, place));
-        raw_dy[s] = load_raw(at_place(dy, place));
-        raw_z[s] = z == nullptr ? 0 : load_raw(at_place(z, t * z_row + channel));
-      }
+      float delta[kTile], value[kTile], g[kTile];
+      walk_wait<0>();
+      __syncwarp();
+
       if (tile == 0) {
 #pragma unroll
         for (int i = 0; i < kWalkStates; ++i) h[i] = start[i * in.e];
@@ -228,20 +248,22 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
         }
       }
 
-      float delta[kTile], value[kTile], g[kTile];
+      const int limit = at.active ? t1 : 0;
+      const uint32_t first_place = static_cast<uint32_t>(from) * e + channel;
       float seen[kTile][kWalkStates];  // states after each position; the last one's are not used after this loop
-      float2* kept_sums = sums + ((odd * 2 + tile % 2) * kWalkWarps + warp) * 64 + lane;
+      float2* kept_sums = sums + (tile % 2 * kWalkWarps + warp) * 64 + lane;
       float tile_c[4] = {};  // rows 2 s + state / 8, columns state % 8
 #pragma unroll
       for (int s = 0; s < kTile; ++s) {
-        const bool real = at.active && from + s < t1;
-        delta[s] = step_of(raw_dt[s], real);
-        value[s] = real ? low_half(raw_x[s]) : 0.0f;
-        const Gate gate(raw_dy[s], z, raw_z[s]);
-        g[s] = real ? gate.g : 0.0f;
+        const float raw = staged(mine + (kTile + s) * 32) + bias;  // zeros were copied from t1 on
+        value[s] = staged(mine + s * 32);
+        delta[s] = softplus ? walk_softplus(raw) : raw;
+        if (from + s >= t1) delta[s] = 0;
+        const Gate gate(staged(mine + (2 * kTile + s) * 32), gated ? staged(mine + (3 * kTile + s) * 32) : 0.0f, gated);
+        g[s] = gate.g;
         const float dx = delta[s] * value[s], forget = forgetting(marks, s);
         const float4* row = rows + (tile * kTile + s) * 8;
-        float u[4] = {d * value[s], 0, 0, 0}, of_c[2];
+        float u[2] = {d * value[s], 0}, of_c[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float in_c[4] = {};  // rows: states; columns: sums over four lanes
@@ -254,7 +276,7 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
               const int i = 4 * q + j;
               const float before = s > 0 ? seen[s > 0 ? s - 1 : 0][i] : h[i];
               seen[s][i] = fmaf(scan_exp2(fmaf(delta[s], a[i], forget)), before, dx * state_of(b, j));
-              u[j] = fmaf(state_of(c, j), seen[s][i], u[j]);
+              u[j % 2] = fmaf(state_of(c, j), seen[s][i], u[j % 2]);
               to_c[j] = g[s] * seen[s][i];
             }
             const int k = 4 * (q % 2);
@@ -264,8 +286,11 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
           of_c[half] = in_c[0] + in_c[1];
         }
         add_rows(tile_c, select[2 * s], select[2 * s + 1], a[2 * s], a[2 * s + 1], of_c[0], of_c[1]);
-        store_if(z != nullptr && real, at_place(dz_out, static_cast<uint32_t>(from + s) * e + channel),
-                 static_cast<bf16>(gate.of_u * ((u[0] + u[1]) + (u[2] + u[3]))));
+        const float pre = u[0] + u[1];
+        const bool real = from + s < limit;
+        if (gated)
+          store_if(real, at_place(dz_out, static_cast<uint32_t>(from + s) * dz_row + channel), gate.of_u * pre);
+        store_if(real && out.y != nullptr, at_place(y_out, first_place + s * e), gate.silu * pre);
       }
       kept_sums[0] = {tile_c[0], tile_c[1]};
 
@@ -274,6 +299,10 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
 #pragma unroll
       for (int s = 0; s < kTile; ++s) delta[s] = __shfl_sync(0xFFFFFFFFu, delta[s], lane);
       __syncwarp();
+      if (tile > 0)
+        copy(from - kTile, true);
+      else if (first > at.t0)
+        copy(first - static_cast<int>(kScanChunk), false);
 
       float tile_b[4] = {};
 #pragma unroll
@@ -309,11 +338,10 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
         add_rows(tile_b, select[2 * s], select[2 * s + 1], a[2 * s], a[2 * s + 1], of_b[0], of_b[1]);
         const float total = lambda_b[0] + lambda_b[1];
         float ddt = fmaf(exponent[0] + exponent[1], static_cast<float>(1.0 / kLog2E), value[s] * total);
-        if (in.softplus) ddt *= walk_softplus_slope(delta[s]);
-        const bool real = at.active && from + s < t1;
-        const uint32_t place = static_cast<uint32_t>(from + s) * e + channel;
-        store_if(real, at_place(dx_out, place), static_cast<bf16>(fmaf(delta[s], total, d * g[s])));
-        store_if(real, at_place(ddt_out, place), static_cast<bf16>(ddt));
+        if (softplus) ddt *= walk_softplus_slope(delta[s]);
+        const bool real = from + s < limit;
+        store_if(real, at_place(dx_out, first_place + s * e), fmaf(delta[s], total, d * g[s]));
+        store_if(real, at_place(ddt_out, first_place + s * e), ddt);
         dbias += real ? ddt : 0.0f;
         dd = fmaf(g[s], value[s], dd);
       }
@@ -328,15 +356,16 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
       for (int half = 0; half < 2; ++half) {
         const int t = from + half * kTile + tid / 32;
         if (t >= t1) continue;
-        const float* v = reinterpret_cast<const float*>(sums + (odd * 2 + half) * kWalkWarps * 64) + word;
+        const float* v = reinterpret_cast<const float*>(sums + half * kWalkWarps * 64) + word;
         float s = v[0];
 #pragma unroll
         for (int w = 1; w < kWalkWarps; ++w) s += v[w * 128];
         bc[int64_t{t} * (2 * kWalkStates) + tid % 32] = s;
       }
-      odd ^= 1;
+      __syncthreads();
     }
   }
+  walk_wait<0>();
 
   if (!at.active) return;
   const int64_t place = at.row * spans + at.span;
@@ -353,13 +382,15 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
 
 void walk_backward(SelectiveScanGrad& grad, const Tensor& dy, const Tensor& dfinal, const SelectiveScanInputs& given,
                    const Tensor& states) {
-  const SelectiveScanInputs in = walk_inputs(given);
-  const Tensor upstream = dy.contiguous();
+  SelectiveScanInputs in = given;
+  in.x = walk_input(in.x);
+  in.dt = walk_input(in.dt);
+  const Tensor upstream = walk_input(dy);
   const int64_t b = in.x.size(0), l = in.x.size(1), e = in.x.size(2);
   const Device device = in.x.device();
   const Stream stream = current_stream(device);
   const ScanView<bf16> view = scan_view<bf16>(in);
-  const bool wide = scan_rows_wide(in);
+  const bool wide = scan_rows_wide(in.B) && scan_rows_wide(in.C), gated = in.z.defined();
   const WalkSpans spans = walk_spans(in);
   const int64_t blocks = ceil_div(e, kWalkThreads);
   const LaunchConfig config{.grid = b * spans.count, .grid_y = blocks, .block = kWalkThreads, .stream = stream};
@@ -380,14 +411,17 @@ void walk_backward(SelectiveScanGrad& grad, const Tensor& dy, const Tensor& dfin
   const Tensor bc = empty({blocks, b, l, 2 * kWalkStates}, DType::f32, device);
   const WalkGradients out{grad.dx.data<bf16>(),
                           grad.ddt.data<bf16>(),
-                          grad.dz.defined() ? grad.dz.data<bf16>() : nullptr,
+                          gated ? grad.dz.data<bf16>() : nullptr,
+                          nullptr,
+                          gated ? grad.dz.stride(0) : 0,
+                          gated ? grad.dz.stride(1) : 0,
                           da.data<float>(),
                           rows.data<float>(),
                           bc.data<float>(),
                           grad.dh0.defined() ? grad.dh0.data<float>() : nullptr};
   LaunchConfig main = config;
   main.shared = kShared;
-  launch(walk_backward_kernel, main, out, up, states.data<float>(), view, spans.length, spans.count, wide);
+  launch(gated && in.softplus ? walk_backward_kernel<true> : walk_backward_kernel<false>, main, out, up, states.data<float>(), view, spans.length, spans.count, wide);
   sum_scan_parts(grad, da, rows, bc);
 }
 
