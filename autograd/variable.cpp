@@ -23,7 +23,12 @@ struct Variable::Node {
   bool leaf = false;
   Tensor grad;
   bool fixed_buffer = false;
+  std::function<Tensor()> source;
   std::function<void()> ready;
+  const Tensor& buffer() {
+    if (!grad.defined() && source) grad = source();
+    return grad;
+  }
 };
 
 namespace {
@@ -44,7 +49,7 @@ Variable::Variable(Tensor data, bool requires_grad) : data_(std::move(data)) {
 }
 
 bool Variable::is_leaf() const { return !node_ || node_->leaf; }
-const Tensor& Variable::grad() const { return node_ && node_->leaf ? node_->grad : kUndefined; }
+const Tensor& Variable::grad() const { return node_ && node_->leaf ? node_->buffer() : kUndefined; }
 
 void Variable::set_grad(Tensor buffer) {
   KRAIT_CHECK(node_ && node_->leaf, "set_grad: not a leaf that requires a gradient");
@@ -53,9 +58,20 @@ void Variable::set_grad(Tensor buffer) {
   node_->fixed_buffer = true;
 }
 
+void Variable::set_grad_source(std::function<Tensor()> make) {
+  KRAIT_CHECK(node_ && node_->leaf, "set_grad_source: not a leaf that requires a gradient");
+  node_->source = std::move(make);
+  node_->fixed_buffer = true;
+  node_->grad = {};
+}
+
+void Variable::drop_grad() {
+  if (node_ && node_->leaf) node_->grad = {};
+}
+
 void Variable::clear_grad() {
   if (!node_ || !node_->leaf) return;
-  if (node_->fixed_buffer)
+  if (node_->fixed_buffer && node_->grad.defined())
     zero_(node_->grad);
   else
     node_->grad = {};
@@ -212,7 +228,10 @@ class Engine {
     if (fresh) queue_.push(node);
     add_to(it->second[index], false, g);
   }
-  static void give_leaf(Node& leaf, const Tensor& g) { add_to(leaf.grad, leaf.fixed_buffer, g); }
+  static void give_leaf(Node& leaf, const Tensor& g) {
+    leaf.buffer();
+    add_to(leaf.grad, leaf.fixed_buffer, g);
+  }
   void leaf_done(Node& leaf) {
     if (--uses_[&leaf] == 0 && leaf.ready) leaf.ready();
   }

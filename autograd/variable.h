@@ -38,6 +38,10 @@ class Variable {
   const Tensor& grad() const;
   /// Gives the leaf a buffer that backward() adds to: any floating dtype (fp32 for bf16 parameters), same shape.
   void set_grad(Tensor buffer);
+  /// The same with a buffer that is made (zeroed, by `make`) when it is first asked for; drop_grad() lets it go, and
+  /// the next backward pass makes another.
+  void set_grad_source(std::function<Tensor()> make);
+  void drop_grad();
   void clear_grad();
   /// True when this is a leaf whose gradient buffer is set: a backward function may then add its part to grad()
   /// itself (a matrix product with beta = 1, a scatter) and return an undefined tensor for this input.

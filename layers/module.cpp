@@ -15,6 +15,7 @@ Initializer constant(double v) {
 }
 
 const Variable& Parameter::variable() const {
+  if (data_ && data_->before_use) data_->before_use();
   KRAIT_ASSERT(data_ && data_->value.defined(), "a parameter is used before a ParameterStore holds its module.");
   return data_->value;
 }

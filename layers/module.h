@@ -56,6 +56,7 @@ struct ParameterData {
   Shape shape;  // of the whole; `value` has what this process holds
   ParameterOptions options;
   Variable value;  // what layers compute with; undefined until a ParameterStore holds the module
+  std::function<void()> before_use;  // makes `value` whole where it is not kept so; empty: always whole
 };
 
 /// Handle on a parameter; passes as the Variable of its current value.

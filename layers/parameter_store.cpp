@@ -1,5 +1,6 @@
 #include "layers/parameter_store.h"
 
+#include <algorithm>
 #include <set>
 
 namespace krait::layers {
@@ -37,8 +38,24 @@ Shape local_shape_of(const NamedParameter& p) {
 
 ParameterStore::ParameterStore(Module& module, const StoreOptions& options)
     : options_(options), parameters_(module.parameters()) {
+  const bool copy = options.compute != options.master;
+  const auto in_fp32 = [&](const NamedParameter& p) { return !copy || p.data->options.keep_fp32; };
+  if (options.fp32_apart) std::stable_partition(parameters_.begin(), parameters_.end(), in_fp32);
+  const auto end_bucket = [&] {
+    if (buckets_.empty()) return;
+    const int64_t granule = std::max(options.granule, kAlignment);
+    numel_ = (numel_ + granule - 1) / granule * granule;
+    buckets_.back().end = numel_;
+  };
   std::set<std::string> names;
   for (const NamedParameter& p : parameters_) {
+    const bool fp32 = in_fp32(p);
+    if (buckets_.empty() || (options.bucket > 0 && numel_ - buckets_.back().begin >= options.bucket) ||
+        (options.fp32_apart && fp32 != buckets_.back().fp32)) {
+      end_bucket();
+      buckets_.push_back({numel_, numel_, entries_.size(), 0, fp32});
+    }
+    ++buckets_.back().entries;
     for (const ParameterPart& part : p.data->parts)
       KRAIT_CHECK(names.insert(p.prefix + part.name).second, "two parameters are named {}", p.prefix + part.name);
     const Shape local = local_shape_of(p);
@@ -47,6 +64,7 @@ ParameterStore::ParameterStore(Module& module, const StoreOptions& options)
     parameter_count_ += p.data->shape.numel();
     numel_ += (length + kAlignment - 1) / kAlignment * kAlignment;
   }
+  end_bucket();
 
   Tensor host = zeros({numel_}, options.master, kCpu);
   for (size_t i = 0; i < parameters_.size(); ++i)
@@ -57,7 +75,7 @@ ParameterStore::ParameterStore(Module& module, const StoreOptions& options)
     });
   master_ = host.to(options.device);
   grad_ = zeros({numel_}, options.master, options.device);
-  if (options.compute != options.master) {
+  if (copy) {
     compute_ = empty({numel_}, options.compute, options.device);
     refresh_compute();
   }
@@ -69,6 +87,32 @@ ParameterStore::ParameterStore(Module& module, const StoreOptions& options)
     value = Variable(entry_view(low ? compute_ : master_, e), e.options.trainable);
     if (e.options.trainable) value.set_grad(entry_view(grad_, e));
   }
+}
+
+void ParameterStore::release_masters() {
+  KRAIT_ASSERT(options_.fp32_apart && compute_.defined(), "every master weight is in use.");
+  int64_t kept = 0;
+  for (const Bucket& b : buckets_)
+    if (b.fp32) kept = b.end;
+  master_ = master_.slice(0, 0, kept).clone();
+  for (size_t i = 0; i < entries_.size(); ++i)
+    if (entries_[i].options.keep_fp32) parameters_[i].data->value.set_data(entry_view(master_, entries_[i]));
+}
+
+void ParameterStore::release_grads(const std::function<Tensor(size_t)>& make) {
+  grad_ = {};
+  for (size_t i = 0; i < entries_.size(); ++i)
+    if (entries_[i].options.trainable) parameters_[i].data->value.set_grad_source([make, i] { return make(i); });
+}
+
+void ParameterStore::release_values() {
+  master_ = compute_ = {};
+  for (const NamedParameter& p : parameters_) p.data->value.set_data({});
+}
+
+Tensor ParameterStore::view(const Tensor& buffer, size_t entry, int64_t begin) const {
+  const Entry& e = entries_[entry];
+  return buffer.slice(0, e.offset - begin, e.offset - begin + e.length).view(e.shape);
 }
 
 void ParameterStore::refresh_compute() {

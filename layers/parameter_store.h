@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -11,9 +12,15 @@ struct StoreOptions {
   DType master = DType::f32;   // f32, or f64 for tests
   DType compute = DType::f32;  // f32, bf16, or f64 with an f64 master
   uint64_t seed = 0;
+  /// How the flat buffers are cut for collectives: a bucket ends with the parameter that fills it, and its length is
+  /// a multiple of `granule`. 0: one bucket.
+  int64_t bucket = 0;   // elements
+  int64_t granule = 0;  // 0: kAlignment, which divides it
+  /// Beside a compute copy, parameters used in fp32 come first, in buckets of their own.
+  bool fp32_apart = false;
 };
 
-/// All parameters of a model in a few flat buffers, in registration order: one fused optimizer launch, bucketed
+/// All parameters of a model in a few flat buffers, in registration order (but see fp32_apart): one fused optimizer launch, bucketed
 /// reduction, trivial sharding. Each parameter begins at a multiple of kAlignment elements; the gaps stay zero.
 ///   master  (n) fp32: what the optimizer updates and checkpoints hold
 ///   grad    (n) fp32: backward adds to it; the optimizer zeroes it
@@ -32,6 +39,16 @@ class ParameterStore {
     ParameterOptions options;
   };
   const std::vector<Entry>& entries() const { return entries_; }
+  /// The variable of an entry, for hooks and other buffers.
+  Variable& variable(size_t entry) { return parameters_[entry].data->value; }
+  ParameterData& data(size_t entry) { return *parameters_[entry].data; }
+
+  struct Bucket {
+    int64_t begin = 0, end = 0;         // of the flat buffers
+    size_t first_entry = 0, entries = 0;
+    bool fp32 = false;                  // the values that layers use are in master, not in compute
+  };
+  const std::vector<Bucket>& buckets() const { return buckets_; }
   int64_t numel() const { return numel_; }                      // flat length, gaps included
   int64_t parameter_count() const { return parameter_count_; }  // of the whole model, without gaps
   const StoreOptions& options() const { return options_; }
@@ -39,6 +56,15 @@ class ParameterStore {
   Tensor& master() { return master_; }
   Tensor& grad() { return grad_; }
   Tensor& compute() { return compute_; }
+  /// Keeps of the master weights only those in fp32 buckets, which come first (fp32_apart), in their place: somebody
+  /// else updates the masters and writes compute.
+  void release_masters();
+  /// Lets the gradients go: `make` gives an entry's buffer, zeroed, when the first contribution comes.
+  void release_grads(const std::function<Tensor(size_t entry)>& make);
+  /// Lets the values that layers use go, and what holds them: somebody else sets them before each use.
+  void release_values();
+  /// An entry in a buffer laid out like the flat ones from element `begin` on.
+  Tensor view(const Tensor& buffer, size_t entry, int64_t begin = 0) const;
   /// compute = master, rounded. After loading; the optimizer keeps both in step otherwise.
   void refresh_compute();
 
@@ -70,6 +96,7 @@ class ParameterStore {
   StoreOptions options_;
   std::vector<Entry> entries_;
   std::vector<NamedParameter> parameters_;
+  std::vector<Bucket> buckets_;
   int64_t numel_ = 0, parameter_count_ = 0;
   Tensor master_, grad_, compute_;
 };
