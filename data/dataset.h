@@ -87,11 +87,12 @@ struct StreamOptions {
 /// Without repeat every target is counted exactly once.
 DatasetPtr streams(TokensPtr tokens, const StreamOptions& options);
 
-/// Makes the batches of steps first_step, first_step + 1, ... on a thread of its own, up to `depth` ahead.
+/// Makes the batches of steps first_step, first_step + stride, ... on a thread of its own, up to `depth` ahead.
 /// The same batches as calling get(). An error of the data set is thrown by next().
 class Prefetcher {
  public:
-  Prefetcher(DatasetPtr dataset, int64_t first_step, int64_t rank = 0, int64_t world = 1, int64_t depth = 3);
+  Prefetcher(DatasetPtr dataset, int64_t first_step, int64_t rank = 0, int64_t world = 1, int64_t depth = 3,
+             int64_t stride = 1);
   ~Prefetcher();
   Prefetcher(const Prefetcher&) = delete;
   Prefetcher& operator=(const Prefetcher&) = delete;

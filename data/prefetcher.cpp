@@ -12,7 +12,7 @@ namespace krait::data {
 
 struct Prefetcher::Impl {
   DatasetPtr dataset;
-  int64_t step, rank, world;
+  int64_t step, rank, world, stride;
   size_t depth;
   std::mutex mutex;
   std::condition_variable changed;
@@ -23,7 +23,7 @@ struct Prefetcher::Impl {
 
   void work() {
     try {
-      for (; dataset->steps() < 0 || step < dataset->steps(); ++step) {
+      for (; dataset->steps() < 0 || step < dataset->steps(); step += stride) {
         {
           std::unique_lock lock(mutex);
           changed.wait(lock, [&] { return stop || ready.size() < depth; });
@@ -44,13 +44,15 @@ struct Prefetcher::Impl {
   }
 };
 
-Prefetcher::Prefetcher(DatasetPtr dataset, int64_t first_step, int64_t rank, int64_t world, int64_t depth)
+Prefetcher::Prefetcher(DatasetPtr dataset, int64_t first_step, int64_t rank, int64_t world, int64_t depth,
+                       int64_t stride)
     : impl_(std::make_unique<Impl>()) {
-  KRAIT_CHECK(depth > 0, "prefetch depth must be positive, not {}", depth);
+  KRAIT_CHECK(depth > 0 && stride > 0, "prefetch depth and stride must be positive, not {} and {}", depth, stride);
   impl_->dataset = std::move(dataset);
   impl_->step = first_step;
   impl_->rank = rank;
   impl_->world = world;
+  impl_->stride = stride;
   impl_->depth = static_cast<size_t>(depth);
   impl_->worker = std::thread([impl = impl_.get()] { impl->work(); });
 }

@@ -1,24 +1,41 @@
 #pragma once
 #include <exception>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
-#include <thread>
+#include <utility>
 #include <vector>
 
+#include "core/comm/process_group.h"
 #include "core/tensor.h"
 
 /// Checkpoints: RUN_DIR/checkpoints/step-00001000/
-///   shard-0000-of-0001.h5   /meta (JSON text as bytes), /tensors/<name> with attribute dtype; bits are exact
-///                           (bfloat16 and float16 as uint16, bool as uint8)
+///   shard-0002-of-0004.h5   what rank 2 of 4 wrote: /meta (JSON text as bytes), /tensors/<name> with attribute dtype;
+///                           bits are exact (bfloat16 and float16 as uint16, bool as uint8). Of a tensor that several
+///                           ranks wrote each file has a piece, one-dimensional, with attribute piece (JSON): shape of
+///                           the whole; dim and ranges: the part that the rank's own tensor is; flat: ranges of the
+///                           elements of that part
 ///   manifest.json           format, format_version, step, and for each file its bytes and crc32c
 /// A directory of that name is always complete: it is written under a hidden name, synced and renamed.
 /// `best` is a symbolic link to the checkpoint with the best evaluation.
 namespace krait::train {
 
+using Ranges = std::vector<std::pair<int64_t, int64_t>>;  // [begin, end), ascending
+
+/// Which part of a whole tensor a process has: of dimension `dim` the ranges, side by side, which make its own tensor;
+/// of the elements of that tensor, in row-major order, those in `flat`.
+struct TensorPiece {
+  Shape whole;
+  int64_t dim = 0;
+  Ranges ranges;
+  Ranges flat;
+};
+
 struct NamedTensor {
   std::string name;
-  Tensor value;  // any device
+  Tensor value;  // any device; of a piece as many elements as its flat ranges
+  std::optional<TensorPiece> piece = {};  // none: the whole tensor
 };
 
 struct CheckpointOptions {
@@ -27,35 +44,40 @@ struct CheckpointOptions {
   bool async = true;        // write on a thread of its own
 };
 
-/// Writes the checkpoints of one run. A failed write leaves the earlier ones untouched and nothing of its own.
+/// Writes the checkpoints of one run: every rank a file of its own, at the same time; rank 0 publishes them when all are
+/// there. A failed write leaves the earlier ones untouched and nothing of its own. All ranks call alike.
 class CheckpointWriter {
  public:
   /// Makes the directory and clears what a killed process left unfinished in it.
-  CheckpointWriter(std::string directory, const CheckpointOptions& options);
+  CheckpointWriter(std::string directory, const CheckpointOptions& options,
+                   comm::GroupPtr world = comm::single_group("world"));
   ~CheckpointWriter();  // waits; an error that nobody asked for is lost: call finish()
   CheckpointWriter(const CheckpointWriter&) = delete;
   CheckpointWriter& operator=(const CheckpointWriter&) = delete;
 
   /// Takes copies of the tensors (async) and returns; they may change afterwards. `meta` is JSON text.
-  /// Waits for the write before it; throws the error of that one, without starting this one.
+  /// Waits for the write before it; throws the error of that one, without starting this one: on all ranks.
   void save(int64_t step, const std::vector<NamedTensor>& tensors, const std::string& meta, bool is_best);
   /// Waits for the write in flight and throws its error. Call it at the end of a run.
   void finish();
 
  private:
-  void write(int64_t step, const std::vector<NamedTensor>& tensors, const std::string& meta, bool is_best);
+  struct Job;
+  void start(Job& job);
+  void publish_when_complete(Job& job);
   void prune(int64_t newest);
   std::string directory_;
   CheckpointOptions options_;
-  std::thread thread_;
-  std::exception_ptr error_;
+  comm::GroupPtr world_;
+  std::unique_ptr<Job> job_;  // under way
 };
 
 /// One checkpoint, opened and verified: sizes and checksums of all its files. Throws Error that names the file at
 /// fault. Tensors are read as they are asked for.
 class CheckpointReader {
  public:
-  explicit CheckpointReader(const std::string& path);
+  /// Without `verify` (somebody else has) sizes alone are compared.
+  explicit CheckpointReader(const std::string& path, bool verify = true);
   ~CheckpointReader();
   CheckpointReader(CheckpointReader&&) noexcept;
   const std::string& path() const { return path_; }
@@ -63,8 +85,9 @@ class CheckpointReader {
   const std::string& meta() const { return meta_; }
   std::vector<std::string> names() const;
   bool has(const std::string& name) const;
-  Tensor read(const std::string& name) const;  // on the CPU
-  /// Fills the targets from the tensors named prefix + target.name. Names (none missing, none left over under the
+  Tensor read(const std::string& name) const;  // on the CPU, put together from its pieces
+  /// Fills the targets, which may be other pieces than those that were written, from the tensors named prefix +
+  /// target.name. Names (none missing, none left over under the
   /// prefix), shapes and dtypes are compared first: on an error no target has changed.
   void read_into(const std::vector<NamedTensor>& targets, const std::string& prefix = "") const;
 
@@ -72,7 +95,9 @@ class CheckpointReader {
   struct Shard;
   std::string path_, meta_;
   int64_t step_ = 0;
-  std::unique_ptr<Shard> shard_;
+  std::vector<Shard> shards_;
+  struct Stored;
+  std::map<std::string, std::vector<Stored>> stored_;  // the pieces of each tensor
 };
 
 struct CheckpointInfo {

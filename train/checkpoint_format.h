@@ -6,7 +6,7 @@
 namespace krait::train::checkpoint {
 
 inline constexpr const char* kFormat = "krait.checkpoint";
-inline constexpr int64_t kVersion = 1;
+inline constexpr int64_t kVersion = 2;  // 1: a single file, of whole tensors
 inline constexpr const char* kManifest = "manifest.json";
 
 /// HDF5 has no bfloat16: the bits are stored as integers of the same size.

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <charconv>
+#include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -43,8 +44,9 @@ Manifest check_files(const std::string& path, bool checksums) {
   try {
     const auto json = nlohmann::json::parse(read_file(manifest_path));
     if (json.at("format") != checkpoint::kFormat) damaged(manifest_path, "not a manifest of a checkpoint");
-    if (json.at("format_version") != checkpoint::kVersion) {
-      throw Error(fmt::format("{}: format version {}, this build reads {}", manifest_path, json.at("format_version").dump(),
+    const auto& version = json.at("format_version");
+    if (!version.is_number_integer() || version < 1 || version > checkpoint::kVersion) {
+      throw Error(fmt::format("{}: format version {}, this build reads 1 to {}", manifest_path, version.dump(),
                               checkpoint::kVersion));
     }
     manifest.step = json.at("step").get<int64_t>();
@@ -66,7 +68,7 @@ Manifest check_files(const std::string& path, bool checksums) {
   } catch (const nlohmann::json::exception& e) {
     damaged(manifest_path, e.what());
   }
-  if (manifest.files.size() != 1) damaged(manifest_path, fmt::format("{} shards, this build reads 1", manifest.files.size()));
+  if (manifest.files.empty()) damaged(manifest_path, "it names no files");
   return manifest;
 }
 
@@ -79,22 +81,12 @@ struct CheckpointReader::Shard {
   hdf5::Group tensors;
 };
 
-CheckpointReader::CheckpointReader(const std::string& path) : path_(path) {
-  const Manifest manifest = check_files(path, true);
-  step_ = manifest.step;
-  const std::string shard = path + "/" + manifest.files.front();
-  hdf5::File file = hdf5::File::open(shard, "a checkpoint's shard (made by `krait train`)");
-  if (file.string_attribute("format") != checkpoint::kFormat) throw Error(shard + ": not a checkpoint's shard");
-  meta_ = file.read_bytes("meta");
-  hdf5::Group tensors = file.group("tensors");
-  shard_ = std::make_unique<Shard>(Shard{std::move(file), std::move(tensors)});
-}
-
-CheckpointReader::~CheckpointReader() = default;
-CheckpointReader::CheckpointReader(CheckpointReader&&) noexcept = default;
-
-std::vector<std::string> CheckpointReader::names() const { return shard_->tensors.names(); }
-bool CheckpointReader::has(const std::string& name) const { return shard_->tensors.has(name); }
+struct CheckpointReader::Stored {
+  size_t shard = 0;
+  std::optional<TensorPiece> piece;
+  DType dtype{};
+  Shape whole;
+};
 
 namespace {
 
@@ -109,19 +101,140 @@ hdf5::Dataset open_tensor(const hdf5::Group& tensors, const std::string& name, D
   return dataset;
 }
 
+int64_t length_of(const Ranges& ranges) {
+  int64_t n = 0;
+  for (const auto& [begin, end] : ranges) n += end - begin;
+  return n;
+}
+
+/// Ranges that ascend within [0, limit).
+bool are_inside(const Ranges& ranges, int64_t limit) {
+  int64_t last = 0;
+  for (const auto& [begin, end] : ranges) {
+    if (begin < last || end < begin || end > limit) return false;
+    last = end;
+  }
+  return true;
+}
+
+std::optional<TensorPiece> read_piece(const hdf5::Dataset& dataset) {
+  if (!dataset.has_attribute("piece")) return {};
+  TensorPiece p;
+  try {
+    const auto json = nlohmann::json::parse(dataset.string_attribute("piece"));
+    p.whole = Shape(json.at("shape").get<std::vector<int64_t>>());
+    p.dim = json.at("dim");
+    p.ranges = json.at("ranges").get<Ranges>();
+    p.flat = json.at("flat").get<Ranges>();
+  } catch (const nlohmann::json::exception& e) {
+    throw Error(fmt::format("{}: damaged piece of a tensor: {}", dataset.where(), e.what()));
+  }
+  const bool scalar = p.whole.ndim() == 0;
+  const int64_t width = length_of(p.ranges);
+  const bool fits = p.dim >= 0 && (scalar ? width == 1 : p.dim < p.whole.ndim() && are_inside(p.ranges, p.whole[p.dim]));
+  const int64_t local = scalar ? 1 : fits ? p.whole.with(p.dim, width).numel() : 0;
+  if (!fits || !are_inside(p.flat, local) || length_of(p.flat) != dataset.numel())
+    throw Error(fmt::format("{}: damaged piece of a tensor: it does not fit {}", dataset.where(), p.whole));
+  return p;
+}
+
+/// f(first element in the whole, first element in the piece's values, how many): the runs in which both go on together.
+template <class F>
+void for_each_run(const TensorPiece& p, F f) {
+  const bool scalar = p.whole.ndim() == 0;
+  int64_t inner = 1;  // elements of one index of dimension dim
+  for (int64_t d = p.dim + 1; d < p.whole.ndim(); ++d) inner *= p.whole[d];
+  const int64_t outer_whole = (scalar ? 1 : p.whole[p.dim]) * inner, outer_local = length_of(p.ranges) * inner;
+  if (outer_local == 0) return;
+  int64_t at = 0;
+  for (const auto& [begin, end] : p.flat) {
+    for (int64_t e = begin; e < end;) {
+      const int64_t outer = e / outer_local;
+      int64_t within = e % outer_local, length = 0, place = 0, before = 0;
+      for (const auto& [first, last] : p.ranges) {
+        const int64_t run = (last - first) * inner;
+        if (within < before + run) {
+          place = outer * outer_whole + first * inner + within - before;
+          length = std::min(before + run - within, end - e);
+          break;
+        }
+        before += run;
+      }
+      f(place, at, length);
+      at += length;
+      e += length;
+    }
+  }
+}
+
 }  // namespace
 
+CheckpointReader::CheckpointReader(const std::string& path, bool verify) : path_(path) {
+  const Manifest manifest = check_files(path, verify);
+  step_ = manifest.step;
+  for (const std::string& name : manifest.files) {
+    const std::string shard = path + "/" + name;
+    hdf5::File file = hdf5::File::open(shard, "a checkpoint's shard (made by `krait train`)");
+    if (file.string_attribute("format") != checkpoint::kFormat) throw Error(shard + ": not a checkpoint's shard");
+    if (shards_.empty()) meta_ = file.read_bytes("meta");
+    hdf5::Group tensors = file.group("tensors");
+    for (const std::string& tensor : tensors.names()) {
+      Stored stored{shards_.size(), {}, {}, {}};
+      const hdf5::Dataset dataset = open_tensor(tensors, tensor, &stored.dtype);
+      stored.piece = read_piece(dataset);
+      stored.whole = stored.piece ? stored.piece->whole : Shape(dataset.shape());
+      std::vector<Stored>& all = stored_[tensor];
+      if (!all.empty() && (all.front().whole != stored.whole || all.front().dtype != stored.dtype))
+        throw Error(fmt::format("{}: {} is {} {}, in another file {} {}", shard, tensor, stored.dtype, stored.whole,
+                                all.front().dtype, all.front().whole));
+      all.push_back(std::move(stored));
+    }
+    shards_.push_back({std::move(file), std::move(tensors)});
+  }
+  for (const auto& [name, all] : stored_) {
+    int64_t n = 0;
+    for (const Stored& s : all) n += s.piece ? length_of(s.piece->flat) : s.whole.numel();
+    if (n != all.front().whole.numel())
+      throw Error(fmt::format("{}: damaged checkpoint: {} of the {} elements of {} are there", path, n, all.front().whole.numel(), name));
+  }
+}
+
+CheckpointReader::~CheckpointReader() = default;
+CheckpointReader::CheckpointReader(CheckpointReader&&) noexcept = default;
+
+std::vector<std::string> CheckpointReader::names() const {
+  std::vector<std::string> all;
+  for (const auto& [name, pieces] : stored_) all.push_back(name);
+  return all;
+}
+bool CheckpointReader::has(const std::string& name) const { return stored_.count(name) > 0; }
+
 Tensor CheckpointReader::read(const std::string& name) const {
-  DType dtype{};
-  const hdf5::Dataset dataset = open_tensor(shard_->tensors, name, &dtype);
-  const Tensor value = empty(Shape(dataset.shape()), dtype, kCpu);
-  if (value.numel() > 0) dataset.read_rows(0, dataset.rows(), dataset.type(), value.raw_data());
-  return value;
+  const auto it = stored_.find(name);
+  if (it == stored_.end()) throw Error(fmt::format("{}: holds no tensor {}", path_, name));
+  const Stored& first = it->second.front();
+  const Tensor whole = empty(first.whole, first.dtype, kCpu);
+  const int64_t size = size_of(first.dtype);
+  for (const Stored& s : it->second) {
+    const hdf5::Dataset dataset = shards_[s.shard].tensors.dataset(name);
+    if (dataset.numel() == 0) continue;
+    if (!s.piece) {
+      dataset.read_rows(0, dataset.rows(), dataset.type(), whole.raw_data());
+      continue;
+    }
+    const Tensor values = empty({dataset.numel()}, s.dtype, kCpu);
+    dataset.read_rows(0, dataset.rows(), dataset.type(), values.raw_data());
+    for_each_run(*s.piece, [&](int64_t place, int64_t at, int64_t length) {
+      std::memcpy(static_cast<char*>(whole.raw_data()) + place * size, static_cast<const char*>(values.raw_data()) + at * size,
+                  static_cast<size_t>(length * size));
+    });
+  }
+  return whole;
 }
 
 void CheckpointReader::read_into(const std::vector<NamedTensor>& targets, const std::string& prefix) const {
   std::set<std::string> left_over;
-  for (const std::string& name : names()) {
+  for (const auto& [name, pieces] : stored_) {
     if (name.starts_with(prefix)) left_over.insert(name);
   }
   for (const NamedTensor& target : targets) {
@@ -129,11 +242,11 @@ void CheckpointReader::read_into(const std::vector<NamedTensor>& targets, const 
     if (left_over.erase(name) == 0) {
       throw Error(fmt::format("{}: holds no tensor {}, which the model has; was it made with another config?", path_, name));
     }
-    DType dtype{};
-    const Shape shape(open_tensor(shard_->tensors, name, &dtype).shape());
-    if (shape != target.value.shape() || dtype != target.value.dtype()) {
+    const Stored& found = stored_.at(name).front();
+    const Shape wanted = target.piece ? target.piece->whole : target.value.shape();
+    if (found.whole != wanted || found.dtype != target.value.dtype()) {
       throw Error(fmt::format("{}: {} is {} {}, the model expects {} {}; was it made with another config?", path_, name,
-                              dtype, shape, target.value.dtype(), target.value.shape()));
+                              found.dtype, found.whole, target.value.dtype(), wanted));
     }
   }
   if (!left_over.empty()) {
@@ -142,7 +255,18 @@ void CheckpointReader::read_into(const std::vector<NamedTensor>& targets, const 
   }
   for (const NamedTensor& target : targets) {
     Tensor value = target.value;
-    copy_(value, read(prefix + target.name));
+    const Tensor whole = read(prefix + target.name);
+    if (!target.piece) {
+      copy_(value, whole);
+      continue;
+    }
+    const Tensor own = empty({value.numel()}, whole.dtype(), kCpu);
+    const int64_t size = size_of(whole.dtype());
+    for_each_run(*target.piece, [&](int64_t place, int64_t at, int64_t length) {
+      std::memcpy(static_cast<char*>(own.raw_data()) + at * size, static_cast<const char*>(whole.raw_data()) + place * size,
+                  static_cast<size_t>(length * size));
+    });
+    copy_(value, own.view(value.shape()));
   }
 }
 

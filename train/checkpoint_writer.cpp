@@ -3,12 +3,17 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstdio>
 #include <filesystem>
+#include <future>
 #include <nlohmann/json.hpp>
+#include <thread>
 
 #include "data/hdf5.h"
+#include "train/agreement.h"
 #include "train/build_info.h"
 #include "train/checkpoint.h"
 #include "train/checkpoint_format.h"
@@ -24,7 +29,11 @@ namespace {
 // Hidden names of what is not yet, or no longer, a checkpoint.
 constexpr const char* kUnfinished = ".writing-";
 constexpr const char* kRemoved = ".removed-";
-constexpr const char* kShard = "shard-0000-of-0001.h5";
+
+std::string shard_name(int rank, int size) { return fmt::format("shard-{:04d}-of-{:04d}.h5", rank, size); }
+// What a rank leaves beside its file to tell rank 0 that it is complete, or will never be.
+std::string done_name(int rank) { return fmt::format(".done-{:04d}", rank); }
+std::string failed_name(int rank) { return fmt::format(".failed-{:04d}", rank); }
 
 void remove_quietly(const std::string& path) {
   std::error_code ignored;
@@ -38,14 +47,16 @@ void remove_checkpoint(const std::string& directory, const std::string& name) {
   if (::rename((directory + "/" + name).c_str(), doomed.c_str()) == 0) remove_quietly(doomed);
 }
 
-void check_space(const std::string& directory, const std::vector<NamedTensor>& tensors) {
-  int64_t bytes = 1 << 16;
-  for (const NamedTensor& t : tensors) bytes += t.value.nbytes();
+void check_space(const std::string& directory, int64_t bytes) {
   const fs::space_info space = fs::space(directory);
   if (space.available < static_cast<uintmax_t>(bytes)) {
     throw Error(fmt::format("{}: disk full: needs {}, {} free", directory, human_bytes(bytes),
                             human_bytes(static_cast<int64_t>(space.available))));
   }
+}
+
+std::string piece_json(const TensorPiece& p) {
+  return nlohmann::ordered_json{{"shape", p.whole.dims()}, {"dim", p.dim}, {"ranges", p.ranges}, {"flat", p.flat}}.dump();
 }
 
 void write_shard(const std::string& path, const std::vector<NamedTensor>& tensors, const std::string& meta) {
@@ -57,27 +68,15 @@ void write_shard(const std::string& path, const std::vector<NamedTensor>& tensor
     hdf5::Group group = file.create_group("tensors");
     for (const NamedTensor& t : tensors) {
       const hdf5::Type type = checkpoint::storage_type(t.value.dtype());
-      const Tensor value = t.value.cpu().contiguous();
+      const Tensor local = t.value.cpu().contiguous(), value = t.piece ? local.view({-1}) : local;
       hdf5::Dataset dataset = group.create_dataset(t.name, type, value.shape().dims());
       dataset.set_attribute("dtype", name_of(value.dtype()));
+      if (t.piece) dataset.set_attribute("piece", piece_json(*t.piece));
       if (value.numel() > 0) dataset.write_rows(0, dataset.rows(), type, value.raw_data());
     }
   }
   file.close();
   FileDescriptor::open(path, O_RDONLY).sync();
-}
-
-void write_manifest(const std::string& directory, int64_t step, size_t n_tensors) {
-  int64_t bytes = 0;
-  const uint32_t crc = crc32c_file(directory + "/" + kShard, &bytes);
-  nlohmann::ordered_json manifest;
-  manifest["format"] = checkpoint::kFormat;
-  manifest["format_version"] = checkpoint::kVersion;
-  manifest["step"] = step;
-  manifest["tensors"] = n_tensors;
-  manifest["krait_version"] = kVersion;
-  manifest["files"] = {{{"name", kShard}, {"bytes", bytes}, {"crc32c", fmt::format("{:08x}", crc)}}};
-  write_file_atomic(directory + "/" + checkpoint::kManifest, manifest.dump(2) + "\n");
 }
 
 /// Renames `from` to `to`; a checkpoint already there is exchanged in the same instant and then removed.
@@ -105,8 +104,30 @@ void point_best_at(const std::string& directory, const std::string& name) {
 
 }  // namespace
 
-CheckpointWriter::CheckpointWriter(std::string directory, const CheckpointOptions& options)
-    : directory_(std::move(directory)), options_(options) {
+struct CheckpointWriter::Job {
+  int64_t step = 0;
+  std::vector<NamedTensor> tensors;
+  std::string meta, unfinished;  // the hidden directory
+  bool is_best = false;
+  std::thread thread;
+  std::promise<void> wrote;  // the own file; then rank 0 goes on to publish
+  std::future<void> written = wrote.get_future();
+  std::atomic<bool> cancelled{false};
+  std::exception_ptr publish_error;
+};
+
+namespace {
+
+Error write_error(int64_t step, const std::string& what) {
+  return Error(fmt::format("the checkpoint of step {} could not be written: {}\n"
+                           "       earlier checkpoints are untouched; free space and continue with --resume", step, what));
+}
+
+}  // namespace
+
+CheckpointWriter::CheckpointWriter(std::string directory, const CheckpointOptions& options, comm::GroupPtr world)
+    : directory_(std::move(directory)), options_(options), world_(std::move(world)) {
+  if (world_->rank() > 0) return;
   fs::create_directories(directory_);
   std::vector<std::string> leftovers;
   for (const fs::directory_entry& entry : fs::directory_iterator(directory_)) {
@@ -117,48 +138,122 @@ CheckpointWriter::CheckpointWriter(std::string directory, const CheckpointOption
 }
 
 CheckpointWriter::~CheckpointWriter() {
-  if (thread_.joinable()) thread_.join();
-}
-
-void CheckpointWriter::finish() {
-  if (thread_.joinable()) thread_.join();
-  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  if (!job_) return;
+  if (world_->size() > 1) job_->cancelled = true;
+  job_->thread.join();
 }
 
 void CheckpointWriter::save(int64_t step, const std::vector<NamedTensor>& tensors, const std::string& meta, bool is_best) {
   finish();
-  if (!options_.async) return write(step, tensors, meta, is_best);
-  std::vector<NamedTensor> copies;
-  copies.reserve(tensors.size());
-  for (const NamedTensor& t : tensors) {
-    copies.push_back({t.name, t.value.device().is_cpu() ? t.value.clone() : t.value.cpu()});
+  int64_t bytes = 1 << 16;
+  for (const NamedTensor& t : tensors) bytes += t.value.nbytes();
+  const Tensor total = full({1}, static_cast<double>(bytes), DType::f64, kCpu);
+  world_->all_reduce(total).wait();
+
+  auto job = std::make_unique<Job>();
+  job->step = step;
+  job->meta = meta;
+  job->is_best = is_best;
+  job->unfinished = directory_ + "/" + kUnfinished + checkpoint_name(step);
+  std::exception_ptr failure;
+  try {
+    if (world_->rank() == 0) {
+      check_space(directory_, static_cast<int64_t>(total.data<double>()[0]));
+      remove_quietly(job->unfinished);
+      fs::create_directory(job->unfinished);
+    }
+  } catch (const std::exception& e) {
+    failure = std::make_exception_ptr(write_error(step, e.what()));
   }
-  thread_ = std::thread([this, step, copies = std::move(copies), meta, is_best] {
+  throw_together(*world_, failure);
+
+  job->tensors.reserve(tensors.size());
+  for (const NamedTensor& t : tensors) {
+    const bool copy = options_.async && t.value.device().is_cpu();
+    job->tensors.push_back({t.name, copy ? t.value.clone() : t.value.cpu(), t.piece});
+  }
+  job_ = std::move(job);
+  start(*job_);
+  if (!options_.async) finish();
+}
+
+void CheckpointWriter::start(Job& job) {
+  job.thread = std::thread([this, &job] {
+    const int rank = world_->rank();
     try {
-      write(step, copies, meta, is_best);
-    } catch (...) {
-      error_ = std::current_exception();
+      const std::string file = job.unfinished + "/" + shard_name(rank, world_->size());
+      write_shard(file, job.tensors, job.meta);
+      int64_t bytes = 0;
+      const uint32_t crc = crc32c_file(file, &bytes);
+      write_file_atomic(job.unfinished + "/" + done_name(rank),
+                        nlohmann::json{{"bytes", bytes}, {"crc32c", fmt::format("{:08x}", crc)}, {"tensors", job.tensors.size()}}.dump());
+      job.wrote.set_value();
+    } catch (const std::exception& e) {
+      const int fd = ::open((job.unfinished + "/" + failed_name(rank)).c_str(), O_CREAT | O_WRONLY, 0644);
+      if (fd >= 0) ::close(fd);
+      job.wrote.set_exception(std::make_exception_ptr(write_error(job.step, e.what())));
+      return;
+    }
+    if (rank > 0) return;
+    try {
+      publish_when_complete(job);
+    } catch (const std::exception& e) {
+      job.publish_error = std::make_exception_ptr(write_error(job.step, e.what()));
     }
   });
 }
 
-void CheckpointWriter::write(int64_t step, const std::vector<NamedTensor>& tensors, const std::string& meta, bool is_best) {
-  const std::string name = checkpoint_name(step);
-  const std::string unfinished = directory_ + "/" + kUnfinished + name;
-  try {
-    check_space(directory_, tensors);
-    remove_quietly(unfinished);
-    fs::create_directory(unfinished);
-    write_shard(unfinished + "/" + kShard, tensors, meta);
-    write_manifest(unfinished, step, tensors.size());
-    publish(directory_, unfinished, name);
-  } catch (const std::exception& e) {
-    remove_quietly(unfinished);
-    throw Error(fmt::format("the checkpoint of step {} could not be written: {}\n"
-                            "       earlier checkpoints are untouched; free space and continue with --resume", step, e.what()));
+// The ranks share a file system, and nothing else outside of the training thread.
+void CheckpointWriter::publish_when_complete(Job& job) {
+  nlohmann::ordered_json files = nlohmann::ordered_json::array();
+  int64_t tensors = 0;
+  for (int r = 0; r < world_->size(); ++r) {
+    const std::string done = job.unfinished + "/" + done_name(r);
+    for (int waited = 0; !fs::exists(done); ++waited) {
+      if (job.cancelled || fs::exists(job.unfinished + "/" + failed_name(r))) return;  // finish() has the error
+      std::this_thread::sleep_for(std::chrono::milliseconds(std::min(1 + waited, 50)));
+    }
+    const auto written = nlohmann::json::parse(read_file(done));
+    files.push_back({{"name", shard_name(r, world_->size())}, {"bytes", written.at("bytes")}, {"crc32c", written.at("crc32c")}});
+    tensors += written.at("tensors").get<int64_t>();
+    fs::remove(done);
   }
-  if (is_best) point_best_at(directory_, name);
-  prune(step);
+  nlohmann::ordered_json manifest;
+  manifest["format"] = checkpoint::kFormat;
+  manifest["format_version"] = checkpoint::kVersion;
+  manifest["step"] = job.step;
+  manifest["tensors"] = tensors;  // or pieces of them
+  manifest["krait_version"] = kVersion;
+  manifest["files"] = files;
+  write_file_atomic(job.unfinished + "/" + checkpoint::kManifest, manifest.dump(2) + "\n");
+  const std::string name = checkpoint_name(job.step);
+  publish(directory_, job.unfinished, name);
+  if (job.is_best) point_best_at(directory_, name);
+  prune(job.step);
+}
+
+void CheckpointWriter::finish() {
+  if (!job_) return;
+  const std::unique_ptr<Job> job = std::move(job_);
+  std::exception_ptr failure;
+  try {
+    job->written.get();
+  } catch (const std::exception&) {
+    failure = std::current_exception();
+  }
+  const auto end = [&] {
+    job->thread.join();
+    if (world_->rank() == 0) remove_quietly(job->unfinished);  // no longer there when it was published
+  };
+  try {
+    throw_together(*world_, failure);
+  } catch (const std::exception&) {
+    job->cancelled = true;
+    end();
+    throw;
+  }
+  end();
+  if (job->publish_error) std::rethrow_exception(job->publish_error);
 }
 
 void CheckpointWriter::prune(int64_t newest) {

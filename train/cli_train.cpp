@@ -1,8 +1,8 @@
 #include <memory>
 
+#include "core/comm/job.h"
 #include "train/cli.h"
 #include "train/commands.h"
-#include "train/launcher.h"
 
 namespace krait::train::cli {
 
@@ -14,10 +14,7 @@ void add_train(CLI::App& app, Action& action) {
   sub->add_option("--run-dir", command->run_dir, "Where the run is written [runs/<name>-<date>-<time>]");
   sub->add_flag("--resume", command->resume, "Continue the run in --run-dir from its latest whole checkpoint");
   sub->callback([command, &action] {
-    action = [command] {
-      require_single_rank(detect_launch());
-      return run_train(*command);
-    };
+    action = [command] { return comm::finish(run_train(*command)); };
   });
 }
 

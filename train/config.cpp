@@ -10,11 +10,21 @@
 namespace krait::train {
 namespace {
 
+void read_deterministic(ConfigNode& section, OptionReader& options, RuntimeConfig& c) {
+  const ConfigNode* node = section.is_map() ? section.find("deterministic") : nullptr;
+  c.strict = node && node->is_scalar() && node->text() == "strict";
+  std::string strict = "strict";
+  if (c.strict) return options.read("deterministic", strict);
+  if (node && node->describe().starts_with("string"))
+    node->fail(fmt::format("found {}, expected true, false or strict", node->describe()));
+  options.read("deterministic", c.deterministic);
+}
+
 void read_runtime(ConfigNode& section, RuntimeConfig& c) {
   OptionReader options(section);
   options.choice("device", c.device, {"auto", "cpu", "cuda"});
   options.choice("precision", c.precision, {"fp32", "bf16", "fp64"});
-  options.read("deterministic", c.deterministic);
+  read_deterministic(section, options, c);
   options.read("cuda_graphs", c.cuda_graphs);
   options.read("require_fast", c.require_fast);
   options.read("tf32", c.tf32);
@@ -140,16 +150,9 @@ void read_parallelism(ConfigNode& section, ParallelismConfig& c) {
   options.read("tensor", c.tensor, at_least(1));
   options.read("sequence", c.sequence, at_least(1));
   options.read("zero", c.zero, between(0, 3));
+  options.read("bucket_mb", c.bucket_mb, above(0));
   options.finish();
-  const auto one_rank = [&](const std::string& key, int64_t ranks) {
-    if (ranks != 1 && ranks != -1) {
-      options.fail(key, fmt::format("found {}, but this build trains on one rank", ranks), key + ": 1");
-    }
-  };
   if (c.data == 0) options.fail("data", "found 0, expected -1 or a number of ranks", "data: -1");
-  one_rank("data", c.data);
-  one_rank("tensor", c.tensor);
-  one_rank("sequence", c.sequence);
 }
 
 /// What the data give must be what the model learns.
@@ -175,13 +178,14 @@ void check_lengths(Config& c, OptionReader& options) {
   const int64_t micro = c.train.micro_batch_size * c.data.context;
   if (c.train.tokens_per_step == 0) {
     c.train.tokens_per_step = micro;
+    c.train.default_tokens_per_step = true;
     OptionReader(options.section("train")).resolve("tokens_per_step", micro);
   }
   const int64_t wanted = c.train.tokens_per_step;
   if (wanted % micro != 0) {
     const int64_t below = wanted / micro * micro, above = below + micro;
     c.fail("train.tokens_per_step",
-           fmt::format("{} is not a multiple of {} (micro_batch_size {} x context {} x 1 rank)", wanted, micro,
+           fmt::format("{} is not a multiple of {} (micro_batch_size {} x context {})", wanted, micro,
                        c.train.micro_batch_size, c.data.context),
            below > 0 ? fmt::format("{} or {}", below, above) : fmt::format("{}", above));
   }

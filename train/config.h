@@ -15,6 +15,7 @@ struct RuntimeConfig {
   std::string device = "auto";     // auto (a GPU when there is one) | cpu | cuda
   std::string precision = "fp32";  // fp32 | bf16 (fp32 master weights) | fp64
   bool deterministic = true;
+  bool strict = false;        // deterministic: strict: sums over micro-batches in one order on any number of data ranks
   bool cuda_graphs = true;
   bool require_fast = false;  // refuse every slow path
   bool tf32 = false;          // fp32 matrix products in TF32
@@ -56,7 +57,8 @@ struct SchedulerConfig {
 struct TrainConfig {
   int64_t steps = 0;   // one of steps and tokens is required
   int64_t tokens = 0;
-  int64_t tokens_per_step = 0;  // default: one micro-batch
+  int64_t tokens_per_step = 0;  // default: one micro-batch on every data rank
+  bool default_tokens_per_step = false;
   int64_t micro_batch_size = 1;
   std::string recompute = "none";  // none | block: activations of a block are computed again in the backward
   double label_smoothing = 0;
@@ -85,7 +87,9 @@ struct LoggingConfig {
 };
 
 struct ParallelismConfig {
-  int64_t data = -1, tensor = 1, sequence = 1, zero = 0;  // -1 takes what is left
+  int64_t data = -1, tensor = 1, sequence = 1;  // ranks; data: -1 takes what is left
+  int64_t zero = 0;         // what the ranks that share gradients keep a part of: 1 optimizer state, 2 also gradients, 3 also parameters
+  double bucket_mb = 25;    // MiB of gradients summed at a time, while the backward pass goes on
 };
 
 struct Config {
@@ -105,7 +109,7 @@ struct Config {
   /// The same as a tree: complete, with the place of every value. What config.yaml holds.
   ConfigNode tree;
 
-  /// Micro-batches of one rank in a step.
+  /// Micro-batches of one data rank in a step.
   int64_t gradient_accumulation(int64_t ranks = 1) const {
     return train.tokens_per_step / (train.micro_batch_size * data.context * ranks);
   }

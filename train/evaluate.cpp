@@ -5,6 +5,7 @@
 #include <limits>
 #include <numbers>
 
+#include "core/comm/collectives.h"
 #include "train/carried_state.h"
 #include "train/clock.h"
 
@@ -27,40 +28,109 @@ data::DatasetPtr windows_of(const data::TokensPtr& tokens, const EvalOptions& o)
 
 }  // namespace
 
+namespace {
+
+/// How the batches of an evaluation are shared by the data ranks: batch i is rank i mod D's, or, where state is carried
+/// from batch to batch, each rank has rows of all, or runs all where the rows cannot be shared. Sums are put together in the order of the batches, so that they do
+/// not depend on the number of ranks (with carried state: but for their rounding).
+class Share {
+ public:
+  /// carried: state goes on from batch to batch. limited: not all targets count.
+  Share(const Session& session, const data::Dataset& dataset, bool carried = false, bool limited = false)
+      : data_(*session.mesh.data), by_rows_(carried && !limited && dataset.batch_size() % data_.size() == 0),
+        all_(carried && !by_rows_), batches_(dataset.steps()) {}
+  bool by_rows() const { return by_rows_; }
+  bool own(int64_t batch) const { return by_rows_ || all_ || batch % data_.size() == data_.rank(); }
+  int64_t parts() const { return by_rows_ ? data_.size() : 1; }
+  int64_t part() const { return by_rows_ ? data_.rank() : 0; }
+
+  /// How many batches this rank runs for company after its own of `all` batches: with ZeRO-3 all ranks use their
+  /// parameters together.
+  int64_t idle(const Session& session, int64_t all) const {
+    if (session.config.parallelism.zero < 3 || by_rows_ || all_) return 0;
+    return (all + data_.size() - 1) / data_.size() - (all - data_.rank() + data_.size() - 1) / data_.size();
+  }
+
+  /// values: k numbers for each batch this rank has run, in order. Returns the sums over all batches.
+  std::vector<double> sum(const std::vector<double>& values, int64_t k) const {
+    const bool gathers = data_.size() > 1 && !all_;
+    const int64_t ranks = gathers ? data_.size() : 1;
+    const int64_t most = by_rows_ ? batches_ : (batches_ + ranks - 1) / ranks;
+    Tensor all = zeros({ranks, most * k}, DType::f64, kCpu);
+    Tensor own_values = zeros({most * k}, DType::f64, kCpu);
+    std::copy(values.begin(), values.end(), own_values.data<double>());
+    if (gathers) data_.all_gather(own_values, all.view({-1})).wait();
+    else copy_(all, own_values.view(all.shape()));
+    std::vector<double> sums(static_cast<size_t>(k), 0.0);
+    for (int64_t i = 0; i < most; ++i)
+      for (int64_t r = 0; r < ranks; ++r)
+        for (int64_t j = 0; j < k; ++j) sums[static_cast<size_t>(j)] += all.data<double>()[(r * most + i) * k + j];
+    return sums;
+  }
+
+ private:
+  comm::ProcessGroup& data_;
+  bool by_rows_, all_;
+  int64_t batches_;
+};
+
+int64_t counted(const data::Batch& batch) {
+  const int64_t* targets = batch.targets.data<int64_t>();
+  return std::count_if(targets, targets + batch.targets.numel(), [](int64_t t) { return t != data::kIgnore; });
+}
+
+}  // namespace
+
 EvalResult evaluate(Session& session, const data::TokensPtr& tokens, const EvalOptions& options) {
   const auto start = Clock::now();
   layers::LanguageModel& model = session.language_model("evaluation of perplexity");
   model.set_training(false);
   const data::DatasetPtr windows = windows_of(tokens, options);
+  const Share share(session, *windows, options.carry, options.max_tokens > 0);
+  comm::ProcessGroup& sequence = *session.mesh.sequence;
   const std::vector<int64_t> lengths = token_lengths(*session.data.tokenizer);
   std::unique_ptr<CarriedState> carried;
   if (options.carry)
-    carried = std::make_unique<CarriedState>(model.decoder(), options.micro_batch_size, options.context,
+    carried = std::make_unique<CarriedState>(model.decoder(), options.micro_batch_size / share.parts(), options.context,
                                              session.parameters->options().compute, session.device);
 
-  EvalResult r;
-  data::Prefetcher batches(windows, 0);
-  while (auto batch = batches.next()) {
-    layers::ModelInput input = to_device(*batch, session.device);
+  int64_t seen = 0, batch_index = 0;  // targets of the batches before, of all ranks
+  std::vector<double> sums;           // likelihood, tokens, bytes of each own batch
+  data::Prefetcher batches(windows, 0, share.part(), share.parts());
+  for (; auto batch = batches.next(); ++batch_index) {
+    const int64_t left = options.max_tokens > 0 ? options.max_tokens - seen : std::numeric_limits<int64_t>::max();
+    if (left <= 0) break;
+    seen += counted(*batch);
+    if (!share.own(batch_index)) continue;
+    layers::ModelInput input = model_input(*batch, session.device, sequence);
     layers::DecoderState state;
     if (carried) {
       carried->set_resets(batch->resets);
       state = carried->begin();
       input.state = &state;
     }
-    const Tensor nll = model.token_nll(input);
+    Tensor nll = model.token_nll(input);
+    if (sequence.size() > 1) nll = comm::all_gather(nll, 1, sequence);
     if (carried) carried->keep(state);
     const auto values = nll.to_vector<float>();
     const int64_t* targets = batch->targets.data<int64_t>();
-    for (size_t i = 0; i < values.size(); ++i) {
+    double total = 0;
+    int64_t bytes = 0, count = 0;
+    for (size_t i = 0; i < values.size() && count < left; ++i) {
       if (targets[i] == data::kIgnore) continue;
-      if (options.max_tokens > 0 && r.tokens >= options.max_tokens) break;
-      r.total_nll += values[i];
-      r.bytes += lengths[static_cast<size_t>(targets[i])];
-      ++r.tokens;
+      total += values[i];
+      bytes += lengths[static_cast<size_t>(targets[i])];
+      ++count;
     }
-    if (options.max_tokens > 0 && r.tokens >= options.max_tokens) break;
+    sums.insert(sums.end(), {total, static_cast<double>(count), static_cast<double>(bytes)});
   }
+  for (int64_t i = share.idle(session, batch_index); i > 0; --i)
+    (void)model.token_nll(model_input(windows->get(0), session.device, sequence));
+  const std::vector<double> all = share.sum(sums, 3);
+  EvalResult r;
+  r.total_nll = all[0];
+  r.tokens = static_cast<int64_t>(all[1]);
+  r.bytes = static_cast<int64_t>(all[2]);
   KRAIT_CHECK(r.tokens > 0, "{}: {} token(s), nothing to predict; a split needs at least 2", tokens->where(),
               tokens->size());
   r.whole_split = r.tokens == windows->total_targets();
@@ -84,7 +154,7 @@ struct Score {
   int64_t count = 0, values = 0;
 };
 
-void score_tokens(layers::LanguageModel& model, const data::Batch& batch, Device device, Score& score) {
+void score_tokens(layers::LanguageModel& model, const data::Batch& batch, const Session& session, Score& score) {
   std::vector<int64_t> places, wanted;
   const int64_t* targets = batch.targets.data<int64_t>();
   for (int64_t i = 0; i < batch.targets.numel(); ++i) {
@@ -93,8 +163,9 @@ void score_tokens(layers::LanguageModel& model, const data::Batch& batch, Device
     wanted.push_back(targets[i]);
   }
   if (places.empty()) return;
-  const auto [nll, likeliest] =
-      model.answers(to_device(batch, device), from_vector(places).to(device), from_vector(wanted).to(device));
+  const Device device = session.device;
+  const auto [nll, likeliest] = model.answers(model_input(batch, device, *session.mesh.sequence),
+                                              from_vector(places).to(device), from_vector(wanted).to(device));
   for (const float value : nll.to_vector<float>()) score.nll += value;
   const auto predicted = likeliest.to_vector<int64_t>();
   for (size_t i = 0; i < wanted.size(); ++i) score.correct += predicted[i] == wanted[i] ? 1 : 0;
@@ -134,20 +205,34 @@ EvalResult evaluate_task(Session& session, const data::DatasetPtr& split) {
   layers::Model& model = *session.model;
   model.set_training(false);
   auto* language_model = dynamic_cast<layers::LanguageModel*>(&model);
-  Score score;
-  data::Prefetcher batches(split, 0);
+  const comm::ProcessGroup& data = *session.mesh.data;
+  const Share share(session, *split);
+  std::vector<double> scores;  // of each own batch
+  data::Prefetcher batches(split, data.rank(), 0, 1, 3, data.size());
   while (auto batch = batches.next()) {
+    Score score;
     if (language_model) {
-      score_tokens(*language_model, *batch, session.device, score);
-      continue;
+      score_tokens(*language_model, *batch, session, score);
+    } else {
+      const NoGrad guard;
+      const auto answers =
+          model.predict(model_input(*batch, session.device, *session.mesh.sequence)).data().to_vector<double>();
+      if (batch->labels.defined())
+        score_labels(answers, *batch, score);
+      else
+        score_values(answers, *batch, score);
     }
-    const NoGrad guard;
-    const auto answers = model.predict(to_device(*batch, session.device)).data().to_vector<double>();
-    if (batch->labels.defined())
-      score_labels(answers, *batch, score);
-    else
-      score_values(answers, *batch, score);
+    scores.insert(scores.end(), {score.nll, score.correct, score.squared_error, static_cast<double>(score.count),
+                                 static_cast<double>(score.values)});
   }
+  for (int64_t i = share.idle(session, split->steps()); i > 0; --i) {
+    const NoGrad guard;
+    const layers::ModelInput input = model_input(split->get(0), session.device, *session.mesh.sequence);
+    if (language_model) (void)language_model->token_nll(input);
+    else (void)model.predict(input);
+  }
+  const std::vector<double> all = share.sum(scores, 5);
+  const Score score{all[0], all[1], all[2], static_cast<int64_t>(all[3]), static_cast<int64_t>(all[4])};
   EvalResult r;
   r.tokens = score.count;
   KRAIT_CHECK(r.tokens > 0, "the split has no example");

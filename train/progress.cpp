@@ -39,11 +39,11 @@ std::string progress_line(const StepMetrics& m, int64_t total_steps, double seco
                      human_bytes(m.mem_bytes), human_time(seconds_left));
 }
 
-Progress::Progress(int64_t total_steps, int64_t first_step, std::FILE* out)
+Progress::Progress(int64_t total_steps, int64_t first_step, std::FILE* out, bool live)
     : total_(total_steps),
       first_(first_step),
       out_(out),
-      terminal_(::isatty(::fileno(out)) == 1),
+      terminal_(live && ::isatty(::fileno(out)) == 1),
       start_(Clock::now()) {}
 
 void Progress::step(const StepMetrics& m) {

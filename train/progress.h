@@ -10,8 +10,9 @@ namespace krait::train {
 /// What a run shows: on a terminal one live line that is written over, elsewhere plain lines.
 class Progress {
  public:
-  /// first_step: where a resumed run starts, for the estimate of the time left.
-  Progress(int64_t total_steps, int64_t first_step = 0, std::FILE* out = stdout);
+  /// first_step: where a resumed run starts, for the estimate of the time left. live: a live line on a terminal; not
+  /// below mpirun, which gives its processes a terminal whatever it writes to itself.
+  Progress(int64_t total_steps, int64_t first_step = 0, std::FILE* out = stdout, bool live = true);
   ~Progress() { finish(); }
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;

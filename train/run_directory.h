@@ -14,6 +14,8 @@ class RunDirectory {
   /// For a new run: `path`, or runs/<name>-<date>-<time> when it is empty. A directory that already holds something
   /// is ConfigError unless `resume`; with `resume` it must hold a run, or nothing yet.
   static RunDirectory create(const std::string& path, const std::string& name, bool resume);
+  /// The directory that the rank that leads has made: no lock.
+  static RunDirectory join(const std::string& path, bool has_run) { return RunDirectory(path, has_run); }
   /// For reading only: no lock. ConfigError when it holds no run.
   static RunDirectory open(const std::string& path);
 

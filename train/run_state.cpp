@@ -1,5 +1,6 @@
 #include "train/run_state.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "train/run_directory.h"
@@ -48,38 +49,122 @@ namespace {
 
 constexpr const char* kTokenizer = "tokenizer";
 
-// State that is laid out like the parameters is stored per parameter; the rest (counters) as it is.
-std::vector<NamedTensor> optimizer_tensors(const Session& session, const Optimizer& optimizer) {
-  std::vector<NamedTensor> out;
-  for (const auto& [name, value] : optimizer.state()) {
-    if (value.numel() != session.parameters->numel() || value.ndim() != 1) {
-      out.push_back({name, value});
-      continue;
+/// What a rank has of a parameter's part.
+struct PartPiece {
+  std::string name;
+  TensorPiece piece;
+  bool is_whole = false;
+  Ranges own;  // the same elements in buffers of the rank's own
+};
+
+/// For writing only what no other rank writes: of replicas each a share of the flat buffers.
+std::vector<PartPiece> part_pieces(const Session& session, const ParameterShards& shards, bool for_writing) {
+  const int64_t n = shards.numel(), ranks = session.mesh.replicas->size(), rank = session.mesh.replicas->rank();
+  const bool share = for_writing && !shards.sharded();
+  const int64_t own_begin = share ? n * rank / ranks : 0, own_end = share ? n * (rank + 1) / ranks : n;
+  std::vector<PartPiece> out;
+  for (const ParameterShards::Part& part : shards.parts()) {
+    const int64_t numel = part.local.numel();
+    PartPiece p{part.name, {part.whole, part.shard.dim, {}, {}}, false, {}};
+    Ranges kept;  // of the local part's elements
+    const bool by_rows = part.shard.dim == 0 && part.local.ndim() > 0;
+    int64_t at = 0;
+    for (const layers::ShardRange& r : part.shard.ranges) {
+      p.piece.ranges.push_back({r.begin, r.end});
+      const int64_t length = by_rows ? (r.end - r.begin) * (numel / std::max<int64_t>(part.local[0], 1))
+                             : at == 0 ? numel : 0;  // cut along another dimension all ranges are alike
+      if (length > 0 && (r.primary || !for_writing)) kept.push_back({at, at + length});
+      at += length;
     }
-    for (const auto& part : session.parameters->named(value)) out.push_back({name + "." + part.name, part.value});
+    for (const auto& [begin, end] : kept)
+      for (const ParameterShards::Piece& own : shards.cut(part.offset + begin, part.offset + end)) {
+        const int64_t first = std::max(own.at, own_begin), last = std::min(own.at + own.end - own.begin, own_end);
+        if (first >= last) continue;
+        const int64_t element = own.begin - part.offset + first - own.at;
+        p.piece.flat.push_back({element, element + last - first});
+        p.own.push_back({first, last});
+      }
+    if (for_writing && p.own.empty() && numel > 0) continue;
+    p.is_whole = part.local == part.whole && (numel == 0 || (p.own.size() == 1 && p.own[0].second - p.own[0].first == numel));
+    out.push_back(std::move(p));
   }
   return out;
 }
 
-std::vector<NamedTensor> carried_tensors(const CarriedState* carried) {
+/// The piece's values in one tensor: a view where they lie together.
+NamedTensor tensor_of(const PartPiece& p, const Tensor& own, const std::string& prefix) {
+  if (p.is_whole) {
+    const int64_t begin = p.own.empty() ? 0 : p.own[0].first;
+    return {prefix + p.name, own.slice(0, begin, begin + p.piece.whole.numel()).view(p.piece.whole)};
+  }
+  if (p.own.size() == 1) return {prefix + p.name, own.slice(0, p.own[0].first, p.own[0].second), p.piece};
+  int64_t n = 0;
+  for (const auto& [begin, end] : p.own) n += end - begin;
+  const Tensor all = empty({n}, own.dtype(), kCpu);
+  int64_t at = 0;
+  for (const auto& [begin, end] : p.own) {
+    Tensor place = all.slice(0, at, at + end - begin);
+    copy_(place, own.slice(0, begin, end));
+    at += end - begin;
+  }
+  return {prefix + p.name, all, p.piece};
+}
+
+/// Back from where tensor_of() had to copy.
+void put_back(const PartPiece& p, Tensor own, const NamedTensor& t) {
+  if (p.is_whole || p.own.size() == 1) return;
+  int64_t at = 0;
+  for (const auto& [begin, end] : p.own) {
+    Tensor place = own.slice(0, begin, end);
+    copy_(place, t.value.slice(0, at, at + end - begin));
+    at += end - begin;
+  }
+}
+
+/// The rank's flat buffers by the prefix of their names in a checkpoint; counters are stored as they are.
+struct Flat {
+  std::string prefix;
+  Tensor own;
+};
+std::vector<Flat> flat_buffers(TrainStep& step) {
+  std::vector<Flat> out{{"model.", step.shards().master()}};
+  for (const auto& [name, value] : step.optimizer().state())
+    if (value.numel() == step.shards().numel() && value.ndim() == 1) out.push_back({name + ".", value});
+  return out;
+}
+
+std::vector<NamedTensor> counters(TrainStep& step) {
   std::vector<NamedTensor> out;
-  if (carried)
-    for (const auto& [name, value] : carried->named()) out.push_back({"state." + name, value});
+  for (const auto& [name, value] : step.optimizer().state())
+    if (value.numel() != step.shards().numel() || value.ndim() != 1) out.push_back({name, value});
+  return out;
+}
+
+// Each data rank has rows of its own.
+std::vector<NamedTensor> carried_tensors(const Session& session, const CarriedState* carried) {
+  std::vector<NamedTensor> out;
+  if (!carried) return out;
+  const int64_t ranks = session.mesh.data->size(), rank = session.mesh.data->rank();
+  for (const auto& [name, value] : carried->named()) {
+    const int64_t rows = value.size(0);
+    NamedTensor t{"state." + name, value};
+    if (ranks > 1)
+      t.piece = TensorPiece{value.shape().with(0, rows * ranks), 0, {{rank * rows, (rank + 1) * rows}}, {{0, value.numel()}}};
+    out.push_back(std::move(t));
+  }
   return out;
 }
 
 }  // namespace
 
-std::vector<NamedTensor> model_tensors(Session& session) {
+std::vector<NamedTensor> checkpoint_tensors(Session& session, TrainStep& step) {
   std::vector<NamedTensor> out;
-  for (const auto& p : session.parameters->named_masters()) out.push_back({"model." + p.name, p.value});
-  return out;
-}
-
-std::vector<NamedTensor> checkpoint_tensors(Session& session, const Optimizer& optimizer, const CarriedState* carried) {
-  std::vector<NamedTensor> out = model_tensors(session);
-  for (NamedTensor& t : optimizer_tensors(session, optimizer)) out.push_back(std::move(t));
-  for (NamedTensor& t : carried_tensors(carried)) out.push_back(std::move(t));
+  const std::vector<PartPiece> pieces = part_pieces(session, step.shards(), true);
+  for (const Flat& flat : flat_buffers(step))
+    for (const PartPiece& p : pieces) out.push_back(tensor_of(p, flat.own, flat.prefix));
+  for (NamedTensor& t : carried_tensors(session, step.carried_state())) out.push_back(std::move(t));
+  if (!session.leads()) return out;
+  for (NamedTensor& t : counters(step)) out.push_back(std::move(t));
   if (!session.data.tokenizer) return out;
   const std::string blob = session.data.tokenizer->serialize();
   out.push_back({kTokenizer, from_vector(std::vector<uint8_t>(blob.begin(), blob.end()))});
@@ -90,21 +175,42 @@ namespace {
 
 void read_group(const CheckpointReader& reader, const std::vector<NamedTensor>& targets, const std::string& prefix) {
   std::vector<NamedTensor> bare;
-  for (const NamedTensor& t : targets) bare.push_back({t.name.substr(prefix.size()), t.value});
+  for (const NamedTensor& t : targets)
+    if (t.name.starts_with(prefix)) bare.push_back({t.name.substr(prefix.size()), t.value, t.piece});
   reader.read_into(bare, prefix);
 }
 
 }  // namespace
 
 void load_model(Session& session, const CheckpointReader& reader) {
-  read_group(reader, model_tensors(session), "model.");
+  std::vector<NamedTensor> targets;
+  for (const auto& p : session.parameters->named_masters()) targets.push_back({"model." + p.name, p.value});
+  read_group(reader, targets, "model.");
   session.parameters->refresh_compute();
 }
 
-void load_run(Session& session, Optimizer& optimizer, const CarriedState* carried, const CheckpointReader& reader) {
-  read_group(reader, optimizer_tensors(session, optimizer), "optimizer.");
-  if (carried) read_group(reader, carried_tensors(carried), "state.");
-  load_model(session, reader);
+void load_run(Session& session, TrainStep& step, const CheckpointReader& reader) {
+  std::vector<NamedTensor> targets = counters(step);
+  const std::vector<PartPiece> pieces = part_pieces(session, step.shards(), false);
+  const std::vector<Flat> flats = flat_buffers(step);
+  const size_t first = targets.size();
+  for (const Flat& flat : flats)
+    for (const PartPiece& p : pieces) targets.push_back(tensor_of(p, flat.own, flat.prefix));
+  read_group(reader, targets, "optimizer.");
+  if (step.carried_state()) {
+    const std::vector<NamedTensor> carried = carried_tensors(session, step.carried_state());
+    try {
+      read_group(reader, carried, "state.");
+    } catch (const Error& e) {
+      throw Error(fmt::format("{}\n       with data.state: carry a run keeps its rows: train.micro_batch_size x data ranks "
+                              "must stay what they were", e.what()));
+    }
+  }
+  read_group(reader, targets, "model.");
+  size_t i = first;
+  for (const Flat& flat : flats)
+    for (const PartPiece& p : pieces) put_back(p, flat.own, targets[i++]);
+  step.shards().refresh();
 }
 
 data::TokenizerPtr load_checkpoint_tokenizer(const CheckpointReader& reader) {

@@ -21,13 +21,14 @@ RunState run_state_from_json(const std::string& json, const std::string& where);
 
 /// The tensors of a checkpoint: "model.<parameter>", "optimizer.<state>.<parameter>", "tokenizer" (bytes, of token
 /// data), "state.<layer>.<tensor>" (with data.state: carry; `carried` is null without).
-/// Names are public and whole: independent of how the run lays its parameters out.
-std::vector<NamedTensor> model_tensors(Session& session);
-std::vector<NamedTensor> checkpoint_tensors(Session& session, const Optimizer& optimizer, const CarriedState* carried);
+/// Names are public and whole: independent of how the run lays its parameters out and of how many ranks there are.
+/// Each element is written by one rank; these are this rank's.
+std::vector<NamedTensor> checkpoint_tensors(Session& session, TrainStep& step);
 
-/// Fills the parameters, or parameters and optimizer state; refuses a checkpoint of another model by name.
+/// Fills the parameters of a model that one process holds, or what a rank has of a run's parameters and optimizer
+/// state; refuses a checkpoint of another model by name.
 void load_model(Session& session, const CheckpointReader& reader);
-void load_run(Session& session, Optimizer& optimizer, const CarriedState* carried, const CheckpointReader& reader);
+void load_run(Session& session, TrainStep& step, const CheckpointReader& reader);
 
 /// The tokenizer stored with a checkpoint.
 data::TokenizerPtr load_checkpoint_tokenizer(const CheckpointReader& reader);

@@ -1,15 +1,28 @@
 #include <map>
 
+#include "core/comm/job.h"
+#include "train/agreement.h"
 #include "train/commands.h"
+#include "train/parallelism.h"
 #include "train/trainer.h"
 
 namespace krait::train {
 
 namespace {
 
-void print_plan(Session& session) {
+// Made and locked by the rank that leads; the others are told where it is.
+RunDirectory shared_directory(const TrainCommand& command, const std::string& name, comm::ProcessGroup& world) {
+  if (world.size() == 1) return RunDirectory::create(command.run_dir, name, command.resume);
+  std::optional<RunDirectory> own;
+  if (world.rank() == 0) own = RunDirectory::create(command.run_dir, name, command.resume);
+  const std::string path = from_rank(world, 0, own ? own->path() : std::string());
+  const bool has_run = !from_rank(world, 0, own && own->has_run() ? "yes" : "").empty();
+  return own ? std::move(*own) : RunDirectory::join(path, has_run);
+}
+
+void print_plan(Session& session, const std::vector<std::string>& description) {
   const Config& c = session.config;
-  for (const std::string& line : describe_session(session)) fmt::print("{}\n", line);
+  for (const std::string& line : description) fmt::print("{}\n", line);
   const double flops = session.model->train_flops_per_token(c.data.context);
   const std::string shape =
       c.model.d_model > 0 ? fmt::format("{} layers, width {}, ", c.model.n_layers, c.model.d_model) : std::string();
@@ -28,8 +41,9 @@ void print_plan(Session& session) {
                group.lr_scale == 0 ? std::string("frozen")
                                    : fmt::format("lr {:g}, weight decay {:g}", c.optimizer.lr * group.lr_scale, group.weight_decay),
                human_count(static_cast<double>(members.first)), members.second);
-  fmt::print("step: {} tokens = {} sequences of {} x {} micro-batches; {} steps, {} tokens in all\n",
-             c.train.tokens_per_step, c.train.micro_batch_size, c.data.context, c.gradient_accumulation(),
+  fmt::print("step: {} tokens = {} sequences of {} x {} micro-batches{}; {} steps, {} tokens in all\n",
+             c.train.tokens_per_step, c.train.micro_batch_size, c.data.context, session.gradient_accumulation(),
+             session.mesh.data->size() > 1 ? fmt::format(" x {} data ranks", session.mesh.data->size()) : std::string(),
              c.total_steps(), human_count(static_cast<double>(c.total_steps() * c.train.tokens_per_step)));
   const double peak = peak_flops(session.device, c.runtime.precision, c.runtime.tf32);
   fmt::print("model FLOPs: {:.4g} per trained token = 6 x matrix parameters + 3 x what mixes along the sequence "
@@ -41,28 +55,38 @@ void print_plan(Session& session) {
 }  // namespace
 
 int run_train(const TrainCommand& command) {
+  const Launch launch = detect_launch();
+  const comm::GroupPtr world = start_job(launch);
   Config config = load_config(command.config, command.overrides);
-  Session session = make_session(config, open_data(config));
+  const MeshShape shape = fit_to_ranks(config, launch);
+  Session session = make_session(config, open_data(config), 0,
+                                 comm::make_mesh(world, static_cast<int>(shape.data), static_cast<int>(shape.sequence),
+                                                 static_cast<int>(shape.tensor)));
   const TrainData data = open_train_data(session);
-  const RunDirectory directory = RunDirectory::create(command.run_dir, config.name, command.resume);
+  const RunDirectory directory = shared_directory(command, config.name, *world);
   if (command.resume && session.model->adapts()) {  // the checkpoint's shapes may be others than the first step's
     if (const auto found = latest_checkpoint(directory.checkpoints()))
       build_model(session, layers::config_at_step(config.model, CheckpointReader(found->path).step() - 1));
   }
-  if (directory.has_run()) {
-    const Config before = load_config(directory.config_file());
-    for (const std::string& line : config_differences(before.tree, config.tree))
-      fmt::print("changed since the run began: {}\n", line);
+  const std::vector<std::string> description = describe_session(session);
+  if (session.leads()) {
+    if (directory.has_run()) {
+      const Config before = load_config(directory.config_file());
+      for (const std::string& line : config_differences(before.tree, config.tree))
+        fmt::print("changed since the run began: {}\n", line);
+    }
+    fmt::print("run: {}\n", directory.path());
+    if (world->size() > 1) fmt::print("ranks: {}\n", describe(shape, launch));
+    print_plan(session, description);
   }
-  fmt::print("run: {}\n", directory.path());
-  print_plan(session);
   Trainer trainer(session, data, directory, command.resume);
-  directory.write_config(config.to_yaml());
+  if (session.leads()) directory.write_config(config.to_yaml());
   if (trainer.complete()) {
-    fmt::print("all {} steps are done; raise train.steps to go on\n", config.total_steps());
+    if (session.leads()) fmt::print("all {} steps are done; raise train.steps to go on\n", config.total_steps());
     return 0;
   }
   const Summary summary = trainer.run();
+  if (!session.leads()) return 0;
   directory.write_summary(to_json(summary));
   if (summary.final_eval) fmt::print("{}: {}", summary.final_eval->split, describe(*summary.final_eval));
   if (summary.final_eval && summary.best_eval)

@@ -1,5 +1,11 @@
 #include "train/session.h"
 
+#include <algorithm>
+#include <cstdlib>
+#include <thread>
+
+#include "core/comm/collectives.h"
+#include "core/comm/job.h"
 #include "core/parallel.h"
 #include "kernels/matmul.h"
 
@@ -16,7 +22,16 @@ namespace {
 Device pick_device(const RuntimeConfig& runtime) {
   if (runtime.device == "cpu") return kCpu;
   if (runtime.device == "auto" && cuda_device_count() == 0) return kCpu;
-  return cuda_device();
+  return comm::local_cuda_device();
+}
+
+// The processes of one host share its processors, unless the launcher has bound each to its own.
+int thread_count(const RuntimeConfig& runtime) {
+  if (runtime.threads > 0 || comm::local_size() == 1 || std::getenv("OMP_NUM_THREADS"))
+    return static_cast<int>(runtime.threads);
+  set_num_threads(0);
+  const int share = static_cast<int>(std::thread::hardware_concurrency()) / comm::local_size();
+  return std::clamp(share, 1, num_threads());
 }
 
 DType compute_dtype(const std::string& precision) {
@@ -62,39 +77,47 @@ void build_model(Session& s, const layers::ModelConfig& model) {
   CrossEntropyOptions loss;
   loss.label_smoothing = config.train.label_smoothing;
   loss.z_loss = config.train.z_loss;
-  s.model = layers::make_model(model, model_shape(config, s.data), loss);
+  s.model = layers::make_model(model, model_shape(config, s.data), loss, {s.mesh.tensor, s.mesh.sequence});
   check_state(config, *s.model);
   s.model->set_recompute(config.train.recompute == "block");
-  s.model->set_auxiliary_scale(1.0 / static_cast<double>(config.gradient_accumulation()));
+  s.model->set_auxiliary_scale(1.0 / static_cast<double>(s.micro_batches()));
 
-  const DType compute = compute_dtype(config.runtime.precision);
-  s.parameters = std::make_unique<layers::ParameterStore>(
-      *s.model, layers::StoreOptions{.device = s.device,
-                                     .master = compute == DType::f64 ? DType::f64 : DType::f32,
-                                     .compute = compute,
-                                     .seed = static_cast<uint64_t>(config.seed)});
+  const DType compute = compute_dtype(config.runtime.precision), master = compute == DType::f64 ? DType::f64 : DType::f32;
+  layers::StoreOptions store{.device = s.device, .master = master, .compute = compute, .seed = static_cast<uint64_t>(config.seed)};
+  const int64_t ranks = s.mesh.replicas->size();
+  if (ranks > 1 || config.parallelism.zero > 0)
+    store.bucket = static_cast<int64_t>(config.parallelism.bucket_mb * 1048576.0) / size_of(master);
+  if (config.parallelism.zero > 0 || config.runtime.strict) store.granule = ranks * 128;
+  store.fp32_apart = config.parallelism.zero > 0;
+  s.parameters = std::make_unique<layers::ParameterStore>(*s.model, store);
 }
 
-Session make_session(const Config& config, DataSource data, int64_t finished_steps) {
+Session make_session(const Config& config, DataSource data, int64_t finished_steps, comm::Mesh mesh) {
   Session s;
   s.config = config;
   s.data = std::move(data);
+  s.mesh = std::move(mesh);
   s.device = pick_device(config.runtime);
-  set_num_threads(static_cast<int>(config.runtime.threads));
+  set_num_threads(thread_count(config.runtime));
   kernels::set_tf32(config.runtime.tf32);
   build_model(s, layers::config_at_step(config.model, std::max<int64_t>(finished_steps - 1, 0)));
   return s;
 }
 
-layers::ModelInput to_device(const data::Batch& batch, Device device) {
+layers::ModelInput model_input(const data::Batch& batch, Device device, const comm::ProcessGroup& sequence) {
   layers::ModelInput input;
   const auto move = [&](const Tensor& t) { return t.defined() ? t.to(device) : t; };
-  input.tokens = move(batch.tokens);
-  input.inputs = move(batch.inputs);
-  input.targets = move(batch.labels.defined() ? batch.labels : batch.values.defined() ? batch.values : batch.targets);
+  const auto positions = [&](const Tensor& t) {  // (b, l, ...): this rank's piece of the sequence
+    return move(t.defined() && sequence.size() > 1 ? comm::own_part(t, 1, sequence).contiguous() : t);
+  };
+  input.tokens = positions(batch.tokens);
+  input.inputs = positions(batch.inputs);
+  input.targets = batch.labels.defined()   ? move(batch.labels)
+                  : batch.values.defined() ? move(batch.values)
+                                           : positions(batch.targets);
   input.lengths = move(batch.lengths);
-  input.info.segments = move(batch.segments);
-  input.info.positions = move(batch.positions);
+  input.info.segments = positions(batch.segments);
+  input.info.positions = positions(batch.positions);
   return input;
 }
 

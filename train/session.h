@@ -2,6 +2,7 @@
 #include <memory>
 #include <string>
 
+#include "core/comm/process_group.h"
 #include "core/upload.h"
 #include "data/dataset.h"
 #include "data/token_store.h"
@@ -23,22 +24,29 @@ DataSource open_data(const Config& config);
 struct Session {
   Config config;
   Device device;
+  comm::Mesh mesh = comm::single_mesh();
   DataSource data;
   std::unique_ptr<layers::Model> model;
   std::unique_ptr<layers::ParameterStore> parameters;
 
+  /// Whether this rank speaks for the job: prints, writes metrics.
+  bool leads() const { return mesh.world->rank() == 0; }
+  /// Micro-batches of each data rank in a step, and of all together.
+  int64_t gradient_accumulation() const { return config.gradient_accumulation(mesh.data->size()); }
+  int64_t micro_batches() const { return gradient_accumulation() * mesh.data->size(); }
   /// The model as a language model; throws when it is not one.
   layers::LanguageModel& language_model(const char* purpose);
 };
 
 /// Applies runtime settings (threads, device, TF32) and builds the model with its initial values, in the shapes that it
 /// has after `finished_steps` (layers::config_at_step).
-Session make_session(const Config& config, DataSource data, int64_t finished_steps = 0);
+Session make_session(const Config& config, DataSource data, int64_t finished_steps = 0,
+                     comm::Mesh mesh = comm::single_mesh());
 /// Gives the session a new model with initial values, and parameters.
 void build_model(Session& session, const layers::ModelConfig& config);
 
-/// The CPU batch on the session's device, as the model takes it.
-layers::ModelInput to_device(const data::Batch& batch, Device device);
+/// The CPU batch on the session's device, as the model takes it: of this rank's positions.
+layers::ModelInput model_input(const data::Batch& batch, Device device, const comm::ProcessGroup& sequence);
 
 /// Lines about the hardware and the kernels that will serve the run; refuses slow paths with require_fast.
 std::vector<std::string> describe_session(Session& session);

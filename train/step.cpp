@@ -4,8 +4,8 @@
 #include <map>
 #include <set>
 
+#include "core/comm/job.h"
 #include "core/random.h"
-#include "kernels/accumulate.h"
 
 namespace krait::train {
 
@@ -17,13 +17,31 @@ ParameterGroup group_of(const layers::ParameterOptions& parameter, const Optimiz
 
 namespace {
 
-std::vector<kernels::SegmentSpec> segments_of(const layers::ParameterStore& store, const OptimizerConfig& config) {
+std::vector<kernels::SegmentSpec> segments_of(const layers::ParameterStore& store, const ParameterShards& shards,
+                                              const OptimizerConfig& config) {
   std::vector<kernels::SegmentSpec> segments;
-  for (const auto& e : store.entries()) {
-    const ParameterGroup group = group_of(e.options, config);
-    segments.push_back({e.offset, e.length, group.lr_scale, group.weight_decay});
+  const auto& entries = store.entries();
+  for (size_t i = 0; i < entries.size(); ++i) {
+    const ParameterGroup group = group_of(entries[i].options, config);
+    const int64_t end = i + 1 < entries.size() ? entries[i + 1].offset : store.numel();  // with the gap behind it
+    for (const auto& p : shards.cut(entries[i].offset, end))
+      segments.push_back({p.at, p.end - p.begin, group.lr_scale, group.weight_decay});
   }
   return segments;
+}
+
+// Which gradients count in the norm. Strict: one range for each parameter, because sums over longer ones depend on
+// the gaps between parameters, which depend on the number of ranks.
+std::vector<std::pair<int64_t, int64_t>> norm_ranges(const layers::ParameterStore& store, const ParameterShards& shards,
+                                                     bool strict) {
+  if (!strict) return shards.primary_ranges();
+  std::vector<std::pair<int64_t, int64_t>> out;
+  for (const auto& e : store.entries())
+    for (const auto& [begin, end] : shards.primary_ranges()) {
+      const int64_t first = std::max(begin, e.offset), last = std::min(end, e.offset + e.length);
+      if (first < last) out.push_back({first, last});
+    }
+  return out;
 }
 
 OptimizerOptions optimizer_options(const OptimizerConfig& c) {
@@ -57,7 +75,8 @@ TrainStep::TrainStep(Session& session)
   const layers::ParameterStore& store = *session.parameters;
   const DType wide = accum_dtype(store.options().compute);
   target_count_ = zeros({}, DType::f32, session.device);
-  loss_sum_ = zeros({}, wide, session.device);
+  micro_loss_ = zeros({}, wide, session.device);
+  losses_ = zeros({session.gradient_accumulation()}, wide, session.device);
   if (session.config.data.state == "carry")
     carried_ = std::make_unique<CarriedState>(dynamic_cast<layers::DecoderModel&>(*session.model).decoder(),
                                               session.config.train.micro_batch_size,
@@ -65,19 +84,40 @@ TrainStep::TrainStep(Session& session)
   RandomSource& random = current_random();
   random.seed = static_cast<uint64_t>(session.config.seed);
   random.step = zeros({}, DType::i64, session.device);
+  // Rows that carry their state on belong to one rank for good; the micro-batch is spread over the ranks.
+  random.batch_offset = carried_ ? session.mesh.data->rank() * session.config.train.micro_batch_size : 0;
 }
 
 void TrainStep::build_optimizer() {
   layers::ParameterStore& store = *session_.parameters;
-  const OptimizerConfig& config = session_.config.optimizer;
-  optimizer_ = std::make_unique<Optimizer>(optimizer_options(config), store.master(), store.grad(), store.compute(),
-                                           segments_of(store, config));
+  const Config& config = session_.config;
+  const comm::GroupPtr& replicas = session_.mesh.replicas;
+  if (config.parallelism.zero > 0 && session_.model->adapts())
+    config.fail("parallelism.zero", "this model changes its own parameters between steps, which needs all of them on every rank",
+                "zero: 0");
+  shards_ = std::make_unique<ParameterShards>(store, replicas, config.parallelism.zero);
+  if (shards_->zero() == 3) gather_ = std::make_unique<ParameterGather>(store, *shards_, replicas);
+  if (config.runtime.strict)
+    reduction_ = ordered_reduction(store, replicas);
+  else if (shards_->zero() >= 2)
+    reduction_ = bucket_reduction(store, *shards_, replicas);
+  else if (replicas->size() > 1 || shards_->sharded())
+    reduction_ = overlapped_reduction(store, *shards_, replicas);
+  norm_ranges_ = norm_ranges(store, *shards_, config.runtime.strict);
+  optimizer_ = std::make_unique<Optimizer>(optimizer_options(config.optimizer), shards_->master(), shards_->grad(),
+                                           shards_->compute(), segments_of(store, *shards_, config.optimizer));
 }
 
 // What the model wants to change between steps: values, or its shapes, with the optimizer's state kept by name.
 void TrainStep::adapt_model(const data::Batch& batch, int64_t step) {
   if (!session_.model->adapts()) return;
-  const layers::ModelInput samples = to_device(batch, session_.device);
+  layers::ModelInput samples = model_input(batch, session_.device, *session_.mesh.sequence);
+  // All ranks change alike: after the step's first micro-batch.
+  for (Tensor* t : {&samples.tokens, &samples.inputs, &samples.targets, &samples.lengths})
+    if (t->defined() && session_.mesh.data->size() > 1) {
+      *t = t->clone();
+      session_.mesh.data->broadcast(*t, 0).wait();
+    }
   if (session_.model->resize_due(step)) {
     const layers::Resized resized = session_.model->resize(step, samples, *session_.parameters);
     const std::unique_ptr<layers::ParameterStore> old = std::move(session_.parameters);
@@ -86,6 +126,7 @@ void TrainStep::adapt_model(const data::Batch& batch, int64_t step) {
     layers::set_masters(*session_.parameters, resized.parameters);
     build_optimizer();
     micro_graph_.reset();
+    last_graph_.reset();
     update_graph_.reset();
     runs_ = 0;
     session_.model->set_training(true);
@@ -115,7 +156,7 @@ TrainStep::~TrainStep() {
 }
 
 void TrainStep::fill_inputs(const data::Batch& batch) {
-  const layers::ModelInput host = to_device(batch, kCpu);
+  const layers::ModelInput host = model_input(batch, kCpu, *session_.mesh.sequence);
   const auto fill = [&](Tensor& fixed, const Tensor& now) {
     KRAIT_ASSERT(!fixed.defined() || fixed.shape() == now.shape(), "batches of a run must have one shape.");
     if (!now.defined()) return;
@@ -131,53 +172,100 @@ void TrainStep::fill_inputs(const data::Batch& batch) {
   if (carried_) carried_->set_resets(batch.resets);
 }
 
-void TrainStep::micro_step() {
+// The loss is divided by the targets of all ranks, so that gradients are summed and not averaged.
+void TrainStep::count_targets(const std::vector<data::Batch>& batches) {
+  int64_t targets = 0;
+  for (const data::Batch& b : batches) targets += b.n_targets;
+  if (session_.mesh.data->size() == 1) return fill_(target_count_, static_cast<double>(targets));
+  const Tensor count = full({}, static_cast<double>(targets), DType::f64, session_.device);
+  session_.mesh.data->all_reduce(count).wait();
+  copy_(target_count_, count);
+}
+
+void TrainStep::micro_step(bool last) {
   layers::DecoderState state;
   if (carried_) {
     state = carried_->begin();
     input_.state = &state;
   }
+  if (gather_) gather_->begin_micro_batch();
   const layers::ModelLoss out = session_.model->loss(input_, target_count_);
   input_.state = nullptr;
+  if (reduction_) reduction_->begin(last);
   backward(out.loss);
+  if (reduction_) reduction_->end(last);
   if (carried_) carried_->keep(state);
-  kernels::accumulate(loss_sum_, out.loss_sum.view(loss_sum_.shape()));
+  if (gather_) gather_->drop_all();
+  copy_(micro_loss_, out.loss_sum.view({}));
+}
+
+void TrainStep::leave_training() {
+  if (gather_) gather_->drop_all();
+}
+
+void TrainStep::run_micro_batch(bool last) {
+  const MemoryPool::Scope scope(pool_);
+  std::unique_ptr<CapturedGraph>& graph = last && reduction_ ? last_graph_ : micro_graph_;
+  if (use_graphs_ && runs_ == 1 && !graph) {  // the first run has made every lazy table, plan and workspace
+    graph = std::make_unique<CapturedGraph>(session_.device);
+    graph->begin();
+    micro_step(last);
+    graph->end();
+  }
+  if (graph)
+    graph->replay();
+  else
+    micro_step(last);
+}
+
+// Of the gradients of the whole model, fp64: each rank adds those that no other rank adds.
+Tensor TrainStep::sum_squares() const {
+  std::vector<Tensor> parts;
+  int64_t n = 0;
+  for (const auto& [begin, end] : norm_ranges_) {
+    parts.push_back(kernels::sum_squares(shards_->grad().slice(0, begin, end)));
+    n += parts.back().numel();
+  }
+  const comm::Mesh& mesh = session_.mesh;
+  comm::ProcessGroup& owners = shards_->sharded() ? *mesh.world : *mesh.tensor;
+  if (parts.size() == 1 && owners.size() == 1) return parts.front();
+  const Tensor all = empty({n}, DType::f64, session_.device);
+  int64_t at = 0;
+  for (const Tensor& part : parts) {
+    Tensor place = all.slice(0, at, at + part.numel());
+    copy_(place, part);
+    at += part.numel();
+  }
+  if (owners.size() == 1) return all;
+  const Tensor sum = kernels::norm_clip(all, 0).sum_squares().clone();
+  owners.all_reduce(sum).wait();
+  return sum;
 }
 
 void TrainStep::update() {
-  norm_ = kernels::grad_norm(session_.parameters->grad(), session_.config.optimizer.grad_clip,
-                             optimizer_->skipped_steps());
+  norm_ = kernels::norm_clip(sum_squares(), session_.config.optimizer.grad_clip, optimizer_->skipped_steps());
   optimizer_->update(norm_);
+  shards_->gather();
 }
 
 void TrainStep::run(const std::vector<data::Batch>& batches, int64_t step) {
-  int64_t targets = 0;
-  for (const data::Batch& b : batches) targets += b.n_targets;
   session_.model->set_training(true);
   adapt_model(batches.front(), step);
-  fill_(target_count_, static_cast<double>(targets));
-  zero_(loss_sum_);
+  count_targets(batches);
   optimizer_->prepare(learning_rate_at(step), step);
 
-  const bool capture = use_graphs_ && runs_ == 1;  // the first run has made every lazy table, plan and workspace
-  for (size_t i = 0; i < batches.size(); ++i) {
-    fill_inputs(batches[i]);
-    fill_(current_random().step, static_cast<double>(step * static_cast<int64_t>(batches.size()) +
-                                                     static_cast<int64_t>(i)));
-    const MemoryPool::Scope scope(pool_);
-    if (capture && i == 0) {
-      micro_graph_ = std::make_unique<CapturedGraph>(session_.device);
-      micro_graph_->begin();
-      micro_step();
-      micro_graph_->end();
-    }
-    if (micro_graph_)
-      micro_graph_->replay();
-    else
-      micro_step();
+  const auto count = static_cast<int64_t>(batches.size());
+  const comm::ProcessGroup& data = *session_.mesh.data;
+  for (int64_t k = 0; k < count; ++k) {
+    fill_inputs(batches[static_cast<size_t>(k)]);
+    const int64_t micro_batch = step * count + k;
+    fill_(current_random().step, static_cast<double>(carried_ ? micro_batch : micro_batch * data.size() + data.rank()));
+    run_micro_batch(k + 1 == count);
+    Tensor loss = losses_.select(0, k);
+    copy_(loss, micro_loss_);
   }
   const MemoryPool::Scope scope(pool_);
-  if (capture) {
+  if (use_graphs_ && runs_ == 1) {
     update_graph_ = std::make_unique<CapturedGraph>(session_.device);
     update_graph_->begin();
     update();
@@ -187,12 +275,24 @@ void TrainStep::run(const std::vector<data::Batch>& batches, int64_t step) {
     update_graph_->replay();
   else
     update();
+  comm::watch_device(session_.device, fmt::format("step {}", step));
   ++runs_;
 }
 
 StepReport TrainStep::report() const {
+  comm::ProcessGroup& replicas = *session_.mesh.replicas;
+  const int64_t n = losses_.numel();
+  Tensor all = losses_;
+  if (replicas.size() > 1) {
+    all = empty({n * replicas.size()}, losses_.dtype(), losses_.device());
+    replicas.all_gather(losses_, all).wait();
+  }
+  const auto losses = all.to_vector<double>();
+  double sum = 0;
+  for (int64_t k = 0; k < n; ++k)  // in the order of the micro-batches, whatever the number of ranks
+    for (int64_t r = 0; r < replicas.size(); ++r) sum += losses[static_cast<size_t>(r * n + k)];
   const auto values = norm_.values.to_vector<double>();
-  return {loss_sum_.item() / std::max(target_count_.item(), 1.0), values[0], values[2] == 0.0};
+  return {sum / std::max(target_count_.item(), 1.0), values[0], values[2] == 0.0};
 }
 
 }  // namespace krait::train

@@ -5,7 +5,9 @@
 #include "core/allocator.h"
 #include "core/stream.h"
 #include "train/carried_state.h"
+#include "train/gradient_reduction.h"
 #include "train/optimizer.h"
+#include "train/parameter_gather.h"
 #include "train/schedule.h"
 #include "train/session.h"
 
@@ -25,43 +27,56 @@ struct StepReport {
   bool skipped = false;  // the norm was not finite: the parameters did not change
 };
 
-/// One optimizer step: forward and backward of every micro-batch, clip, update. On a GPU the micro-batch and the
-/// update are captured into CUDA graphs after a first plain run of each. Nothing in it waits for the device.
+/// One optimizer step on the job's ranks: forward and backward of every micro-batch, sums over the ranks, clip, update.
+/// Data rank d of D has the micro-batches k D + d of the step's, k = 0, 1, ... On a GPU a micro-batch, one that ends
+/// with a reduction, and the update are captured into CUDA graphs after a first plain run of each. Nothing in it waits
+/// for the device.
 class TrainStep {
  public:
   explicit TrainStep(Session& session);
   ~TrainStep();
 
-  /// `batches`: the micro-batches of the step, `step` counting from 0.
+  /// `batches`: this rank's micro-batches of the step, `step` counting from 0. All ranks together.
   void run(const std::vector<data::Batch>& batches, int64_t step);
-  /// Of the last run. Waits for the device.
+  /// Of the last run. Waits for the device. All ranks together.
   StepReport report() const;
   double learning_rate_at(int64_t step) const { return learning_rate(schedule_, step); }
   Optimizer& optimizer() { return *optimizer_; }
-  bool captured() const { return micro_graph_ != nullptr; }
+  ParameterShards& shards() { return *shards_; }
+  /// The model is used in another way, or was (evaluation).
+  void leave_training();
+  bool captured() const { return update_graph_ != nullptr; }
   /// With data.state: carry, else null.
   CarriedState* carried_state() { return carried_.get(); }
 
  private:
   void build_optimizer();
   void adapt_model(const data::Batch& batch, int64_t step);
+  void count_targets(const std::vector<data::Batch>& batches);
   void fill_inputs(const data::Batch& batch);
-  void micro_step();
+  void micro_step(bool last);
+  void run_micro_batch(bool last);
   void update();
+  Tensor sum_squares() const;
 
   Session& session_;
   ScheduleOptions schedule_;
+  std::unique_ptr<ParameterShards> shards_;
+  std::unique_ptr<ParameterGather> gather_;       // of ZeRO-3, else null
+  std::unique_ptr<GradientReduction> reduction_;  // null where there is nothing to sum
   std::unique_ptr<Optimizer> optimizer_;
+  std::vector<std::pair<int64_t, int64_t>> norm_ranges_;  // of the gradients that the optimizer reads
   Uploader uploader_;
   std::unique_ptr<CarriedState> carried_;
   layers::ModelInput input_;   // fixed addresses, so that a graph can be replayed on new values
-  Tensor target_count_;       // fp32 scalar: counted targets of the step
-  Tensor loss_sum_;            // scalar: over the step so far
+  Tensor target_count_;        // fp32 scalar: counted targets of the step, of all ranks
+  Tensor micro_loss_;          // scalar: sum over the micro-batch's targets
+  Tensor losses_;              // of every micro-batch of this rank
   kernels::GradNorm norm_;
   int64_t runs_ = 0;
   bool use_graphs_;
   MemoryPool pool_;            // of everything inside the graphs
-  std::unique_ptr<CapturedGraph> micro_graph_, update_graph_;
+  std::unique_ptr<CapturedGraph> micro_graph_, last_graph_, update_graph_;  // last_: of the micro-batch that ends a step
 };
 
 }  // namespace krait::train

@@ -2,6 +2,7 @@
 
 #include "core/allocator.h"
 #include "core/parallel.h"
+#include "train/agreement.h"
 #include "train/clock.h"
 #include "train/signals.h"
 
@@ -38,8 +39,9 @@ TrainData open_tokens(const Session& session) {
            fmt::format("{} or less", std::max<int64_t>(train->size() - 1, 1)));
   const data::Documents documents = data::documents_from_name(c.data.documents);
   const auto seed = static_cast<uint64_t>(c.seed);
-  d.train = c.data.state == "carry"
-                ? data::streams(train, {c.data.context, c.train.micro_batch_size, documents, true, seed})
+  const int64_t ranks = session.mesh.data->size();
+  d.train = c.data.state == "carry"  // every rank has rows of its own, all along
+                ? data::streams(train, {c.data.context, c.train.micro_batch_size * ranks, documents, true, seed})
                 : data::random_crops(train, {c.data.context, c.train.micro_batch_size, seed, documents});
   if (session.data.store->has_split(c.eval.split) || c.eval.interval > 0)
     d.eval_tokens = split_of(session, "eval.split", c.eval.split);
@@ -60,39 +62,56 @@ Trainer::Trainer(Session& session, const TrainData& data, const RunDirectory& di
       total_steps_(session.config.total_steps()), data_(data) {
   const Config& c = config_;
   if (resume) {
-    std::vector<std::string> skipped;
-    const auto found = latest_checkpoint(directory.checkpoints(), &skipped);
-    for (const std::string& message : skipped) fmt::print(stderr, "warning: {}\n", message);
-    if (found) {
-      const CheckpointReader reader(found->path);
-      load_run(session, step_.optimizer(), step_.carried_state(), reader);
+    std::string path;  // the rank that leads compares checksums
+    if (session.leads()) {
+      std::vector<std::string> skipped;
+      const auto found = latest_checkpoint(directory.checkpoints(), &skipped);
+      for (const std::string& message : skipped) fmt::print(stderr, "warning: {}\n", message);
+      if (found) path = found->path;
+    }
+    path = from_rank(*session.mesh.world, 0, path);
+    if (!path.empty()) {
+      const CheckpointReader reader(path, false);
+      load_run(session, step_, reader);
       state_ = run_state_from_json(reader.meta(), reader.path());
-      fmt::print("resumed after step {} from {}\n", state_.step, found->path);
-    } else {
+      if (session.leads()) fmt::print("resumed after step {} from {}\n", state_.step, path);
+    } else if (session.leads()) {
       fmt::print("no checkpoint yet: starting from step 0\n");
     }
   }
   first_step_ = state_.step;
 
-  batches_ = std::make_unique<data::Prefetcher>(data.train, first_step_ * c.gradient_accumulation());
+  const int64_t ranks = session.mesh.data->size(), rank = session.mesh.data->rank();
+  batches_ = c.data.state == "carry"
+                 ? std::make_unique<data::Prefetcher>(data.train, first_step_ * session.gradient_accumulation(), rank, ranks)
+                 : std::make_unique<data::Prefetcher>(data.train, first_step_ * session.micro_batches() + rank, 0, 1, 3, ranks);
 
-  metrics_ = std::make_unique<MetricsLog>(directory.metrics_file(), first_step_ > 0 ? first_step_ : -1);
-  if (c.logging.tensorboard)
+  if (session.leads())
+    metrics_ = std::make_unique<MetricsLog>(directory.metrics_file(), first_step_ > 0 ? first_step_ : -1);
+  if (session.leads() && c.logging.tensorboard)
     tensorboard_ = std::make_unique<TensorBoardWriter>(directory.tensorboard(), first_step_ > 0 ? first_step_ : -1);
   checkpoints_ = std::make_unique<CheckpointWriter>(
-      directory.checkpoints(), CheckpointOptions{c.checkpoint.keep_latest, c.checkpoint.keep_best, c.checkpoint.async});
+      directory.checkpoints(), CheckpointOptions{c.checkpoint.keep_latest, c.checkpoint.keep_best, c.checkpoint.async},
+      session.mesh.world);
   flops_per_token_ = session.model->train_flops_per_token(c.data.context);
-  peak_flops_ = peak_flops(session.device, c.runtime.precision, c.runtime.tf32);
+  peak_flops_ = peak_flops(session.device, c.runtime.precision, c.runtime.tf32) * session.mesh.world->size();
 }
 
 void Trainer::train_step() {
-  const int64_t accumulation = config_.gradient_accumulation();
+  const int64_t accumulation = session_.gradient_accumulation();
   std::vector<data::Batch> batches;
   for (int64_t i = 0; i < accumulation; ++i) batches.push_back(*batches_->next());
   step_.run(batches, state_.step);
   ++state_.step;
   state_.tokens += config_.train.tokens_per_step;
   window_tokens_ += config_.train.tokens_per_step;
+}
+
+int Trainer::agreed_stop() {
+  if (session_.mesh.world->size() == 1) return stop_requested();
+  const Tensor flag = full({1}, stop_requested(), DType::i32, kCpu);
+  session_.mesh.world->all_reduce(flag, comm::Reduce::max).wait();
+  return flag.data<int32_t>()[0];
 }
 
 // Reading the loss waits for the device, so that times are of finished work.
@@ -109,6 +128,7 @@ void Trainer::log_step() {
   if (peak_flops_ > 0) m.mfu = m.tokens_per_s * flops_per_token_ / peak_flops_;
   m.mem_bytes = allocator(session_.device).stats().peak_bytes;
   m.time_s = state_.time_s;
+  if (!session_.leads()) return;
   metrics_->write(m);
   progress_->step(m);
   if (report.skipped)
@@ -124,6 +144,7 @@ void Trainer::log_step() {
 bool Trainer::evaluate_now() {
   if (!data_.has_eval()) return false;
   const EvalResult r = data_.evaluate(session_);
+  step_.leave_training();
   EvalMetrics m;
   m.step = state_.step;
   m.tokens = state_.tokens;
@@ -134,8 +155,10 @@ bool Trainer::evaluate_now() {
   if (r.bytes > 0) m.bpb = r.bpb;
   m.time_s = state_.time_s;
   last_eval_ = m;
-  metrics_->write(m);
-  progress_->evaluation(m);
+  if (session_.leads()) {
+    metrics_->write(m);
+    progress_->evaluation(m);
+  }
   if (tensorboard_) {
     std::vector<std::pair<std::string, double>> scalars{{"eval/" + m.split + "_nll", m.nll}};
     if (m.accuracy) scalars.emplace_back("eval/" + m.split + "_accuracy", *m.accuracy);
@@ -149,12 +172,12 @@ bool Trainer::evaluate_now() {
 }
 
 void Trainer::save(bool is_best) {
-  checkpoints_->save(state_.step, checkpoint_tensors(session_, step_.optimizer(), step_.carried_state()), to_json(state_), is_best);
+  checkpoints_->save(state_.step, checkpoint_tensors(session_, step_), to_json(state_), is_best);
 }
 
 Summary Trainer::run() {
   const StopSignals signals;
-  progress_ = std::make_unique<Progress>(total_steps_, first_step_);
+  if (session_.leads()) progress_ = std::make_unique<Progress>(total_steps_, first_step_, stdout, session_.mesh.world->size() == 1);
   const auto due = [&](int64_t interval) { return interval > 0 && state_.step % interval == 0; };
   bool stopped = false;
   allocator(session_.device).reset_peak();
@@ -162,7 +185,7 @@ Summary Trainer::run() {
     const auto start = Clock::now();
     train_step();
     const bool last = state_.step == total_steps_;
-    stopped = stop_requested() != 0;
+    stopped = agreed_stop() != 0;
     const bool log = due(config_.logging.interval) || last || stopped || state_.step == first_step_ + 1;
     const bool eval = due(config_.eval.interval) || last;
     const bool checkpoint = due(config_.checkpoint.interval) || last || stopped;
@@ -181,7 +204,7 @@ Summary Trainer::run() {
     if (checkpoint || (best && config_.checkpoint.keep_best)) save(best);
   }
   checkpoints_->finish();
-  progress_->finish();
+  if (progress_) progress_->finish();
   return summary(stopped && state_.step < total_steps_);
 }
 

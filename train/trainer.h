@@ -20,7 +20,8 @@ struct TrainData {
 };
 TrainData open_train_data(const Session& session);
 
-/// A training run from its first step, or the checkpoint it resumes from, to its last.
+/// A training run from its first step, or the checkpoint it resumes from, to its last. All ranks of the job together;
+/// the one that leads prints and keeps the logs.
 class Trainer {
  public:
   Trainer(Session& session, const TrainData& data, const RunDirectory& directory, bool resume);
@@ -32,6 +33,8 @@ class Trainer {
  private:
   void train_step();
   void log_step();
+  /// The signal that asked some rank to stop, the same on all ranks; 0: none.
+  int agreed_stop();
   bool evaluate_now();  // whether it is the best so far
   void save(bool is_best);
   Summary summary(bool interrupted) const;

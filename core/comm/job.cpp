@@ -90,6 +90,7 @@ void abort_job(const std::string& message, int status) {
 int job_rank() { return job_state().rank; }
 int job_size() { return job_state().size; }
 int local_rank() { return job_state().local_rank; }
+int local_size() { return job_state().local_size; }
 
 Device local_cuda_device() {
   const JobState& job = job_state();

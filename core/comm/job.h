@@ -22,6 +22,7 @@ int job_rank();
 int job_size();
 /// Among the processes on this host.
 int local_rank();
+int local_size();
 /// The GPU for this process: the local rank's, or the only visible one (Slurm shows each task its own).
 /// Error when this host has fewer GPUs than processes.
 Device local_cuda_device();

@@ -157,7 +157,7 @@ TEST_CASE("config: wrong types and impossible values") {
   CHECK(error_with({"optimizer.betas=[0.9, 1]"}) ==
         "override 'optimizer.betas=[0.9, 1]': optimizer.betas[1]: found 1, expected a number in [0, 1)");
   CHECK(error_with({"runtime.deterministic=yes"}) ==
-        "override 'runtime.deterministic=yes': runtime.deterministic: found string 'yes', expected true or false");
+        "override 'runtime.deterministic=yes': runtime.deterministic: found string 'yes', expected true, false or strict");
   CHECK(error_with({"runtime.precision=fp23"}) ==
         "override 'runtime.precision=fp23': runtime.precision: found 'fp23', expected one of fp32, bf16, fp64\n"
         "       try fp32");
@@ -198,7 +198,7 @@ TEST_CASE("config: combinations that cannot be name both values and a way out") 
         "exp.yaml:6:27: model.attention.rotary_dim: found 33, expected an even number up to the head width 32 "
         "(d_model 128 / n_heads 4)");
   CHECK(error_replacing("steps: 100", "steps: 100, tokens_per_step: 1000") ==
-        "exp.yaml:7:21: train.tokens_per_step: 1000 is not a multiple of 768 (micro_batch_size 12 x context 64 x 1 rank)\n"
+        "exp.yaml:7:21: train.tokens_per_step: 1000 is not a multiple of 768 (micro_batch_size 12 x context 64)\n"
         "       try 768 or 1536");
   CHECK(error_replacing("steps: 100", "steps: 100, tokens: 1000") ==
         "exp.yaml:7:21: train.tokens: 1000 tokens and 100 steps (train.steps) both set the length\n"
@@ -209,9 +209,9 @@ TEST_CASE("config: combinations that cannot be name both values and a way out") 
   CHECK(error_with({"eval.stride=65"}) ==
         "override 'eval.stride=65': eval.stride: 65 is longer than eval.context 64: tokens between windows would not be "
         "counted\n       try 64 (no overlap) or 32 (half)");
-  CHECK(error_with({"parallelism.tensor=2"}) ==
-        "override 'parallelism.tensor=2': parallelism.tensor: found 2, but this build trains on one rank\n"
-        "       try tensor: 1");
+  CHECK(error_with({"parallelism.data=0"}) ==
+        "override 'parallelism.data=0': parallelism.data: found 0, expected -1 or a number of ranks\n"
+        "       try data: -1");
   CHECK(error_with({"model.position=learned", "model.max_positions=32"}) ==
         "exp.yaml:2:20: data.context: 64 is more than the 32 learned positions (model.max_positions)\n"
         "       try model.max_positions=64");

@@ -130,7 +130,7 @@ TEST_CASE("bad input: one clear error, a non-zero exit, nothing written") {
       {"eval.split=holdout", "found holdout, but"},
       {"data.state=carry", "layer attention has no state of constant size to carry"},
       {"model.type=classifier model.n_classes=3", "data.type tokens needs a language_model"},
-      {"parallelism.tensor=2", "this build trains on one rank"},
+      {"parallelism.tensor=2", "tensor 2 x sequence 1 = 2 ranks do not divide the job's: this process runs alone"},
       {"model.vocab_size=3", "3 is less than the"}};
   for (const Case& c : cases) {
     INFO(c.overrides);

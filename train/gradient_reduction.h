@@ -1,0 +1,33 @@
+#pragma once
+#include <memory>
+
+#include "train/parameter_shards.h"
+
+namespace krait::train {
+
+/// Sums gradients over the ranks that hold the same parameters, and leaves the sum where the optimizer reads it.
+class GradientReduction {
+ public:
+  virtual ~GradientReduction() = default;
+  /// Around the backward pass of a micro-batch. `last`: of the step.
+  virtual void begin(bool last) = 0;
+  virtual void end(bool last) = 0;
+};
+
+/// Bucket by bucket, each as soon as the backward pass has finished with its parameters, while it goes on with the
+/// others; always from the last bucket to the first, so that all ranks start them in one order.
+std::unique_ptr<GradientReduction> overlapped_reduction(layers::ParameterStore& store, ParameterShards& shards,
+                                                        comm::GroupPtr replicas);
+
+/// ZeRO-2: the same after every micro-batch into the ranks' pieces. There is no buffer of all gradients: a bucket's is
+/// made with its first contribution and let go when its sum is on its way.
+std::unique_ptr<GradientReduction> bucket_reduction(layers::ParameterStore& store, ParameterShards& shards,
+                                                    comm::GroupPtr replicas);
+
+/// runtime.deterministic: strict. The gradients of the micro-batches are added one by one in their global order,
+/// m = k D + d, so that the sum does not depend, bit for bit, on the number of ranks D. Costs, against the sum above: one
+/// exchange of all gradients after every micro-batch, not overlapped with the backward pass, instead of one a step, and
+/// memory for 1/D of the gradients and one more bucket.
+std::unique_ptr<GradientReduction> ordered_reduction(layers::ParameterStore& store, comm::GroupPtr replicas);
+
+}  // namespace krait::train

@@ -1,0 +1,77 @@
+#include "train/parallelism.h"
+
+namespace krait::train {
+
+namespace {
+
+MeshShape mesh_shape(const Config& config, const Launch& launch) {
+  const ParallelismConfig& p = config.parallelism;
+  const int64_t world = launch.world_size, model = p.tensor * p.sequence;
+  const std::string started =
+      launch.launcher.empty() ? std::string("this process runs alone") : fmt::format("{} started {}", launch.launcher, world);
+  const auto command = [](int64_t n) { return fmt::format("mpirun -n {} krait train ...", n); };
+  if (world % model != 0)
+    config.fail(p.tensor > 1 ? "parallelism.tensor" : "parallelism.sequence",
+                fmt::format("tensor {} x sequence {} = {} ranks do not divide the job's: {}", p.tensor, p.sequence, model, started),
+                fmt::format("{}, or smaller sizes", command((world / model + 1) * model)));
+  if (p.data > 0 && p.data * model != world)
+    config.fail("parallelism.data",
+                fmt::format("data {} x sequence {} x tensor {} = {} ranks, but {}", p.data, p.sequence, p.tensor, p.data * model, started),
+                fmt::format("data: -1, or {}", command(p.data * model)));
+  return {world / model, p.sequence, p.tensor};
+}
+
+void fit_step(Config& c, int64_t data_ranks) {
+  const int64_t micro = c.train.micro_batch_size * c.data.context, wanted = c.train.tokens_per_step;
+  if (c.train.default_tokens_per_step) {
+    c.train.tokens_per_step = micro * data_ranks;
+    OptionReader(*c.tree.find("train")).resolve("tokens_per_step", c.train.tokens_per_step);
+    return;
+  }
+  const int64_t unit = micro * data_ranks;
+  if (wanted % unit == 0) return;
+  const int64_t below = wanted / unit * unit;
+  std::string advice = below > 0 ? fmt::format("{} or {}", below, below + unit) : fmt::format("{}", unit);
+  const int64_t rows = wanted / (c.data.context * data_ranks);  // the largest micro-batch that would do
+  for (int64_t b = std::min(rows, c.train.micro_batch_size); b >= 1; --b)
+    if (wanted % (b * c.data.context * data_ranks) == 0) {
+      advice += fmt::format(", or train.micro_batch_size={}", b);
+      break;
+    }
+  c.fail("train.tokens_per_step",
+         fmt::format("{} is not a multiple of {} (micro_batch_size {} x context {} x {} data ranks)", wanted, unit,
+                     c.train.micro_batch_size, c.data.context, data_ranks),
+         advice);
+}
+
+}  // namespace
+
+MeshShape fit_to_ranks(Config& config, const Launch& launch) {
+  const MeshShape shape = mesh_shape(config, launch);
+  fit_step(config, shape.data);
+  if (config.data.context % shape.sequence != 0)
+    config.fail("data.context",
+                fmt::format("{} tokens cannot be cut into {} equal pieces (parallelism.sequence)", config.data.context, shape.sequence),
+                fmt::format("{}", (config.data.context / shape.sequence + 1) * shape.sequence));
+  if (config.eval.context % shape.sequence != 0)
+    config.fail("eval.context",
+                fmt::format("{} tokens cannot be cut into {} equal pieces (parallelism.sequence)", config.eval.context, shape.sequence),
+                fmt::format("{}", (config.eval.context / shape.sequence + 1) * shape.sequence));
+  if (shape.sequence * shape.tensor > 1 && config.data.state == "carry")
+    config.fail("data.state", "found carry, which goes with data ranks alone, not with parallelism.tensor or sequence",
+                "state: reset");
+  if (config.runtime.strict && config.parallelism.zero > 0)
+    config.fail("parallelism.zero", fmt::format("zero {} cannot be used with runtime.deterministic: strict", config.parallelism.zero),
+                "zero: 0");
+  if (config.parallelism.zero == 3 && config.train.recompute != "block")
+    config.fail("parallelism.zero", "zero 3 keeps the parameters of one block at a time, which needs blocks that are computed again",
+                "train.recompute: block, or zero: 2");
+  return shape;
+}
+
+std::string describe(const MeshShape& s, const Launch& launch) {
+  return fmt::format("{}: {} ranks = data {} x sequence {} x tensor {}", launch.launcher, launch.world_size, s.data,
+                     s.sequence, s.tensor);
+}
+
+}  // namespace krait::train

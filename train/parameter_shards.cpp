@@ -1,0 +1,79 @@
+#include "train/parameter_shards.h"
+
+#include <algorithm>
+
+namespace krait::train {
+
+ParameterShards::ParameterShards(layers::ParameterStore& store, comm::GroupPtr replicas, int64_t zero)
+    : store_(store), replicas_(std::move(replicas)), zero_(zero), master_(store.master()), grad_(store.grad()),
+      compute_(store.compute()) {
+  for (const auto& part : store.parts(store.master()))
+    parts_.push_back({part.name, part.value.offset(), part.value.shape(), part.whole, part.shard});
+  const int64_t ranks = replicas_->size(), rank = replicas_->rank();
+  if (zero_ == 0) {
+    pieces_.push_back({0, store.numel(), 0});
+    numel_ = store.numel();
+  } else {
+    for (const auto& bucket : store.buckets()) {
+      const int64_t length = (bucket.end - bucket.begin) / ranks;
+      KRAIT_ASSERT(length * ranks == bucket.end - bucket.begin, "a bucket of {} elements for {} ranks", bucket.end - bucket.begin, ranks);
+      const int64_t begin = bucket.begin + rank * length;
+      pieces_.push_back({begin, begin + length, numel_});
+      numel_ += length;
+    }
+  }
+  for (const auto& [begin, end] : store.primary_ranges())
+    for (const Piece& p : cut(begin, end)) primary_.push_back({p.at, p.at + p.end - p.begin});
+  if (zero_ == 0) return;
+
+  const auto own = [&](const Tensor& flat) {
+    if (!flat.defined()) return Tensor();
+    Tensor out = empty({numel_}, flat.dtype(), flat.device());
+    for (const Piece& p : pieces_) {
+      Tensor to = out.slice(0, p.at, p.at + p.end - p.begin);
+      copy_(to, flat.slice(0, p.begin, p.end));
+    }
+    return out;
+  };
+  master_ = own(store.master());
+  compute_ = own(store.compute());
+  grad_ = zeros({numel_}, store.grad().dtype(), store.grad().device());
+  if (zero_ == 3)
+    store.release_values();
+  else if (compute_.defined())
+    store.release_masters();
+}
+
+std::vector<ParameterShards::Piece> ParameterShards::cut(int64_t begin, int64_t end) const {
+  std::vector<Piece> out;
+  for (const Piece& p : pieces_) {
+    const int64_t first = std::max(begin, p.begin), last = std::min(end, p.end);
+    if (first < last) out.push_back({first, last, p.at + first - p.begin});
+  }
+  return out;
+}
+
+Tensor ParameterShards::piece_of(const Tensor& own, size_t bucket) const {
+  const Piece& p = pieces_[bucket];
+  return own.slice(0, p.at, p.at + p.end - p.begin);
+}
+
+void ParameterShards::gather() {
+  if (zero_ == 0 || zero_ == 3) return;
+  std::vector<comm::Work> works;
+  for (size_t i = 0; i < store_.buckets().size(); ++i) {
+    const auto& bucket = store_.buckets()[i];
+    const Tensor& values = bucket.fp32 ? store_.master() : store_.compute();
+    works.push_back(replicas_->all_gather(piece_of(bucket.fp32 ? master_ : compute_, i),
+                                          values.slice(0, bucket.begin, bucket.end)));
+  }
+  for (comm::Work& w : works) w.wait();
+}
+
+void ParameterShards::refresh() {
+  if (zero_ == 0) return store_.refresh_compute();
+  if (compute_.defined()) copy_(compute_, master_);
+  gather();
+}
+
+}  // namespace krait::train
