@@ -46,16 +46,6 @@ kernels::SsdInput scan_input(const Mamba2InnerArguments& in, const Tensor& xbc) 
           in.options.segments, in.options.chunk};
 }
 
-// Gradient of the convolution, into its part of dzxbcdt.
-kernels::CausalConv1dGrad convolve_backward(const Mamba2InnerArguments& in, Tensor dxbc, const Tensor& dfinal,
-                                            Tensor into) {
-  auto grad = kernels::causal_conv1d_backward(dxbc, dfinal, Sizes(in).xbc(in.zxbcdt.data()), in.conv_weight.data(),
-                                              in.conv_bias.data(), in.conv_state.data(), true, in.options.segments,
-                                              buffer_of(in.conv_weight), buffer_of(in.conv_bias));
-  copy_(into, grad.dx);
-  return grad;
-}
-
 Grads differentiate(const Mamba2InnerArguments& in, const Tensor& y, const Tensor& rstd, const Tensor& dout,
                     const Tensor& dconv_state, const Tensor& dssm_state) {
   const Sizes sizes(in);
@@ -63,18 +53,22 @@ Grads differentiate(const Mamba2InnerArguments& in, const Tensor& y, const Tenso
   // Tensors go as soon as they have served: the peak of a training step is here.
   Tensor dzxbcdt = empty_like(zxbcdt), dy, dnorm, dweight, dbias;
   if (dout.defined()) {
-    Tensor up = kernels::linear_backward(dout, y, in.out_weight.data(), {}, Epilogue::none, {true, false, false}).dx;
+    const bool project = in.out_weight.defined();
+    Tensor up = !project ? dout
+                         : kernels::linear_backward(dout, y, in.out_weight.data(), {}, Epilogue::none, {true, false, false}).dx;
     auto norm = kernels::gated_rms_norm_backward(up, y, sizes.z(zxbcdt), in.norm_weight.data(), rstd, in.norm_first,
-                                                 buffer_of(in.norm_weight), sizes.z(dzxbcdt), true);
+                                                 buffer_of(in.norm_weight), sizes.z(dzxbcdt), project);
     up = {};
     dy = norm.dx;
     dnorm = norm.dw;
-    const Tensor weight_sum = buffer_of(in.out_weight), bias_sum = buffer_of(in.out_bias);
-    auto out = kernels::linear_backward(dout, norm.y, in.out_weight.data(), {}, Epilogue::none,
-                                        {false, in.out_weight.requires_grad(), in.out_bias.requires_grad()}, weight_sum,
-                                        bias_sum);
-    if (!weight_sum.defined()) dweight = out.dw;
-    if (!bias_sum.defined()) dbias = out.db;
+    if (project) {
+      const Tensor weight_sum = buffer_of(in.out_weight), bias_sum = buffer_of(in.out_bias);
+      auto out = kernels::linear_backward(dout, norm.y, in.out_weight.data(), {}, Epilogue::none,
+                                          {false, in.out_weight.requires_grad(), in.out_bias.requires_grad()}, weight_sum,
+                                          bias_sum);
+      if (!weight_sum.defined()) dweight = out.dw;
+      if (!bias_sum.defined()) dbias = out.db;
+    }
   } else {
     Tensor dz = sizes.z(dzxbcdt);
     zero_(dz);
@@ -94,7 +88,9 @@ Grads differentiate(const Mamba2InnerArguments& in, const Tensor& y, const Tenso
   scan.dx = scan.dB = scan.dC = {};
   const auto time = kernels::ssd_time_step_backward(scan.ddt, scan.da, sizes.dt(zxbcdt), in.dt_bias.data(),
                                                     in.A_log.data(), in.dt_low, in.dt_high, sizes.dt(dzxbcdt));
-  const auto conv = convolve_backward(in, dxbc, dconv_state, sizes.xbc(dzxbcdt));
+  const auto conv = kernels::causal_conv1d_backward(
+      dxbc, dconv_state, sizes.xbc(zxbcdt), in.conv_weight.data(), in.conv_bias.data(), in.conv_state.data(), true,
+      in.options.segments, buffer_of(in.conv_weight), buffer_of(in.conv_bias), sizes.xbc(dzxbcdt));
   return {dzxbcdt, conv.dweight, conv.dbias, time.dbias.to(in.dt_bias.dtype()), time.dA_log.to(in.A_log.dtype()), scan.dD,
           dnorm, dweight, dbias, conv.dinitial, scan.dinitial_state};
 }
@@ -110,8 +106,9 @@ Mamba2InnerOut mamba2_inner(const Mamba2InnerArguments& in) {
   const Tensor y = states.view({zxbcdt.size(0), zxbcdt.size(1), sizes.e});
   const auto norm = kernels::gated_rms_norm_forward(y, sizes.z(zxbcdt), in.norm_weight.data(), in.norm_eps,
                                                     in.sizes.groups, in.norm_first);
-  const Tensor out =
-      kernels::linear_forward(norm.y, in.out_weight.data(), in.out_bias.data(), Epilogue::none, false).y;
+  Tensor out = norm.y;
+  if (in.out_weight.defined())
+    out = kernels::linear_forward(out, in.out_weight.data(), in.out_bias.data(), Epilogue::none, false).y;
   const Vars results =
       record("mamba2_inner",
              {in.zxbcdt, in.conv_weight, in.conv_bias, in.dt_bias, in.A_log, in.D, in.norm_weight, in.out_weight,

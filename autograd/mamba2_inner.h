@@ -10,7 +10,7 @@ inline namespace autograd {
 /// The same as causal_conv1d, ssd_time_step, ssd_packed, gated_rms_norm and linear one after the other, but backward
 /// computes the convolution, the time steps and the normalised y again and writes the gradients of the five parts where
 /// they belong: per token it keeps zxbcdt, y and the norm's root, not 3e + 2gn values more.
-/// conv_bias, D, out_bias, the states and segments may be undefined.
+/// conv_bias, D, out_bias, the states and segments may be undefined. Without out_weight the normalised y comes out.
 struct Mamba2InnerArguments {
   Variable zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, out_weight, out_bias;
   Variable conv_state = {}, ssm_state = {};

@@ -68,10 +68,12 @@ CausalConv1dOut causal_conv1d_forward(const Tensor& x, const Tensor& weight, con
 
 CausalConv1dGrad causal_conv1d_backward(const Tensor& dy, const Tensor& dfinal, const Tensor& x, const Tensor& weight,
                                         const Tensor& bias, const Tensor& initial, bool silu, const Tensor& segments,
-                                        const Tensor& dweight_into, const Tensor& dbias_into) {
+                                        const Tensor& dweight_into, const Tensor& dbias_into, const Tensor& dx_into) {
   const CausalConv1dInputs in = check_inputs(x, weight, bias, initial, silu, segments);
   CausalConv1dGrad out;
-  out.dx = empty_like(x);
+  out.dx = dx_into.defined() ? dx_into : empty(x.shape(), x.dtype(), x.device());
+  KRAIT_CHECK(out.dx.shape() == x.shape() && out.dx.dtype() == x.dtype() && (out.dx.stride(2) == 1 || out.dx.size(2) == 1),
+              "causal_conv1d: dx is {}, expected rows like those of x {}", describe(out.dx), describe(x));
   if (initial.defined()) out.dinitial = empty_like(initial);
   WeightGrad dweight(weight, x.dtype(), dweight_into), dbias(bias, x.dtype(), dbias_into);
   if (out.dx.numel() == 0) {

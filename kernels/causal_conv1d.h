@@ -24,11 +24,12 @@ CausalConv1dOut causal_conv1d_forward(const Tensor& x, const Tensor& weight, con
                                       bool silu, const Tensor& segments = {});
 
 /// dy or dfinal may be undefined (0). dweight and dbias are summed in a fixed order, and added to the *_into gradient
-/// buffers where those are given (then returned undefined). dinitial is undefined without `initial`.
+/// buffers where those are given (then returned undefined). dinitial is undefined without `initial`. dx is written to
+/// dx_into (like x; its rows may be apart) where that is given.
 CausalConv1dGrad causal_conv1d_backward(const Tensor& dy, const Tensor& dfinal, const Tensor& x, const Tensor& weight,
                                         const Tensor& bias, const Tensor& initial, bool silu,
                                         const Tensor& segments = {}, const Tensor& dweight_into = {},
-                                        const Tensor& dbias_into = {});
+                                        const Tensor& dbias_into = {}, const Tensor& dx_into = {});
 
 /// One position: x (b, c) to y (b, c); state (b, k-1, c) advances in place.
 Tensor causal_conv1d_step(Tensor& state, const Tensor& x, const Tensor& weight, const Tensor& bias, bool silu);
@@ -40,7 +41,7 @@ struct CausalConv1dInputs {
   bool silu = false;
 };
 
-// The backends. dweight (c, k) and dbias (c, undefined without a bias) = or += the sums; dfinal and dinitial may be
+// The backends. The rows of dx may be apart. dweight (c, k) and dbias (c, undefined without a bias) = or += the sums; dfinal and dinitial may be
 // undefined. Where l < k - 1 the final state holds part of `initial`.
 KRAIT_BACKENDS(void causal_conv1d_forward(Tensor& y, Tensor& final_state, const CausalConv1dInputs& in);
                void causal_conv1d_backward(Tensor& dx, Tensor& dinitial, Tensor& dweight, bool add_dweight,

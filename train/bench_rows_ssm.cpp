@@ -1,10 +1,8 @@
 // Rows of state-space models: selective scan, Mamba-2's mixer and its scan.
 #include <limits>
 
-#include "autograd/causal_conv1d.h"
-#include "autograd/gated_rms_norm.h"
+#include "autograd/mamba2_inner.h"
 #include "autograd/selective_scan.h"
-#include "autograd/shape.h"
 #include "autograd/ssd.h"
 #include "train/bench_kernels.h"
 
@@ -56,11 +54,10 @@ Run ssd_mixer_run(Inputs& make, const Sizes& s, bool backward) {
           make.parameter(make.wide_uniform({h}, 0, 2.7)), make.parameter(make.wide_normal({h})),
           make.parameter(make.wide_normal({e}, 0.1, 1))};
   return differentiable(in, [=](const Vars& v) -> Vars {
-    const Vars parts = split(v[0], {e, c, h}, 2);  // z, xBC, dt
-    const ConvOut mixed = causal_conv1d(parts[1], v[1], v[2], {}, true);
-    const SsdTimeStep time = ssd_time_step(parts[2], v[3], v[4], 0, std::numeric_limits<double>::infinity());
-    const SsdOut scan = ssd_packed(mixed.y, time.dt, time.a, v[5], {}, {h, 1, n}, {256, {}});
-    return {gated_rms_norm(scan.y, parts[0], v[6], 1e-5)};
+    Mamba2InnerArguments a{v[0], v[1], v[2], v[3], v[4], v[5], v[6], {}, {}};
+    a.sizes = {h, 1, n};
+    a.dt_high = std::numeric_limits<double>::infinity();
+    return {mamba2_inner(a).y};
   }, backward);
 }
 

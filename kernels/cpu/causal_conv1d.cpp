@@ -218,7 +218,7 @@ void causal_conv1d_backward(Tensor& dx_out, Tensor& dinitial_out, Tensor& dweigh
             const int64_t kept = i - (l - k + 1);  // its place in the final state
             if (dfinal != nullptr && kept >= 0 && s.together(i, l - 1)) add_row(d, dfinal + kept * c, n);
             if (i >= 0)
-              put_row(dx_out.data<T>() + (row * l + i) * c + at, d, n);
+              put_row(dx_out.data<T>() + row * dx_out.stride(0) + i * dx_out.stride(1) + at, d, n);
             else
               put_row(dinitial_out.data<T>() + (row * (k - 1) + i + k - 1) * c + at, d, n);
           }

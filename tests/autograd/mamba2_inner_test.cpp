@@ -43,7 +43,7 @@ Vars one_by_one(const Mamba2InnerArguments& a) {
   const SsdTimeStep time = ssd_time_step(parts[2], a.dt_bias, a.A_log, a.dt_low, a.dt_high);
   const SsdOut scan = ssd_packed(conv.y, time.dt, time.a, a.D, a.ssm_state, a.sizes, a.options);
   const Variable y = gated_rms_norm(scan.y, parts[0], a.norm_weight, a.norm_eps, kGroups, a.norm_first);
-  return {linear(y, a.out_weight, a.out_bias), conv.final_state, scan.final_state};
+  return {a.out_weight.defined() ? linear(y, a.out_weight, a.out_bias) : y, conv.final_state, scan.final_state};
 }
 
 OpCase case_of(bool segments, bool norm_first) {
@@ -85,6 +85,20 @@ TEST_CASE("mamba2_inner: gradients equal those of its parts") {
       CHECK(relative_error(grads[1][i], grads[0][i]) < 1e-12);
     }
   }
+}
+TEST_CASE("mamba2_inner without a projection gives the normalised y") {
+  const OpCase c = case_of(false, false);
+  std::vector<Tensor> grads[2];
+  for (const bool whole : {false, true}) {
+    Vars in;
+    for (size_t i = 0; i < c.shapes[0].size(); ++i) in.emplace_back(random_tensor(c.shapes[0][i], Normal{}, 20 + i), true);
+    Mamba2InnerArguments a = arguments(in, false, false);
+    a.out_weight = a.out_bias = {};
+    const Vars out = whole ? all_of(a) : one_by_one(a);
+    backward(out[0], random_tensor(out[0].shape(), Normal{}, 50));
+    for (size_t i = 0; i < 7; ++i) grads[whole].push_back(in[i].grad());
+  }
+  for (size_t i = 0; i < grads[0].size(); ++i) CHECK(relative_error(grads[1][i], grads[0][i]) < 1e-12);
 }
 TEST_CASE("mamba2_inner: gradients of the states alone") {
   const OpCase c = case_of(false, false);
