@@ -14,12 +14,6 @@
 #include "tests/parallel/world.h"
 #include "train/launcher.h"
 
-// MPI keeps what it allocated; for HDF5 see tests/testing/main.cpp.
-extern "C" const char* __lsan_default_suppressions();
-extern "C" const char* __lsan_default_suppressions() {
-  return "leak:libhdf5\nleak:libmpi\nleak:libopen-\nleak:mca_\nleak:libpmix\nleak:libevent\nleak:libhwloc\nleak:MPI_";
-}
-
 namespace krait::testing {
 namespace {
 comm::GroupPtr the_world;
