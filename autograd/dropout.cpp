@@ -10,7 +10,9 @@ kernels::DropoutMask mask_for(const Variable& x, double p, std::string_view stre
   const RandomSource& source = current_random();
   kernels::DropoutMask mask{p, random_key(source.seed, stream), source.step};
   const int64_t per_sequence = x.ndim() == 0 || x.size(0) == 0 ? 1 : x.data().numel() / x.size(0);
-  if (part.length == 0 && part.channels == 0) {
+  const bool whole = (part.length == 0 || (x.ndim() > 1 && part.length == x.size(1))) &&
+                     (part.channels == 0 || (x.ndim() > 2 && part.channels == x.size(2)));
+  if (whole) {
     mask.offset = source.batch_offset * per_sequence;
     return mask;
   }

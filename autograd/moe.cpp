@@ -4,13 +4,24 @@
 #include "autograd/reduce.h"
 #include "autograd/shape.h"
 #include "autograd/softmax.h"
+#include "core/comm/collectives.h"
 #include "kernels/elementwise.h"
 #include "kernels/reduce.h"
 
 namespace krait::autograd {
 
 MoeRoute moe_route(const Variable& logits, const MoeOptions& options, const MoePenalties& penalties) {
+  return moe_route(logits, options, penalties, *comm::single_group("batch"));
+}
+
+MoeRoute moe_route(const Variable& logits, const MoeOptions& options, const MoePenalties& of_batch,
+                   comm::ProcessGroup& group) {
   const MoeRouting routing = kernels::moe_route(logits.data(), options);
+  MoePenalties penalties = of_batch;
+  if (penalties.balance != 0 || penalties.router_z != 0) {
+    penalties.counts = comm::all_reduce(routing.counts, group);
+    penalties.tokens = group.size() * logits.size(0);
+  }
   const Variable weight = record("moe_route", {logits}, routing.weight,
                                  [logits = logits.data(), routing, options, penalties](const Tensor& dweight) -> Grads {
                                    return {kernels::moe_route_backward(dweight, logits, routing, options, penalties)};

@@ -1,5 +1,6 @@
 #pragma once
 #include "autograd/variable.h"
+#include "core/comm/process_group.h"
 #include "kernels/moe.h"
 
 namespace krait {
@@ -14,6 +15,9 @@ using kernels::MoeRouting;
 /// sum (so that a block computed again in backward needs no second output).
 struct MoeRoute { Variable weight; MoeRouting routing; };
 MoeRoute moe_route(const Variable& logits, const MoeOptions& options, const MoePenalties& penalties = {});
+/// The same where each member of a group routes its part, of the same size, of one batch.
+MoeRoute moe_route(const Variable& logits, const MoeOptions& options, const MoePenalties& penalties,
+                   comm::ProcessGroup& group);
 
 /// Values of the auxiliary losses (scalars, differentiable through the logits).
 struct MoeLosses { Variable balance, router_z; };

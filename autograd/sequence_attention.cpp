@@ -11,13 +11,16 @@
 
 namespace krait::autograd {
 
-SequenceAttention choose_sequence_attention(const std::string& wanted, int64_t hq, int64_t hkv, int64_t l,
+const char* name_of(SequenceAttention way) {
+  return way == SequenceAttention::ring ? "ring, balanced" : way == SequenceAttention::halo ? "halo" : "all-to-all by heads";
+}
+
+SequenceAttention choose_sequence_attention(const std::string& wanted, int64_t hq, int64_t l,
                                             const AttentionOptions& options, const comm::ProcessGroup& group) {
   const int64_t S = group.size(), w = options.window;
   const bool dropout = options.dropout.p > 0;
   const bool halo = w > 0 && 2 * (w - 1) < S * l && (!dropout || l % 4 == 0);
   const bool ring = !dropout || l % 8 == 0, heads = hq % S == 0;
-  (void)hkv;
   if (wanted == "all_to_all") {
     KRAIT_CHECK(heads, "attention.sequence_parallel: all_to_all: {} heads do not spread over {} ranks; use ring, or "
                 "another parallelism.sequence", hq, S);

@@ -13,11 +13,12 @@ using kernels::AttentionOptions;
 ///   all_to_all  each member takes hq / S heads over the whole sequence (Jacobs et al. 2023, "DeepSpeed Ulysses")
 ///   halo        the window - 1 keys and values in front of the own piece are fetched
 enum class SequenceAttention : uint8_t { ring, all_to_all, halo };
+const char* name_of(SequenceAttention way);
 
 /// The way for these sizes, by what is sent: a halo where the window is below half the sequence, else all-to-all where
 /// S divides the heads, else the ring. Dropout has masks at multiples of 8 (ring) or 4 (halo) positions per member.
 /// `wanted`: auto | ring (a halo where it sends less) | all_to_all. Throws where the one asked for is impossible.
-SequenceAttention choose_sequence_attention(const std::string& wanted, int64_t hq, int64_t hkv, int64_t l,
+SequenceAttention choose_sequence_attention(const std::string& wanted, int64_t hq, int64_t l,
                                             const AttentionOptions& options, const comm::ProcessGroup& group);
 
 /// Causal self-attention of the own pieces qkv (b, l, (hq + 2 hkv) d) to (b, l, hq d). options as for ring_attention().

@@ -50,8 +50,13 @@ Tensor moe_route_backward(const Tensor& dweight, const Tensor& logits, const Moe
   }
   Tensor dlogits = empty(logits.shape(), logits.dtype(), logits.device());
   if (logits.numel() == 0) return dlogits;
+  MoePenalties batch = penalties;
+  if (!batch.counts.defined()) batch.counts = routing.counts;
+  if (batch.tokens == 0) batch.tokens = logits.size(0);
+  KRAIT_CHECK(batch.counts.shape() == routing.counts.shape() && batch.counts.dtype() == DType::i32,
+              "moe_route: the batch's counts are {}, expected i32 {}", describe(batch.counts), routing.counts.shape());
   KRAIT_DISPATCH(logits.device(), moe_route_backward(dlogits, dweight.defined() ? dweight.contiguous() : Tensor(),
-                                                     logits.contiguous(), routing, options, penalties));
+                                                     logits.contiguous(), routing, options, batch));
   return dlogits;
 }
 

@@ -31,7 +31,12 @@ MoeRouting moe_part(const MoeRouting& whole, int64_t first, int64_t experts);
 ///   balance   n sum_e f_e mean_t p_te, f_e = counts_e / (t k), for a null slot the mean over all null slots: 1 when
 ///             uniform, f held constant (Fedus et al. 2022)
 ///   router_z  mean_t lse_t^2 (Zoph et al. 2022)
-struct MoePenalties { double balance = 0, router_z = 0; };
+/// Where ranks route parts of one batch, the batch is all of theirs: counts and tokens are the sums over the ranks.
+struct MoePenalties {
+  double balance = 0, router_z = 0;
+  Tensor counts = {};  // (n) int32; undefined: those of the routing
+  int64_t tokens = 0;  // 0: those of the routing
+};
 /// dlogits from dweight (t, k), or undefined: 0. With D = sum_S w dw:
 ///   renormalize: w_e (dw_e - D) on S          else: p_e (dw_e [e in S] - D)
 Tensor moe_route_backward(const Tensor& dweight, const Tensor& logits, const MoeRouting& routing,

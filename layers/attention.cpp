@@ -2,9 +2,11 @@
 
 #include "autograd/attention.h"
 #include "autograd/rope.h"
+#include "autograd/sequence_attention.h"
 #include "autograd/shape.h"
 #include "autograd/shared_rows.h"
 #include "core/random.h"
+#include "layers/whole_sequences.h"
 
 namespace krait::layers {
 
@@ -13,6 +15,7 @@ Attention::Attention(const AttentionConfig& config, const LayerContext& context)
       group_(context.parallel.tensor),
       q_(owned(group_, config.n_heads, "model.attention.n_heads", "heads")),
       kv_(owned_or_copied(group_, config.n_kv_heads, "model.attention.n_kv_heads", "key/value heads")),
+      sequence_(context.parallel.sequence),
       stream_(context.stream("attention")) {
   const int64_t d = config.head_dim, q = config.n_heads * d, kv = config.n_kv_heads * d;
   const Shard q_rows = q_.rows(d), kv_rows = kv_.rows(d);
@@ -57,7 +60,7 @@ kernels::AttentionOptions Attention::options(Device device) const {
 }
 
 // x (b, l, d) -> normalised and rotated heads (b, l, hq + 2 hkv, head_dim).
-Variable Attention::project(const Variable& x, const Tensor& positions, int64_t offset) {
+Variable Attention::project(const Variable& x, const Tensor& positions, int64_t before) {
   const int64_t b = x.size(0), l = x.size(1), hq = q_.count(), hkv = kv_.count();
   Variable all = reshape(qkv(x), {b, l, heads(), config_.head_dim});
   if (config_.qk_norm)
@@ -65,7 +68,8 @@ Variable Attention::project(const Variable& x, const Tensor& positions, int64_t 
                   slice(all, 2, hq + hkv, heads())},
                  2);
   if (!config_.rope) return all;
-  const int64_t needed = offset + l;
+  // Positions are those of the whole sequence, and so are those that are counted here.
+  const int64_t needed = before + sequence_->size() * l, offset = before + (positions.defined() ? 0 : sequence_->rank() * l);
   if (!cos_.defined() || cos_.size(0) < needed || cos_.device() != x.device()) {
     const int64_t length = std::max<int64_t>(needed, cos_.defined() ? 2 * cos_.size(0) : needed);
     const auto table = kernels::rope_table(length, config_.rotary_dim, config_.rope_base, x.device(),
@@ -78,6 +82,7 @@ Variable Attention::project(const Variable& x, const Tensor& positions, int64_t 
 }
 
 Variable Attention::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
+  require_no_state("attention", state, *sequence_);
   const Variable all = project(x, info.positions, state ? state->length : 0);
   const Shape joined{x.size(0), x.size(1), q_.count() * config_.head_dim};
   if (state) {
@@ -93,6 +98,10 @@ Variable Attention::forward(const Variable& x, const SequenceInfo& info, LayerSt
     o.part.heads = config_.n_heads;
   }
   const Variable packed = reshape(all, {x.size(0), x.size(1), heads() * config_.head_dim});
+  if (sequence_->size() > 1) {
+    const auto way = choose_sequence_attention(config_.sequence_parallel, q_.count(), x.size(1), o, *sequence_);
+    return out_->forward(sequence_attention(way, packed, q_.count(), kv_.count(), o, sequence_));
+  }
   return out_->forward(attention_qkv(packed, q_.count(), kv_.count(), o));
 }
 
@@ -160,6 +169,10 @@ std::string Attention::kernel_name(int64_t batch, int64_t context, DType dtype, 
   kernels::AttentionOptions o = options(device);
   o.dropout.p = config_.dropout;
   if (has_segments) o.q_segments = o.k_segments = zeros({batch, context}, DType::i32, device);
+  if (sequence_->size() > 1) {
+    const auto way = choose_sequence_attention(config_.sequence_parallel, hq, context / sequence_->size(), o, *sequence_);
+    return fmt::format("{} over {} ranks", name_of(way), sequence_->size());
+  }
   return kernels::attention_kernel_name(qkv.slice(2, 0, hq), qkv.slice(2, hq, hq + hkv),
                                         qkv.slice(2, hq + hkv, heads()), o);
 }

@@ -34,13 +34,14 @@ class Attention final : public Mixer {
  private:
   int64_t heads() const { return q_.count() + 2 * kv_.count(); }  // here
   Variable qkv(const Variable& x) const;
-  Variable project(const Variable& x, const Tensor& positions, int64_t offset);
+  Variable project(const Variable& x, const Tensor& positions, int64_t before);
   Tensor with_cache(const Tensor& all, const SequenceInfo& info, LayerState& state);
   kernels::AttentionOptions options(Device device) const;
 
   AttentionConfig config_;
   comm::GroupPtr group_;
   Owned q_, kv_;  // heads
+  comm::GroupPtr sequence_;
   std::string stream_;  // of the random numbers of dropout
   Parameter qkv_weight_, qkv_bias_;
   std::shared_ptr<Norm> q_norm_, k_norm_;

@@ -22,6 +22,7 @@ AttentionConfig read_attention_config(ConfigNode& section, int64_t d_model, doub
   options.read("bias", c.bias);
   options.read("qk_norm", c.qk_norm);
   options.read("dropout", c.dropout, below_one());
+  options.choice("sequence_parallel", c.sequence_parallel, {"auto", "ring", "all_to_all"});
 
   if (c.n_heads == 0) {
     if (d_model % 64 != 0) {

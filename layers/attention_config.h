@@ -18,6 +18,8 @@ struct AttentionConfig {
   bool bias = false;     // of the projections
   bool qk_norm = false;  // RMSNorm over each head of q and k
   double dropout = 0;    // of the attention probabilities, in training; default: model.dropout
+  // With parallelism.sequence above 1: auto | ring | all_to_all, see autograd/sequence_attention.h
+  std::string sequence_parallel = "auto";
   int64_t head_dim = 0;  // derived: d_model / n_heads
 };
 

@@ -27,14 +27,15 @@ template <class Branch>
 void Block::add_branch(ResidualStream& stream, const Norm& norm, const char* name, Branch branch) const {
   const double p = training() ? context_.dropout : 0.0;
   const Variable in = context_.post_norm ? stream.residual : add_and_norm(stream, norm);
-  stream.pending = dropout(branch(in), p, context_.stream(name));
+  const Variable y = branch(in);
+  stream.pending = dropout(y, p, context_.stream(name), DropoutPart::of(y, *context_.parallel.sequence));
   if (context_.post_norm) stream = {add_and_norm(stream, norm), {}};
 }
 
 ResidualStream Block::forward(const ResidualStream& in, const SequenceInfo& info, LayerState* state) {
   ResidualStream stream = in;
   add_branch(stream, *mixer_norm_, "mixer", [&](const Variable& x) {
-    const bool one_step = state && x.size(1) == 1 && !info.segments.defined();
+    const bool one_step = state && x.size(1) == 1 && !info.segments.defined() && context_.parallel.sequence->size() == 1;
     return one_step ? Variable(mixer_->step(x.data(), *state)) : mixer_->forward(x, info, state);
   });
   if (mlp_) add_branch(stream, *mlp_norm_, "mlp", [&](const Variable& x) { return mlp_->forward(x); });

@@ -6,7 +6,7 @@
 
 namespace krait::layers {
 
-Decoder::Decoder(const ModelConfig& config, int64_t context_length, const Parallel& parallel) {
+Decoder::Decoder(const ModelConfig& config, int64_t context_length, const Parallel& parallel) : sequence_(parallel.sequence) {
   LayerContext context;
   context.d_model = config.d_model;
   context.n_layers = config.n_layers;
@@ -48,7 +48,7 @@ Variable Decoder::forward(const Variable& x, const SequenceInfo& info, DecoderSt
         in);
     stream = {out[0], out.size() > 1 ? out[1] : Variable()};
   }
-  if (state) state->length += x.size(1);
+  if (state) state->length += x.size(1) * sequence_->size();
   return norm_f_ ? add_and_norm(stream, *norm_f_) : stream.residual;
 }
 

@@ -37,6 +37,7 @@ class Decoder final : public Module {
   std::vector<std::string> kinds_;  // of the blocks
   std::shared_ptr<Norm> norm_f_;  // null with post-norm blocks
   bool recompute_ = false;
+  comm::GroupPtr sequence_;
 };
 
 }  // namespace krait::layers

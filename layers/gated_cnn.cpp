@@ -6,12 +6,13 @@
 #include "autograd/causal_conv1d.h"
 #include "autograd/shape.h"
 #include "kernels/causal_conv1d.h"
+#include "layers/sequence_history.h"
 
 namespace krait::layers {
 
 // The public code truncates its normal weights at 100 standard deviations: plain normal ones.
 GatedCnn::GatedCnn(const GatedCnnConfig& config, const LayerContext& context)
-    : config_(config), tensor_(context.parallel.tensor) {
+    : config_(config), tensor_(context.parallel.tensor), sequence_(context.parallel.sequence) {
   const int64_t f = config.hidden, c = config.conv_channels;
   const double bound = 1.0 / std::sqrt(static_cast<double>(config.d_conv));
   const Owned plain = owned_uneven(tensor_, f - c), mixed = owned(tensor_, c, "model.gated_cnn.conv_ratio", "convolved channels");
@@ -43,11 +44,12 @@ Variable GatedCnn::finish(const Projected& in, const Variable& convolved) const 
 
 Variable GatedCnn::forward(const Variable& u, const SequenceInfo& info, LayerState* state) {
   const Projected in = project(u);
-  const Variable before = state ? Variable(state->tensors.at("conv")) : Variable();
+  const Variable carried = state ? Variable(state->tensors.at("conv")) : Variable();
+  const Variable before = convolution_history(in.mixed, config_.d_conv - 1, sequence_, info.segments, carried);
   const ConvOut conv = causal_conv1d(in.mixed, conv_weight_, conv_bias_, before, false, info.segments);
   if (state) {
-    state->tensors.at("conv") = conv.final_state.data();
-    state->length += u.size(1);
+    state->tensors.at("conv") = from_last_piece(conv.final_state.data(), sequence_);
+    state->length += u.size(1) * sequence_->size();
   }
   return finish(in, conv.y);
 }

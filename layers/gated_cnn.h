@@ -29,7 +29,7 @@ class GatedCnn final : public Mixer {
   Variable finish(const Projected& in, const Variable& convolved) const;
 
   GatedCnnConfig config_;  // hidden and conv_channels: those here
-  comm::GroupPtr tensor_;
+  comm::GroupPtr tensor_, sequence_;
   std::shared_ptr<Linear> fc1_, fc2_;
   Parameter conv_weight_, conv_bias_;
 };

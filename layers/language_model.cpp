@@ -5,6 +5,7 @@
 #include "autograd/elementwise.h"
 #include "autograd/embedding.h"
 #include "autograd/shape.h"
+#include "core/comm/collectives.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/embedding.h"
 #include "kernels/reduce.h"
@@ -16,7 +17,8 @@ LanguageModel::LanguageModel(const ModelConfig& config, const ModelShape& shape,
                              const Parallel& parallel)
     : group_(parallel.tensor), rows_(owned_uneven(group_, config.padded_vocab(shape.vocab_size))),
       padded_(config.padded_vocab(shape.vocab_size)), loss_options_(loss), vocab_size_(shape.vocab_size), max_positions_(config.max_positions),
-      tied_(config.tie_embeddings), embedding_dropout_(config.embedding_dropout) {
+      tied_(config.tie_embeddings), embedding_dropout_(config.embedding_dropout),
+      sequence_(parallel.sequence) {
   KRAIT_CHECK(vocab_size_ > 0, "a language model needs tokens, but the data have none; set model.type: classifier");
   const int64_t rows = padded_, d = config.d_model;
   KRAIT_CHECK(rows >= group_->size(), "a vocabulary of {} does not split over {} processes; lower parallelism.tensor",
@@ -39,7 +41,8 @@ Variable LanguageModel::embedded(const Tensor& tokens) const {
 kernels::VocabularyShard LanguageModel::vocabulary() const { return {group_, rows_.begin, padded_}; }
 
 Variable LanguageModel::hidden(const ModelInput& input) {
-  const int64_t l = input.tokens.size(1), offset = input.state ? input.state->length : 0;
+  const int64_t l = input.tokens.size(1), before = input.state ? input.state->length : 0;
+  const int64_t offset = before + sequence_->rank() * l;
   Variable x = embedded(input.tokens);
   if (positions_.defined()) {
     KRAIT_CHECK(input.info.positions.defined() || offset + l <= max_positions_,
@@ -49,15 +52,20 @@ Variable LanguageModel::hidden(const ModelInput& input) {
     x = x + (input.info.positions.defined() ? embedding(positions_, input.info.positions)
                                             : slice(positions_, 0, offset, offset + l));
   }
-  x = dropout(x, training() ? embedding_dropout_ : 0.0, "embedding");
+  x = dropout(x, training() ? embedding_dropout_ : 0.0, "embedding", DropoutPart::of(x, *sequence_));
   return decoder_->forward(x, input.info, input.state);
 }
 
-ModelLoss LanguageModel::loss(const ModelInput& input, const Tensor& target_count) {
+ModelLoss LanguageModel::loss(const ModelInput& input, const Tensor& count) {
   const Variable h = hidden(input);
+  Tensor target_count = count, own_count;
+  if (!count.defined() && sequence_->size() > 1) {
+    own_count = kernels::count_targets(input.targets.reshape({-1}), vocab_size_, loss_options_.ignore_index);
+    target_count = comm::all_reduce(own_count, *sequence_);
+  }
   const LossOut out = linear_cross_entropy(copy_to_group(reshape(h, {-1, h.size(-1)}), group_), head(),
                                            input.targets.reshape({-1}), loss_options_, 1.0, 0, target_count, vocabulary());
-  return {out.loss, out.nll_sum, out.count, {}};
+  return {out.loss, out.nll_sum, own_count.defined() ? own_count : out.count, {}};
 }
 
 Tensor LanguageModel::token_nll(const ModelInput& input) {
@@ -114,6 +122,8 @@ Variable LanguageModel::logits(const ModelInput& input) {
 }
 
 Tensor LanguageModel::next_logits(const Tensor& tokens, DecoderState& state) {
+  KRAIT_CHECK(sequence_->size() == 1, "generation needs whole sequences on a rank, but they lie over {}: set "
+              "parallelism.sequence: 1", sequence_->size());
   const NoGrad guard;
   ModelInput input;
   input.tokens = tokens;

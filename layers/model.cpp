@@ -38,6 +38,21 @@ void set_masters(ParameterStore& store, const std::map<std::string, Tensor>& val
   store.refresh_compute();
 }
 
+ModelInput slice_sequence(const ModelInput& whole, const comm::ProcessGroup& group) {
+  if (group.size() == 1) return whole;
+  ModelInput piece = whole;
+  const int64_t length = (whole.tokens.defined() ? whole.tokens : whole.inputs).size(1), l = length / group.size();
+  KRAIT_CHECK(length % group.size() == 0, "sequences of {} positions do not split over {} ranks; set data.context to a "
+              "multiple of parallelism.sequence", length, group.size());
+  const auto cut = [&](Tensor& t) {
+    if (t.defined()) t = t.slice(1, group.rank() * l, (group.rank() + 1) * l).contiguous();
+  };
+  for (Tensor* t : {&piece.tokens, &piece.inputs, &piece.info.segments, &piece.info.positions}) cut(*t);
+  const bool by_position = whole.targets.defined() && whole.targets.ndim() == 2 && whole.targets.dtype() == DType::i64;
+  if (by_position) cut(piece.targets);
+  return piece;
+}
+
 Variable Model::predict(const ModelInput&) {
   throw_error("this model answers for each token, not for each sequence; set model.type: classifier or regressor");
 }
@@ -47,9 +62,11 @@ std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelShape& s
   std::unique_ptr<Model> model;
   if (config.type == "language_model")
     model = std::make_unique<LanguageModel>(config, shape, loss, parallel);
-  else if (config.layers == std::vector<std::string>{"kan"})
+  else if (config.layers == std::vector<std::string>{"kan"}) {
+    KRAIT_CHECK(parallel.sequence->size() == 1, "kan has no sequences that could be spread over {} ranks; set "
+                "parallelism.sequence: 1", parallel.sequence->size());
     model = std::make_unique<KanNetwork>(config, shape);  // small: whole on every process of a tensor group
-  else
+  } else
     model = std::make_unique<SequenceModel>(config, shape, parallel);
   model->set_primary(parallel.tensor->rank() == 0);
   return model;

@@ -20,6 +20,10 @@ struct ModelInput {
   DecoderState* state = nullptr;  // language model: continues from it and leaves the final state in it
 };
 
+/// The piece of a micro-batch of whole sequences (b, L) that a member of a group over which sequences lie works on: its
+/// L / size() positions of all that belongs to positions. L must be a multiple of the group's size.
+ModelInput slice_sequence(const ModelInput& whole, const comm::ProcessGroup& group);
+
 /// Loss of a micro-batch. Sums and counts let micro-batches and ranks be put together exactly.
 struct ModelLoss {
   Variable loss;    // scalar fp32 (fp64 in fp64): what backward() starts from; its seed must be 1
@@ -57,7 +61,8 @@ class Model : public Module {
  public:
   /// The part of the batch's mean loss that this micro-batch contributes: loss_sum / target_count, where
   /// target_count (scalar fp32 on the device) counts the targets of the whole batch, over all micro-batches and
-  /// ranks. Undefined: this micro-batch's own count.
+  /// ranks. Undefined: this micro-batch's own count. Where sequences lie over ranks, the losses and sums of the ranks
+  /// add up to the micro-batch's, and so do the counts that it makes itself.
   virtual ModelLoss loss(const ModelInput& input, const Tensor& target_count) = 0;
   /// One answer per sequence, (b, outputs): class logits or predictions. A language model has none: an error.
   virtual Variable predict(const ModelInput& input);
@@ -142,6 +147,7 @@ class LanguageModel final : public DecoderModel {
   int64_t vocab_size_ = 0, max_positions_ = 0;
   bool tied_ = false;
   double embedding_dropout_ = 0;
+  comm::GroupPtr sequence_;
   Parameter embedding_, positions_, head_;
   std::shared_ptr<Decoder> decoder_;
 };
@@ -158,6 +164,7 @@ class SequenceModel final : public DecoderModel {
  private:
   bool regressor_ = false;
   bool pooled_ = false;
+  comm::GroupPtr sequence_;
   Parameter embedding_;
   std::shared_ptr<Linear> encoder_, head_;
   std::shared_ptr<Decoder> decoder_;

@@ -7,7 +7,8 @@ namespace krait::layers {
 
 Moe::Moe(const MlpConfig& config, const LayerContext& context)
     : tensor_(context.parallel.tensor), own_(owned(tensor_, config.moe.n_experts, "model.mlp.n_experts", "experts")),
-      config_(config.moe), options_{config.moe.n_experts, config.moe.top_k, config.moe.renormalize} {
+      config_(config.moe), options_{config.moe.n_experts, config.moe.top_k, config.moe.renormalize},
+      sequence_(context.parallel.sequence) {
   const int64_t m = context.d_model, f = config.hidden, e = config_.n_experts;
   const Initializer init = normal(context.init_std);
   router_ = parameter("router.weight", {e + config_.n_null_experts, m}, init, {.keep_fp32 = true});
@@ -26,7 +27,7 @@ Variable Moe::forward(const Variable& x) {
   const Variable rows = reshape(x, {x.shape().numel() / x.size(-1), x.size(-1)});
   const double scale = training() ? auxiliary_scale_ : 0.0;
   const MoeRoute chosen =
-      moe_route(logits(rows), options_, {scale * config_.balance_coef, scale * config_.z_coef});
+      moe_route(logits(rows), options_, {scale * config_.balance_coef, scale * config_.z_coef}, *sequence_);
   const MoeRoute own{copy_to_group(chosen.weight, tensor_), kernels::moe_part(chosen.routing, own_.begin, own_.count())};
   return reshape(reduce_from_group(moe_experts(copy_to_group(rows, tensor_), own, gate_up_, down_), tensor_), x.shape());
 }

@@ -29,6 +29,7 @@ class Moe final : public FeedForward {
   Owned own_;  // experts
   MoeConfig config_;
   MoeOptions options_;
+  comm::GroupPtr sequence_;  // whose members route parts of one batch
   double auxiliary_scale_ = 1;
   Parameter router_, gate_up_, down_;
 };

@@ -3,13 +3,14 @@
 #include <cmath>
 
 #include "autograd/recurrent.h"
+#include "layers/whole_sequences.h"
 
 namespace krait::layers {
 
 using kernels::RecurrentCell;
 
 Recurrent::Recurrent(RecurrentCell cell, const RecurrentConfig& config, const LayerContext& context)
-    : cell_(cell), hidden_(config.hidden) {
+    : cell_(cell), hidden_(config.hidden), sequence_(context.parallel.sequence) {
   const int64_t rows = kernels::gates_of(cell) * hidden_;
   const double bound = 1.0 / std::sqrt(static_cast<double>(hidden_));
   const Initializer init = uniform(-bound, bound);
@@ -27,6 +28,11 @@ Recurrent::Recurrent(RecurrentCell cell, const RecurrentConfig& config, const La
 }
 
 Variable Recurrent::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
+  require_no_state(kernels::name_of(cell_).data(), state, *sequence_);
+  if (sequence_->size() > 1) {
+    const Variable y = over_ranks(x, info);
+    return out_ ? out_->forward(y) : y;
+  }
   const auto [y, last] = recurrent(cell_, x, w_ih_, w_hh_, b_ih_, b_hh_,
                                    state ? Variable(state->tensors.at("cell").transpose(0, 1).contiguous()) : Variable(), info.segments);
   if (state) {
@@ -34,6 +40,18 @@ Variable Recurrent::forward(const Variable& x, const SequenceInfo& info, LayerSt
     state->length += x.size(1);
   }
   return out_ ? out_->forward(y) : y;
+}
+
+// The hidden state cannot be cut: whole sequences where the batch allows, else one rank after the other.
+Variable Recurrent::over_ranks(const Variable& x, const SequenceInfo& info) const {
+  const Recurrence cell = [this](const Variable& rows, const Tensor& segments, const Variable& from) {
+    return recurrent(cell_, rows, w_ih_, w_hh_, b_ih_, b_hh_, from, segments);
+  };
+  if (x.size(0) % sequence_->size() != 0)
+    return along_chain(x, info, sequence_, {kernels::states_of(cell_), 1, 1, hidden_}, cell);
+  return over_rows(x, info, sequence_, [&](const Variable& rows, const SequenceInfo& whole) {
+    return cell(rows, whole.segments, {}).y;
+  });
 }
 
 Tensor Recurrent::step(const Tensor& x, LayerState& state) {
@@ -47,7 +65,10 @@ LayerState Recurrent::initial_state(int64_t batch, int64_t, DType dtype, Device 
   return s;
 }
 
-std::string Recurrent::kernel_name(int64_t, int64_t, DType, Device device, bool) const {
+std::string Recurrent::kernel_name(int64_t batch, int64_t, DType, Device device, bool) const {
+  if (const int ranks = sequence_->size(); ranks > 1)
+    return batch % ranks == 0 ? fmt::format("whole sequences, all-to-all by rows over {} ranks", ranks)
+                              : fmt::format("slow: one of {} ranks after the other, {} rows in a pipeline", ranks, batch);
   return device.is_cuda() ? "one persistent kernel over the sequence, weights spread over the multiprocessors"
                           : "recurrent loop over packed weights, batch in parallel";
 }

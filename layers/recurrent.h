@@ -26,8 +26,10 @@ class Recurrent final : public Mixer {
                           bool has_segments) const override;
 
  private:
+  Variable over_ranks(const Variable& x, const SequenceInfo& info) const;
   kernels::RecurrentCell cell_;
   int64_t hidden_;
+  comm::GroupPtr sequence_;
   Parameter w_ih_, w_hh_, b_ih_, b_hh_;
   std::shared_ptr<Linear> out_;
 };

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "autograd/activation.h"
+#include "autograd/collective.h"
 #include "autograd/dropout.h"
 #include "autograd/elementwise.h"
 #include "autograd/fft_conv.h"
@@ -13,6 +14,7 @@
 #include "kernels/fft_conv.h"
 #include "kernels/s4_kernel.h"
 #include "layers/hippo.h"
+#include "layers/whole_sequences.h"
 
 namespace krait::layers {
 
@@ -55,6 +57,7 @@ S4::S4(const S4Config& config, const LayerContext& context)
       h_(context.d_model),
       n_(config.real || config.form == "dense" ? config.d_state : config.d_state / 2),
       l_max_(context.context),
+      sequence_(context.parallel.sequence),
       stream_(context.stream("s4.dropout")) {
   KRAIT_CHECK(l_max_ > 0, "s4: the model's context is {}; its kernels need a length", l_max_);
   forward_ = make_system("kernel.", nullptr);
@@ -132,7 +135,31 @@ S4::System S4::make_system(const std::string& name, const System* shared) {
   return p;
 }
 
-Variable S4::kernel_of_copy(const System& p, const Variable& C, int64_t length) const {
+// The parameters of channels [first, end) of each copy. A channel's set may be shared with others.
+S4::Values S4::values(const System& p, int64_t first, int64_t end) const {
+  const auto optional = [](const Parameter& v) { return v.defined() ? v.variable() : Variable(); };
+  Values all{p.log_dt, optional(p.log_A_re), optional(p.A_im), optional(p.P), optional(p.A), p.B, {}};
+  const int64_t h = all.log_dt.size(0), rows = p.C.variable().size(0);
+  const auto channels = [&](const Variable& v, int64_t row) { return slice(v, 0, row + first, row + end); };
+  for (int64_t row = 0; row < rows; row += h) all.C.push_back(first == 0 && end == h && rows == h ? p.C.variable() : channels(p.C, row));
+  if (first == 0 && end == h) return all;
+  const int64_t per_set = h / all.B.size(0), set = first / per_set, last = (end - 1) / per_set;
+  all.log_dt = channels(all.log_dt, 0);
+  for (Variable* v : {&all.log_A_re, &all.A_im, &all.P, &all.A, &all.B}) {
+    if (!v->defined()) continue;
+    if (set == last || (first % per_set == 0 && end % per_set == 0)) {
+      *v = slice(*v, 0, set, last + 1);
+      continue;
+    }
+    Vars own;  // sets that other channels share too: one for each channel
+    for (int64_t channel = first; channel < end; ++channel)
+      own.push_back(slice(*v, 0, channel / per_set, channel / per_set + 1));
+    *v = concat(own, 0);
+  }
+  return all;
+}
+
+Variable S4::kernel_of_copy(const Values& p, const Variable& C, int64_t length) const {
   const auto discretization = discretization_of(config_);
   if (config_.form == "dense") return dense_ssm_kernel(p.log_dt, p.A, p.B, C, length, discretization);
   if (config_.form == "diagonal") return s4d_kernel(p.log_dt, p.log_A_re, p.A_im, p.B, C, length, discretization);
@@ -140,20 +167,18 @@ Variable S4::kernel_of_copy(const System& p, const Variable& C, int64_t length) 
   KRAIT_CHECK(!recording() || !C.requires_grad(),
               "s4: {} positions in training, but the kernel was made for {} (the model's context); raise data.context",
               length, l_max_);
-  kernels::S4Parameters longer{p.log_dt.variable().data(), p.log_A_re.variable().data(), p.A_im.variable().data(),
-                               p.P.variable().data(), p.B.variable().data(), C.data()};
+  kernels::S4Parameters longer{p.log_dt.data(), p.log_A_re.data(), p.A_im.data(), p.P.data(), p.B.data(), C.data()};
   int64_t made_for = l_max_;
   for (; made_for < length; made_for *= 2) longer.C_tilde = kernels::s4_double_length(longer, made_for);
   return Variable(kernels::s4_kernel_forward(longer, made_for));
 }
 
-// K (copies h, length or more).
-Variable S4::kernel(const System& p, int64_t length) const {
-  const Variable& C = p.C;
-  if (config_.copies == 1) return kernel_of_copy(p, C, length);
+// K (copies (end - first), length or more).
+Variable S4::kernel(const System& p, int64_t length, int64_t first, int64_t end) const {
+  const Values v = values(p, first, end);
   Vars all;
-  for (const Variable& part : chunk(C, config_.copies, 0)) all.push_back(kernel_of_copy(p, part, length));
-  return concat(all, 0);
+  for (const Variable& C : v.C) all.push_back(kernel_of_copy(v, C, length));
+  return all.size() == 1 ? all[0] : concat(all, 0);
 }
 
 Variable S4::output(const Variable& y_in) const {
@@ -162,7 +187,7 @@ Variable S4::output(const Variable& y_in) const {
     if (config_.tie_dropout)
       y = y * dropout(Variable(ones({y.size(0), 1, y.size(2)}, y.dtype(), y.device())), config_.dropout, stream_);
     else
-      y = dropout(y, config_.dropout, stream_);
+      y = dropout(y, config_.dropout, stream_, DropoutPart::of(y, *sequence_));
   }
   const Variable z = linear(y, out_weight_, out_bias_);
   if (config_.final_act == "id") return z;
@@ -170,12 +195,42 @@ Variable S4::output(const Variable& y_in) const {
   return halves[0] * sigmoid(halves[1]);
 }
 
+// y = K * u + D u (+ K1 * u from the right) of channels [first, end) of x, for each copy: (b, l, copies (end - first)).
+Variable S4::convolution(const Variable& x, int64_t first, int64_t end, const Tensor& segments) const {
+  const Variable u = repeated(x);
+  const int64_t l = std::max<int64_t>(1, x.size(1)), h = forward_.log_dt.variable().size(0);
+  Variable D = D_;
+  if (end - first < h) D = reshape(slice(reshape(D, {config_.copies, h}), 1, first, end), {config_.copies * (end - first)});
+  const Variable K = kernel(forward_, l, first, end);
+  const Variable K1 = config_.bidirectional ? kernel(reverse_, l, first, end) : Variable();
+  return fft_conv(u, K, D, K1, segments);
+}
+
+// A convolution over all of L needs whole sequences: of some channels, else of some rows.
+Variable S4::over_ranks(const Variable& x, const SequenceInfo& info) const {
+  const int64_t S = sequence_->size(), b = x.size(0), l = x.size(1), h = x.size(2), own = h / S;
+  if (h % S == 0) {
+    const Variable mine = all_to_all(x, 2, 1, sequence_);
+    const int64_t first = sequence_->rank() * own;
+    const Variable y = convolution(mine, first, first + own, gather_info(info, *sequence_).segments);
+    const Variable back = all_to_all(reshape(y, {b, S * l, config_.copies, own}), 1, 3, sequence_);
+    return reshape(back, {b, l, config_.copies * h});
+  }
+  KRAIT_CHECK(b % S == 0, "s4: {} ranks (parallelism.sequence) divide neither the {} channels nor the {} sequences of a "
+              "micro-batch; change one of the three", S, h, b);
+  return over_rows(x, info, sequence_, [&](const Variable& rows, const SequenceInfo& whole) {
+    return convolution(rows, 0, h, whole.segments);
+  });
+}
+
+Variable S4::repeated(const Variable& x) const {
+  return config_.copies == 1 ? x : concat(Vars(static_cast<size_t>(config_.copies), x), 2);
+}
+
 Variable S4::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
-  const Variable u = config_.copies == 1 ? x : concat(Vars(static_cast<size_t>(config_.copies), x), 2);
-  if (state) return output(recurrent(u, info.segments, *state));
-  const int64_t l = std::max<int64_t>(1, x.size(1));
-  const Variable K = kernel(forward_, l), K1 = config_.bidirectional ? kernel(reverse_, l) : Variable();
-  return output(fft_conv(u, K, D_, K1, info.segments));
+  require_no_state("s4", state, *sequence_);
+  if (state) return output(recurrent(repeated(x), info.segments, *state));
+  return output(sequence_->size() > 1 ? over_ranks(x, info) : convolution(x, 0, x.size(2), info.segments));
 }
 
 // The system of every output channel, with gradients for the diagonal form.
@@ -272,6 +327,8 @@ double S4::extra_flops_per_token(int64_t context) const {
 }
 
 std::string S4::kernel_name(int64_t, int64_t context, DType dtype, Device device, bool has_segments) const {
+  if (const int ranks = sequence_->size(); ranks > 1)
+    return fmt::format("whole sequences, all-to-all by {} over {} ranks", h_ % ranks == 0 ? "channels" : "rows", ranks);
   const char* how = config_.form == "dense" ? "dense kernel by matrix powers (slow control)"
                     : config_.form == "dplr" ? "Cauchy kernel" : "Vandermonde kernel";
   return fmt::format("{} of {} states ({}), {}", how, config_.d_state, config_.discretization,

@@ -37,8 +37,17 @@ class S4 final : public Mixer {
     std::shared_ptr<std::map<std::string, Tensor>> first_values;  // of the others, from which C_tilde begins
   };
   System make_system(const std::string& name, const System* shared);
-  Variable kernel(const System& system, int64_t length) const;
-  Variable kernel_of_copy(const System& s, const Variable& C, int64_t length) const;
+  /// Those of some channels, C for each copy.
+  struct Values {
+    Variable log_dt, log_A_re, A_im, P, A, B;
+    Vars C;
+  };
+  Values values(const System& system, int64_t first, int64_t end) const;
+  Variable kernel(const System& system, int64_t length, int64_t first, int64_t end) const;
+  Variable kernel_of_copy(const Values& s, const Variable& C, int64_t length) const;
+  Variable convolution(const Variable& x, int64_t first, int64_t end, const Tensor& segments) const;
+  Variable over_ranks(const Variable& x, const SequenceInfo& info) const;
+  Variable repeated(const Variable& x) const;
   Variable recurrent(const Variable& u, const Tensor& segments, LayerState& state) const;
   DiscreteSystem discretised() const;
   kernels::S4System system_of(LayerState& state) const;
@@ -46,6 +55,7 @@ class S4 final : public Mixer {
 
   S4Config config_;
   int64_t h_, n_, l_max_;  // channels; stored states of each; L of C_tilde
+  comm::GroupPtr sequence_;
   std::string stream_;     // of the random numbers of dropout
   System forward_, reverse_;
   Parameter D_, out_weight_, out_bias_;

@@ -12,7 +12,7 @@
 namespace krait::layers {
 
 SequenceModel::SequenceModel(const ModelConfig& config, const ModelShape& shape, const Parallel& parallel)
-    : regressor_(config.type == "regressor"), pooled_(config.head == "pooled") {
+    : regressor_(config.type == "regressor"), pooled_(config.head == "pooled"), sequence_(parallel.sequence) {
   const int64_t d = config.d_model;
   KRAIT_CHECK(config.n_classes > 0, "{}: model.n_classes is not set", config.type);
   if (shape.vocab_size > 0) {
@@ -29,11 +29,17 @@ SequenceModel::SequenceModel(const ModelConfig& config, const ModelShape& shape,
 Variable SequenceModel::predict(const ModelInput& input) {
   const Variable x = encoder_ ? encoder_->forward(Variable(input.inputs.to(head_->dtype()))) : embedding(embedding_, input.tokens);
   const Variable h = decoder_->forward(x, input.info, nullptr);
-  return head_->forward(sequence_pool(h, input.lengths, pooled_ ? Pool::mean : Pool::last));
+  return head_->forward(sequence_pool(h, input.lengths, pooled_ ? Pool::mean : Pool::last, sequence_));
 }
 
 ModelLoss SequenceModel::loss(const ModelInput& input, const Tensor& target_count) {
-  return answer_loss(predict(input), input.targets, regressor_, target_count);
+  ModelLoss out = answer_loss(predict(input), input.targets, regressor_, target_count);
+  if (sequence_->rank() == 0) return out;
+  // Every rank of a sequence has the same answers: those of the first count.
+  out.loss = out.loss * 0.0;
+  for (Tensor* t : {&out.loss_sum, &out.count, &out.correct})
+    if (t->defined()) *t = zeros_like(*t);
+  return out;
 }
 
 ModelLoss answer_loss(const Variable& y, const Tensor& targets, bool regressor, const Tensor& target_count,

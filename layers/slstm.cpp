@@ -3,10 +3,13 @@
 #include <cmath>
 
 #include "autograd/causal_conv1d.h"
+#include "autograd/collective.h"
 #include "autograd/elementwise.h"
 #include "autograd/head_norm.h"
+#include "autograd/sequence_exchange.h"
 #include "autograd/shape.h"
 #include "autograd/slstm.h"
+#include "layers/whole_sequences.h"
 #include "layers/xlstm_init.h"
 
 namespace krait::layers {
@@ -32,7 +35,7 @@ double slstm_forget_bias(int64_t unit, int64_t units, int64_t block, int64_t blo
 }
 
 Slstm::Slstm(const SlstmConfig& config, const LayerContext& context)
-    : config_(config), d_model_(context.d_model), norm_eps_(context.norm_eps) {
+    : config_(config), sequence_(context.parallel.sequence), d_model_(context.d_model), norm_eps_(context.norm_eps) {
   const int64_t h = config.n_heads, p = context.d_model / h;
   const Initializer small = normal(small_std(context.d_model));
   if (config.conv > 0) {
@@ -52,22 +55,79 @@ Slstm::Slstm(const SlstmConfig& config, const LayerContext& context)
       parameter("group_norm.weight", {context.d_model}, constant(0.0), {.decay = false, .keep_fp32 = true});
 }
 
+Slstm::Weights Slstm::weights() const {
+  const auto optional = [](const Parameter& p) { return p.defined() ? p.variable() : Variable(); };
+  return {optional(conv_weight_), optional(conv_bias_), w_i_, w_f_, w_z_, w_o_, R_, b_, norm_weight_};
+}
+
+Slstm::Weights Slstm::weights(int64_t first, int64_t end) const {
+  Weights w = weights();
+  const int64_t p = w.R.size(-1);
+  for (Variable* v : {&w.w_i, &w.w_f, &w.w_z, &w.w_o, &w.R}) *v = slice(*v, 0, first, end);
+  for (Variable* v : {&w.conv_weight, &w.conv_bias, &w.norm})
+    if (v->defined()) *v = slice(*v, 0, first * p, end * p);
+  w.b = slice(w.b, 1, first, end);
+  return w;
+}
+
+// [i; f] from u, [z; o] from x, then the recurrence and the norm of each head: y (b, l, h p).
+RecurrentOut Slstm::cell(const Variable& u, const Variable& x, const Weights& w, const Tensor& segments,
+                         const Variable& state) const {
+  const Variable gates = slstm_gates(u, x, w.w_i, w.w_f, w.w_z, w.w_o);
+  const auto [y, last] = slstm(gates, w.R, w.b, state, segments,
+                               config_.forget_gate == "exp" ? SlstmForget::exp : SlstmForget::sigmoid);
+  return {reshape(head_norm(y, w.norm + 1.0, norm_eps_), x.shape()), last};
+}
+
 Variable Slstm::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
+  require_no_state("slstm", state, *sequence_);
+  if (sequence_->size() > 1) return over_ranks(x, info);
+  const Weights w = weights();
   Variable u = x;
   if (config_.conv > 0) {
     const Variable before = state ? Variable(state->tensors.at("conv")) : Variable();
-    const ConvOut conv = causal_conv1d(x, conv_weight_, conv_bias_, before, true, info.segments);
+    const ConvOut conv = causal_conv1d(x, w.conv_weight, w.conv_bias, before, true, info.segments);
     u = conv.y;
     if (state) state->tensors["conv"] = conv.final_state.data();
   }
-  const Variable gates = slstm_gates(u, x, w_i_, w_f_, w_z_, w_o_);
-  const auto [y, last] = slstm(gates, R_, b_, state ? Variable(state->tensors.at("cell").transpose(0, 1).contiguous()) : Variable(), info.segments,
-                               config_.forget_gate == "exp" ? SlstmForget::exp : SlstmForget::sigmoid);
+  const Variable from = state ? Variable(state->tensors.at("cell").transpose(0, 1).contiguous()) : Variable();
+  const auto [y, last] = cell(u, x, w, info.segments, from);
   if (state) {
     state->tensors["cell"] = last.data().transpose(0, 1);
     state->length += x.size(1);
   }
-  return reshape(head_norm(y, norm_weight_.variable() + 1.0, norm_eps_), x.shape());
+  return y;
+}
+
+// The recurrence is not linear and cannot be cut in time: whole sequences of some heads, else of some rows, else one
+// rank after the other. Everything in the layer stays within a head.
+Variable Slstm::over_ranks(const Variable& x, const SequenceInfo& info) const {
+  const int64_t S = sequence_->size(), h = w_i_.variable().size(0);
+  const auto whole = [this](const Variable& own, const Weights& w, const Tensor& segments) {
+    const Variable u = config_.conv > 0 ? causal_conv1d(own, w.conv_weight, w.conv_bias, {}, true, segments).y : own;
+    return cell(u, own, w, segments, {}).y;
+  };
+  if (h % S == 0) {
+    const int64_t first = sequence_->rank() * (h / S);
+    const Variable own = all_to_all(x, 2, 1, sequence_);
+    return all_to_all(whole(own, weights(first, first + h / S), gather_info(info, *sequence_).segments), 1, 2, sequence_);
+  }
+  const Weights w = weights();
+  if (x.size(0) % S == 0)
+    return over_rows(x, info, sequence_, [&](const Variable& rows, const SequenceInfo& all) {
+      return whole(rows, w, all.segments);
+    });
+  Variable both = x;  // u and x side by side
+  if (config_.conv > 0) {
+    const Variable before = halo_from_left(x, config_.conv - 1, sequence_, info.segments);
+    both = concat({causal_conv1d(x, w.conv_weight, w.conv_bias, before, true, info.segments).y, x}, 2);
+  }
+  const int64_t d = x.size(2);
+  return along_chain(both, info, sequence_, {4, 1, h, d / h},
+                     [&](const Variable& rows, const Tensor& segments, const Variable& from) {
+                       const Variable of_x = slice(rows, 2, rows.size(2) - d, rows.size(2));
+                       return cell(slice(rows, 2, 0, d), of_x, w, segments, from);
+                     });
 }
 
 Tensor Slstm::step(const Tensor& x, LayerState& state) {
@@ -98,7 +158,12 @@ double Slstm::extra_flops_per_token(int64_t) const {
   return 2.0 * static_cast<double>(4 * d_model_ * (d_model_ / config_.n_heads));
 }
 
-std::string Slstm::kernel_name(int64_t, int64_t, DType, Device device, bool) const {
+std::string Slstm::kernel_name(int64_t batch, int64_t, DType, Device device, bool) const {
+  if (const int ranks = sequence_->size(); ranks > 1) {
+    if (w_i_.shape()[0] % ranks == 0) return fmt::format("whole sequences, all-to-all by heads over {} ranks", ranks);
+    return batch % ranks == 0 ? fmt::format("whole sequences, all-to-all by rows over {} ranks", ranks)
+                              : fmt::format("slow: one of {} ranks after the other, {} rows in a pipeline", ranks, batch);
+  }
   return device.is_cuda() ? "one persistent kernel over the sequence, recurrent weights on chip"
                           : "recurrent loop over packed weights, heads and batch in parallel";
 }

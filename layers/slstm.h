@@ -1,4 +1,5 @@
 #pragma once
+#include "autograd/recurrent.h"
 #include "layers/layer_context.h"
 #include "layers/mixer.h"
 #include "layers/registry.h"
@@ -32,7 +33,18 @@ class Slstm final : public Mixer {
                           bool has_segments) const override;
 
  private:
+  /// The parameters of some heads.
+  struct Weights {
+    Variable conv_weight, conv_bias, w_i, w_f, w_z, w_o, R, b, norm;
+  };
+  Weights weights() const;
+  Weights weights(int64_t first_head, int64_t end_head) const;
+  RecurrentOut cell(const Variable& u, const Variable& x, const Weights& w, const Tensor& segments,
+                    const Variable& state) const;
+  Variable over_ranks(const Variable& x, const SequenceInfo& info) const;
+
   SlstmConfig config_;
+  comm::GroupPtr sequence_;
   int64_t d_model_;
   double norm_eps_;
   Parameter conv_weight_, conv_bias_, w_i_, w_f_, w_z_, w_o_, R_, b_, norm_weight_;

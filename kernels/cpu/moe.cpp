@@ -101,16 +101,17 @@ void moe_part(MoeRouting& part, const MoeRouting& whole, int64_t first) {
 void moe_route_backward(Tensor& dlogits, const Tensor& dweight, const Tensor& logits, const MoeRouting& r,
                         const MoeOptions& options, const MoePenalties& penalties) {
   const int64_t t = logits.size(0), n = logits.size(1), k = options.top_k, experts = options.experts;
-  const int32_t* counts = r.counts.data<int32_t>();
+  const int32_t* counts = penalties.counts.data<int32_t>();
+  const auto tokens = static_cast<double>(penalties.tokens);
   std::vector<double> share(static_cast<size_t>(n));  // n f / t: what p_te counts for in the balance loss
   double nulls = 0;
   for (int64_t e = experts; e < n; ++e) nulls += counts[e];
   for (int64_t e = 0; e < n; ++e) {
     const double uses = e < experts ? counts[e] : nulls / static_cast<double>(n - experts);
-    share[static_cast<size_t>(e)] = uses * static_cast<double>(n) / static_cast<double>(t * t * k);
+    share[static_cast<size_t>(e)] = uses * static_cast<double>(n) / (tokens * tokens * static_cast<double>(k));
   }
   visit_sums(logits.dtype(), [&]<class A>() {
-    const A balance = static_cast<A>(penalties.balance), z = static_cast<A>(2 * penalties.router_z / static_cast<double>(t));
+    const A balance = static_cast<A>(penalties.balance), z = static_cast<A>(2 * penalties.router_z / tokens);
     parallel_for(0, t, std::max<int64_t>(1, 4096 / n), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const A *row = logits.data<A>() + i * n, *weight = r.weight.data<A>() + i * k;

@@ -148,8 +148,8 @@ __global__ void part_kernel(int32_t* position, int32_t* order, int32_t* part_off
 
 template <class A>
 __global__ void route_backward_kernel(A* dlogits, const A* dweight, const A* logits, const A* lse, const int32_t* index,
-                                      const A* weight, const int32_t* counts, int64_t t, int n, int k, int experts,
-                                      bool renormalize, A balance, A router_z) {
+                                      const A* weight, const int32_t* counts, double tokens, int64_t t, int n, int k,
+                                      int experts, bool renormalize, A balance, A router_z) {
   const int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (i >= t) return;
@@ -157,7 +157,7 @@ __global__ void route_backward_kernel(A* dlogits, const A* dweight, const A* log
   const A* dw = dweight != nullptr ? dweight + i * k : nullptr;
   index += i * k;
   // n f / t of a slot: what p counts for in the balance loss.
-  const A scale = static_cast<A>(static_cast<double>(n) / (static_cast<double>(t) * static_cast<double>(t) * k));
+  const A scale = static_cast<A>(static_cast<double>(n) / (tokens * tokens * k));
   A nulls = 0;
   for (int e = experts + lane; e < n; e += 32) nulls += static_cast<A>(counts[e]);
   const A null_share = n > experts ? warp_sum(nulls) / static_cast<A>(n - experts) * scale : A(0);
@@ -282,8 +282,9 @@ void moe_route_backward(Tensor& dlogits, const Tensor& dweight, const Tensor& lo
     launch(route_backward_kernel<A>,
            {.grid = ceil_div(t, kWarps), .block = kWarps * 32, .stream = current_stream(logits.device())},
            dlogits.data<A>(), dweight.defined() ? dweight.data<A>() : nullptr, logits.data<A>(), r.lse.data<A>(),
-           r.index.data<int32_t>(), r.weight.data<A>(), r.counts.data<int32_t>(), t, logits.size(1), options.top_k,
-           options.experts, options.renormalize, penalties.balance, 2 * penalties.router_z / static_cast<double>(t));
+           r.index.data<int32_t>(), r.weight.data<A>(), penalties.counts.data<int32_t>(),
+           static_cast<double>(penalties.tokens), t, logits.size(1), options.top_k, options.experts,
+           options.renormalize, penalties.balance, 2 * penalties.router_z / static_cast<double>(penalties.tokens));
   });
 }
 
