@@ -76,7 +76,7 @@ Mamba2::Mamba2(const Mamba2Config& config, const LayerContext& context)
 
 // With copies of B and C, whose rows begin at `first`: their gradients are summed over the members that hold them.
 Variable Mamba2::shared(const Parameter& parameter, int64_t first) const {
-  if (!parameter.defined() || tensor_->size() <= whole_.n_groups) return optional(parameter);
+  if (!parameter.defined() || !copied()) return optional(parameter);
   const int64_t n = config_.d_state, here = config_.n_groups * n, all = whole_.n_groups * n, at = groups_.begin * n;
   return share_rows(parameter, {{first, first + here, at}, {first + here, first + 2 * here, all + at}}, 2 * all, tensor_);
 }
@@ -89,7 +89,7 @@ Mamba2::Projected Mamba2::project(const Variable& u) const {
 }
 
 Variable Mamba2::norm(const Variable& y, const Variable& z) const {
-  if (tensor_->size() <= whole_.n_groups)
+  if (!copied())
     return gated_rms_norm(y, z, norm_weight_, eps_, config_.n_groups, config_.norm_before_gate);
   return gated_rms_norm_over(y, z, norm_weight_, eps_, whole_.n_groups, groups_.begin, config_.norm_before_gate, tensor_);
 }
@@ -99,8 +99,9 @@ Variable Mamba2::finish(const Variable& y, const Variable& z) const {
 }
 
 Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments) const {
-  if (sequence_->size() > 1 || tensor_->size() > 1) return apply_in_steps(u, conv, ssm, segments);
-  const Mamba2InnerOut out = mamba2_inner({.zxbcdt = linear(u, in_weight_, optional(in_bias_)),
+  if (sequence_->size() > 1 || copied()) return apply_in_steps(u, conv, ssm, segments);
+  const bool sums = tensor_->size() > 1;
+  const Mamba2InnerOut out = mamba2_inner({.zxbcdt = linear(copy_to_group(u, tensor_), in_weight_, optional(in_bias_)),
                                            .conv_weight = conv_weight_,
                                            .conv_bias = optional(conv_bias_),
                                            .dt_bias = dt_bias_,
@@ -108,7 +109,7 @@ Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variabl
                                            .D = D_,
                                            .norm_weight = norm_weight_,
                                            .out_weight = out_weight_,
-                                           .out_bias = optional(out_bias_),
+                                           .out_bias = sums ? Variable() : optional(out_bias_),
                                            .conv_state = conv,
                                            .ssm_state = ssm,
                                            .sizes = {config_.heads, config_.n_groups, config_.d_state},
@@ -117,7 +118,8 @@ Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variabl
                                            .dt_high = dt_high_,
                                            .norm_eps = eps_,
                                            .norm_first = config_.norm_before_gate});
-  return {out.y, out.conv_state, out.ssm_state};
+  const Variable y = reduce_from_group(out.y, tensor_);
+  return {sums && out_bias_.defined() ? y + out_bias_ : y, out.conv_state, out.ssm_state};
 }
 
 // The same in small steps, between which the members that share the sequence or the heads exchange what they must.

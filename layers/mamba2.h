@@ -38,6 +38,8 @@ class Mamba2 final : public Mixer {
   Variable finish(const Variable& y, const Variable& z) const;
   Out apply_in_steps(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments) const;
   int64_t conv_width() const { return config_.inner + 2 * config_.n_groups * config_.d_state; }
+  /// Whether several members hold the B and C of a group.
+  bool copied() const { return tensor_->size() > whole_.n_groups; }
   Variable shared(const Parameter& p, int64_t first) const;
   Variable norm(const Variable& y, const Variable& z) const;
 
