@@ -6,9 +6,9 @@
 namespace krait::layers {
 
 Moe::Moe(const MlpConfig& config, const LayerContext& context)
-    : tensor_(context.parallel.tensor), own_(owned(tensor_, config.moe.n_experts, "model.mlp.n_experts", "experts")),
-      config_(config.moe), options_{config.moe.n_experts, config.moe.top_k, config.moe.renormalize},
-      sequence_(context.parallel.sequence) {
+    : tensor_(context.parallel.tensor), sequence_(context.parallel.sequence),
+      own_(owned(tensor_, config.moe.n_experts, "model.mlp.n_experts", "experts")),
+      config_(config.moe), options_{config.moe.n_experts, config.moe.top_k, config.moe.renormalize} {
   const int64_t m = context.d_model, f = config.hidden, e = config_.n_experts;
   const Initializer init = normal(context.init_std);
   router_ = parameter("router.weight", {e + config_.n_null_experts, m}, init, {.keep_fp32 = true});

@@ -25,11 +25,10 @@ class Moe final : public FeedForward {
 
  private:
   Variable logits(const Variable& x) const;
-  comm::GroupPtr tensor_;
+  comm::GroupPtr tensor_, sequence_;  // share the experts, and each sequence: its members route parts of one batch
   Owned own_;  // experts
   MoeConfig config_;
   MoeOptions options_;
-  comm::GroupPtr sequence_;  // whose members route parts of one batch
   double auxiliary_scale_ = 1;
   Parameter router_, gate_up_, down_;
 };

@@ -10,7 +10,7 @@ namespace krait::layers {
 using kernels::RecurrentCell;
 
 Recurrent::Recurrent(RecurrentCell cell, const RecurrentConfig& config, const LayerContext& context)
-    : cell_(cell), hidden_(config.hidden), sequence_(context.parallel.sequence) {
+    : cell_(cell), hidden_(config.hidden), sequence_(context.parallel.sequence), copies_(context.parallel.tensor->size()) {
   const int64_t rows = kernels::gates_of(cell) * hidden_;
   const double bound = 1.0 / std::sqrt(static_cast<double>(hidden_));
   const Initializer init = uniform(-bound, bound);
@@ -66,6 +66,7 @@ LayerState Recurrent::initial_state(int64_t batch, int64_t, DType dtype, Device 
 }
 
 std::string Recurrent::kernel_name(int64_t batch, int64_t, DType, Device device, bool) const {
+  if (copies_ > 1) return fmt::format("whole on each of {} ranks (parallelism.tensor): the hidden width is not split", copies_);
   if (const int ranks = sequence_->size(); ranks > 1)
     return batch % ranks == 0 ? fmt::format("whole sequences, all-to-all by rows over {} ranks", ranks)
                               : fmt::format("slow: one of {} ranks after the other, {} rows in a pipeline", ranks, batch);

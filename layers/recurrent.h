@@ -30,6 +30,7 @@ class Recurrent final : public Mixer {
   kernels::RecurrentCell cell_;
   int64_t hidden_;
   comm::GroupPtr sequence_;
+  int64_t copies_;  // members of the tensor group, each with all of the layer
   Parameter w_ih_, w_hh_, b_ih_, b_hh_;
   std::shared_ptr<Linear> out_;
 };

@@ -11,9 +11,11 @@
 #include "autograd/s4_kernel.h"
 #include "autograd/s4_scan.h"
 #include "autograd/shape.h"
+#include "autograd/shared_rows.h"
 #include "kernels/fft_conv.h"
 #include "kernels/s4_kernel.h"
 #include "layers/hippo.h"
+#include "layers/linear.h"
 #include "layers/whole_sequences.h"
 
 namespace krait::layers {
@@ -54,18 +56,22 @@ Initializer each_set(F values_of_set) {
 
 S4::S4(const S4Config& config, const LayerContext& context)
     : config_(config),
-      h_(context.d_model),
+      sequence_(context.parallel.sequence),
+      tensor_(context.parallel.tensor),
+      own_(owned(tensor_, context.d_model, "model.d_model", "channels")),
+      sets_(owned_or_copied(tensor_, config.n_ssm, "n_ssm", "sets of states")),
+      h_(own_.count()),
       n_(config.real || config.form == "dense" ? config.d_state : config.d_state / 2),
       l_max_(context.context),
-      sequence_(context.parallel.sequence),
       stream_(context.stream("s4.dropout")) {
   KRAIT_CHECK(l_max_ > 0, "s4: the model's context is {}; its kernels need a length", l_max_);
   forward_ = make_system("kernel.", nullptr);
   if (config_.bidirectional) reverse_ = make_system("kernel_rev.", config_.tie_reverse ? &forward_ : nullptr);
-  const int64_t width = config_.copies * h_, rows = config_.final_act == "glu" ? 2 * h_ : h_;
+  const int64_t h = channels(), width = config_.copies * h, rows = config_.final_act == "glu" ? 2 * h : h;
   const double bound = 1.0 / std::sqrt(static_cast<double>(width));
-  D_ = parameter("D", {width}, normal(1.0), {.decay = false, .keep_fp32 = true, .trainable = !config_.frozen("D")});
-  out_weight_ = parameter("out.weight", {rows, width}, uniform(-bound, bound));
+  D_ = parameter("D", {width}, normal(1.0), {.decay = false, .keep_fp32 = true, .trainable = !config_.frozen("D")},
+                 of_copies(0));
+  out_weight_ = parameter("out.weight", {rows, width}, uniform(-bound, bound), {}, of_copies(1));
   out_bias_ = parameter("out.bias", {rows}, uniform(-bound, bound), {.decay = false});
 }
 
@@ -85,9 +91,23 @@ Initializer c_tilde_init(const std::shared_ptr<std::map<std::string, Tensor>>& f
 
 }  // namespace
 
+// Of a dimension that has the channels of each copy, one copy after the other.
+Shard S4::of_copies(int64_t dim) const {
+  Shard shard{dim, {}};
+  for (int64_t copy = 0; copy < config_.copies; ++copy) shard.ranges.push_back(own_.range(1, copy * channels()));
+  return shard;
+}
+
+// A set that other members have a copy of gets the sum of their gradients.
+Variable S4::shared(const Parameter& set) const {
+  if (!set.defined()) return {};
+  if (tensor_->size() <= config_.n_ssm) return set.variable();
+  return share_rows(set, {{0, sets_.count(), sets_.begin}}, config_.n_ssm, tensor_);
+}
+
 S4::System S4::make_system(const std::string& name, const System* shared) {
   const S4Config& c = config_;
-  const int64_t s = c.n_ssm, rows = c.copies * h_;
+  const int64_t s = c.n_ssm, h = channels(), rows = c.copies * h;
   System p = shared ? *shared : System{};
   if (!shared) p.first_values = std::make_shared<std::map<std::string, Tensor>>();
   const auto add = [&](const std::string& own, const Shape& shape, const Initializer& init, const char* group) {
@@ -97,18 +117,19 @@ S4::System S4::make_system(const std::string& name, const System* shared) {
     };
     const bool trainable = !c.frozen(group) && !(c.real && own == "A_im");
     return parameter(name + own, shape, remembering,
-                     {.decay = false, .lr_scale = c.ssm_lr_scale, .keep_fp32 = true, .trainable = trainable});
+                     {.decay = false, .lr_scale = c.ssm_lr_scale, .keep_fp32 = true, .trainable = trainable},
+                     own == "log_dt" ? own_.rows() : sets_.rows());
   };
   // C is trained like any matrix, but never rounded.
   const ParameterOptions c_options{.keep_fp32 = true, .trainable = !c.frozen("C")};
-  if (!shared) p.log_dt = add("log_dt", {h_}, uniform(std::log(c.dt_min), std::log(c.dt_max)), "dt");
+  if (!shared) p.log_dt = add("log_dt", {h}, uniform(std::log(c.dt_min), std::log(c.dt_max)), "dt");
   if (c.form == "dense") {
     const auto set = [c](uint64_t key) { return dense_init("gaussian", c.d_state, key, c.init_gain); };
     if (!shared) {
       p.A = add("A", {s, n_, n_}, each_set([set](uint64_t key) { return set(key).A; }), "A");
       p.B = add("B", {s, n_}, each_set([set](uint64_t key) { return set(key).B; }), "B");
     }
-    p.C = parameter(name + "C", {rows, n_}, normal(1.0), c_options);
+    p.C = parameter(name + "C", {rows, n_}, normal(1.0), c_options, of_copies(0));
     return p;
   }
   const auto set = [c, n = n_](uint64_t key) { return one_set(c, n, key); };
@@ -121,24 +142,23 @@ S4::System S4::make_system(const std::string& name, const System* shared) {
   }
   const Shape shape{rows, n_, 2};
   if (c.form == "dplr") {
-    p.C = parameter(name + "C_tilde", shape, c_tilde_init(p.first_values, h_, l_max_), c_options);
+    p.C = parameter(name + "C_tilde", shape, c_tilde_init(p.first_values, h, l_max_), c_options, of_copies(0));
   } else if (c.real) {
     // 2 Re C x = C' x with C' ~ N(0, 1), as in the dense control
     p.C = parameter(name + "C", shape, [](Tensor& value, uint64_t key) {
       fill_normal_(value, 0.0, 0.5, key);
       Tensor imaginary = value.select(2, 1);
       fill_(imaginary, 0.0);
-    }, c_options);
+    }, c_options, of_copies(0));
   } else {
-    p.C = parameter(name + "C", shape, normal(std::sqrt(0.5)), c_options);
+    p.C = parameter(name + "C", shape, normal(std::sqrt(0.5)), c_options, of_copies(0));
   }
   return p;
 }
 
 // The parameters of channels [first, end) of each copy. A channel's set may be shared with others.
 S4::Values S4::values(const System& p, int64_t first, int64_t end) const {
-  const auto optional = [](const Parameter& v) { return v.defined() ? v.variable() : Variable(); };
-  Values all{p.log_dt, optional(p.log_A_re), optional(p.A_im), optional(p.P), optional(p.A), p.B, {}};
+  Values all{p.log_dt, shared(p.log_A_re), shared(p.A_im), shared(p.P), shared(p.A), shared(p.B), {}};
   const int64_t h = all.log_dt.size(0), rows = p.C.variable().size(0);
   const auto channels = [&](const Variable& v, int64_t row) { return slice(v, 0, row + first, row + end); };
   for (int64_t row = 0; row < rows; row += h) all.C.push_back(first == 0 && end == h && rows == h ? p.C.variable() : channels(p.C, row));
@@ -181,15 +201,29 @@ Variable S4::kernel(const System& p, int64_t length, int64_t first, int64_t end)
   return all.size() == 1 ? all[0] : concat(all, 0);
 }
 
+// Tied: a channel is kept or dropped at all positions.
+Variable S4::dropped(const Variable& y) const {
+  const bool tied = config_.tie_dropout;
+  const Variable on = tied ? Variable(ones({y.size(0), 1, y.size(2)}, y.dtype(), y.device())) : y;
+  DropoutPart part = tied ? DropoutPart{} : DropoutPart::of(y, *sequence_);
+  if (tensor_->size() == 1) {
+    const Variable kept = dropout(on, config_.dropout, stream_, part);
+    return tied ? y * kept : kept;
+  }
+  part.channels = config_.copies * channels();
+  Vars copies;
+  for (int64_t copy = 0; copy < config_.copies; ++copy) {
+    part.channel = copy * channels() + own_.begin;
+    copies.push_back(dropout(slice(on, 2, copy * h_, (copy + 1) * h_), config_.dropout, stream_, part));
+  }
+  const Variable kept = copies.size() == 1 ? copies[0] : concat(copies, 2);
+  return tied ? y * kept : kept;
+}
+
 Variable S4::output(const Variable& y_in) const {
   Variable y = config_.activation == "gelu" ? gelu(y_in, GeluForm::erf) : config_.activation == "silu" ? silu(y_in) : y_in;
-  if (training() && config_.dropout > 0) {
-    if (config_.tie_dropout)
-      y = y * dropout(Variable(ones({y.size(0), 1, y.size(2)}, y.dtype(), y.device())), config_.dropout, stream_);
-    else
-      y = dropout(y, config_.dropout, stream_, DropoutPart::of(y, *sequence_));
-  }
-  const Variable z = linear(y, out_weight_, out_bias_);
+  if (training() && config_.dropout > 0) y = dropped(y);
+  const Variable z = linear_sum(y, out_weight_, out_bias_, tensor_);
   if (config_.final_act == "id") return z;
   const Vars halves = chunk(z, 2, -1);
   return halves[0] * sigmoid(halves[1]);
@@ -227,7 +261,8 @@ Variable S4::repeated(const Variable& x) const {
   return config_.copies == 1 ? x : concat(Vars(static_cast<size_t>(config_.copies), x), 2);
 }
 
-Variable S4::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
+Variable S4::forward(const Variable& whole, const SequenceInfo& info, LayerState* state) {
+  const Variable x = scatter_to_group(whole, 2, tensor_);
   require_no_state("s4", state, *sequence_);
   if (state) return output(recurrent(repeated(x), info.segments, *state));
   return output(sequence_->size() > 1 ? over_ranks(x, info) : convolution(x, 0, x.size(2), info.segments));
@@ -235,11 +270,11 @@ Variable S4::forward(const Variable& x, const SequenceInfo& info, LayerState* st
 
 // The system of every output channel, with gradients for the diagonal form.
 DiscreteSystem S4::discretised() const {
-  const System& p = forward_;
+  const Values p = values(forward_, 0, h_);
   DiscreteSystem s;
   if (config_.form == "dense") {
     const DenseSystem d = dense_ssm_discretize(p.log_dt, p.A, p.B, discretization_of(config_));
-    const DType dtype = p.C.variable().dtype();
+    const DType dtype = p.C[0].dtype();
     s.A = cast(d.A_bar, dtype);
     s.B = cast(d.B_bar, dtype);
   } else if (config_.form == "diagonal") {
@@ -321,7 +356,7 @@ LayerState S4::initial_state(int64_t batch, int64_t, DType dtype, Device device)
 double S4::extra_flops_per_token(int64_t context) const {
   const int log2n = kernels::fft_conv_log2(context);
   const double points = static_cast<double>(int64_t{1} << log2n) / static_cast<double>(std::max<int64_t>(1, context));
-  const double convolution = static_cast<double>(config_.copies * h_) * points * (10.0 * log2n + 6.0);
+  const double convolution = static_cast<double>(config_.copies * channels()) * points * (10.0 * log2n + 6.0);
   const int64_t counted = forward_.C.shape().numel() + (config_.bidirectional ? reverse_.C.shape().numel() : 0);
   return convolution - 2.0 * static_cast<double>(counted);
 }

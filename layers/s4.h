@@ -5,6 +5,7 @@
 #include "layers/mixer.h"
 #include "layers/registry.h"
 #include "layers/s4_config.h"
+#include "layers/tensor_split.h"
 
 namespace krait::layers {
 
@@ -15,6 +16,8 @@ namespace krait::layers {
 ///   out = W dropout(gelu(y)) + b, halved by a gate: out_1 sigmoid(out_2)  (final_act: glu).
 /// S4 trains C_tilde = C (I - A_bar^L), L the model's context: its kernel exists for that length, shorter ones are its
 /// first entries; longer ones (evaluation only) double C_tilde.
+/// With a tensor group each member has a share of the channels, and their sets of A, P and B; where there are fewer sets
+/// than members, several hold copies of one. W's products are summed.
 /// The state is x (b, copies h, states): constant size. With one, the layer runs as a recurrence; only the diagonal
 /// form trains so. The discretised system is made at the state's first use without gradients, and kept in it.
 class S4 final : public Mixer {
@@ -36,6 +39,10 @@ class S4 final : public Mixer {
     Parameter log_dt, log_A_re, A_im, P, A, B, C;
     std::shared_ptr<std::map<std::string, Tensor>> first_values;  // of the others, from which C_tilde begins
   };
+  int64_t channels() const { return h_ * tensor_->size(); }  // of all members
+  Shard of_copies(int64_t dim) const;
+  Variable shared(const Parameter& set) const;
+  Variable dropped(const Variable& y) const;
   System make_system(const std::string& name, const System* shared);
   /// Those of some channels, C for each copy.
   struct Values {
@@ -54,8 +61,9 @@ class S4 final : public Mixer {
   Variable output(const Variable& y) const;
 
   S4Config config_;
-  int64_t h_, n_, l_max_;  // channels; stored states of each; L of C_tilde
-  comm::GroupPtr sequence_;
+  comm::GroupPtr sequence_, tensor_;
+  Owned own_, sets_;       // channels; sets of states
+  int64_t h_, n_, l_max_;  // channels here; stored states of each; L of C_tilde
   std::string stream_;     // of the random numbers of dropout
   System forward_, reverse_;
   Parameter D_, out_weight_, out_bias_;

@@ -35,24 +35,29 @@ double slstm_forget_bias(int64_t unit, int64_t units, int64_t block, int64_t blo
 }
 
 Slstm::Slstm(const SlstmConfig& config, const LayerContext& context)
-    : config_(config), sequence_(context.parallel.sequence), d_model_(context.d_model), norm_eps_(context.norm_eps) {
+    : config_(config), sequence_(context.parallel.sequence), tensor_(context.parallel.tensor), norm_eps_(context.norm_eps) {
   const int64_t h = config.n_heads, p = context.d_model / h;
+  const Owned own = owned(tensor_, h, "model.slstm.n_heads", "heads");
+  const Shard heads = own.rows(), channels = own.rows(p);
+  config_.n_heads = own.count();
+  d_model_ = own.count() * p;
   const Initializer small = normal(small_std(context.d_model));
   if (config.conv > 0) {
     const double bound = 1.0 / std::sqrt(static_cast<double>(config.conv));
-    conv_weight_ = parameter("conv1d.weight", {context.d_model, config.conv}, uniform(-bound, bound));
-    conv_bias_ = parameter("conv1d.bias", {context.d_model}, uniform(-bound, bound), {.decay = false});
+    conv_weight_ = parameter("conv1d.weight", {context.d_model, config.conv}, uniform(-bound, bound), {}, channels);
+    conv_bias_ = parameter("conv1d.bias", {context.d_model}, uniform(-bound, bound), {.decay = false}, channels);
   }
-  w_i_ = parameter("igate.weight", {h, p, p}, small);
-  w_f_ = parameter("fgate.weight", {h, p, p}, small);
-  w_z_ = parameter("zgate.weight", {h, p, p}, small);
-  w_o_ = parameter("ogate.weight", {h, p, p}, small);
+  w_i_ = parameter("igate.weight", {h, p, p}, small, {}, heads);
+  w_f_ = parameter("fgate.weight", {h, p, p}, small, {}, heads);
+  w_z_ = parameter("zgate.weight", {h, p, p}, small, {}, heads);
+  w_o_ = parameter("ogate.weight", {h, p, p}, small, {}, heads);
   const double bound = 1.0 / std::sqrt(static_cast<double>(context.d_model));
   R_ = parameter("R", {h, 4, p, p}, config.recurrent_init == "zeros" ? constant(0.0) : uniform(-bound, bound),
-                 {.decay = false});
-  b_ = parameter("b", {4, h, p}, gate_bias(context.layer_index, context.n_layers), {.decay = false, .keep_fp32 = true});
+                 {.decay = false}, heads);
+  b_ = parameter("b", {4, h, p}, gate_bias(context.layer_index, context.n_layers), {.decay = false, .keep_fp32 = true},
+                 Shard{1, {own.range()}});
   norm_weight_ =
-      parameter("group_norm.weight", {context.d_model}, constant(0.0), {.decay = false, .keep_fp32 = true});
+      parameter("group_norm.weight", {context.d_model}, constant(0.0), {.decay = false, .keep_fp32 = true}, channels);
 }
 
 Slstm::Weights Slstm::weights() const {
@@ -80,6 +85,10 @@ RecurrentOut Slstm::cell(const Variable& u, const Variable& x, const Weights& w,
 }
 
 Variable Slstm::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
+  return gather_from_group(own_heads(scatter_to_group(x, 2, tensor_), info, state), 2, tensor_);
+}
+
+Variable Slstm::own_heads(const Variable& x, const SequenceInfo& info, LayerState* state) {
   require_no_state("slstm", state, *sequence_);
   if (sequence_->size() > 1) return over_ranks(x, info);
   const Weights w = weights();
@@ -155,12 +164,12 @@ std::shared_ptr<FeedForward> Slstm::own_feed_forward(const LayerContext& context
 
 double Slstm::extra_flops_per_token(int64_t) const {
   // The product with R, which is not decayed and so not counted among the matrices.
-  return 2.0 * static_cast<double>(4 * d_model_ * (d_model_ / config_.n_heads));
+  return 2.0 * static_cast<double>(4 * d_model_ * tensor_->size() * (d_model_ / config_.n_heads));
 }
 
 std::string Slstm::kernel_name(int64_t batch, int64_t, DType, Device device, bool) const {
   if (const int ranks = sequence_->size(); ranks > 1) {
-    if (w_i_.shape()[0] % ranks == 0) return fmt::format("whole sequences, all-to-all by heads over {} ranks", ranks);
+    if (config_.n_heads % ranks == 0) return fmt::format("whole sequences, all-to-all by heads over {} ranks", ranks);
     return batch % ranks == 0 ? fmt::format("whole sequences, all-to-all by rows over {} ranks", ranks)
                               : fmt::format("slow: one of {} ranks after the other, {} rows in a pipeline", ranks, batch);
   }

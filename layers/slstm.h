@@ -4,6 +4,7 @@
 #include "layers/mixer.h"
 #include "layers/registry.h"
 #include "layers/slstm_config.h"
+#include "layers/tensor_split.h"
 
 namespace krait::layers {
 
@@ -17,6 +18,7 @@ double slstm_forget_bias(int64_t unit, int64_t units, int64_t block, int64_t blo
 ///   y = cell([i, f, z, o] + R y_{t-1} + b)                                               (SlstmCell)
 ///   out = head norm(y) (1 + w)
 /// The block's second branch, W_down (gelu(g) * v), [g; v] = W_up norm(x), is its own feed-forward.
+/// With a tensor group each member has a share of the heads, to which their channels of x suffice; the outputs are gathered.
 /// State: y, c, n, m in fp32 and the convolution's last inputs.
 class Slstm final : public Mixer {
  public:
@@ -41,11 +43,12 @@ class Slstm final : public Mixer {
   Weights weights(int64_t first_head, int64_t end_head) const;
   RecurrentOut cell(const Variable& u, const Variable& x, const Weights& w, const Tensor& segments,
                     const Variable& state) const;
+  Variable own_heads(const Variable& x, const SequenceInfo& info, LayerState* state);
   Variable over_ranks(const Variable& x, const SequenceInfo& info) const;
 
-  SlstmConfig config_;
-  comm::GroupPtr sequence_;
-  int64_t d_model_;
+  SlstmConfig config_;  // n_heads: the heads here
+  comm::GroupPtr sequence_, tensor_;
+  int64_t d_model_;  // the channels here
   double norm_eps_;
   Parameter conv_weight_, conv_bias_, w_i_, w_f_, w_z_, w_o_, R_, b_, norm_weight_;
 };
