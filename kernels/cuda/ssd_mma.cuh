@@ -47,7 +47,7 @@ struct Prepared {
   Sizes d;
   Tensor decays;    // (b, chunks, heads, 4, 64) fp32
   Tensor products;  // C B^T of a chunk and group in bf16, (b, chunks, g, 4 warps, 4 pairs of columns, 32 lanes, 8): a
-                    // lane's accumulators of two tiles of 8 columns. Above the diagonal nothing is written
+                    // lane's accumulators of two tiles of 8 columns. 0 above the diagonal, nothing in blocks of 16 x 16 above it
   explicit Prepared(const SsdInput& in);
   /// Padded columns of states: 64 or 128.
   int64_t width() const { return d.n <= 64 ? 64 : 128; }

@@ -5,7 +5,8 @@
 //
 // Counted as in ssd_mma.cu: 25.8 GFLOP for each of the two walks; then 8.1 GFLOP each for Gamma and U inside chunks and
 // 77 GFLOP through the states. Memory: the walks read x, dy and write states, 1.2 GB; the last kernel reads x, dy and
-// both states and writes dx, 1.4 GB: 0.9 ms at 3 TB/s, which bounds it (ldmatrix: 80 per warp, chunk and head, 0.3 ms).
+// both states and writes dx, 1.4 GB: 0.9 ms at 3 TB/s, which bounds it (ldmatrix: 52
+// of 4 cycles per warp, chunk and head, 0.4 ms).
 #include "kernels/cuda/ssd_mma.cuh"
 #include "kernels/reduce.h"
 
