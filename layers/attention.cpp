@@ -6,6 +6,8 @@
 #include "autograd/shape.h"
 #include "autograd/shared_rows.h"
 #include "core/random.h"
+#include "core/stream.h"
+#include "kernels/attention_append.h"
 #include "layers/whole_sequences.h"
 
 namespace krait::layers {
@@ -59,6 +61,15 @@ kernels::AttentionOptions Attention::options(Device device) const {
   return o;
 }
 
+// At least so many positions, for inputs like x.
+void Attention::make_rope_table(int64_t needed, const Tensor& x) {
+  if (cos_.defined() && cos_.size(0) >= needed && cos_.device() == x.device()) return;
+  const int64_t length = std::max<int64_t>(needed, cos_.defined() ? 2 * cos_.size(0) : needed);
+  const auto table = kernels::rope_table(length, config_.rotary_dim, config_.rope_base, x.device(), accum_dtype(x.dtype()));
+  cos_ = table.cos;
+  sin_ = table.sin;
+}
+
 // x (b, l, d) -> normalised and rotated heads (b, l, hq + 2 hkv, head_dim).
 Variable Attention::project(const Variable& x, const Tensor& positions, int64_t before) {
   const int64_t b = x.size(0), l = x.size(1), hq = q_.count(), hkv = kv_.count();
@@ -69,14 +80,8 @@ Variable Attention::project(const Variable& x, const Tensor& positions, int64_t 
                  2);
   if (!config_.rope) return all;
   // Positions are those of the whole sequence, and so are those that are counted here.
-  const int64_t needed = before + sequence_->size() * l, offset = before + (positions.defined() ? 0 : sequence_->rank() * l);
-  if (!cos_.defined() || cos_.size(0) < needed || cos_.device() != x.device()) {
-    const int64_t length = std::max<int64_t>(needed, cos_.defined() ? 2 * cos_.size(0) : needed);
-    const auto table = kernels::rope_table(length, config_.rotary_dim, config_.rope_base, x.device(),
-                                           accum_dtype(x.dtype()));
-    cos_ = table.cos;
-    sin_ = table.sin;
-  }
+  const int64_t offset = before + (positions.defined() ? 0 : sequence_->rank() * l);
+  make_rope_table(before + sequence_->size() * l, x.data());
   const auto style = config_.rope_style == "half" ? RopeStyle::half : RopeStyle::interleaved;
   return rope_heads_(all, hq + hkv, cos_, sin_, style, positions, offset);
 }
@@ -142,9 +147,35 @@ Tensor Attention::with_cache(const Tensor& all, const SequenceInfo& info, LayerS
   return out;
 }
 
+// With a place on the device the whole step is one kernel between the projections, and may be captured.
 Tensor Attention::step(const Tensor& x, LayerState& state) {
   const NoGrad guard;
-  return forward(Variable(x), {}, &state).data();
+  const auto place = state.tensors.find("position");
+  if (place == state.tensors.end()) {
+    KRAIT_ASSERT(!is_capturing(x.device()), "this attention's step reads its position on the host");
+    return forward(Variable(x), {}, &state).data();
+  }
+  Tensor &k_cache = state.tensors.at("k"), &v_cache = state.tensors.at("v");
+  const int64_t b = x.size(0), capacity = k_cache.size(1);
+  if (!is_capturing(x.device())) {
+    KRAIT_CHECK(state.length < capacity, "the key/value cache holds {} positions, {} are needed; raise max_length", capacity,
+                state.length + 1);
+    fill_(place->second, static_cast<double>(state.length));
+  }
+  kernels::AttentionAppend a;
+  a.hq = q_.count();
+  a.hkv = kv_.count();
+  a.alibi_slopes = options(x.device()).alibi_slopes;
+  if (config_.rope) {
+    make_rope_table(capacity, x);
+    a.cos = cos_;
+    a.sin = sin_;
+    a.style = config_.rope_style == "half" ? RopeStyle::half : RopeStyle::interleaved;
+  }
+  const Tensor all = qkv(Variable(x)).data().view({b, heads(), config_.head_dim});
+  const Tensor o = kernels::attention_append(all, k_cache, v_cache, place->second, a);
+  ++state.length;
+  return out_->forward(Variable(o.view({b, 1, a.hq * config_.head_dim}))).data();
 }
 
 LayerState Attention::initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const {
@@ -153,6 +184,9 @@ LayerState Attention::initial_state(int64_t batch, int64_t max_length, DType dty
   LayerState s;
   s.tensors["k"] = empty(shape, dtype, device);
   s.tensors["v"] = empty(shape, dtype, device);
+  if (device.is_cuda() && config_.window == 0 && !config_.qk_norm &&
+      kernels::attention_append_serves(dtype, device, config_.head_dim, capacity))
+    s.tensors["position"] = zeros({batch}, DType::i32, device);
   return s;
 }
 

@@ -16,7 +16,7 @@ namespace krait::layers {
 /// With a tensor group each member has a share of the heads; where there are fewer key heads than members, several hold
 /// copies of one.
 /// The state is the cache of keys (after rotation) and values: all max_length positions, or with a window the
-/// last window - 1.
+/// last window - 1; on CUDA, where one kernel serves a step, also the position (b) of the next step.
 class Attention final : public Mixer {
  public:
   Attention(const AttentionConfig& config, const LayerContext& context);
@@ -34,6 +34,7 @@ class Attention final : public Mixer {
  private:
   int64_t heads() const { return q_.count() + 2 * kv_.count(); }  // here
   Variable qkv(const Variable& x) const;
+  void make_rope_table(int64_t needed, const Tensor& x);
   Variable project(const Variable& x, const Tensor& positions, int64_t before);
   Tensor with_cache(const Tensor& all, const SequenceInfo& info, LayerState& state);
   kernels::AttentionOptions options(Device device) const;

@@ -11,6 +11,9 @@ namespace krait::layers {
 struct DecoderState {
   std::vector<LayerState> layers;
   int64_t length = 0;  // positions consumed so far
+  /// (b, 1) int32 on the device: where single positions stand, in place of `length`, so that a captured step serves
+  /// every position. Undefined outside captured loops.
+  Tensor positions;
 };
 
 /// A stack of residual blocks with any pattern of mixers, and a final norm where the blocks are pre-norm.

@@ -128,6 +128,7 @@ Tensor LanguageModel::next_logits(const Tensor& tokens, DecoderState& state) {
   ModelInput input;
   input.tokens = tokens;
   input.state = &state;
+  if (tokens.size(1) == 1) input.info.positions = state.positions;
   const Variable last(hidden(input).data().select(1, -1).contiguous());
   return capped(whole_logits(last)).data().slice(-1, 0, vocab_size_);
 }

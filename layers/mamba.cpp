@@ -6,6 +6,7 @@
 #include "autograd/linear.h"
 #include "autograd/mamba_inner.h"
 #include "autograd/shape.h"
+#include "kernels/mamba_step.h"
 #include "layers/inverse_softplus.h"
 #include "layers/linear.h"
 #include "layers/sequence_history.h"
@@ -83,8 +84,8 @@ Variable Mamba::advance(const Variable& x, const Tensor& segments, LayerState& s
                         const comm::GroupPtr& sequence) const {
   Tensor &conv = state.tensors.at("conv"), &ssm = state.tensors.at("ssm");
   const Result out = run(x, segments, Variable(conv), Variable(ssm), sequence);
-  conv = from_last_piece(out.conv.data(), sequence);
-  ssm = out.ssm.data();
+  conv = from_last_piece(out.conv.data(), sequence).contiguous();
+  ssm = out.ssm.data().contiguous();
   state.length += x.size(1) * sequence->size();
   return out.y;
 }
@@ -96,7 +97,14 @@ Variable Mamba::forward(const Variable& x, const SequenceInfo& info, LayerState*
 
 Tensor Mamba::step(const Tensor& x, LayerState& state) {
   const NoGrad guard;
-  return advance(Variable(x), {}, state, comm::single_group("sequence")).data();
+  if (tensor_->size() > 1) return advance(Variable(x), {}, state, comm::single_group("sequence")).data();
+  const auto data = [](const Parameter& p) { return p.defined() ? p.variable().data() : Tensor(); };
+  const Tensor xz = linear(Variable(x.select(1, 0)), in_proj_, optional(in_bias_)).data();
+  const Tensor y = kernels::mamba_step(state.tensors.at("conv"), state.tensors.at("ssm"), xz,
+                                       {data(conv_), data(conv_bias_), data(x_proj_), data(dt_proj_), data(dt_bias_),
+                                        data(A_log_), data(D_)});
+  ++state.length;
+  return linear(Variable(y), out_proj_, optional(out_bias_)).data().unsqueeze(1);
 }
 
 LayerState Mamba::initial_state(int64_t batch, int64_t /*max_length*/, DType dtype, Device device) const {

@@ -11,7 +11,7 @@
 #include "autograd/shared_rows.h"
 #include "autograd/ssd.h"
 #include "core/random.h"
-#include "kernels/causal_conv1d.h"
+#include "kernels/mamba2_step.h"
 #include "kernels/ssd.h"
 #include "layers/inverse_softplus.h"
 #include "layers/linear.h"
@@ -139,25 +139,22 @@ Variable Mamba2::forward(const Variable& u, const SequenceInfo& info, LayerState
   if (!state) return apply(u, {}, {}, info.segments).y;
   Tensor &conv = state->tensors.at("conv"), &ssm = state->tensors.at("ssm");
   const Out out = apply(u, Variable(conv), Variable(ssm), info.segments);
-  conv = from_last_piece(out.conv.data(), sequence_);
-  ssm = out.ssm.data();
+  conv = from_last_piece(out.conv.data(), sequence_).contiguous();
+  ssm = out.ssm.data().contiguous();
   state->length += u.size(1) * sequence_->size();
   return out.y;
 }
 
 Tensor Mamba2::step(const Tensor& u, LayerState& state) {
   const NoGrad guard;
-  const auto [z, xbc, dt] = project(Variable(u));
-  const int64_t b = u.size(0), e = config_.inner, g = config_.n_groups, n = config_.d_state;
-  const Tensor mixed = kernels::causal_conv1d_step(state.tensors.at("conv"), xbc.data().select(1, 0),
-                                                   conv_weight_.variable().data(), optional(conv_bias_).data(), true);
-  const SsdTimeStep time = ssd_time_step(dt, dt_bias_, A_log_, dt_low_, dt_high_);
-  const Tensor y = kernels::ssd_step(state.tensors.at("ssm"), mixed.slice(1, 0, e).view({b, config_.heads, config_.head_dim}),
-                                     time.dt.data().select(1, 0), time.a.data().select(1, 0),
-                                     mixed.slice(1, e, e + g * n).view({b, g, n}),
-                                     mixed.slice(1, e + g * n, e + 2 * g * n).view({b, g, n}), D_.variable().data());
+  if (tensor_->size() > 1) return forward(Variable(u), {}, &state).data();
+  const auto data = [](const Parameter& p) { return p.defined() ? p.variable().data() : Tensor(); };
+  const Tensor zxbcdt = linear(Variable(u.select(1, 0)), in_weight_, optional(in_bias_)).data();
+  const Tensor y = kernels::mamba2_step(state.tensors.at("conv"), state.tensors.at("ssm"), zxbcdt,
+                                        {data(conv_weight_), data(conv_bias_), data(dt_bias_), data(A_log_), data(D_),
+                                         data(norm_weight_), dt_low_, dt_high_, eps_, config_.norm_before_gate});
   ++state.length;
-  return finish(Variable(y.view({b, 1, e})), z).data();
+  return linear(Variable(y), out_weight_, optional(out_bias_)).data().unsqueeze(1);
 }
 
 LayerState Mamba2::initial_state(int64_t batch, int64_t /*max_length*/, DType dtype, Device device) const {

@@ -123,7 +123,8 @@ int run_bench(const BenchCommand& command) {
   if (!command.baseline.empty())  // before anything is measured
     bench::baseline_from_json(read_file(command.baseline), command.baseline);
   if (command.what == "kernels") return bench::bench_kernels(command);
-  return command.what == "train" ? bench::bench_train(command) : bench::bench_lengths(command);
+  if (command.what == "train") return bench::bench_train(command);
+  return command.what == "decode" ? bench::bench_decode(command) : bench::bench_lengths(command);
 }
 
 }  // namespace krait::train

@@ -27,6 +27,7 @@ std::vector<std::string> select_rows(const std::vector<std::string>& names, cons
 
 int bench_kernels(const BenchCommand& command);
 int bench_train(const BenchCommand& command);
+int bench_decode(const BenchCommand& command);
 int bench_lengths(const BenchCommand& command);
 
 }  // namespace krait::train::bench

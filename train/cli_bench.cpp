@@ -35,6 +35,7 @@ void add_bench(CLI::App& app, Action& action) {
   sub->require_subcommand(1);
   add_kind(*sub, action, "kernels", "Every kernel, checked and timed against the machine's ceilings");
   add_kind(*sub, action, "train", "Whole training steps of known models on random data, a process each");
+  add_kind(*sub, action, "decode", "Tokens one after another: prompt 64, 256 new ones, random weights");
   add_kind(*sub, action, "lengths", "Time and memory of each kind of layer from 512 to 512k positions");
 }
 

@@ -45,7 +45,7 @@ struct AblateCommand {
 int run_ablate(const AblateCommand& command);
 
 struct BenchCommand {
-  std::string what;           // kernels | train | lengths
+  std::string what;           // kernels | train | decode | lengths
   std::string filter;         // rows whose name has all these words; empty: all
   std::string device = "auto";
   std::string json;           // file to write; empty: none

@@ -1,35 +1,14 @@
 #include "train/generate.h"
 
 #include <algorithm>
-#include <cmath>
-#include <numeric>
 
 #include "core/random.h"
+#include "train/decode.h"
 
 namespace krait::train {
 
-int64_t sample_token(const std::vector<float>& logits, double temperature, double top_p, int64_t top_k, double u) {
-  std::vector<int64_t> order(logits.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return logits[static_cast<size_t>(a)] > logits[static_cast<size_t>(b)];
-  });
-  if (temperature <= 0) return order[0];
-  const size_t count = top_k > 0 ? std::min(static_cast<size_t>(top_k), order.size()) : order.size();
-  std::vector<double> p(count);
-  const double top = logits[static_cast<size_t>(order[0])];
-  for (size_t i = 0; i < count; ++i)
-    p[i] = std::exp((logits[static_cast<size_t>(order[i])] - top) / temperature);
-  const double all = std::accumulate(p.begin(), p.end(), 0.0);
-  double kept = 0;
-  size_t n = 0;
-  while (n < count && (n == 0 || kept < top_p * all)) kept += p[n++];
-  double left = u * kept;
-  for (size_t i = 0; i < n; ++i) {
-    left -= p[i];
-    if (left < 0) return order[i];
-  }
-  return order[n - 1];
+namespace {
+constexpr int64_t kAhead = 8;  // tokens that a GPU makes between two looks at them
 }
 
 int64_t generate(Session& session, const GenerateOptions& options,
@@ -49,21 +28,25 @@ int64_t generate(Session& session, const GenerateOptions& options,
               "{} prompt tokens and {} new ones are more than the {} learned positions; lower --max-tokens to {}",
               prompt_length, options.max_tokens, session.config.model.max_positions,
               std::max<int64_t>(session.config.model.max_positions - prompt_length + 1, 0));
+  if (options.max_tokens == 0) return 0;
 
-  layers::DecoderState state =
-      model.initial_state(1, prompt_length + options.max_tokens, session.parameters->options());
+  DecodeLoop loop(model, session.parameters->options(), 1, prompt_length + options.max_tokens, options.max_tokens,
+                  {options.temperature, options.top_p, options.top_k, random_key(options.seed, "generate")},
+                  session.config.runtime.cuda_graphs);
+  loop.prefill(from_vector(ids, Shape{1, prompt_length}));
   data::StreamDecoder decoder(session.data.tokenizer);
-  const uint64_t key = random_key(options.seed, "generate");
-  Tensor tokens = from_vector(ids, Shape{1, prompt_length});
+  const int64_t ahead = session.device.is_cuda() ? kAhead : 1;
   int64_t made = 0;
-  for (; made < options.max_tokens; ++made) {
-    const Tensor logits = model.next_logits(tokens.to(session.device), state);
-    const double u = uniform_from_bits(philox(key, static_cast<uint64_t>(made), 0).word[0]);
-    const auto next = static_cast<int32_t>(
-        sample_token(logits.select(0, 0).to_vector<float>(), options.temperature, options.top_p, options.top_k, u));
-    if (next == eos) break;
-    if (const std::string text = decoder.push(next); !text.empty()) write(text);
-    tokens = from_vector(std::vector<int32_t>{next}, Shape{1, 1});
+  for (bool over = false; !over;) {
+    const std::vector<int64_t> tokens = loop.drawn().to_vector<int64_t>();
+    for (; made < loop.count() && !over; ++made) {
+      const auto next = static_cast<int32_t>(tokens[static_cast<size_t>(made)]);
+      over = next == eos;
+      if (over) break;
+      if (const std::string text = decoder.push(next); !text.empty()) write(text);
+    }
+    over = over || made == options.max_tokens;
+    for (int64_t i = 0; i < ahead && !over && loop.count() < options.max_tokens; ++i) loop.step();
   }
   if (const std::string rest = decoder.finish(); !rest.empty()) write(rest);
   return made;

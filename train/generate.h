@@ -19,7 +19,4 @@ struct GenerateOptions {
 /// tokenizer's end-of-document token. Returns the number of new tokens. The same seed gives the same text.
 int64_t generate(Session& session, const GenerateOptions& options, const std::function<void(const std::string&)>& write);
 
-/// Draws a token from logits (v) with a uniform number u in [0, 1).
-int64_t sample_token(const std::vector<float>& logits, double temperature, double top_p, int64_t top_k, double u);
-
 }  // namespace krait::train

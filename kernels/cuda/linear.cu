@@ -1,3 +1,4 @@
+#include "kernels/cuda/linear_rows.h"
 #include "kernels/linear.h"
 
 #include "core/cuda/launch.cuh"
@@ -159,6 +160,7 @@ void finish(Tensor& y, Tensor& pre, const Tensor& bias) {
 }  // namespace
 
 void linear_forward(Tensor& y, Tensor& pre, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
+  if (!pre.defined() && linear_few_rows(y, g, bias, epilogue)) return;
   if (!bias.defined() && epilogue == Epilogue::none) return gemm(g);
   if (fused(g, y, pre, bias, epilogue)) return;
   gemm(g);

@@ -1,5 +1,5 @@
 #pragma once
-#include "core/cuda/launch.cuh"
+#include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
 #include "kernels/norm.h"
 
@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(block_of(kThreads), (sizeof(X) == 2 ? 1024 : 5
   constexpr int V = 16 / sizeof(X), kVectors = kEach / V;
   const int lane = static_cast<int>(threadIdx.x) % kThreads;
   const int64_t row = int64_t{blockIdx.x} * groups_of(kThreads) + threadIdx.x / kThreads;
+  take_over();
   if (row >= r) return;  // a whole group
   float v[kVectors][V];
 #pragma unroll
@@ -182,9 +183,13 @@ void norm_forward(Tensor& y_out, Tensor& sum_out, Tensor& mean_out, Tensor& rstd
     if constexpr (!std::is_same_v<X, double>) {
       if (c <= 8192 && c % (16 / static_cast<int64_t>(sizeof(X))) == 0 && aligned16(y, sum, x, residual, w, b)) {
         const auto run = [&]<int kThreads>() {
-          launch(norm_forward_kernel<kCentred, X, R, kThreads, 32>,
-                 {.grid = ceil_div(r, groups_of(kThreads)), .block = block_of(kThreads), .stream = stream}, y, sum,
-                 mean, rstd, x, residual, w, b, r, c, eps);
+          const LaunchConfig config{.grid = ceil_div(r, groups_of(kThreads)), .block = block_of(kThreads), .stream = stream};
+          const auto kernel = norm_forward_kernel<kCentred, X, R, kThreads, 32>;
+          // A few rows are a step of a decoding loop, where every kernel is shorter than its launch.
+          if (r <= 256)
+            launch_overlapped(kernel, config, y, sum, mean, rstd, x, residual, w, b, r, c, eps);
+          else
+            launch(kernel, config, y, sum, mean, rstd, x, residual, w, b, r, c, eps);
         };
         if (c <= 1024) return run.template operator()<32>();
         if (c <= 4096) return run.template operator()<128>();

@@ -1,0 +1,29 @@
+#include "kernels/mamba2_step.h"
+
+namespace krait::kernels {
+
+Tensor mamba2_step(Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeights& w) {
+  KRAIT_CHECK(h.ndim() == 4 && zxbcdt.ndim() == 2, "mamba2_step: the state is {}, the input {}", h.shape(), zxbcdt.shape());
+  const int64_t b = zxbcdt.size(0), heads = h.size(1), p = h.size(2), n = h.size(3), e = heads * p;
+  const int64_t channels = w.conv_weight.size(0);
+  KRAIT_CHECK(channels > e && (channels - e) % (2 * n) == 0 && heads % ((channels - e) / (2 * n)) == 0,
+              "mamba2_step: {} channels of the convolution do not fit a state {}", channels, h.shape());
+  KRAIT_CHECK(zxbcdt.size(1) == e + channels + heads && h.size(0) == b, "mamba2_step: the input is {}, expected ({}, {})",
+              zxbcdt.shape(), h.size(0), e + channels + heads);
+  check_same("mamba2_step", zxbcdt, conv, w.conv_weight);
+  check_same("mamba2_step", h, w.dt_bias, w.A_log, w.D, w.norm_weight);
+  KRAIT_CHECK(h.dtype() == accum_dtype(zxbcdt.dtype()), "mamba2_step: the state is {}, the input {}", h.dtype(), zxbcdt.dtype());
+  KRAIT_CHECK(conv.shape() == (Shape{b, w.conv_weight.size(1) - 1, channels}), "mamba2_step: the convolution's state is {}, its filter {}",
+              conv.shape(), w.conv_weight.shape());
+  KRAIT_CHECK(conv.is_contiguous() && h.is_contiguous(), "mamba2_step: states must be contiguous");
+  Tensor y = empty({b, e}, zxbcdt.dtype(), zxbcdt.device());
+  if (y.numel() == 0) return y;
+  Mamba2StepWeights whole = w;
+  for (Tensor* t : {&whole.conv_weight, &whole.dt_bias, &whole.A_log, &whole.norm_weight}) *t = t->contiguous();
+  if (whole.conv_bias.defined()) whole.conv_bias = whole.conv_bias.contiguous();
+  whole.D = (w.D.ndim() == 1 ? w.D.unsqueeze(1).expand({heads, p}) : w.D).contiguous();
+  KRAIT_DISPATCH(zxbcdt.device(), mamba2_step(y, conv, h, zxbcdt.contiguous(), whole));
+  return y;
+}
+
+}  // namespace krait::kernels

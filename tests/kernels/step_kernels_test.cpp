@@ -1,0 +1,126 @@
+#include "kernels/attention_append.h"
+#include "kernels/linear.h"
+#include "kernels/mamba2_step.h"
+#include "kernels/mamba_step.h"
+#include "tests/testing/op_case.h"
+
+using namespace krait;
+using kernels::Epilogue;
+using kernels::RopeStyle;
+
+namespace {
+
+double tolerance(DType t) { return t == DType::bf16 ? 2e-2 : t == DType::f32 ? 1e-5 : 1e-12; }
+
+struct Maker {
+  Device device;
+  DType dtype;
+  uint64_t seed = 1;
+  Tensor narrow(const Shape& s, double std = 1) { return random_tensor(s, Normal{.std = std}, seed++, dtype).to(device); }
+  Tensor wide(const Shape& s, double mean = 0, double std = 1) {
+    return random_tensor(s, Normal{.mean = mean, .std = std}, seed++, accum_dtype(dtype)).to(device);
+  }
+};
+
+std::vector<Tensor> run_mamba(Device device, DType dtype, int64_t b, int64_t e, int64_t n, int64_t r, int64_t k, bool bias) {
+  Maker m{device, dtype};
+  Tensor conv = m.narrow({b, k - 1, e}), h = m.wide({b, e, n});
+  const kernels::MambaStepWeights w{m.narrow({e, k}), bias ? m.narrow({e}) : Tensor{}, m.narrow({r + 2 * n, e}, 0.1),
+                                    m.narrow({e, r}, 0.3), m.wide({e}, -2), m.wide({e, n}, 0.5, 0.5), m.wide({e})};
+  std::vector<Tensor> out;
+  for (int step = 0; step < 3; ++step) out.push_back(kernels::mamba_step(conv, h, m.narrow({b, 2 * e}), w));
+  out.push_back(conv);
+  out.push_back(h);
+  return out;
+}
+
+std::vector<Tensor> run_mamba2(Device device, DType dtype, int64_t b, int64_t heads, int64_t p, int64_t n, int64_t g, int64_t k,
+                               bool norm_first) {
+  Maker m{device, dtype};
+  const int64_t e = heads * p, c = e + 2 * g * n;
+  Tensor conv = m.narrow({b, k - 1, c}), h = m.wide({b, heads, p, n});
+  const kernels::Mamba2StepWeights w{m.narrow({c, k}), m.narrow({c}), m.wide({heads}, -2), m.wide({heads}, 0.5, 0.5), m.wide({heads}),
+                                     m.wide({e}, 1, 0.1), 0, 1e30, 1e-5, norm_first};
+  std::vector<Tensor> out;
+  for (int step = 0; step < 3; ++step) out.push_back(kernels::mamba2_step(conv, h, m.narrow({b, e + c + heads}), w));
+  out.push_back(conv);
+  out.push_back(h);
+  return out;
+}
+
+std::vector<Tensor> run_attention(Device device, DType dtype, int64_t b, int64_t hq, int64_t hkv, int64_t d, bool rope, bool alibi,
+                                  RopeStyle style) {
+  Maker m{device, dtype};
+  const int64_t capacity = 70;
+  Tensor k = m.narrow({b, capacity, hkv, d}), v = m.narrow({b, capacity, hkv, d});
+  kernels::AttentionAppend a{.hq = hq, .hkv = hkv, .style = style};
+  if (rope) {
+    const auto table = kernels::rope_table(capacity, d / 2, 10000, device, accum_dtype(dtype));
+    a.cos = table.cos;
+    a.sin = table.sin;
+  }
+  if (alibi) a.alibi_slopes = random_tensor({hq}, Uniform{0.01, 0.2}, 77, DType::f32).to(device);
+  std::vector<Tensor> out;
+  for (const int32_t p : {0, 1, 31, 69}) {
+    const Tensor position = from_vector(std::vector<int32_t>(static_cast<size_t>(b), p)).to(device);
+    out.push_back(kernels::attention_append(m.narrow({b, hq + 2 * hkv, d}), k, v, position, a));
+  }
+  out.push_back(k);
+  out.push_back(v);
+  return out;
+}
+
+void check_equal(const std::vector<Tensor>& cpu, const std::vector<Tensor>& gpu, DType dtype) {
+  for (size_t i = 0; i < cpu.size(); ++i) {
+    INFO(name_of(dtype) << " result " << i);
+    CHECK(relative_error(gpu[i].cpu(), cpu[i]) < tolerance(dtype));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("mamba_step: cuda equals cpu, outputs and states of three steps", "[cuda]") {
+  for (const DType t : {f64, f32, bf16_type}) {
+    check_equal(run_mamba(kCpu, t, 1, 96, 16, 6, 4, true), run_mamba(cuda_device(), t, 1, 96, 16, 6, 4, true), t);
+    check_equal(run_mamba(kCpu, t, 3, 37, 5, 3, 2, false), run_mamba(cuda_device(), t, 3, 37, 5, 3, 2, false), t);
+  }
+}
+
+TEST_CASE("mamba2_step: cuda equals cpu, outputs and states of three steps", "[cuda]") {
+  for (const DType t : {f64, f32, bf16_type}) {
+    check_equal(run_mamba2(kCpu, t, 1, 3, 64, 128, 1, 4, false), run_mamba2(cuda_device(), t, 1, 3, 64, 128, 1, 4, false), t);
+    check_equal(run_mamba2(kCpu, t, 3, 4, 20, 17, 2, 3, true), run_mamba2(cuda_device(), t, 3, 4, 20, 17, 2, 3, true), t);
+  }
+}
+
+TEST_CASE("attention_append: cuda equals cpu, outputs and caches", "[cuda]") {
+  for (const DType t : {f32, bf16_type}) {
+    for (const int64_t d : {8, 64, 128, 24})
+      check_equal(run_attention(kCpu, t, 2, 4, 2, d, true, false, RopeStyle::half),
+                  run_attention(cuda_device(), t, 2, 4, 2, d, true, false, RopeStyle::half), t);
+    check_equal(run_attention(kCpu, t, 1, 3, 3, 32, true, true, RopeStyle::interleaved),
+                run_attention(cuda_device(), t, 1, 3, 3, 32, true, true, RopeStyle::interleaved), t);
+  }
+}
+
+TEST_CASE("attention_append: a position past the cache gives NaN and changes nothing") {
+  Tensor k = zeros({1, 4, 1, 8}, DType::f32, kCpu), v = zeros({1, 4, 1, 8}, DType::f32, kCpu);
+  const Tensor o = kernels::attention_append(ones({1, 3, 8}, DType::f32, kCpu), k, v, from_vector<int32_t>({4}), {.hq = 1, .hkv = 1});
+  CHECK(std::isnan(o.to_vector<float>()[0]));
+  CHECK(k.to_vector<float>() == std::vector<float>(32, 0.0f));
+}
+
+TEST_CASE("linear of few rows: cuda equals cpu", "[cuda]") {
+  for (const DType t : {f32, bf16_type})
+    for (const int64_t rows : {1, 2, 5, 8})
+      for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{{1, 8}, {33, 768}, {3072, 768}, {7, 3080}})
+        for (const Epilogue e : {Epilogue::none, Epilogue::gelu_tanh}) {
+          const Tensor x = random_tensor({rows, k}, Normal{}, 1, t), w = random_tensor({n, k}, Normal{.std = 0.05}, 2, t);
+          const Tensor bias = random_tensor({n}, Normal{}, 3, t);
+          const Device gpu = cuda_device();
+          const Tensor cpu = kernels::linear_forward(x, w, bias, e, false).y;
+          const Tensor found = kernels::linear_forward(x.to(gpu), w.to(gpu), bias.to(gpu), e, false).y;
+          INFO(name_of(t) << " rows " << rows << " n " << n << " k " << k);
+          CHECK(relative_error(found.cpu(), cpu) < tolerance(t));
+        }
+}

@@ -1,0 +1,81 @@
+#include "train/decode.h"
+
+#include "tests/testing/catch.h"
+#include "train/bench_models.h"
+
+using namespace krait;
+using namespace krait::train;
+
+namespace {
+
+constexpr int64_t kBatch = 3, kPrompt = 7, kNew = 12;
+
+struct Setup {
+  explicit Setup(const std::string& base, Device device)
+      : config(bench::bench_config({base, base, kBatch, kPrompt + kNew, false, 0}, device)), session(bench::bench_session(config)),
+        model(session.language_model("the test")), prompts(bench::random_batch(config, 3).tokens.slice(1, 0, kPrompt).contiguous()) {
+    model.set_training(false);
+  }
+  std::vector<int64_t> decode(const kernels::SampleOptions& sampling, bool graphs) {
+    DecodeLoop loop(model, session.parameters->options(), kBatch, kPrompt + kNew, kNew, sampling, graphs);
+    loop.prefill(prompts);
+    while (loop.count() < kNew) loop.step();
+    captured = loop.captured();
+    return loop.drawn().to_vector<int64_t>();
+  }
+  Config config;
+  Session session;
+  layers::LanguageModel& model;
+  Tensor prompts;  // (b, l) int32
+  bool captured = false;
+};
+
+}  // namespace
+
+TEST_CASE("decoding draws what the whole sequence would, for every family") {
+  for (const char* base : {"char-gpt", "mamba-small", "mamba2-small", "xlstm-small"}) {
+    INFO(base);
+    Setup s(base, kCpu);
+    const std::vector<int64_t> tokens = s.decode({.temperature = 0}, true);
+    // Greedy again, from scratch at every length.
+    std::vector<std::vector<int32_t>> rows;
+    for (int64_t r = 0; r < kBatch; ++r) rows.push_back(s.prompts.select(0, r).to_vector<int32_t>());
+    for (int64_t n = 0; n < kNew; ++n) {
+      std::vector<int32_t> all;
+      for (const auto& row : rows) all.insert(all.end(), row.begin(), row.end());
+      layers::ModelInput input;
+      input.tokens = from_vector(all, {kBatch, kPrompt + n});
+      const NoGrad guard;
+      const Tensor last = s.model.logits(input).data().select(1, -1).contiguous();
+      const auto next = kernels::sample(last, zeros({1}, DType::i64, kCpu), {.temperature = 0}).to_vector<int64_t>();
+      for (int64_t r = 0; r < kBatch; ++r) {
+        CHECK(tokens[static_cast<size_t>(r * kNew + n)] == next[static_cast<size_t>(r)]);
+        rows[static_cast<size_t>(r)].push_back(static_cast<int32_t>(next[static_cast<size_t>(r)]));
+      }
+    }
+  }
+}
+
+TEST_CASE("a captured decoding step draws the same tokens as plain launches", "[cuda]") {
+  for (const char* base : {"char-gpt", "gpt2-124m", "mamba-small", "mamba2-small", "xlstm-small"}) {
+    INFO(base);
+    Setup s(base, cuda_device());
+    for (const kernels::SampleOptions& o : {kernels::SampleOptions{.temperature = 0}, kernels::SampleOptions{.top_p = 0.9, .key = 3}}) {
+      const auto plain = s.decode(o, false);
+      CHECK_FALSE(s.captured);
+      CHECK(s.decode(o, true) == plain);
+      CHECK(s.captured);
+    }
+  }
+}
+
+TEST_CASE("decoding refuses a second prompt and more tokens than asked for") {
+  Setup s("mamba-small", kCpu);
+  DecodeLoop loop(s.model, s.session.parameters->options(), kBatch, kPrompt + 2, 2, {.temperature = 0});
+  CHECK(contains(error_of([&] { loop.step(); }), "a step needs a prompt before it"));
+  loop.prefill(s.prompts);
+  CHECK(contains(error_of([&] { loop.prefill(s.prompts); }), "once"));
+  loop.step();
+  CHECK(contains(error_of([&] { loop.step(); }), "2 tokens were asked for"));
+  CHECK(loop.drawn().shape() == Shape{kBatch, 2});
+}
