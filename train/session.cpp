@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <thread>
 
-#include "core/comm/collectives.h"
 #include "core/comm/job.h"
 #include "core/parallel.h"
 #include "kernels/matmul.h"
@@ -106,18 +105,14 @@ Session make_session(const Config& config, DataSource data, int64_t finished_ste
 
 layers::ModelInput model_input(const data::Batch& batch, Device device, const comm::ProcessGroup& sequence) {
   layers::ModelInput input;
-  const auto move = [&](const Tensor& t) { return t.defined() ? t.to(device) : t; };
-  const auto positions = [&](const Tensor& t) {  // (b, l, ...): this rank's piece of the sequence
-    return move(t.defined() && sequence.size() > 1 ? comm::own_part(t, 1, sequence).contiguous() : t);
-  };
-  input.tokens = positions(batch.tokens);
-  input.inputs = positions(batch.inputs);
-  input.targets = batch.labels.defined()   ? move(batch.labels)
-                  : batch.values.defined() ? move(batch.values)
-                                           : positions(batch.targets);
-  input.lengths = move(batch.lengths);
-  input.info.segments = positions(batch.segments);
-  input.info.positions = positions(batch.positions);
+  input.tokens = batch.tokens;
+  input.inputs = batch.inputs;
+  input.targets = batch.labels.defined() ? batch.labels : batch.values.defined() ? batch.values : batch.targets;
+  input.lengths = batch.lengths;
+  input.info = {batch.segments, batch.positions};
+  input = layers::slice_sequence(input, sequence);
+  for (Tensor* t : {&input.tokens, &input.inputs, &input.targets, &input.lengths, &input.info.segments, &input.info.positions})
+    if (t->defined()) *t = t->to(device);
   return input;
 }
 
