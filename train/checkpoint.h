@@ -63,6 +63,7 @@ class CheckpointWriter {
 
  private:
   struct Job;
+  void prepare(const Job& job);
   void start(Job& job);
   void publish_when_complete(Job& job);
   void prune(int64_t newest);

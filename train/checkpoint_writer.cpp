@@ -105,7 +105,7 @@ void point_best_at(const std::string& directory, const std::string& name) {
 }  // namespace
 
 struct CheckpointWriter::Job {
-  int64_t step = 0;
+  int64_t step = 0, bytes = 0;  // bytes: of all ranks
   std::vector<NamedTensor> tensors;
   std::string meta, unfinished;  // the hidden directory
   bool is_best = false;
@@ -145,27 +145,25 @@ CheckpointWriter::~CheckpointWriter() {
 
 void CheckpointWriter::save(int64_t step, const std::vector<NamedTensor>& tensors, const std::string& meta, bool is_best) {
   finish();
-  int64_t bytes = 1 << 16;
-  for (const NamedTensor& t : tensors) bytes += t.value.nbytes();
-  const Tensor total = full({1}, static_cast<double>(bytes), DType::f64, kCpu);
-  world_->all_reduce(total).wait();
-
   auto job = std::make_unique<Job>();
   job->step = step;
   job->meta = meta;
   job->is_best = is_best;
   job->unfinished = directory_ + "/" + kUnfinished + checkpoint_name(step);
-  std::exception_ptr failure;
-  try {
-    if (world_->rank() == 0) {
-      check_space(directory_, static_cast<int64_t>(total.data<double>()[0]));
-      remove_quietly(job->unfinished);
-      fs::create_directory(job->unfinished);
+  job->bytes = 1 << 16;
+  for (const NamedTensor& t : tensors) job->bytes += t.value.nbytes();
+  if (world_->size() > 1) {  // the others need the directory; a single rank makes it on the writer's thread
+    const Tensor total = full({1}, static_cast<double>(job->bytes), DType::f64, kCpu);
+    world_->all_reduce(total).wait();
+    job->bytes = static_cast<int64_t>(total.data<double>()[0]);
+    std::exception_ptr failure;
+    try {
+      if (world_->rank() == 0) prepare(*job);
+    } catch (const std::exception& e) {
+      failure = std::make_exception_ptr(write_error(step, e.what()));
     }
-  } catch (const std::exception& e) {
-    failure = std::make_exception_ptr(write_error(step, e.what()));
+    throw_together(*world_, failure);
   }
-  throw_together(*world_, failure);
 
   job->tensors.reserve(tensors.size());
   for (const NamedTensor& t : tensors) {
@@ -177,10 +175,17 @@ void CheckpointWriter::save(int64_t step, const std::vector<NamedTensor>& tensor
   if (!options_.async) finish();
 }
 
+void CheckpointWriter::prepare(const Job& job) {
+  check_space(directory_, job.bytes);
+  remove_quietly(job.unfinished);
+  fs::create_directory(job.unfinished);
+}
+
 void CheckpointWriter::start(Job& job) {
   job.thread = std::thread([this, &job] {
     const int rank = world_->rank();
     try {
+      if (world_->size() == 1) prepare(job);
       const std::string file = job.unfinished + "/" + shard_name(rank, world_->size());
       write_shard(file, job.tensors, job.meta);
       int64_t bytes = 0;
