@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
-#include "kernels/accumulate.h"
 #include "kernels/causal_conv1d.h"
 #include "kernels/elementwise.h"
 #include "kernels/linear.h"
+#include "kernels/matmul.h"
 #include "kernels/selective_scan.h"
 
 namespace krait::autograd {
@@ -20,13 +20,13 @@ Tensor linear_of(const Tensor& x, const Tensor& w) {
 
 Tensor buffer_of(const Variable& v) { return v.accumulates_in_place() ? v.grad() : Tensor{}; }
 
-// Gradients of y = x w^T; dw is undefined when it went into w's buffer.
-kernels::LinearGrad linear_gradient(const Tensor& dy, const Tensor& x, const Variable& w) {
+// Gradient of w in y = x w^T; undefined when it went into w's buffer.
+Tensor weight_gradient(const Tensor& dy, const Tensor& x, const Variable& w) {
+  if (!w.requires_grad()) return {};
   const Tensor buffer = buffer_of(w);
-  auto grad = kernels::linear_backward(dy, x, w.data(), {}, Epilogue::none,
-                                       {.dx = true, .dw = w.requires_grad(), .db = false}, buffer);
-  if (buffer.defined()) grad.dw = {};
-  return grad;
+  Tensor dw = buffer.defined() ? buffer : empty_like(w.data());
+  kernels::matmul_out(dw, dy.flatten_leading(), x.flatten_leading(), true, false, 1.0, buffer.defined() ? 1.0 : 0.0);
+  return buffer.defined() ? Tensor{} : dw;
 }
 
 // The sum over the members that have the other channels, in place.
@@ -88,22 +88,52 @@ Entered enter(const MambaInnerArguments& in, const Tensor& x, const Tensor& dbc)
 
 kernels::SelectiveScanGrad scan_gradient(const MambaInnerArguments& in, const kernels::SelectiveScanInputs& scan,
                                          const Entered& entered, const Tensor& dy, const Tensor& dlast,
-                                         const Tensor& states) {
+                                         const Tensor& states, const kernels::SelectiveScanWants& wants) {
   check_carried("mamba_inner", in.pieces, {}, dlast);
-  if (!in.pieces.several()) return kernels::selective_scan_backward(dy, dlast, scan, states);
+  if (!in.pieces.several()) return kernels::selective_scan_backward(dy, dlast, scan, states, wants);
   const Tensor upstream = dy.defined() ? dy : zeros_like(scan.x);
   const Tensor own = kernels::selective_scan_initial_gradient(upstream, scan);
   const Tensor behind = pass_gradients(gather_pieces({own}, in.pieces)[0], entered.decays, in.pieces);
-  auto grad = kernels::selective_scan_backward(upstream, behind, scan, states);
+  auto grad = kernels::selective_scan_backward(upstream, behind, scan, states, wants);
   grad.dh0 = {};
   return grad;
+}
+
+Grads differentiate(const MambaInnerArguments& in, const Entered& entered, const Tensor& dbc, const Tensor& states,
+                    const Tensor& dout, const Tensor& dconv_state, const Tensor& dssm_state) {
+  const Sizes sizes(in);
+  // Tensors go as soon as they have served: the peak of a training step is here.
+  Tensor again = convolve(in).y, dxz = empty_like(in.xz.data()), dw_out;
+  kernels::SelectiveScanGrad scan;
+  {
+    const Tensor dy = dout.defined() ? kernels::matmul(dout, in.out_proj.data()) : Tensor{};
+    scan = scan_gradient(in, scan_inputs(in, again, dbc, entered.h0), entered, dy, dssm_state, states,
+                         {.dz = sizes.z(dxz), .y = dout.defined()});
+  }
+  if (dout.defined()) dw_out = weight_gradient(dout, scan.y, in.out_proj);
+  scan.y = {};
+  Tensor ddbc = empty_like(dbc), of_d = sizes.d(ddbc);
+  kernels::matmul_out(of_d, scan.ddt, in.dt_proj.data());
+  const Tensor dw_dt = weight_gradient(scan.ddt, sizes.d(dbc), in.dt_proj);
+  scan.ddt = {};
+  copy_columns(ddbc, sizes.r, scan.dB);
+  copy_columns(ddbc, sizes.r + sizes.n, scan.dC);
+  sum_members(ddbc, in.tensor);
+  kernels::matmul_out(scan.dx, ddbc, in.x_proj.data(), false, false, 1.0, 1.0);
+  const Tensor dw_x = weight_gradient(ddbc, again, in.x_proj);
+  again = {};
+  const auto conv = kernels::causal_conv1d_backward(scan.dx, dconv_state, sizes.x(in.xz.data()), in.conv_weight.data(),
+                                                    in.conv_bias.data(), in.conv_state.data(), true, in.segments,
+                                                    buffer_of(in.conv_weight), buffer_of(in.conv_bias), sizes.x(dxz));
+  return {dxz,     conv.dweight, conv.dbias, dw_x,          dw_dt,   scan.ddt_bias,
+          scan.dA, scan.dD,      dw_out,     conv.dinitial, scan.dh0};
 }
 
 }  // namespace
 
 MambaInnerOut mamba_inner(const MambaInnerArguments& in) {
-  const Vars inputs{in.xz, in.conv_weight, in.conv_bias, in.x_proj,     in.dt_proj,
-                    in.dt_bias, in.A,      in.D,         in.conv_state, in.ssm_state};
+  const Vars inputs{in.xz, in.conv_weight, in.conv_bias, in.x_proj,     in.dt_proj,  in.dt_bias,
+                    in.A,  in.D,           in.out_proj,  in.conv_state, in.ssm_state};
   const bool tape =
       recording() && std::any_of(inputs.begin(), inputs.end(), [](const Variable& v) { return v.requires_grad(); });
   auto [x, conv_state] = convolve(in);
@@ -112,34 +142,10 @@ MambaInnerOut mamba_inner(const MambaInnerArguments& in) {
   const Entered entered = enter(in, x, dbc);
   auto [y, ssm_state, states] = kernels::selective_scan_forward(scan_inputs(in, x, dbc, entered.h0), tape);
   if (in.pieces.several()) ssm_state = entered.last;
-
-  const auto backward = [in, dbc, entered, states = states](const std::vector<Tensor>& d) -> Grads {
-    const Sizes sizes(in);
-    Tensor again = convolve(in).y;
-    auto scan = scan_gradient(in, scan_inputs(in, again, dbc, entered.h0), entered, d[0], d[2], states);
-    // Tensors go as soon as they have served: the peak of a training step is here.
-    Tensor dxz = empty_like(in.xz.data());
-    copy_columns(dxz, sizes.e, scan.dz);
-    scan.dz = {};
-    const auto of_dt = linear_gradient(scan.ddt, sizes.d(dbc), in.dt_proj);
-    scan.ddt = {};
-    Tensor ddbc = empty_like(dbc);
-    copy_columns(ddbc, 0, of_dt.dx);
-    copy_columns(ddbc, sizes.r, scan.dB);
-    copy_columns(ddbc, sizes.r + sizes.n, scan.dC);
-    sum_members(ddbc, in.tensor);
-    auto of_x = linear_gradient(ddbc, again, in.x_proj);
-    again = {};
-    kernels::accumulate(scan.dx, of_x.dx);
-    of_x.dx = {};
-    auto conv = kernels::causal_conv1d_backward(scan.dx, d[1], sizes.x(in.xz.data()), in.conv_weight.data(),
-                                                in.conv_bias.data(), in.conv_state.data(), true, in.segments,
-                                                buffer_of(in.conv_weight), buffer_of(in.conv_bias));
-    copy_columns(dxz, 0, conv.dx);
-    return {dxz,          conv.dweight, conv.dbias, of_x.dw,       of_dt.dw,
-            scan.ddt_bias, scan.dA,     scan.dD,    conv.dinitial, scan.dh0};
-  };
-  const Vars out = record("mamba_inner", inputs, {y, conv_state, ssm_state}, backward);
+  const Vars out = record("mamba_inner", inputs, {linear_of(y, in.out_proj.data()), conv_state, ssm_state},
+                          [in, entered, dbc, states = states](const std::vector<Tensor>& d) -> Grads {
+                            return differentiate(in, entered, dbc, states, d[0], d[1], d[2]);
+                          });
   return {out[0], out[1], out[2]};
 }
 

@@ -6,22 +6,23 @@
 namespace krait {
 inline namespace autograd {
 
-/// What a Mamba layer does between its outer projections, on xz (b, l, 2e) = [x; z]:
+/// What a Mamba layer does behind its inner projection, on xz (b, l, 2e) = [x; z]:
 ///   x~ = silu(conv1d(x))     [d; B; C] = x_proj x~     y = selective_scan(x~, dt_proj d, A, B, C, D, z, dt_bias)
-/// The same as causal_conv1d, linear and selective_scan one after the other, but backward computes x~ and dt_proj d
-/// again: per token it keeps xz, [d; B; C] and the scan's states, not 2e values more.
-/// x_proj (r + 2n, e), dt_proj (e, r), A (e, n); the rest as in those functions. conv_bias, D, the states and segments
+///   out = out_proj y
+/// The same as causal_conv1d, linear and selective_scan one after the other, but backward computes x~, dt_proj d and y
+/// again: per token it keeps xz, [d; B; C] and the scan's states, not 3e values more.
+/// x_proj (r + 2n, e), dt_proj (e, r), A (e, n), out_proj (m, e); the rest as in those functions. conv_bias, D, the states and segments
 /// may be undefined. With pieces, xz is the own piece of a sequence that several members share: conv_state is what lies
 /// before it (autograd/sequence_exchange.h), the states of the others pass through it, the ssm_state given (a value, alike
 /// on all) enters the first piece, the one returned is that of the last.
 struct MambaInnerArguments {
-  Variable xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D;
+  Variable xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj;
   Variable conv_state = {}, ssm_state = {};
   Tensor segments = {};
   SequencePieces pieces = {};
-  comm::GroupPtr tensor = {};  // null, or a group whose members have some of the channels each: x_proj's products are summed
+  comm::GroupPtr tensor = {};  // null, or a group whose members have some of the channels each: x_proj's products are summed, out is the own part
 };
-struct MambaInnerOut { Variable y, conv_state, ssm_state; };
+struct MambaInnerOut { Variable out, conv_state, ssm_state; };
 MambaInnerOut mamba_inner(const MambaInnerArguments& in);
 
 }  // namespace autograd

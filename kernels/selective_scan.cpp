@@ -74,12 +74,14 @@ SelectiveScanOut selective_scan_forward(const SelectiveScanInputs& inputs, bool 
 }
 
 SelectiveScanGrad selective_scan_backward(const Tensor& dy, const Tensor& dfinal, const SelectiveScanInputs& inputs,
-                                          const Tensor& states) {
+                                          const Tensor& states, const SelectiveScanWants& wants) {
   const SelectiveScanInputs in = check_inputs(inputs);
   SelectiveScanGrad grad;
   const auto like = [](const Tensor& t) { return t.defined() ? empty_like(t) : Tensor(); };
   grad = {like(in.x), like(in.dt), like(in.A), like(in.B), like(in.C),
           like(in.D), like(in.z),  like(in.dt_bias), like(in.h0)};
+  if (wants.dz.defined() && in.z.defined()) grad.dz = wants.dz;
+  if (wants.y) grad.y = empty(in.x.shape(), in.x.dtype(), in.x.device());
   if (in.x.numel() == 0) {
     for (Tensor* t : {&grad.dA, &grad.dB, &grad.dC, &grad.dD, &grad.ddt_bias, &grad.dh0})
       if (t->defined()) zero_(*t);

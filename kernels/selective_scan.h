@@ -28,13 +28,16 @@ struct SelectiveScanInputs {
 };
 /// y like x; final_state (b, e, n) in the dtype of sums, as is states (b, chunks, n, e), defined when asked for.
 struct SelectiveScanOut { Tensor y, final_state, states; };
-/// Like the inputs; undefined where those are. Sums are made in fp32 (fp64 for fp64) in a fixed order.
-struct SelectiveScanGrad { Tensor dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dh0; };
+/// Like the inputs; undefined where those are. Sums are made in fp32 (fp64 for fp64) in a fixed order. y once more when
+/// asked for.
+struct SelectiveScanGrad { Tensor dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dh0, y = {}; };
+/// dz: where dz goes (b, l, e, rows may be apart). y: the outputs too, for those who did not keep them.
+struct SelectiveScanWants { Tensor dz = {}; bool y = false; };
 
 SelectiveScanOut selective_scan_forward(const SelectiveScanInputs& in, bool save_states);
 /// dy or dfinal may be undefined (0).
 SelectiveScanGrad selective_scan_backward(const Tensor& dy, const Tensor& dfinal, const SelectiveScanInputs& in,
-                                          const Tensor& states);
+                                          const Tensor& states, const SelectiveScanWants& wants = {});
 /// One piece of a sequence as seen from outside: h_out = exp(A deltas) h_in + state, where no document begins inside it.
 /// state (b, e, n) is its final state from h0 (undefined: 0), deltas (b, e) = sum_t delta_t. Cheaper than the forward
 /// pass: reads neither C nor D nor z, writes nothing per position.
@@ -48,13 +51,31 @@ Tensor selective_scan_initial_gradient(const Tensor& dy, const SelectiveScanInpu
 Tensor selective_scan_step(Tensor& h, const SelectiveScanInputs& in);
 
 // The backends. Rows contiguous, parameters and states contiguous; states undefined when not wanted. Every gradient
-// whose input is defined is written; dA, dD, ddt_bias, dh0 in the dtype of sums.
+// whose input is defined is written; dA, dD, ddt_bias, dh0 in the dtype of sums; dz's rows may be apart; y if defined.
 KRAIT_BACKENDS(void selective_scan_forward(Tensor& y, Tensor& final_state, Tensor& states,
                                            const SelectiveScanInputs& in);
                void selective_scan_backward(SelectiveScanGrad& grad, const Tensor& dy, const Tensor& dfinal,
                                             const SelectiveScanInputs& in, const Tensor& states);
                void selective_scan_summary(Tensor& state, Tensor& deltas, const SelectiveScanInputs& in);
                void selective_scan_initial_gradient(Tensor& gradient, const Tensor& dy, const SelectiveScanInputs& in))
+
+/// For a backend whose backward writes only whole tensors and no y: false where that will do, else done in parts.
+template <class Forward, class Backward>
+bool selective_scan_backward_in_parts(SelectiveScanGrad& grad, const SelectiveScanInputs& in, const Forward& forward,
+                                      const Backward& backward) {
+  const bool apart = grad.dz.defined() && !grad.dz.is_contiguous();
+  if (!apart && !grad.y.defined()) return false;
+  SelectiveScanGrad whole = grad;
+  whole.y = {};
+  if (apart) whole.dz = empty(grad.dz.shape(), grad.dz.dtype(), grad.dz.device());
+  backward(whole);
+  if (apart) copy_(grad.dz, whole.dz);
+  if (grad.y.defined()) {
+    Tensor last = empty({in.x.size(0), in.x.size(2), in.A.size(1)}, in.A.dtype(), in.x.device()), states;
+    forward(grad.y, last, states);
+  }
+  return true;
+}
 
 }  // namespace kernels
 }  // namespace krait

@@ -68,16 +68,16 @@ Mamba::Mamba(const MambaConfig& config, const LayerContext& context)
 Mamba::Result Mamba::run(const Variable& u, const Tensor& segments, const Variable& conv, const Variable& ssm,
                          const comm::GroupPtr& sequence) const {
   MambaInnerArguments in{linear(copy_to_group(u, tensor_), in_proj_, optional(in_bias_)), conv_, optional(conv_bias_),
-                         x_proj_, dt_proj_,
-                         dt_bias_, -exp(A_log_), D_};
+                         x_proj_, dt_proj_, dt_bias_, -exp(A_log_), D_, out_proj_};
   in.conv_state =
       convolution_history(slice(in.xz, -1, 0, config_.d_inner), config_.d_conv - 1, sequence, segments, conv);
   in.ssm_state = ssm;
   in.segments = segments;
   in.pieces = sequence_pieces(sequence, segments);
   in.tensor = tensor_;
-  const MambaInnerOut out = mamba_inner(in);
-  return {linear_sum(out.y, out_proj_, optional(out_bias_), tensor_), out.conv_state, out.ssm_state};
+  const MambaInnerOut inner = mamba_inner(in);
+  const Variable out = reduce_from_group(inner.out, tensor_);
+  return {out_bias_.defined() ? out + out_bias_ : out, inner.conv_state, inner.ssm_state};
 }
 
 Variable Mamba::advance(const Variable& x, const Tensor& segments, LayerState& state,

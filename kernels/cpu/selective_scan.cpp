@@ -267,6 +267,10 @@ void split_sums(T* db, T* dc, const A* partial, int64_t groups, int64_t position
 
 void selective_scan_backward(SelectiveScanGrad& grad, const Tensor& dy, const Tensor& dfinal,
                              const SelectiveScanInputs& in, const Tensor& states) {
+  const bool done = selective_scan_backward_in_parts(
+      grad, in, [&](Tensor& y, Tensor& last, Tensor& none) { selective_scan_forward(y, last, none, in); },
+      [&](SelectiveScanGrad& whole) { selective_scan_backward(whole, dy, dfinal, in, states); });
+  if (done) return;
   const int64_t b = in.x.size(0), l = in.x.size(1), e = in.x.size(2), n = in.A.size(1);
   const int64_t blocks = blocks_of(e), groups = groups_of(b, e), chunks = (l + kQ - 1) / kQ;
   visit_float(in.x.dtype(), [&]<class T>() {

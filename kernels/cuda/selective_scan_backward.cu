@@ -379,6 +379,10 @@ void sum_scan_parts(SelectiveScanGrad& grad, const Tensor& da, const Tensor& row
 void selective_scan_backward(SelectiveScanGrad& grad, const Tensor& dy, const Tensor& dfinal,
                              const SelectiveScanInputs& in, const Tensor& states) {
   if (scan_walks(in)) return walk_backward(grad, dy, dfinal, in, states);
+  const bool done = selective_scan_backward_in_parts(
+      grad, in, [&](Tensor& y, Tensor& last, Tensor& none) { selective_scan_forward(y, last, none, in); },
+      [&](SelectiveScanGrad& whole) { selective_scan_backward(whole, dy, dfinal, in, states); });
+  if (done) return;
   const int64_t b = in.x.size(0), l = in.x.size(1), e = in.x.size(2), n = in.A.size(1), chunks = states.size(1);
   const Device device = in.x.device();
   const Stream stream = current_stream(device);

@@ -412,7 +412,7 @@ void walk_backward(SelectiveScanGrad& grad, const Tensor& dy, const Tensor& dfin
   const WalkGradients out{grad.dx.data<bf16>(),
                           grad.ddt.data<bf16>(),
                           gated ? grad.dz.data<bf16>() : nullptr,
-                          nullptr,
+                          grad.y.defined() ? grad.y.data<bf16>() : nullptr,
                           gated ? grad.dz.stride(0) : 0,
                           gated ? grad.dz.stride(1) : 0,
                           da.data<float>(),
