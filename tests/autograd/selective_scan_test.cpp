@@ -91,7 +91,7 @@ OpCase scan_case(bool gated, bool packed, bool softplus = true) {
   for (const auto& [b, l, e, n] : std::vector<std::array<int64_t, 4>>{
            {1, 1, 1, 1}, {2, 7, 5, 3}, {1, 0, 3, 4}, {0, 3, 2, 2}, {1, 64, 3, 16}, {2, 65, 37, 16}, {3, 150, 9, 5},
            {1, 33, 130, 2}, {1, 21, 3, 33}, {1, 6, 2, 200}, {2, 1, 8, 16}, {2, 67, 24, 16}, {1, 131, 136, 16},
-           {64, 70, 8, 16}}) {
+           {200, 66, 8, 16}}) {
     std::vector<Shape> shapes{{b, l, e}, {b, l, e}, {e, n}, {b, l, n}, {b, l, n}, {e}, {e}, {b, e, n}};
     if (gated) shapes.push_back({b, l, e});
     c.shapes.push_back(shapes);
