@@ -48,6 +48,8 @@ const std::vector<MeshRow>& mesh_table() {
       {"data 4", 4, "", {"mamba2", "moe"}},
       {"tensor 2", 2, "parallelism.tensor=2", {}},
       {"sequence 2", 2, "parallelism.sequence=2", {}},
+      {"sequence 4", 4, "parallelism.sequence=4", {"transformer", "slstm", "gru", "s4", "mamba", "moe"}},
+      {"data 2 x sequence 2", 4, "parallelism.sequence=2 parallelism.data=2", {"transformer", "lstm", "s4d", "gated_cnn", "kan"}},
       {"tensor 2 x sequence 2", 4, "parallelism.tensor=2 parallelism.sequence=2", {}},
       {"data 2 x tensor 2, zero 1", 4, "parallelism.tensor=2 parallelism.zero=1", {"transformer"}},
       {"zero 1", 2, "parallelism.zero=1 parallelism.bucket_mb=0.05", {"transformer", "mamba2"}},
