@@ -38,16 +38,16 @@ kernels::CausalConv1dOut convolve(const Mamba2InnerArguments& in) {
                                         in.conv_state.data(), true, in.options.segments);
 }
 
-kernels::SsdInput scan_input(const Mamba2InnerArguments& in, const Tensor& xbc) {
+kernels::SsdInput scan_input(const Mamba2InnerArguments& in, const Tensor& xbc, const Tensor& initial_state) {
   const Sizes sizes(in);
   const auto time = kernels::ssd_time_step_forward(sizes.dt(in.zxbcdt.data()), in.dt_bias.data(), in.A_log.data(),
                                                    in.dt_low, in.dt_high);
-  return {sizes.x(xbc), time.dt, time.a, sizes.B(xbc), sizes.C(xbc), in.D.data(), in.ssm_state.data(),
+  return {sizes.x(xbc), time.dt, time.a, sizes.B(xbc), sizes.C(xbc), in.D.data(), initial_state,
           in.options.segments, in.options.chunk};
 }
 
-Grads differentiate(const Mamba2InnerArguments& in, const Tensor& y, const Tensor& rstd, const Tensor& dout,
-                    const Tensor& dconv_state, const Tensor& dssm_state) {
+Grads differentiate(const Mamba2InnerArguments& in, const SsdPiece& piece, const Tensor& y, const Tensor& rstd,
+                    const Tensor& dout, const Tensor& dconv_state, const Tensor& dssm_state) {
   const Sizes sizes(in);
   const Tensor& zxbcdt = in.zxbcdt.data();
   // Tensors go as soon as they have served: the peak of a training step is here.
@@ -82,7 +82,8 @@ Grads differentiate(const Mamba2InnerArguments& in, const Tensor& y, const Tenso
     scan.dx = sizes.x(dxbc);
     scan.dB = sizes.B(dxbc);
     scan.dC = sizes.C(dxbc);
-    kernels::ssd_backward_into(scan, sizes.heads(dy), dssm_state, scan_input(in, xbc));
+    const kernels::SsdInput input = scan_input(in, xbc, piece.before);
+    kernels::ssd_backward_into(scan, sizes.heads(dy), piece.gradient_behind(input, sizes.heads(dy), dssm_state), input);
     dy = {};
   }
   scan.dx = scan.dB = scan.dC = {};
@@ -92,7 +93,7 @@ Grads differentiate(const Mamba2InnerArguments& in, const Tensor& y, const Tenso
       dxbc, dconv_state, sizes.xbc(zxbcdt), in.conv_weight.data(), in.conv_bias.data(), in.conv_state.data(), true,
       in.options.segments, buffer_of(in.conv_weight), buffer_of(in.conv_bias), sizes.xbc(dzxbcdt));
   return {dzxbcdt, conv.dweight, conv.dbias, time.dbias.to(in.dt_bias.dtype()), time.dA_log.to(in.A_log.dtype()), scan.dD,
-          dnorm, dweight, dbias, conv.dinitial, scan.dinitial_state};
+          dnorm, dweight, dbias, conv.dinitial, piece.gradient_before(scan.dinitial_state)};
 }
 
 }  // namespace
@@ -101,7 +102,13 @@ Mamba2InnerOut mamba2_inner(const Mamba2InnerArguments& in) {
   const Sizes sizes(in);
   const Tensor& zxbcdt = in.zxbcdt.data();
   kernels::CausalConv1dOut conv = convolve(in);
-  auto [states, final_state] = kernels::ssd_forward(scan_input(in, conv.y));
+  check_carried("mamba2_inner", in.options.pieces, in.ssm_state);
+  kernels::SsdInput scan = scan_input(in, conv.y, in.ssm_state.data());
+  const SsdPiece piece(scan, in.options.pieces);
+  scan.initial_state = piece.before;
+  auto [states, own_last] = kernels::ssd_forward(scan);
+  const Tensor final_state = piece.last(own_last);
+  scan = {};
   conv.y = {};
   const Tensor y = states.view({zxbcdt.size(0), zxbcdt.size(1), sizes.e});
   const auto norm = kernels::gated_rms_norm_forward(y, sizes.z(zxbcdt), in.norm_weight.data(), in.norm_eps,
@@ -113,8 +120,8 @@ Mamba2InnerOut mamba2_inner(const Mamba2InnerArguments& in) {
       record("mamba2_inner",
              {in.zxbcdt, in.conv_weight, in.conv_bias, in.dt_bias, in.A_log, in.D, in.norm_weight, in.out_weight,
               in.out_bias, in.conv_state, in.ssm_state},
-             {out, conv.final_state, final_state}, [in, y, rstd = norm.rstd](const std::vector<Tensor>& d) -> Grads {
-               return differentiate(in, y, rstd, d[0], d[1], d[2]);
+             {out, conv.final_state, final_state}, [in, piece, y, rstd = norm.rstd](const std::vector<Tensor>& d) -> Grads {
+               return differentiate(in, piece, y, rstd, d[0], d[1], d[2]);
              });
   return {results[0], results[1], results[2]};
 }

@@ -10,56 +10,64 @@ namespace {
 
 Tensor or_zeros(const Tensor& dy, const Tensor& like) { return dy.defined() ? dy : zeros_like(like); }
 
-// The recurrence over the own piece of the sequence, from the state that the pieces before it leave.
-class Piece {
- public:
-  Piece(kernels::SsdInput input, const Variable& initial, const SequencePieces& pieces)
-      : in(std::move(input)), pieces_(pieces) {
-    check_carried("ssd", pieces, initial);
-    if (!pieces.several()) return;
-    in.initial_state = {};
-    const kernels::SsdSummary own = kernels::ssd_summary(in);
-    const std::vector<Tensor> all = gather_pieces({own.state, own.log_decay}, pieces);
-    decays_ = cut_decays(kernels::exp(all[1]), pieces);
-    const PassedState state = pass_states(all[0], decays_, initial.data(), pieces);
-    in.initial_state = state.before;
-    last_ = state.last;
-  }
+}  // namespace
 
+SsdPiece::SsdPiece(const kernels::SsdInput& in, const SequencePieces& pieces) : before(in.initial_state), pieces_(pieces) {
+  if (!pieces.several()) return;
+  kernels::SsdInput alone = in;
+  alone.initial_state = {};
+  const kernels::SsdSummary own = kernels::ssd_summary(alone);
+  const std::vector<Tensor> all = gather_pieces({own.state, own.log_decay}, pieces);
+  decays_ = cut_decays(kernels::exp(all[1]), pieces);
+  const PassedState state = pass_states(all[0], decays_, in.initial_state, pieces);
+  before = state.before;
+  last_ = state.last;
+}
+
+Tensor SsdPiece::last(const Tensor& own_last) const { return pieces_.several() ? last_ : own_last; }
+
+Tensor SsdPiece::gradient_behind(const kernels::SsdInput& in, const Tensor& dy, const Tensor& dlast) const {
+  check_carried("ssd", pieces_, {}, dlast);
+  if (!pieces_.several()) return dlast;
+  return pass_gradients(gather_pieces({kernels::ssd_initial_gradient(dy, in)}, pieces_)[0], decays_, pieces_);
+}
+
+Tensor SsdPiece::gradient_before(const Tensor& dinitial) const { return pieces_.several() ? Tensor() : dinitial; }
+
+namespace {
+
+// The recurrence over the own piece of the sequence.
+struct Recurrence {
+  Recurrence(const kernels::SsdInput& whole, const Variable& initial, const SequencePieces& pieces)
+      : in(whole), piece(in, pieces) {
+    check_carried("ssd", pieces, initial);
+    in.initial_state = piece.before;
+  }
   kernels::SsdOut forward() const {
     kernels::SsdOut out = kernels::ssd_forward(in);
-    if (pieces_.several()) out.final_state = last_;
+    out.final_state = piece.last(out.final_state);
     return out;
   }
-  void backward_into(kernels::SsdGrad& g, const Tensor& dy, const Tensor& dfinal) const {
-    check_carried("ssd", pieces_, {}, dfinal);
-    kernels::ssd_backward_into(g, dy, pieces_.several() ? gradient_behind(dy) : dfinal, in);
-    if (pieces_.several()) g.dinitial_state = {};
+  void backward_into(kernels::SsdGrad& g, const Tensor& dy, const Tensor& dlast) const {
+    kernels::ssd_backward_into(g, dy, piece.gradient_behind(in, dy, dlast), in);
+    g.dinitial_state = piece.gradient_before(g.dinitial_state);
   }
-
   kernels::SsdInput in;
-
- private:
-  Tensor gradient_behind(const Tensor& dy) const {
-    return pass_gradients(gather_pieces({kernels::ssd_initial_gradient(dy, in)}, pieces_)[0], decays_, pieces_);
-  }
-
-  SequencePieces pieces_;
-  Tensor decays_, last_;
+  SsdPiece piece;
 };
 
 }  // namespace
 
 SsdOut ssd(const Variable& x, const Variable& dt, const Variable& a, const Variable& B, const Variable& C,
            const Variable& D, const Variable& initial_state, const SsdOptions& options) {
-  const Piece piece({x.data(), dt.data(), a.data(), B.data(), C.data(), D.data(), initial_state.data(),
+  const Recurrence run({x.data(), dt.data(), a.data(), B.data(), C.data(), D.data(), initial_state.data(),
                      options.segments, options.chunk}, initial_state, options.pieces);
-  auto [y, final_state] = piece.forward();
+  auto [y, final_state] = run.forward();
   const Vars out = record("ssd", {x, dt, a, B, C, D, initial_state}, {y, final_state},
-                          [piece](const std::vector<Tensor>& d) -> Grads {
-                            const kernels::SsdInput& in = piece.in;
+                          [run](const std::vector<Tensor>& d) -> Grads {
+                            const kernels::SsdInput& in = run.in;
                             kernels::SsdGrad g{empty_like(in.x), {}, {}, empty_like(in.B), empty_like(in.C), {}, {}};
-                            piece.backward_into(g, or_zeros(d[0], in.x), d[1]);
+                            run.backward_into(g, or_zeros(d[0], in.x), d[1]);
                             return {g.dx, g.ddt, g.da, g.dB, g.dC, g.dD, g.dinitial_state};
                           });
   return {out[0], out[1]};
@@ -94,18 +102,18 @@ SsdOut ssd_packed(const Variable& xbc, const Variable& dt, const Variable& a, co
               sizes.groups, sizes.d_state);
   const Tensor packed = xbc.data().contiguous();
   const Split parts(packed, sizes);
-  const Piece piece({parts.x, dt.data(), a.data(), parts.B, parts.C, D.data(), initial_state.data(), options.segments,
+  const Recurrence run({parts.x, dt.data(), a.data(), parts.B, parts.C, D.data(), initial_state.data(), options.segments,
                      options.chunk}, initial_state, options.pieces);
-  auto [y, final_state] = piece.forward();
+  auto [y, final_state] = run.forward();
   const Shape joined{xbc.size(0), xbc.size(1), parts.x.size(2) * parts.x.size(3)};
   const Vars out = record("ssd_packed", {xbc, dt, a, D, initial_state}, {y.view(joined), final_state},
-                          [piece, packed, sizes](const std::vector<Tensor>& d) -> Grads {
-                            const kernels::SsdInput& in = piece.in;
+                          [run, packed, sizes](const std::vector<Tensor>& d) -> Grads {
+                            const kernels::SsdInput& in = run.in;
                             Tensor dpacked = empty_like(packed);
                             const Split grads(dpacked, sizes);
                             kernels::SsdGrad g{grads.x, {}, {}, grads.B, grads.C, {}, {}};
                             const Tensor dy = d[0].defined() ? d[0].reshape(in.x.shape()) : or_zeros({}, in.x);
-                            piece.backward_into(g, dy, d[1]);
+                            run.backward_into(g, dy, d[1]);
                             return {dpacked, g.ddt, g.da, g.dD, g.dinitial_state};
                           });
   return {out[0], out[1]};

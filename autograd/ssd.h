@@ -1,6 +1,7 @@
 #pragma once
 #include "autograd/state_passing.h"
 #include "autograd/variable.h"
+#include "kernels/ssd.h"
 
 namespace krait {
 inline namespace autograd {
@@ -30,6 +31,25 @@ SsdOut ssd(const Variable& x, const Variable& dt, const Variable& a, const Varia
 struct SsdSizes { int64_t heads, groups, d_state; };
 SsdOut ssd_packed(const Variable& xbc, const Variable& dt, const Variable& a, const Variable& D,
                   const Variable& initial_state, const SsdSizes& sizes, const SsdOptions& options = {});
+
+/// Of a recurrence over the own piece of a sequence, what the other pieces give: for functions that call the kernels
+/// themselves. With one piece it changes nothing.
+class SsdPiece {
+ public:
+  /// in.initial_state is that of the whole sequence. Gathers the pieces' states.
+  SsdPiece(const kernels::SsdInput& in, const SequencePieces& pieces);
+  Tensor before;  // the own piece's initial state
+  /// The whole's last state, for the piece's.
+  Tensor last(const Tensor& own_last) const;
+  /// Gradient of the own piece's last state, for that of the whole's. in: with `before` as its initial state.
+  Tensor gradient_behind(const kernels::SsdInput& in, const Tensor& dy, const Tensor& dlast) const;
+  /// Gradient of the whole's initial state, for the piece's.
+  Tensor gradient_before(const Tensor& dinitial) const;
+
+ private:
+  SequencePieces pieces_;
+  Tensor decays_, last_;
+};
 
 /// dt' = softplus(dt + dt_bias) clamped to [low, high], a = -e^{A_log} dt'; both in fp32 (fp64). dt (b, l, heads) in any
 /// dtype, dt_bias and A_log (heads). Where the clamp acts the gradient is 0.

@@ -98,10 +98,18 @@ Variable Mamba2::finish(const Variable& y, const Variable& z) const {
   return linear_sum(norm(y, z), out_weight_, optional(out_bias_), tensor_);
 }
 
+// What lies before the convolution's own piece of the sequence.
+Variable Mamba2::history(const Variable& xbc, const Tensor& segments, const Variable& carried) const {
+  return convolution_history(xbc, config_.d_conv - 1, sequence_, segments, carried);
+}
+
 Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments) const {
-  if (sequence_->size() > 1 || copied()) return apply_in_steps(u, conv, ssm, segments);
+  const SequencePieces pieces = sequence_pieces(sequence_, segments);
+  if (copied()) return apply_in_steps(u, conv, ssm, segments, pieces);
   const bool sums = tensor_->size() > 1;
-  const Mamba2InnerOut out = mamba2_inner({.zxbcdt = linear(copy_to_group(u, tensor_), in_weight_, optional(in_bias_)),
+  const Variable zxbcdt = linear(copy_to_group(u, tensor_), in_weight_, optional(in_bias_));
+  const Variable xbc = slice(zxbcdt, 2, config_.inner, config_.inner + conv_width());
+  const Mamba2InnerOut out = mamba2_inner({.zxbcdt = zxbcdt,
                                            .conv_weight = conv_weight_,
                                            .conv_bias = optional(conv_bias_),
                                            .dt_bias = dt_bias_,
@@ -110,10 +118,10 @@ Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variabl
                                            .norm_weight = norm_weight_,
                                            .out_weight = out_weight_,
                                            .out_bias = sums ? Variable() : optional(out_bias_),
-                                           .conv_state = conv,
+                                           .conv_state = history(xbc, segments, conv),
                                            .ssm_state = ssm,
                                            .sizes = {config_.heads, config_.n_groups, config_.d_state},
-                                           .options = {config_.chunk_size, segments},
+                                           .options = {config_.chunk_size, segments, pieces},
                                            .dt_low = dt_low_,
                                            .dt_high = dt_high_,
                                            .norm_eps = eps_,
@@ -122,16 +130,15 @@ Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variabl
   return {sums && out_bias_.defined() ? y + out_bias_ : y, out.conv_state, out.ssm_state};
 }
 
-// The same in small steps, between which the members that share the sequence or the heads exchange what they must.
-Mamba2::Out Mamba2::apply_in_steps(const Variable& u, const Variable& conv, const Variable& ssm,
-                                   const Tensor& segments) const {
+// The same in small steps, between which the members that share the heads exchange what they must.
+Mamba2::Out Mamba2::apply_in_steps(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments,
+                                   const SequencePieces& pieces) const {
   const auto [z, xbc, dt] = project(u);
-  const Variable history = convolution_history(xbc, config_.d_conv - 1, sequence_, segments, conv);
-  const ConvOut mixed = causal_conv1d(xbc, shared(conv_weight_, config_.inner), shared(conv_bias_, config_.inner), history,
-                                      true, segments);
+  const ConvOut mixed = causal_conv1d(xbc, shared(conv_weight_, config_.inner), shared(conv_bias_, config_.inner),
+                                      history(xbc, segments, conv), true, segments);
   const SsdTimeStep time = ssd_time_step(dt, dt_bias_, A_log_, dt_low_, dt_high_);
   const SsdOut scan = ssd_packed(mixed.y, time.dt, time.a, D_, ssm, {config_.heads, config_.n_groups, config_.d_state},
-                                 {config_.chunk_size, segments, sequence_pieces(sequence_, segments)});
+                                 {config_.chunk_size, segments, pieces});
   return {finish(scan.y, z), mixed.final_state, scan.final_state};
 }
 

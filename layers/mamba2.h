@@ -1,4 +1,5 @@
 #pragma once
+#include "autograd/state_passing.h"
 #include "layers/layer_context.h"
 #include "layers/mamba2_config.h"
 #include "layers/mixer.h"
@@ -36,7 +37,9 @@ class Mamba2 final : public Mixer {
   struct Projected { Variable z, xbc, dt; };
   Projected project(const Variable& u) const;
   Variable finish(const Variable& y, const Variable& z) const;
-  Out apply_in_steps(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments) const;
+  Out apply_in_steps(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments,
+                     const SequencePieces& pieces) const;
+  Variable history(const Variable& xbc, const Tensor& segments, const Variable& carried) const;
   int64_t conv_width() const { return config_.inner + 2 * config_.n_groups * config_.d_state; }
   /// Whether several members hold the B and C of a group.
   bool copied() const { return tensor_->size() > whole_.n_groups; }
