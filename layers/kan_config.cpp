@@ -78,6 +78,7 @@ KanNetworkConfig read_kan_network_config(ConfigNode& section) {
   }
   {
     OptionReader own(options.section("prune"));
+    own.read("step", c.prune.step, at_least(0));
     own.read("node", c.prune.node, at_least(0));
     own.read("edge", c.prune.edge, at_least(0));
     own.finish();

@@ -20,7 +20,7 @@ struct KanOptions {
 /// Options of the section `model.kan`: a whole network of KAN layers.
 struct KanNetworkConfig : KanOptions {
   std::vector<int64_t> widths;  // of the hidden layers; inputs and outputs come from the data and n_classes
-  bool masked = false;          // a 0/1 mask on the edges (written by pruning)
+  bool masked = false;          // a 0/1 mask on the edges (written by pruning; prune.step makes one)
   double grid_eps = 0.02;       // of updated grids: this share uniform, the rest follows the samples
   struct {
     double lambda = 0, l1 = 1, entropy = 1;  // loss += lambda sum over layers (l1 |Phi|_1 + entropy S(Phi))
@@ -31,6 +31,7 @@ struct KanNetworkConfig : KanOptions {
   } grid_update;
   std::vector<std::pair<int64_t, int64_t>> grid_schedule;  // (step, grid): from that step on
   struct {
+    int64_t step = 0;                 // before this step weak edges and nodes are masked for good; 0: never
     double node = 1e-2, edge = 3e-2;  // what pruning keeps has a larger |phi|
   } prune;
 

@@ -45,7 +45,8 @@ KanNetwork::KanNetwork(const ModelConfig& config, const ModelShape& shape)
   widths.push_back(config.n_classes);
   for (size_t l = 0; l + 1 < widths.size(); ++l)
     layers_.push_back(
-        child<KanLayer>(fmt::format("layers.{}", l), options_, widths[l], widths[l + 1], 1.0, options_.masked));
+        child<KanLayer>(fmt::format("layers.{}", l), options_, widths[l], widths[l + 1], 1.0,
+                                     options_.masked || options_.prune.step > 0));
 }
 
 Variable KanNetwork::rows_of(const ModelInput& input) const {
@@ -91,11 +92,10 @@ std::vector<Tensor> KanNetwork::layer_inputs(const ModelInput& samples) const {
   return inputs;
 }
 
-bool KanNetwork::before_step(int64_t step, const ModelInput& samples, ParameterStore& store) {
+std::string KanNetwork::before_step(int64_t step, const ModelInput& samples, ParameterStore& store) {
   const auto& u = options_.grid_update;
-  if (u.interval == 0 || step >= u.until || step % u.interval != 0) return false;
-  update_grids(samples, store);
-  return true;
+  if (u.interval > 0 && step < u.until && step % u.interval == 0) update_grids(samples, store);
+  return step > 0 && step == options_.prune.step ? mask_weak(samples, store) : "";
 }
 
 void KanNetwork::update_grids(const ModelInput& samples, ParameterStore& store) {
@@ -133,13 +133,13 @@ Resized KanNetwork::with_grid(int64_t intervals, const ModelInput& samples, cons
   return out;
 }
 
-KanNetwork::Pruned KanNetwork::prune(const ModelInput& samples, const ParameterStore& store) const {
+KanNetwork::Kept KanNetwork::strong_part(const ModelInput& samples) const {
   const NoGrad guard;
   const std::vector<Tensor> inputs = layer_inputs(samples);
   std::vector<Tensor> norms;
   for (size_t l = 0; l < layers_.size(); ++l) norms.push_back(host(layers_[l]->edges(Variable(inputs[l])).data()));
 
-  Pruned out;
+  Kept out;
   const auto all = [](int64_t n) { return arange(n, DType::i64, kCpu).to_vector<int64_t>(); };
   out.nodes.push_back(all(layers_.front()->inputs()));
   for (size_t l = 0; l + 1 < layers_.size(); ++l) {
@@ -156,15 +156,47 @@ KanNetwork::Pruned KanNetwork::prune(const ModelInput& samples, const ParameterS
     out.nodes.push_back(kept);
   }
   out.nodes.push_back(all(layers_.back()->outputs()));
-
-  out.network.parameters = values_of(store);
   for (size_t l = 0; l < layers_.size(); ++l) {
-    const int64_t before = layers_[l]->inputs(), width = layers_[l]->outputs();
-    Tensor mask = zeros({width, before}, DType::f64, kCpu);
+    const int64_t before = layers_[l]->inputs();
+    Tensor mask = zeros({layers_[l]->outputs(), before}, DType::f64, kCpu);
     for (const int64_t o : out.nodes[l + 1])
       for (const int64_t i : out.nodes[l])
         mask.data<double>()[o * before + i] = norms[l].data<double>()[o * before + i] > options_.prune.edge ? 1 : 0;
     out.masks.push_back(mask);
+  }
+  return out;
+}
+
+std::string KanNetwork::mask_weak(const ModelInput& samples, ParameterStore& store) const {
+  const Kept kept = strong_part(samples);
+  int64_t edges = 0, of_edges = 0, nodes = 0, of_nodes = 0;
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    Tensor mask = store.named_master(name_of_parameter(l, "mask"));
+    const std::vector<double> before = host(mask).to_vector<double>(), strong = kept.masks[l].to_vector<double>();
+    std::vector<double> both(before.size());
+    for (size_t i = 0; i < both.size(); ++i) {
+      both[i] = before[i] * strong[i];  // what was pruned earlier stays so
+      edges += both[i] != 0;
+    }
+    copy_(mask, from_vector(both).view(mask.shape()).to(mask.dtype()).to(mask.device()));
+    of_edges += static_cast<int64_t>(both.size());
+    if (l == 0) continue;
+    nodes += static_cast<int64_t>(kept.nodes[l].size());
+    of_nodes += layers_[l]->inputs();
+  }
+  store.refresh_compute();
+  return fmt::format("pruned: {} of {} edges and {} of {} hidden nodes stay", edges, of_edges, nodes, of_nodes);
+}
+
+KanNetwork::Pruned KanNetwork::prune(const ModelInput& samples, const ParameterStore& store) const {
+  const NoGrad guard;
+  Kept kept = strong_part(samples);
+  Pruned out;
+  out.nodes = std::move(kept.nodes);
+  out.masks = std::move(kept.masks);
+  out.network.parameters = values_of(store);
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    const Tensor& mask = out.masks[l];
     const Variable outputs_kept{from_vector(out.nodes[l + 1])}, inputs_kept{from_vector(out.nodes[l])};
     const auto slice = [&](const std::string& name, bool has_outputs) {
       const auto it = out.network.parameters.find(name_of_parameter(l, name));

@@ -12,6 +12,7 @@ namespace krait::layers {
 /// Between steps (model.h: before_step, resize_due, resize):
 /// - grid update: at steps 0, interval, ... < until the knots of every layer are laid by the samples it sees and its
 ///   splines are fitted to their old values there. Shapes stay.
+/// - pruning: before prune.step the edges that prune() would drop are masked in place; shapes stay.
 /// - grid extension: where the schedule names another grid, resize() gives the network on the new knots, fitted to
 ///   the old curves at the samples.
 class KanNetwork final : public Model {
@@ -22,7 +23,7 @@ class KanNetwork final : public Model {
   Variable predict(const ModelInput& input) override { return forward(input, nullptr); }
 
   bool adapts() const override { return true; }
-  bool before_step(int64_t step, const ModelInput& samples, ParameterStore& store) override;
+  std::string before_step(int64_t step, const ModelInput& samples, ParameterStore& store) override;
   bool resize_due(int64_t step) const override { return options_.grid_at(step) != options_.grid; }
   Resized resize(int64_t step, const ModelInput& samples, const ParameterStore& store) override;
 
@@ -40,6 +41,8 @@ class KanNetwork final : public Model {
     std::vector<Tensor> masks;                // (out, in) of every layer of this network: 1 where the edge stays
   };
   Pruned prune(const ModelInput& samples, const ParameterStore& store) const;
+  /// The same edges masked, with all nodes left where they are; says what stays. Needs masks (masked or prune.step).
+  std::string mask_weak(const ModelInput& samples, ParameterStore& store) const;
 
   double extra_flops_per_token(int64_t) const override { return 0; }
   double train_flops_per_token(int64_t context) const override;
@@ -49,6 +52,11 @@ class KanNetwork final : public Model {
   const std::vector<std::shared_ptr<KanLayer>>& layers() const { return layers_; }
 
  private:
+  struct Kept {
+    std::vector<std::vector<int64_t>> nodes;  // as in Pruned
+    std::vector<Tensor> masks;
+  };
+  Kept strong_part(const ModelInput& samples) const;
   /// With `penalty`, also lambda (l1 |Phi|_1 + entropy S), a scalar; left undefined when lambda is 0.
   Variable forward(const ModelInput& input, Variable* penalty) const;
   Variable rows_of(const ModelInput& input) const;

@@ -82,8 +82,10 @@ class Model : public Module {
 
   /// Whether the model ever changes itself; the three functions below matter only then.
   virtual bool adapts() const { return false; }
-  /// Changes parameter values in place where the model wants to at this step; whether it did.
-  virtual bool before_step(int64_t /*step*/, const ModelInput& /*samples*/, ParameterStore& /*store*/) { return false; }
+  /// Changes parameter values in place where the model wants to at this step; says what the log should tell of it.
+  virtual std::string before_step(int64_t /*step*/, const ModelInput& /*samples*/, ParameterStore& /*store*/) {
+    return {};
+  }
   /// Whether this model must change its shapes before the step runs.
   virtual bool resize_due(int64_t /*step*/) const { return false; }
   virtual Resized resize(int64_t step, const ModelInput& samples, const ParameterStore& store);

@@ -144,7 +144,7 @@ void TrainStep::adapt_model(const data::Batch& batch, int64_t step) {
           copy_(part.value, old_value);
     }
   }
-  session_.model->before_step(step, samples, *session_.parameters);
+  note_ = session_.model->before_step(step, samples, *session_.parameters);
 }
 
 TrainStep::~TrainStep() {

@@ -1,5 +1,6 @@
 #pragma once
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "core/allocator.h"
@@ -46,6 +47,8 @@ class TrainStep {
   /// The model is used in another way, or was (evaluation).
   void leave_training();
   bool captured() const { return update_graph_ != nullptr; }
+  /// What the model changed of itself before the last run, for the log; empty most of the time.
+  const std::string& note() const { return note_; }
   /// With data.state: carry, else null.
   CarriedState* carried_state() { return carried_.get(); }
 
@@ -74,6 +77,7 @@ class TrainStep {
   Tensor losses_;              // of every micro-batch of this rank
   kernels::GradNorm norm_;
   int64_t runs_ = 0;
+  std::string note_;
   bool use_graphs_;
   MemoryPool pool_;            // of everything inside the graphs
   std::unique_ptr<CapturedGraph> micro_graph_, last_graph_, update_graph_;  // last_: of the micro-batch that ends a step

@@ -24,6 +24,7 @@ struct Options {
   std::string init = "krait", reg = "activations";
   double lambda = 0;
   std::vector<std::pair<int64_t, int64_t>> schedule = {};
+  int64_t prune_step = 0;
 };
 
 ModelConfig config_of(const Options& o) {
@@ -36,6 +37,11 @@ ModelConfig config_of(const Options& o) {
   regularization.set("lambda", ConfigNode::of(o.lambda));
   regularization.set("reg", ConfigNode::of(o.reg));
   kan.set("regularization", regularization);
+  if (o.prune_step > 0) {
+    ConfigNode prune = ConfigNode::map();
+    prune.set("step", ConfigNode::of(o.prune_step));
+    kan.set("prune", prune);
+  }
   if (!o.schedule.empty()) {
     ConfigNode schedule = ConfigNode::list();
     for (const auto& [step, grid] : o.schedule) schedule.append(list_of({step, grid}));
@@ -211,9 +217,14 @@ TEST_CASE("a grid update lays the knots by the samples and keeps the function th
     TestNetwork net(config_of(o), 2, dtype);
     const ModelInput in = paper_samples(300, 7);
     const Tensor before = net.model.predict(in).data();
-    CHECK(!net.model.before_step(3, in, net.store));
-    CHECK(!net.model.before_step(50, in, net.store));
-    CHECK(net.model.before_step(5, in, net.store));
+    const auto knots_after = [&](int64_t step) {
+      net.model.before_step(step, in, net.store);
+      return net.store.named_master("layers.0.grid").to_vector<double>();
+    };
+    const auto first = net.store.named_master("layers.0.grid").to_vector<double>();
+    CHECK(knots_after(3) == first);
+    CHECK(knots_after(50) == first);
+    CHECK(knots_after(5) != first);
     // Splines of another knot vector can only come near the old curve.
     CHECK(relative_error(net.model.predict(in).data(), before) < 0.15);
     const Tensor grid = net.store.named_master("layers.1.grid");
@@ -269,7 +280,7 @@ TEST_CASE("a [2,5,1] KAN learns exp(sin(pi x) + y^2), and extending its grid low
 
 TEST_CASE("pruning drops weak nodes by slicing and masks weak edges for good") {
   Options o;
-  o.widths = {4}, o.init = "paper";
+  o.widths = {4}, o.init = "paper", o.prune_step = 70;
   TestNetwork net(config_of(o));
   const auto at = [&](TestNetwork& n, const std::string& name) { return n.store.named_master(name); };
   const auto silence = [&](const std::string& layer, int64_t out, int64_t in) {
@@ -298,6 +309,13 @@ TEST_CASE("pruning drops weak nodes by slicing and masks weak edges for good") {
     for (size_t j = 0; j < each; ++j) CHECK(g[2 * each + j] == 0);  // edge (1, 0)
     CHECK(g[0] != 0);
   }
+  CHECK(net.model.before_step(69, in, net.store).empty());
+  const Tensor whole = net.model.predict(in).data();
+  CHECK(net.model.before_step(70, in, net.store) == "pruned: 8 of 12 edges and 3 of 4 hidden nodes stay");
+  CHECK(relative_error(net.model.predict(in).data(), whole) < 1e-9);
+  backward(net.model.loss(in, {}).loss);
+  for (const auto& [name, grad] : net.store.named_grads())
+    if (name == "layers.1.base_weight") CHECK(grad.to_vector<double>()[2] == 0);  // node 2 is gone
   fill_(net.store.master(), 0.0);
   for (const char* name : {"layers.0.grid", "layers.1.grid"}) {
     Tensor grid = at(net, name);

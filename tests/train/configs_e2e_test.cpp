@@ -127,13 +127,17 @@ TEST_CASE("state carried from window to window: a resumed run equals one that wa
   CHECK(losses(tmp / "c") != losses(tmp / "a"));
 }
 
-TEST_CASE("a KAN's grids follow the data and are refined; a resumed run equals one that was never stopped") {
+TEST_CASE("a KAN's grids follow the data and are refined, weak edges go; a resumed run equals one that was never stopped") {
   const TemporaryDirectory tmp;
   const std::string config = std::string(KRAIT_TEST_SOURCE_DIR) + "/configs/kan_function.yaml";
   const std::string options =
       "train.steps=60 train.micro_batch_size=200 checkpoint.interval=15 eval.interval=15 lr_scheduler.warmup_steps=5 logging.interval=1 "
-      "'model.kan.grid_schedule=[[0, 3], [20, 5], [40, 10]]' model.kan.grid_update.until=15";
-  REQUIRE(krait_command(fmt::format("train {} --run-dir {} {}", config, tmp / "a", options)).status == 0);
+      "'model.kan.grid_schedule=[[0, 3], [20, 5], [40, 10]]' model.kan.grid_update.until=15 model.kan.prune.step=35 "
+      "model.kan.prune.edge=0.05";
+  const Outcome trained = krait_command(fmt::format("train {} --run-dir {} {}", config, tmp / "a", options));
+  INFO(trained.out << trained.err);
+  REQUIRE(trained.status == 0);
+  CHECK(contains(trained.out, "of 15 edges and"));
   const auto whole = losses(tmp / "a");
   for (const char* last : {"15", "30", "45"}) {  // before, between and after the refinements
     const std::string run = tmp / (std::string("b") + last);
