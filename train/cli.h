@@ -18,6 +18,7 @@ void add_ablate(CLI::App& app, Action& action);
 void add_data(CLI::App& app, Action& action);
 void add_bench(CLI::App& app, Action& action);
 void add_info(CLI::App& app, Action& action);
+void add_plan(CLI::App& app, Action& action);
 
 /// Parses, runs, and reports errors on stderr. 0: success, 1: failure, 2: bad command line or config.
 int run(int argc, const char* const* argv, const std::vector<AddCommand>& commands);

@@ -57,6 +57,16 @@ struct BenchCommand {
 };
 int run_bench(const BenchCommand& command);
 
+struct PlanCommand {
+  std::string config;
+  std::vector<std::string> overrides;
+  int64_t ranks = 1;
+  std::string machine = "h100-sxm";
+  std::string hardware;  // a table of machines; empty: the built-in one
+  bool show_hardware = false, json = false;
+};
+int run_plan(const PlanCommand& command);
+
 struct InfoCommand {
   std::string run_dir;  // empty: about this build and machine
   bool verify = false;

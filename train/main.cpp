@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
                                   cli::add_ablate,
                                   cli::add_data,
                                   cli::add_bench,
+                                  cli::add_plan,
                                   cli::add_info,
                               });
   return krait::comm::finish(status);

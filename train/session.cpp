@@ -33,16 +33,18 @@ int thread_count(const RuntimeConfig& runtime) {
   return std::clamp(share, 1, num_threads());
 }
 
-DType compute_dtype(const std::string& precision) {
-  if (precision == "bf16") return DType::bf16;
-  return precision == "fp64" ? DType::f64 : DType::f32;
-}
-
 void check_state(const Config& config, const layers::Model& model) {
   const std::string kind = config.data.state == "carry" ? model.kind_without_stream() : "";
   if (!kind.empty())
     config.fail("data.state", fmt::format("found carry, but layer {} has no state of constant size to carry", kind),
                 "state: reset, with eval.stride less than eval.context for a longer past");
+}
+
+}  // namespace
+
+DType compute_dtype(const std::string& precision) {
+  if (precision == "bf16") return DType::bf16;
+  return precision == "fp64" ? DType::f64 : DType::f32;
 }
 
 layers::ModelShape model_shape(const Config& config, const DataSource& data) {
@@ -62,8 +64,6 @@ layers::ModelShape model_shape(const Config& config, const DataSource& data) {
   shape.vocab_size = config.model.vocab_size;
   return shape;
 }
-
-}  // namespace
 
 DataSource open_data(const Config& config) {
   if (config.data.task) return {nullptr, nullptr, config.data.task->needs_files() ? find_data_file(config) : ""};

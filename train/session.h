@@ -48,6 +48,11 @@ void build_model(Session& session, const layers::ModelConfig& config);
 /// The CPU batch on the session's device, as the model takes it: of this rank's positions.
 layers::ModelInput model_input(const data::Batch& batch, Device device, const comm::ProcessGroup& sequence);
 
+/// What the data decide about the model: vocabulary, features, context.
+layers::ModelShape model_shape(const Config& config, const DataSource& data);
+/// runtime.precision as the dtype that products compute in.
+DType compute_dtype(const std::string& precision);
+
 /// Lines about the hardware and the kernels that will serve the run; refuses slow paths with require_fast.
 std::vector<std::string> describe_session(Session& session);
 

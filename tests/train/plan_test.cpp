@@ -1,0 +1,122 @@
+// krait plan: memory and volumes against formulas and against a run, and its messages.
+#include "tests/train/workplace.h"
+#include "train/plan.h"
+
+using namespace krait;
+using namespace krait::testing;
+using nlohmann::json;
+
+namespace {
+
+// A small transformer whose sizes the tests compute with by hand.
+constexpr const char* kModel = R"(
+name: small
+data: {type: tokens, path: none.h5, context: 64}
+model:
+  type: language_model
+  d_model: 32
+  n_layers: 4
+  vocab_size: 96
+  layers: [attention]
+  attention: {n_heads: 4, rope: true}
+  mlp: {type: swiglu, ratio: 2}
+  norm: rms
+  tie_embeddings: true
+optimizer: {type: adamw, lr: 1e-3}
+train: {steps: 10, micro_batch_size: 4}
+)";
+
+train::Plan plan_of(const std::vector<std::string>& overrides = {}, int64_t ranks = 1) {
+  std::vector<std::string> all = overrides;
+  all.push_back("runtime.device=cpu");
+  return train::make_plan(train::parse_config(kModel, "small.yaml", all), ranks, train::find_machine("h100-sxm", ""));
+}
+
+double bytes_of(const train::Plan& plan, const std::string& group) {
+  double bytes = 0;
+  for (const auto& t : plan.traffic)
+    if (t.group == group) bytes += t.bytes;
+  return bytes;
+}
+
+}  // namespace
+
+TEST_CASE("a plan counts parameters and the bytes that belong to them") {
+  const train::Plan p = plan_of();
+  const int64_t d = 32, layer = 4 * d * d + 3 * d * 2 * d + 2 * d, expected = 96 * d + 4 * layer + d;
+  CHECK(p.parameters == expected);
+  CHECK(p.parameters_per_rank == expected);
+  CHECK(p.memory.weights == 4.0 * expected);
+  CHECK(p.memory.gradients == 4.0 * expected);
+  CHECK(p.memory.optimizer == 8.0 * expected);
+  CHECK(p.traffic.empty());
+  CHECK(p.efficiency == 1.0);
+  const train::Plan half = plan_of({"runtime.precision=bf16"});
+  CHECK(half.memory.weights == 6.0 * expected);
+  CHECK(half.memory.activations < 0.75 * p.memory.activations);
+}
+
+TEST_CASE("a plan's activations are those that a run holds") {
+  const TemporaryDirectory tmp;
+  write_text(tmp / "text.txt", sample_text(120));
+  REQUIRE(krait_command(fmt::format("data prepare {} -o {} --tokenizer char -q", tmp / "text.txt", tmp / "tokens.h5"))
+              .status == 0);
+  for (const char* config : {"lm/transformer", "lm/mamba", "lm/mamba2", "lm/slstm"}) {
+    INFO(config);
+    const std::string options =
+        fmt::format("{}/configs/{}.yaml data.path={} data.context=512 train.micro_batch_size=2 train.steps=2 "
+                    "lr_scheduler.warmup_steps=1 eval.interval=0 logging.tensorboard=false",
+                    KRAIT_TEST_SOURCE_DIR, config, tmp / "tokens.h5");
+    const std::string run = tmp / fmt::format("run-{}", std::string(config).substr(3));
+    REQUIRE(krait_command(fmt::format("train {} runtime.device=cpu --run-dir {}", options, run)).status == 0);
+    const double held = json::parse(train::read_file(run + "/summary.json"))["peak_mem_bytes"];
+    const Outcome out = krait_command(fmt::format("plan {} --json", options));
+    INFO(out.err);
+    REQUIRE(out.status == 0);
+    const json memory = json::parse(out.out)["memory_bytes"];
+    // On a CPU neither the product library's workspace nor the chunk of logits is what it is on a GPU.
+    const double planned = memory["total"].get<double>() - memory["workspace"].get<double>();
+    INFO("held " << held << " planned " << planned);
+    CHECK(planned > 0.75 * held);
+    CHECK(planned < 1.1 * held);
+  }
+}
+
+TEST_CASE("a plan's volumes are the formulas of ring collectives") {
+  const train::Plan one = plan_of();
+  const double n = static_cast<double>(one.parameters);
+  const train::Plan four = plan_of({"train.tokens_per_step=1024"}, 4);
+  CHECK(four.data == 4);
+  CHECK(bytes_of(four, "data") == Approx(2.0 * 3 / 4 * 4 * n));
+  CHECK(four.efficiency < 1.0);
+  const train::Plan sharded = plan_of({"train.tokens_per_step=1024", "parallelism.zero=1"}, 4);
+  CHECK(sharded.memory.optimizer == Approx(8 * n / 4));
+  CHECK(bytes_of(sharded, "data") == Approx(3.0 / 4 * (4 + 4) * n));
+
+  // Each layer reduces (b, l, d) after attention and after the mlp, forward and backward; the embedding forward and
+  // the head backward once each, and the loss a few floats a token.
+  const train::Plan split = plan_of({"parallelism.tensor=2"}, 2);
+  const double tokens = 4 * 64, activation = 2.0 * 1 / 2 * tokens * 32 * 4;
+  CHECK(bytes_of(split, "tensor") > (4 * 4 + 2) * activation);
+  CHECK(bytes_of(split, "tensor") < (4 * 4 + 2) * activation * 1.1 + 64 * tokens);
+  CHECK(split.parameters_per_rank < 0.55 * static_cast<double>(one.parameters) + 9 * 32);
+  CHECK(plan_of({"parallelism.sequence=2"}, 2).memory.activations < 0.6 * one.memory.activations);
+}
+
+TEST_CASE("plans of a hundred thousand GPUs, of too little memory, and of sizes that do not fit") {
+  const train::Plan many = plan_of({"train.tokens_per_step=25600000"}, 100000);
+  CHECK(many.data == 100000);
+  CHECK(many.step_seconds > 0);
+  const train::Plan large = plan_of({"train.micro_batch_size=4000000"});
+  REQUIRE(large.warnings.size() >= 1);
+  CHECK(contains(large.warnings.back(), "out of memory: a rank needs"));
+  CHECK(contains(error_of([] { plan_of({"parallelism.tensor=2"}, 3); }), "tensor 2 x sequence 1 does not divide 3 ranks"));
+  CHECK(contains(error_of([] { train::find_machine("h1000", ""); }), "there is no machine 'h1000'; known: h100-sxm"));
+  const TemporaryDirectory tmp;
+  write_text(tmp / "small.yaml", kModel);
+  const Outcome text = krait_command(fmt::format("plan {} --ranks 4 --machine a100", tmp / "small.yaml"));
+  CHECK(text.status == 0);
+  CHECK(contains(text.out, "small: 4 x a100, data 4 x sequence 1 x tensor 1, ZeRO 0"));
+  CHECK(krait_command("plan --show-hardware").status == 0);
+  CHECK(krait_command("plan").status == 2);
+}

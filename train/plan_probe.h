@@ -1,0 +1,37 @@
+#pragma once
+#include <map>
+#include <string>
+
+#include "layers/model.h"
+#include "train/config.h"
+
+namespace krait::train {
+
+/// Collectives of one group in a forward and a backward pass.
+struct Traffic {
+  double calls = 0;
+  double bytes = 0;  // that one rank sends, by the ring algorithms of spec/parallel.md
+};
+
+/// What a part of a model costs for each token of a micro-batch, as a run of it on the CPU shows.
+struct PassCost {
+  double saved_bytes = 0;      // held from the forward to the backward pass
+  double transient_bytes = 0;  // on top of them, at the worst moment of the backward pass
+  std::map<std::string, Traffic> traffic;  // by group: "tensor", "sequence"
+};
+
+/// What grows with the number of layers of a kind (its block with norms and mlp) and what does not.
+struct ModelCost {
+  std::map<std::string, PassCost> per_layer;  // by kind
+  PassCost rest;                              // embedding, last norm, head without logits
+};
+
+/// Runs one and two layers of every kind at two short lengths, with the widths of the config, and takes the slopes.
+/// The ranks of `tensor` and `sequence` are simulated: what they would send is counted, not sent.
+ModelCost probe_model(const Config& config, const layers::ModelShape& shape, int64_t tensor, int64_t sequence);
+
+/// A group of `size` ranks of which only rank 0 is there: its collectives fill what they receive with zeros.
+/// `traffic` must outlive it.
+comm::GroupPtr simulated_group(const std::string& name, int size, Traffic* traffic);
+
+}  // namespace krait::train
