@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "autograd/activation.h"
+#include "autograd/block_linear.h"
 #include "autograd/causal_conv1d.h"
 #include "autograd/elementwise.h"
 #include "autograd/gate_linear.h"
@@ -25,14 +26,6 @@ Initializer forget_bias() {
     for (int64_t h = 0; h < n; ++h)
       value.data<double>()[h] = n == 1 ? 3.0 : 3.0 + 3.0 * static_cast<double>(h) / static_cast<double>(n - 1);
   };
-}
-
-// w (blocks, out, in): y[.., n, o] = sum_i w[n, o, i] x[.., n, i], all blocks of a position side by side.
-Variable block_diagonal(const Variable& x, const Variable& w) {
-  const int64_t blocks = w.size(0), rows = x.data().numel() / x.size(-1);
-  const Variable by_block = transpose(reshape(x, {rows, blocks, w.size(2)}), 0, 1);
-  const Variable y = matmul(by_block, w, false, true);  // (blocks, rows, out)
-  return reshape(transpose(y, 0, 1), x.shape().with(-1, blocks * w.size(1)));
 }
 
 }  // namespace
@@ -124,7 +117,6 @@ Mlstm::Mlstm(const MlstmConfig& c, const LayerContext& context)
 }
 
 Variable Mlstm::mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) {
-  const int64_t e = config_.inner;
   const Vars up = chunk(up_->forward(x), 2, -1);  // x_m, z
   const Variable carried = state ? Variable(state->tensors.at("conv")) : Variable();
   const comm::GroupPtr sequence = recurrent ? comm::single_group("sequence") : sequence_;
@@ -132,13 +124,12 @@ Variable Mlstm::mix(const Variable& x, const SequenceInfo& info, LayerState* sta
   const ConvOut conv = causal_conv1d(up[0], conv_weight_, conv_bias_, history, true, info.segments);
   if (state) state->tensors["conv"] = from_last_piece(conv.final_state.data(), sequence);
   const Variable& x_c = conv.y;
-  const Variable qkv = concat({block_diagonal(x_c, q_), block_diagonal(x_c, k_), block_diagonal(up[0], v_)}, -1);
+  const Variable q = block_linear(x_c, q_), k = block_linear(x_c, k_), v = block_linear(up[0], v_);
   // The gates look at all channels: every member's part of every head's, then each head's sum where the head is.
-  const Variable partial = reshape(gate_linear(qkv, gate_weight_), {x.size(0), x.size(1), 2, heads_ * tensor_->size()});
+  const Variable partial = reshape(gate_linear({q, k, v}, gate_weight_), {x.size(0), x.size(1), 2, heads_ * tensor_->size()});
   const Variable gates =
       reshape(reduce_scatter_to_group(partial, -1, tensor_), {x.size(0), x.size(1), 2 * heads_}) + gate_bias_;
-  const Vars parts = split(qkv, {e, e, e}, -1);
-  const Variable h = cell(parts[0], parts[1], parts[2], gates, info, state, recurrent);
+  const Variable h = cell(q, k, v, gates, info, state, recurrent);
   const Variable normed = cast(head_norm(h, norm_.variable() + 1.0, config_.norm_eps), x.dtype());
   return down_->forward(swiglu(up[1], reshape(normed, x_c.shape()) + skip_ * x_c));
 }
