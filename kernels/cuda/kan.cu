@@ -1,4 +1,5 @@
 #include "kernels/cuda/kan.cuh"
+#include "kernels/cuda/kan_dense.h"
 
 // Bases are made in shared memory, one tile of rows and columns at a time, and multiplied with the weights there:
 // y = bases weights, d bases = dy weights^T, d weights = bases^T dy, each a product of 64 x 64 tiles with 4 x 4
@@ -258,6 +259,7 @@ template void finish_weight_gradient<double>(KanGrad&, const Tensor&, const KanV
 template void finish_weight_gradient<bf16>(KanGrad&, const Tensor&, const KanView<bf16>&, Stream);
 
 void kan_forward(Tensor& y, const Tensor& x, const KanParameters& p) {
+  if (kan_dense_pays(x.size(0), p)) return kan_forward_dense(y, x, p);
   const int64_t rows = x.size(0);
   visit_kan(x.dtype(), p.order, [&]<class T, int K>() {
     const KanView<T> v = view_of<T>(p);
@@ -269,6 +271,7 @@ void kan_forward(Tensor& y, const Tensor& x, const KanParameters& p) {
 }
 
 void kan_backward(KanGrad& grad, const Tensor& dy, const Tensor& x, const KanParameters& p) {
+  if (kan_dense_pays(x.size(0), p)) return kan_backward_dense(grad, dy, x, p);
   const int64_t rows = x.size(0);
   const Stream stream = current_stream(x.device());
   visit_kan(x.dtype(), p.order, [&]<class T, int K>() {
