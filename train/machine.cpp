@@ -44,7 +44,7 @@ machines:
     network_gb_s: 22
     network_latency_us: 25
 layer_bandwidth_gb_s: 3030
-layer_ns: {attention: 17, mlp: 17, head: 90, mamba: 300, mamba2: 280, mlstm: 500, slstm: 900, s4: 150, s4d: 150,
+layer_ns: {attention: 17, mlp: 17, head: 90, mamba: 125, mamba2: 82, mlstm: 500, slstm: 900, s4: 150, s4d: 150,
            linear_attention: 150, gated_cnn: 40, rnn: 900, lstm: 900, gru: 900, kan: 200}
 )";
 

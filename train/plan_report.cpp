@@ -21,7 +21,7 @@ std::string count(double n) {
 std::string plan_text(const Plan& p, const Config& config, const Machine& machine) {
   std::string out = fmt::format("{}: {} x {}, data {} x sequence {} x tensor {}, ZeRO {}\n", config.name, p.ranks,
                                 machine.name, p.data, p.sequence, p.tensor, p.zero);
-  const auto line = [&](const std::string& what, const std::string& value) { out += fmt::format("  {:<28}{}\n", what, value); };
+  const auto line = [&](const std::string& what, const std::string& value) { out += fmt::format("  {:<42}{}\n", what, value); };
   line("parameters", fmt::format("{}, {} on each rank", count(static_cast<double>(p.parameters)),
                                  count(static_cast<double>(p.parameters_per_rank))));
   line("model FLOPs per token", count(p.flops_per_token));
