@@ -9,8 +9,8 @@
 namespace krait::train {
 namespace {
 
-// Rates of the H100 were measured (README); those of the others are the H100's shares of the data sheets applied to
-// theirs. layer_ns: fitted to the whole training steps in README on one H100.
+// Rates of the H100 and layer_ns of attention, mlp, head, Mamba, Mamba-2 and xLSTM: fitted to the whole steps in README on
+// one H100; link and bandwidth of the H200: to GPT-2's steps on one and two of them. The rest are the data sheets' shares.
 constexpr const char* kTable = R"(# krait plan --show-hardware > mine.yaml; edit; krait plan CONFIG --hardware mine.yaml --machine NAME
 machines:
   h100-sxm:
@@ -19,17 +19,17 @@ machines:
     bandwidth_gb_s: 3030
     attention_tflops: 400
     gpus_per_node: 8
-    link_gb_s: 350
+    link_gb_s: 180
     link_latency_us: 12
     network_gb_s: 45
     network_latency_us: 25
   h200:
     matmul_tflops: {bf16: 700, tf32: 375, fp32: 50, fp64: 50}
     memory_gb: 139
-    bandwidth_gb_s: 4300
+    bandwidth_gb_s: 3300
     attention_tflops: 400
     gpus_per_node: 8
-    link_gb_s: 350
+    link_gb_s: 180
     link_latency_us: 12
     network_gb_s: 45
     network_latency_us: 25
@@ -44,7 +44,7 @@ machines:
     network_gb_s: 22
     network_latency_us: 25
 layer_bandwidth_gb_s: 3030
-layer_ns: {attention: 17, mlp: 17, head: 90, mamba: 125, mamba2: 82, mlstm: 500, slstm: 900, s4: 150, s4d: 150,
+layer_ns: {attention: 23, mlp: 23, head: 90, mamba: 88, mamba2: 64, mlstm: 340, slstm: 1200, s4: 150, s4d: 150,
            linear_attention: 150, gated_cnn: 40, rnn: 900, lstm: 900, gru: 900, kan: 200}
 )";
 

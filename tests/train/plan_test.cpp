@@ -58,14 +58,14 @@ TEST_CASE("a plan counts parameters and the bytes that belong to them") {
 
 TEST_CASE("a plan's activations are those that a run holds") {
   const TemporaryDirectory tmp;
-  write_text(tmp / "text.txt", sample_text(120));
-  REQUIRE(krait_command(fmt::format("data prepare {} -o {} --tokenizer char -q", tmp / "text.txt", tmp / "tokens.h5"))
+  write_text(tmp / "text.txt", sample_text(400));
+  REQUIRE(krait_command(fmt::format("data prepare {} -o {} --tokenizer char --valid 0.2 -q", tmp / "text.txt", tmp / "tokens.h5"))
               .status == 0);
   for (const char* config : {"lm/transformer", "lm/mamba", "lm/mamba2", "lm/slstm"}) {
     INFO(config);
     const std::string options =
         fmt::format("{}/configs/{}.yaml data.path={} data.context=512 train.micro_batch_size=2 train.steps=2 "
-                    "lr_scheduler.warmup_steps=1 eval.interval=0 logging.tensorboard=false",
+                    "lr_scheduler.warmup_steps=1 eval.interval=0 eval.max_tokens=512 eval.micro_batch_size=1 logging.tensorboard=false",
                     KRAIT_TEST_SOURCE_DIR, config, tmp / "tokens.h5");
     const std::string run = tmp / fmt::format("run-{}", std::string(config).substr(3));
     REQUIRE(krait_command(fmt::format("train {} runtime.device=cpu --run-dir {}", options, run)).status == 0);
