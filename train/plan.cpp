@@ -55,15 +55,11 @@ double optimizer_bytes(const OptimizerConfig& c) {
 
 void count_parameters(Plan& plan, const layers::Model& whole, const layers::Model& local) {
   for (const auto& p : whole.parameters()) plan.parameters += p.data->shape.numel();
-  for (const auto& p : local.parameters()) {
-    int64_t rows = 0;
-    const int64_t each = p.data->shape.numel() / std::max<int64_t>(1, p.data->shape[0]);
+  for (const auto& p : local.parameters())
     for (const auto& part : p.data->parts) {
-      const Shape shape = p.data->shape.with(0, part.rows);
-      rows += layers::local_shape(shape, part.shard).numel();
+      const Shape& all = p.data->shape;
+      plan.parameters_per_rank += layers::local_shape(all.ndim() == 0 ? all : all.with(0, part.rows), part.shard).numel();
     }
-    plan.parameters_per_rank += p.data->shape.ndim() == 0 ? 1 : rows == 0 ? p.data->shape[0] * each : rows;
-  }
 }
 
 void count_memory(Plan& plan, const Config& config, const ModelCost& cost, int64_t vocab) {
