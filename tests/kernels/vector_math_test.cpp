@@ -102,7 +102,7 @@ TEST_CASE("vector functions have the limits of the standard ones") {
 }
 
 #if defined(__OPTIMIZE__) && defined(__AVX2__) && !defined(__SANITIZE_ADDRESS__)
-TEST_CASE("a loop over vexp is vector code: four times faster than std::exp") {
+TEST_CASE("a loop over vexp is vector code: three times faster than std::exp") {
   std::vector<float> x(4096), y(4096);
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 37) - 18.0f;
   const auto time_of = [&](auto f) {
@@ -119,7 +119,7 @@ TEST_CASE("a loop over vexp is vector code: four times faster than std::exp") {
   const double vector = time_of([](float v) { return cpu::vexp(v); });
   const double scalar = time_of([](float v) { return std::exp(v); });
   INFO("vexp " << vector * 1e9 / 204800 << " ns, std::exp " << scalar * 1e9 / 204800 << " ns per value");
-  CHECK(scalar > 4 * vector);
+  CHECK(scalar > 3 * vector);  // about 6 on an idle core, below 4 beside busy neighbours
   CHECK(scalar > 2 * time_of([](float v) { return cpu::vtanh(v); }));
   CHECK(scalar > 2 * time_of([](float v) { return cpu::vlog(v); }));
   CHECK(scalar > 2 * time_of([](float v) { return cpu::verf(v); }));
