@@ -103,7 +103,7 @@ void Trainer::train_step() {
   for (int64_t i = 0; i < accumulation; ++i) batches.push_back(*batches_->next());
   step_.run(batches, state_.step);
   ++state_.step;
-  if (!step_.note().empty()) progress_->note(fmt::format("step {}: {}", state_.step, step_.note()));
+  if (progress_ && !step_.note().empty()) progress_->note(fmt::format("step {}: {}", state_.step, step_.note()));
   state_.tokens += config_.train.tokens_per_step;
   window_tokens_ += config_.train.tokens_per_step;
 }
