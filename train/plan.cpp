@@ -183,12 +183,8 @@ Plan make_plan(const Config& config, int64_t ranks, const Machine& machine) {
   const layers::ModelShape shape = planned_shape(config);
   const auto whole = layers::make_model(config.model, shape);
   Traffic ignored;
-  const layers::Parallel parallel{plan.tensor == 1 ? comm::single_group("tensor")
-                                                   : simulated_group("tensor", static_cast<int>(plan.tensor), &ignored),
-                                  plan.sequence == 1
-                                      ? comm::single_group("sequence")
-                                      : simulated_group("sequence", static_cast<int>(plan.sequence), &ignored)};
-  const auto local = layers::make_model(config.model, shape, {}, parallel);
+  const auto local = layers::make_model(config.model, shape, {},
+                                        simulated_parallel(plan.tensor, plan.sequence, &ignored, &ignored));
   count_parameters(plan, *whole, *local);
   plan.flops_per_token = whole->train_flops_per_token(config.data.context);
   const ModelCost cost = probe_model(config, shape, plan.tensor, plan.sequence);

@@ -9,6 +9,8 @@
 namespace krait::train {
 namespace {
 
+comm::GroupPtr simulated_group(const std::string& name, int64_t size, Traffic* traffic);
+
 class SimulatedGroup final : public comm::ProcessGroup {
  public:
   SimulatedGroup(const std::string& name, int size, Traffic* traffic)
@@ -44,6 +46,11 @@ class SimulatedGroup final : public comm::ProcessGroup {
   Traffic* traffic_;
   double others_;
 };
+
+comm::GroupPtr simulated_group(const std::string& name, int64_t size, Traffic* traffic) {
+  if (size == 1) return comm::single_group(name);
+  return std::make_shared<SimulatedGroup>(name, static_cast<int>(size), traffic);
+}
 
 // Totals of one pass over a model of a few layers.
 struct Pass {
@@ -81,11 +88,8 @@ Pass run_pass(const Config& config, layers::ModelShape shape, const std::string&
   model_config.n_layers = layers;
   model_config.max_positions = std::max(model_config.max_positions, length * sequence);
   if (shape.vocab_size > 0) shape.vocab_size = kProbeVocab * tensor;
-  const layers::Parallel parallel{tensor == 1 ? comm::single_group("tensor")
-                                              : simulated_group("tensor", static_cast<int>(tensor), &out.tensor),
-                                  sequence == 1 ? comm::single_group("sequence")
-                                                : simulated_group("sequence", static_cast<int>(sequence), &out.sequence)};
-  const auto model = layers::make_model(model_config, shape, {}, parallel);
+  const auto model = layers::make_model(model_config, shape, {},
+                                        simulated_parallel(tensor, sequence, &out.tensor, &out.sequence));
   model->set_recompute(config.train.recompute == "block");
   const DType compute = compute_dtype(config.runtime.precision);
   const layers::ParameterStore store(
@@ -131,8 +135,8 @@ PassCost minus(PassCost a, const PassCost& b) {
 
 }  // namespace
 
-comm::GroupPtr simulated_group(const std::string& name, int size, Traffic* traffic) {
-  return std::make_shared<SimulatedGroup>(name, size, traffic);
+layers::Parallel simulated_parallel(int64_t tensor, int64_t sequence, Traffic* of_tensor, Traffic* of_sequence) {
+  return {simulated_group("tensor", tensor, of_tensor), simulated_group("sequence", sequence, of_sequence)};
 }
 
 ModelCost probe_model(const Config& config, const layers::ModelShape& shape, int64_t tensor, int64_t sequence) {

@@ -30,8 +30,8 @@ struct ModelCost {
 /// The ranks of `tensor` and `sequence` are simulated: what they would send is counted, not sent.
 ModelCost probe_model(const Config& config, const layers::ModelShape& shape, int64_t tensor, int64_t sequence);
 
-/// A group of `size` ranks of which only rank 0 is there: its collectives fill what they receive with zeros.
-/// `traffic` must outlive it.
-comm::GroupPtr simulated_group(const std::string& name, int size, Traffic* traffic);
+/// Groups of which only rank 0 is there: collectives fill what they receive with zeros and count what they would send.
+/// The traffic must outlive them.
+layers::Parallel simulated_parallel(int64_t tensor, int64_t sequence, Traffic* of_tensor, Traffic* of_sequence);
 
 }  // namespace krait::train
