@@ -3,11 +3,11 @@
 #include <bit>
 #include <cmath>
 
+#include "kernels/rows.h"
+
 namespace krait::kernels {
 
 namespace {
-
-Tensor last_contiguous(const Tensor& t) { return t.size(-1) == 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
 
 void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
   check_same("attention", q, k, v);

@@ -1,6 +1,7 @@
 #include "kernels/block_linear.h"
 
 #include "kernels/norm.h"
+#include "kernels/rows.h"
 
 namespace krait::kernels {
 
@@ -14,11 +15,6 @@ void check_sizes(const Tensor& x, const Tensor& w) {
               "block_linear: blocks of {} x {}, expected sides of 1 to {}", w.size(1), w.size(2), kMaxBlockSide);
 }
 
-Tensor rows_of(const Tensor& t) {
-  const Tensor rows = t.flatten_leading();
-  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
-}
-
 }  // namespace
 
 Tensor block_linear_forward(const Tensor& x, const Tensor& w) {
@@ -26,7 +22,7 @@ Tensor block_linear_forward(const Tensor& x, const Tensor& w) {
   Tensor y = empty(x.shape().with(-1, w.size(0) * w.size(1)), x.dtype(), x.device());
   if (y.numel() == 0) return y;
   Tensor rows = y.flatten_leading();
-  KRAIT_DISPATCH(x.device(), block_linear_forward(rows, rows_of(x), w.contiguous()));
+  KRAIT_DISPATCH(x.device(), block_linear_forward(rows, dense_rows(x), w.contiguous()));
   return y;
 }
 
@@ -41,12 +37,12 @@ BlockLinearGrad block_linear_backward(const Tensor& dy, const Tensor& x, const T
   Tensor dx = want_dx ? out.dx.flatten_leading() : Tensor{}, none;
   if (!want_dw) {
     if (x.numel() > 0)
-      KRAIT_DISPATCH(x.device(), block_linear_backward(dx, none, false, rows_of(dy), rows_of(x), w.contiguous()));
+      KRAIT_DISPATCH(x.device(), block_linear_backward(dx, none, false, dense_rows(dy), dense_rows(x), w.contiguous()));
     return out;
   }
   WeightGrad dw(w, x.dtype(), dw_sum);
   if (x.numel() > 0)
-    KRAIT_DISPATCH(x.device(), block_linear_backward(dx, dw.sum(), dw.adds(), rows_of(dy), rows_of(x), w.contiguous()));
+    KRAIT_DISPATCH(x.device(), block_linear_backward(dx, dw.sum(), dw.adds(), dense_rows(dy), dense_rows(x), w.contiguous()));
   else if (!dw.adds())
     zero_(dw.sum());
   out.dw = dw.finish();

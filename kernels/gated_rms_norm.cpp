@@ -1,19 +1,9 @@
 #include "kernels/gated_rms_norm.h"
 
 #include "kernels/norm.h"
+#include "kernels/rows.h"
 
 namespace krait::kernels {
-
-namespace {
-
-// (..., e) as (r, e); the rows may stay apart.
-Tensor rows_of(const Tensor& t) {
-  const Shape flat{t.numel() / t.size(-1), t.size(-1)};
-  const Tensor rows = t.can_view(flat) ? t.view(flat) : t.contiguous().view(flat);
-  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
-}
-
-}  // namespace
 
 GatedRmsNormOut gated_rms_norm_forward(const Tensor& x, const Tensor& z, const Tensor& w, double eps, int64_t groups,
                                        bool norm_first) {
@@ -23,10 +13,10 @@ GatedRmsNormOut gated_rms_norm_forward(const Tensor& x, const Tensor& z, const T
   KRAIT_CHECK(groups >= 1 && x.size(-1) % groups == 0, "gated_rms_norm: {} groups do not divide {} channels", groups,
               x.size(-1));
   const DType a = accum_dtype(x.dtype());
-  const Tensor rows = rows_of(x).contiguous();
+  const Tensor rows = dense_rows(x).contiguous();
   GatedRmsNormOut out{empty(x.shape(), x.dtype(), x.device()), empty({rows.size(0), groups}, a, x.device())};
   Tensor y = out.y.view(rows.shape());
-  KRAIT_DISPATCH(x.device(), gated_rms_norm_forward(y, out.rstd, rows, rows_of(z), w.to(a).contiguous(), eps, norm_first));
+  KRAIT_DISPATCH(x.device(), gated_rms_norm_forward(y, out.rstd, rows, dense_rows(z), w.to(a).contiguous(), eps, norm_first));
   return out;
 }
 
@@ -35,7 +25,7 @@ GatedRmsNormGrad gated_rms_norm_backward(const Tensor& dy, const Tensor& x, cons
                                          const Tensor& dz_into, bool y_again) {
   check_same("gated_rms_norm", x, dy);
   KRAIT_CHECK(dy.shape() == x.shape(), "gated_rms_norm: dy is {}, x is {}", dy.shape(), x.shape());
-  const Tensor rows = rows_of(x).contiguous();
+  const Tensor rows = dense_rows(x).contiguous();
   const auto like_x = [&] { return empty(x.shape(), x.dtype(), x.device()); };
   GatedRmsNormGrad out{like_x(), dz_into.defined() ? dz_into : like_x(), {}, y_again ? like_x() : Tensor()};
   KRAIT_CHECK(out.dz.shape() == x.shape() && out.dz.dtype() == x.dtype() && out.dz.can_view(rows.shape()) &&
@@ -44,7 +34,7 @@ GatedRmsNormGrad gated_rms_norm_backward(const Tensor& dy, const Tensor& x, cons
   Tensor dx = out.dx.view(rows.shape()), dz = out.dz.view(rows.shape()), y = y_again ? out.y.view(rows.shape()) : Tensor();
   WeightGrad dw(w, x.dtype(), dw_into);
   KRAIT_DISPATCH(x.device(),
-                 gated_rms_norm_backward(dx, dz, y, dw.sum(), dw.adds(), rows_of(dy).contiguous(), rows, rows_of(z),
+                 gated_rms_norm_backward(dx, dz, y, dw.sum(), dw.adds(), dense_rows(dy).contiguous(), rows, dense_rows(z),
                                          w.to(accum_dtype(x.dtype())).contiguous(), rstd, norm_first));
   out.dw = dw.finish();
   return out;

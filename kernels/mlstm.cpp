@@ -2,14 +2,13 @@
 
 #include "kernels/elementwise.h"
 #include "kernels/reduce.h"
+#include "kernels/rows.h"
 
 namespace krait::kernels {
 
 namespace {
 
 constexpr double kEmpty = -1e30;  // m of the empty state: below any gate, and finite
-
-Tensor last_contiguous(const Tensor& t) { return t.size(-1) == 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
 
 void check_state(const MlstmState& s, const Shape& c, const Tensor& q) {
   if (!s.c.defined() && !s.n.defined() && !s.m.defined()) return;

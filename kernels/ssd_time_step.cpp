@@ -1,16 +1,10 @@
 #include "kernels/ssd_time_step.h"
 
+#include "kernels/rows.h"
 
 namespace krait::kernels {
 
 namespace {
-
-// (..., h) as (r, h); the rows may stay apart.
-Tensor rows_of(const Tensor& t) {
-  const Shape flat{t.numel() / t.size(-1), t.size(-1)};
-  const Tensor rows = t.can_view(flat) ? t.view(flat) : t.contiguous().view(flat);
-  return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : rows.contiguous();
-}
 
 void check(const Tensor& dt, const Tensor& bias, const Tensor& A_log) {
   KRAIT_CHECK(dt.ndim() >= 1 && dt.size(-1) > 0, "ssd_time_step: dt is {}, expected (..., heads)", dt.shape());
@@ -27,7 +21,7 @@ SsdTimeStepOut ssd_time_step_forward(const Tensor& dt, const Tensor& bias, const
   const DType sums = accum_dtype(dt.dtype());
   SsdTimeStepOut out{empty(dt.shape(), sums, dt.device()), empty(dt.shape(), sums, dt.device())};
   if (dt.numel() == 0) return out;
-  KRAIT_DISPATCH(dt.device(), ssd_time_step_forward(out.dt, out.a, rows_of(dt), bias.to(sums).contiguous(),
+  KRAIT_DISPATCH(dt.device(), ssd_time_step_forward(out.dt, out.a, dense_rows(dt), bias.to(sums).contiguous(),
                                                     A_log.to(sums).contiguous(), low, high));
   return out;
 }
@@ -39,7 +33,7 @@ SsdTimeStepGrad ssd_time_step_backward(const Tensor& dstep, const Tensor& da, co
   SsdTimeStepGrad out{ddt_into.defined() ? ddt_into : empty(dt.shape(), dt.dtype(), dt.device()),
                       zeros(bias.shape(), sums, dt.device()), zeros(bias.shape(), sums, dt.device())};
   if (dt.numel() == 0) return out;
-  const Tensor rows = rows_of(dt);
+  const Tensor rows = dense_rows(dt);
   KRAIT_CHECK(out.ddt.shape() == dt.shape() && out.ddt.dtype() == dt.dtype() && out.ddt.can_view(rows.shape()) &&
                   (out.ddt.stride(-1) == 1 || out.ddt.size(-1) == 1),
               "ssd_time_step: ddt is {}, expected rows like those of dt {}", describe(out.ddt), describe(dt));

@@ -17,50 +17,23 @@ States<T>::States(const SsdInput& in, Tensor* final_state) {
   const A* dt = in.dt.defined() ? in.dt.data<A>() : nullptr;
   const int32_t* segments = in.segments.defined() ? in.segments.data<int32_t>() : nullptr;
 
-  struct Scratch {
-    Workspace<A> w;
-    A *rows, *xs;
-    Decay<A> decay;
-    explicit Scratch(const Sizes<A>& s)
-        : w(s.qp * (s.np + s.pp) + 256 + Decay<A>::values(s.qp)), rows(w.take(s.qp * s.np)), xs(w.take(s.qp * s.pp)),
-          decay(w, s.qp) {}
-  };
-  for_each_unit<A>(z, [&] { return Scratch(z); }, [&](Scratch& s, int64_t b, int64_t c, int64_t g, int64_t t0, int64_t q) {
+  const auto scratch = [&] { return OuterScratch<A>(z); };
+  for_each_unit<A>(z, scratch, [&](OuterScratch<A>& s, int64_t b, int64_t c, int64_t g, int64_t t0, int64_t q) {
     pack_rows<A>(s.rows, z.np, B.at(b, t0, g), B.row, q, z.n, z.qp);
     for (int64_t h = g * z.group; h < (g + 1) * z.group; ++h) {
       const int64_t at = (b * z.l + t0) * z.heads + h;
       s.decay.fill(a + at, z.heads, segments ? segments + b * z.l + t0 : nullptr, t0 == 0, q);
-      pack_rows<A>(s.xs, z.pp, x.at(b, t0, h), x.row, q, z.p, z.qp);
+      pack_rows<A>(s.others, z.pp, x.at(b, t0, h), x.row, q, z.p, z.qp);
       if (dt)
         for (int64_t j = 0; j < q; ++j) s.decay.out[j] *= dt[at + j * z.heads];
-      scale_rows(s.xs, s.xs, s.decay.out, q, z.pp);
+      scale_rows(s.others, s.others, s.decay.out, q, z.pp);
       const int64_t unit = (b * z.chunks + c) * z.heads + h;
-      outer_sum(states + unit * z.state(), s.rows, s.xs, q, z);
+      outer_sum(states + unit * z.state(), s.rows, s.others, q, z);
       total[unit] = s.decay.total;
     }
   });
 
-  parallel_for(0, z.b * z.heads, 1, [&](int64_t first, int64_t last) {
-    std::vector<A> state(static_cast<size_t>(z.state()));
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t b = i / z.heads, h = i % z.heads;
-      std::fill(state.begin(), state.end(), A(0));
-      A* __restrict running = state.data();
-      if (in.initial_state.defined()) put_state(running, in.initial_state.data<A>() + i * z.p * z.n, z);
-      for (int64_t c = 0; c < z.chunks; ++c) {
-        const int64_t unit = (b * z.chunks + c) * z.heads + h;
-        A* __restrict own = states + unit * z.state();
-        const A decay = total[unit];
-#pragma omp simd
-        for (int64_t k = 0; k < z.n * z.pp; ++k) {
-          const A entering = running[k];
-          running[k] = decay * entering + own[k];
-          own[k] = entering;
-        }
-      }
-      if (final_state) get_state(final_state->data<A>() + i * z.p * z.n, running, z);
-    }
-  });
+  carry_over_chunks(states, total, in.initial_state, final_state, false, z);
 }
 
 template struct States<float>;

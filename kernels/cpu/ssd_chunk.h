@@ -172,6 +172,17 @@ extern template struct StateGradients<float>;
 extern template struct StateGradients<double>;
 extern template struct StateGradients<bf16>;
 
+/// What a unit needs to sum outer products of rows (q, np) with others (q, pp), weighted by decays.
+template <class A>
+struct OuterScratch {
+  Workspace<A> w;
+  A *rows, *others;
+  Decay<A> decay;
+  explicit OuterScratch(const Sizes<A>& s)
+      : w(s.qp * (s.np + s.pp) + 256 + Decay<A>::values(s.qp)), rows(w.take(s.qp * s.np)), others(w.take(s.qp * s.pp)),
+        decay(w, s.qp) {}
+};
+
 /// The padded transpose (n, pp) of a state (p, n), and back.
 template <class A>
 void put_state(A* to, const A* from, const Sizes<A>& z) {
@@ -182,6 +193,34 @@ template <class A>
 void get_state(A* to, const A* from, const Sizes<A>& z) {
   for (int64_t p = 0; p < z.p; ++p)
     for (int64_t n = 0; n < z.n; ++n) to[p * z.n + n] = from[n * z.pp + p];
+}
+
+/// In every head, from the first chunk to the last or back: each chunk's own part of the state, (b, chunks, heads, np pp),
+/// is replaced by the state that arrives there, which goes on as total * state + part. `start` (b, heads, p, n) may be
+/// undefined; `end` takes what leaves, where it is wanted.
+template <class A>
+void carry_over_chunks(A* parts, const A* totals, const Tensor& start, Tensor* end, bool backwards, const Sizes<A>& z) {
+  parallel_for(0, z.b * z.heads, 1, [&](int64_t first, int64_t last) {
+    std::vector<A> state(static_cast<size_t>(z.state()));
+    for (int64_t i = first; i < last; ++i) {
+      A* __restrict running = state.data();
+      std::fill(state.begin(), state.end(), A(0));
+      if (start.defined()) put_state(running, start.data<A>() + i * z.p * z.n, z);
+      for (int64_t step = 0; step < z.chunks; ++step) {
+        const int64_t c = backwards ? z.chunks - 1 - step : step;
+        const int64_t unit = (i / z.heads * z.chunks + c) * z.heads + i % z.heads;
+        A* __restrict own = parts + unit * z.state();
+        const A decay = totals[unit];
+#pragma omp simd
+        for (int64_t k = 0; k < z.n * z.pp; ++k) {
+          const A arriving = running[k];
+          running[k] = decay * arriving + own[k];
+          own[k] = arriving;
+        }
+      }
+      if (end) get_state(end->data<A>() + i * z.p * z.n, running, z);
+    }
+  });
 }
 
 }  // namespace krait::kernels::cpu::ssd

@@ -16,46 +16,20 @@ StateGradients<T>::StateGradients(const SsdInput& in, const Tensor& dy_in, const
   const A* a = in.a.data<A>();
   const int32_t* segments = in.segments.defined() ? in.segments.data<int32_t>() : nullptr;
 
-  struct Scratch {
-    Workspace<A> w;
-    A *rows, *dys;
-    Decay<A> decay;
-    explicit Scratch(const Sizes<A>& s)
-        : w(s.qp * (s.np + s.pp) + 256 + Decay<A>::values(s.qp)), rows(w.take(s.qp * s.np)), dys(w.take(s.qp * s.pp)),
-          decay(w, s.qp) {}
-  };
-  for_each_unit<A>(z, [&] { return Scratch(z); }, [&](Scratch& s, int64_t b, int64_t c, int64_t g, int64_t t0, int64_t q) {
+  const auto scratch = [&] { return OuterScratch<A>(z); };
+  for_each_unit<A>(z, scratch, [&](OuterScratch<A>& s, int64_t b, int64_t c, int64_t g, int64_t t0, int64_t q) {
     pack_rows<A>(s.rows, z.np, C.at(b, t0, g), C.row, q, z.n, z.qp);
     for (int64_t h = g * z.group; h < (g + 1) * z.group; ++h) {
       const int64_t unit = (b * z.chunks + c) * z.heads + h;
       s.decay.fill(a + (b * z.l + t0) * z.heads + h, z.heads, segments ? segments + b * z.l + t0 : nullptr, t0 == 0, q);
-      pack_rows<A>(s.dys, z.pp, dy.at(b, t0, h), dy.row, q, z.p, z.qp);
-      scale_rows(s.dys, s.dys, s.decay.in, q, z.pp);
-      outer_sum(gradients + unit * z.state(), s.rows, s.dys, q, z);
+      pack_rows<A>(s.others, z.pp, dy.at(b, t0, h), dy.row, q, z.p, z.qp);
+      scale_rows(s.others, s.others, s.decay.in, q, z.pp);
+      outer_sum(gradients + unit * z.state(), s.rows, s.others, q, z);
       total[unit] = s.decay.total;
     }
   });
 
-  parallel_for(0, z.b * z.heads, 1, [&](int64_t first, int64_t last) {
-    std::vector<A> state(static_cast<size_t>(z.state()));
-    for (int64_t i = first; i < last; ++i) {
-      A* __restrict running = state.data();
-      std::fill(state.begin(), state.end(), A(0));
-      if (dfinal.defined()) put_state(running, dfinal.data<A>() + i * z.p * z.n, z);
-      for (int64_t c = z.chunks - 1; c >= 0; --c) {
-        const int64_t unit = (i / z.heads * z.chunks + c) * z.heads + i % z.heads;
-        A* __restrict own = gradients + unit * z.state();
-        const A decay = total[unit];
-#pragma omp simd
-        for (int64_t k = 0; k < z.n * z.pp; ++k) {
-          const A after = running[k];
-          running[k] = decay * after + own[k];
-          own[k] = after;
-        }
-      }
-      if (dinitial) get_state(dinitial->data<A>() + i * z.p * z.n, running, z);
-    }
-  });
+  carry_over_chunks(gradients, total, dfinal, dinitial, true, z);
 }
 
 template struct StateGradients<float>;

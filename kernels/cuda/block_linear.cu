@@ -18,6 +18,15 @@ struct Rows {
   int64_t count, x, dy;  // rows, and how far apart those of x and dy lie
 };
 
+// Block n of the matrix.
+template <class T, class A>
+__device__ void load_block(A (&m)[4][4], const T* w, int n) {
+#pragma unroll
+  for (int o = 0; o < 4; ++o)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) m[o][i] = static_cast<A>(w[(int64_t{n} * 4 + o) * 4 + i]);
+}
+
 // A thread has one 4 x 4 block of the matrix in registers and walks down a chunk of rows; neighbouring threads read
 // neighbouring blocks. Bound by memory: 2 r c sizeof(T) bytes.
 template <class T>
@@ -27,10 +36,7 @@ __global__ void __launch_bounds__(kThreads)
   const int n = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   if (n >= blocks) return;
   A m[4][4];
-#pragma unroll
-  for (int o = 0; o < 4; ++o)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) m[o][i] = static_cast<A>(w[(int64_t{n} * 4 + o) * 4 + i]);
+  load_block(m, w, n);
   const int64_t first = int64_t{blockIdx.y} * kChunk, last = first + kChunk < rows.count ? first + kChunk : rows.count;
 #pragma unroll 4
   for (int64_t r = first; r < last; ++r) {
@@ -55,10 +61,7 @@ __global__ void __launch_bounds__(kThreads)
   const int n = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   if (n >= blocks) return;
   A m[4][4], sums[4][4] = {};
-#pragma unroll
-  for (int o = 0; o < 4; ++o)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) m[o][i] = static_cast<A>(w[(int64_t{n} * 4 + o) * 4 + i]);
+  load_block(m, w, n);
   const int64_t first = int64_t{blockIdx.y} * kChunk, last = first + kChunk < rows.count ? first + kChunk : rows.count;
 #pragma unroll 4
   for (int64_t r = first; r < last; ++r) {
