@@ -1,5 +1,6 @@
 #include "kernels/sample.h"
 
+#include <cmath>
 #include <map>
 
 #include "core/random.h"

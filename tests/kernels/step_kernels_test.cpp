@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "kernels/attention_append.h"
 #include "kernels/linear.h"
 #include "kernels/mamba2_step.h"
