@@ -240,21 +240,27 @@ Variable S4::convolution(const Variable& x, int64_t first, int64_t end, const Te
   return fft_conv(u, K, D, K1, segments);
 }
 
-// A convolution over all of L needs whole sequences: of some channels, else of some rows.
+// A convolution over all of L needs whole sequences: of an equal share of the channels or of the rows, else of shares of
+// the channels that differ, the last ones filled up with channels of zeros that are sent but not computed.
 Variable S4::over_ranks(const Variable& x, const SequenceInfo& info) const {
-  const int64_t S = sequence_->size(), b = x.size(0), l = x.size(1), h = x.size(2), own = h / S;
-  if (h % S == 0) {
-    const Variable mine = all_to_all(x, 2, 1, sequence_);
-    const int64_t first = sequence_->rank() * own;
-    const Variable y = convolution(mine, first, first + own, gather_info(info, *sequence_).segments);
-    const Variable back = all_to_all(reshape(y, {b, S * l, config_.copies, own}), 1, 3, sequence_);
-    return reshape(back, {b, l, config_.copies * h});
-  }
-  KRAIT_CHECK(b % S == 0, "s4: {} ranks (parallelism.sequence) divide neither the {} channels nor the {} sequences of a "
-              "micro-batch; change one of the three", S, h, b);
-  return over_rows(x, info, sequence_, [&](const Variable& rows, const SequenceInfo& whole) {
-    return convolution(rows, 0, h, whole.segments);
-  });
+  const int64_t S = sequence_->size(), b = x.size(0), l = x.size(1), h = x.size(2);
+  if (h % S != 0 && b % S == 0)
+    return over_rows(x, info, sequence_, [&](const Variable& rows, const SequenceInfo& whole) {
+      return convolution(rows, 0, h, whole.segments);
+    });
+  const int64_t own = (h + S - 1) / S, fill = own * S - h;
+  const Variable filled = fill == 0 ? x : concat({x, Variable(zeros({b, l, fill}, x.dtype(), x.device()))}, 2);
+  const Variable mine = all_to_all(filled, 2, 1, sequence_);
+  const int64_t first = std::min(h, sequence_->rank() * own), count = std::min(own, h - first);
+  const Tensor segments = gather_info(info, *sequence_).segments;
+  Vars parts;
+  if (count > 0)
+    parts.push_back(reshape(convolution(count == own ? mine : slice(mine, 2, 0, count), first, first + count, segments),
+                            {b, S * l, config_.copies, count}));
+  if (count < own)  // their zeros come back, so that every member's backward has the exchange
+    parts.push_back(expand(unsqueeze(slice(mine, 2, count, own), 2), {b, S * l, config_.copies, own - count}));
+  const Variable back = all_to_all(parts.size() == 1 ? parts[0] : concat(parts, 3), 1, 3, sequence_);
+  return reshape(fill == 0 ? back : slice(back, 3, 0, h), {b, l, config_.copies * h});
 }
 
 Variable S4::repeated(const Variable& x) const {
@@ -361,9 +367,10 @@ double S4::extra_flops_per_token(int64_t context) const {
   return convolution - 2.0 * static_cast<double>(counted);
 }
 
-std::string S4::kernel_name(int64_t, int64_t context, DType dtype, Device device, bool has_segments) const {
+std::string S4::kernel_name(int64_t batch, int64_t context, DType dtype, Device device, bool has_segments) const {
   if (const int ranks = sequence_->size(); ranks > 1)
-    return fmt::format("whole sequences, all-to-all by {} over {} ranks", h_ % ranks == 0 ? "channels" : "rows", ranks);
+    return fmt::format("whole sequences, all-to-all by {} over {} ranks",
+                       h_ % ranks == 0 ? "channels" : batch % ranks == 0 ? "rows" : "channels (unequal shares)", ranks);
   const char* how = config_.form == "dense" ? "dense kernel by matrix powers (slow control)"
                     : config_.form == "dplr" ? "Cauchy kernel" : "Vandermonde kernel";
   return fmt::format("{} of {} states ({}), {}", how, config_.d_state, config_.discretization,
