@@ -145,6 +145,14 @@ void read_logging(ConfigNode& section, LoggingConfig& c) {
 }
 
 void read_parallelism(ConfigNode& section, ParallelismConfig& c) {
+  if (section.is_scalar()) {
+    if (section.text() != "auto") section.fail(fmt::format("found {}, expected auto or a map of options", section.describe()), "parallelism: auto");
+    c.automatic = true;
+    ConfigNode empty = ConfigNode::map();
+    empty.set_mark(section.mark());
+    empty.set_path(section.path());
+    section = std::move(empty);
+  }
   OptionReader options(section);
   options.read("data", c.data, at_least(-1));
   options.read("tensor", c.tensor, at_least(1));

@@ -87,6 +87,7 @@ struct LoggingConfig {
 };
 
 struct ParallelismConfig {
+  bool automatic = false;  // parallelism: auto; choose_mesh() fills in the rest
   int64_t data = -1, tensor = 1, sequence = 1;  // ranks; data: -1 takes what is left
   int64_t zero = 0;         // what the ranks that share gradients keep a part of: 1 optimizer state, 2 also gradients, 3 also parameters
   double bucket_mb = 25;    // MiB of gradients summed at a time, while the backward pass goes on

@@ -10,7 +10,8 @@ namespace krait::train {
 namespace {
 
 // Rates of the H100 and layer_ns of attention, mlp, head, Mamba, Mamba-2 and xLSTM: fitted to the whole steps in README on
-// one H100; link and bandwidth of the H200: to GPT-2's steps on one and two of them. The rest are the data sheets' shares.
+// one H100; link and bandwidth of the H200: to GPT-2's steps on one and two of them. The rest are the data sheets' shares;
+// the cpu is one core of a server, roughly.
 constexpr const char* kTable = R"(# krait plan --show-hardware > mine.yaml; edit; krait plan CONFIG --hardware mine.yaml --machine NAME
 machines:
   h100-sxm:
@@ -43,6 +44,16 @@ machines:
     link_latency_us: 15
     network_gb_s: 22
     network_latency_us: 25
+  cpu:
+    matmul_tflops: {bf16: 0.02, tf32: 0.1, fp32: 0.1, fp64: 0.05}
+    memory_gb: 8
+    bandwidth_gb_s: 10
+    attention_tflops: 0.03
+    gpus_per_node: 8
+    link_gb_s: 3
+    link_latency_us: 5
+    network_gb_s: 1
+    network_latency_us: 50
 layer_bandwidth_gb_s: 3030
 layer_ns: {attention: 23, mlp: 23, head: 90, mamba: 88, mamba2: 64, mlstm: 340, slstm: 1200, s4: 150, s4d: 150,
            linear_attention: 150, gated_cnn: 40, rnn: 900, lstm: 900, gru: 900, kan: 200}
@@ -102,6 +113,27 @@ Machine find_machine(const std::string& name, const std::string& file) {
   options.read("layer_bandwidth_gb_s", m.layer_bandwidth_gb_s, at_least(1e-9));
   m.layer_ns = read_rates(options.section("layer_ns"));
   options.finish();
+  return m;
+}
+
+Machine this_machine(Device device, int on_host) {
+  const DeviceInfo info = device_info(device);
+  const double gib = static_cast<double>(info.total_bytes) / (1024.0 * 1024 * 1024);
+  if (device.is_cpu()) {
+    Machine m = find_machine("cpu", "");
+    m.memory_gb = gib / on_host;
+    m.gpus_per_node = on_host;
+    return m;
+  }
+  for (const auto& [part, name] : {std::pair{"H100", "h100-sxm"}, {"H200", "h200"}, {"A100", "a100"}})
+    if (info.name.find(part) != std::string::npos) {
+      Machine m = find_machine(name, "");
+      m.memory_gb = gib;
+      return m;
+    }
+  Machine m = find_machine("a100", "");
+  m.name = fmt::format("{} (with the rates of an a100)", info.name);
+  m.memory_gb = gib;
   return m;
 }
 

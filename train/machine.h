@@ -2,6 +2,8 @@
 #include <map>
 #include <string>
 
+#include "core/device.h"
+
 namespace krait::train {
 
 /// Rates of one kind of GPU and of the network between nodes of it, as `krait plan` uses them: what is reached, not
@@ -26,5 +28,8 @@ const std::string& machine_table();
 /// The machine of that name from a file, or from the built-in table when `file` is empty. ConfigError with the known
 /// names otherwise.
 Machine find_machine(const std::string& name, const std::string& file);
+/// What this process computes on, one of `on_host` processes of this host: rates of the built-in table (of an a100 for
+/// GPUs that are not in it), memory as it is.
+Machine this_machine(Device device, int on_host);
 
 }  // namespace krait::train

@@ -34,7 +34,7 @@ void lay_out(Plan& plan, const Config& config) {
   const int64_t of_all = config.train.micro_batch_size * config.data.context * plan.data;
   plan.micro_batches = std::max<int64_t>(1, config.train.tokens_per_step / of_all);
   plan.tokens_per_step = plan.micro_batches * of_all;
-  if (config.train.tokens_per_step > 0 && plan.tokens_per_step != config.train.tokens_per_step)
+  if (!config.train.default_tokens_per_step && plan.tokens_per_step != config.train.tokens_per_step)
     plan.warnings.push_back(fmt::format(
         "train.tokens_per_step {} is not a multiple of micro_batch_size {} x context {} x {} data ranks; planned with {}",
         config.train.tokens_per_step, config.train.micro_batch_size, config.data.context, plan.data,
@@ -53,13 +53,14 @@ double optimizer_bytes(const OptimizerConfig& c) {
   return c.type == "lion" || c.momentum > 0 ? 4 : 0;
 }
 
-void count_parameters(Plan& plan, const layers::Model& whole, const layers::Model& local) {
-  for (const auto& p : whole.parameters()) plan.parameters += p.data->shape.numel();
+int64_t parameters_of(const layers::Model& local) {
+  int64_t n = 0;
   for (const auto& p : local.parameters())
     for (const auto& part : p.data->parts) {
       const Shape& all = p.data->shape;
-      plan.parameters_per_rank += layers::local_shape(all.ndim() == 0 ? all : all.with(0, part.rows), part.shard).numel();
+      n += layers::local_shape(all.ndim() == 0 ? all : all.with(0, part.rows), part.shard).numel();
     }
+  return n;
 }
 
 void count_memory(Plan& plan, const Config& config, const ModelCost& cost, int64_t vocab) {
@@ -127,15 +128,16 @@ void count_computation(Plan& plan, const Config& config, const Machine& m, const
   plan.compute_seconds += owned * (2 * (4 + optimizer_bytes(config.optimizer)) + 6) / (m.bandwidth_gb_s * 1e9);
 }
 
+// Hidden behind computation, but for `alone` of the bytes that there is nothing to hide behind.
 void add_traffic(Plan& plan, const char* what, const char* group, double calls, double bytes, const Link& link,
-                 int64_t size, double hidden_behind) {
+                 int64_t size, double hidden_behind, double alone = 0) {
   PlannedTraffic t{what, group, calls, bytes, 0, 0};
   t.seconds = bytes / link.bytes_per_s + calls * link.latency_s * std::log2(static_cast<double>(std::max<int64_t>(2, size)));
-  t.exposed_seconds = std::max(0.0, t.seconds - hidden_behind);
+  t.exposed_seconds = std::max({0.0, t.seconds - hidden_behind, alone / link.bytes_per_s});
   plan.traffic.push_back(t);
 }
 
-void count_traffic(Plan& plan, const Config& config, const Machine& m, const ModelCost& cost) {
+void count_traffic(Plan& plan, const Config& config, const Machine& m, const ModelCost& cost, int64_t vocab) {
   const double n = static_cast<double>(plan.parameters_per_rank);
   const int64_t replicas = plan.data * plan.sequence;
   if (replicas > 1) {
@@ -144,13 +146,15 @@ void count_traffic(Plan& plan, const Config& config, const Machine& m, const Mod
     const double buckets = std::ceil(4 * n / (25.0 * 1024 * 1024));
     const double hidden = kOverlap * 2.0 / 3 * plan.compute_seconds / static_cast<double>(plan.micro_batches);
     const double copy = config.runtime.precision == "bf16" ? 2 : 4;
+    // The embedding's gradient is the backward pass's last, and its values are the forward pass's first.
+    const double last = others * static_cast<double>(vocab / plan.tensor * config.model.d_model);
     if (plan.zero == 0) {
-      add_traffic(plan, "gradients, all-reduce", "data", buckets, 2 * others * 4 * n, link, replicas, hidden);
+      add_traffic(plan, "gradients, all-reduce", "data", buckets, 2 * others * 4 * n, link, replicas, hidden, 2 * 4 * last);
     } else {
-      add_traffic(plan, "gradients, reduce-scatter", "data", buckets, others * 4 * n, link, replicas, hidden);
+      add_traffic(plan, "gradients, reduce-scatter", "data", buckets, others * 4 * n, link, replicas, hidden, 4 * last);
       const double passes = plan.zero == 3 ? 2.0 * static_cast<double>(plan.micro_batches) : 1.0;
       add_traffic(plan, "parameters, all-gather", "data", buckets * passes, passes * others * copy * n, link, replicas,
-                  plan.zero == 3 ? hidden : 0);
+                  plan.zero == 3 ? hidden : hidden / 2, copy * last);
     }
   }
   const double tokens = static_cast<double>(config.train.micro_batch_size * config.data.context / plan.sequence);
@@ -174,38 +178,54 @@ void count_traffic(Plan& plan, const Config& config, const Machine& m, const Mod
 
 }  // namespace
 
-Plan make_plan(const Config& config, int64_t ranks, const Machine& machine) {
+Planner::Planner(const Config& config, const Machine& machine) : config_(config), machine_(machine) {
   if (config.model.type != "language_model" && config.model.layers == std::vector<std::string>{"kan"})
     config.fail("model.layers", "a network of KAN layers has no blocks to plan with", "krait train: it takes seconds");
+  shape_ = planned_shape(config);
+  whole_ = layers::make_model(config.model, shape_);
+}
+
+const Planner::Split& Planner::split(int64_t tensor, int64_t sequence) {
+  const auto found = splits_.find({tensor, sequence});
+  if (found != splits_.end()) return found->second;
+  Traffic ignored;
+  const auto local = layers::make_model(config_.model, shape_, {}, simulated_parallel(tensor, sequence, &ignored, &ignored));
+  return splits_[{tensor, sequence}] = {probe_model(config_, shape_, tensor, sequence), parameters_of(*local)};
+}
+
+double Planner::needed_gib(const Plan& plan) { return plan.memory.total() / kGiB + kOutsideGiB; }
+
+Plan Planner::plan(const ParallelismConfig& mesh, int64_t ranks) {
+  Config config = config_;
+  config.parallelism = mesh;
   Plan plan;
   plan.ranks = ranks;
   lay_out(plan, config);
-  const layers::ModelShape shape = planned_shape(config);
-  const auto whole = layers::make_model(config.model, shape);
-  Traffic ignored;
-  const auto local = layers::make_model(config.model, shape, {},
-                                        simulated_parallel(plan.tensor, plan.sequence, &ignored, &ignored));
-  count_parameters(plan, *whole, *local);
-  plan.flops_per_token = whole->train_flops_per_token(config.data.context);
-  const ModelCost cost = probe_model(config, shape, plan.tensor, plan.sequence);
-  count_memory(plan, config, cost, config.model.padded_vocab(shape.vocab_size));
-  count_computation(plan, config, machine, *whole);
+  const auto& [cost, parameters_per_rank] = split(plan.tensor, plan.sequence);
+  for (const auto& p : whole_->parameters()) plan.parameters += p.data->shape.numel();
+  plan.parameters_per_rank = parameters_per_rank;
+  plan.flops_per_token = whole_->train_flops_per_token(config.data.context);
+  count_memory(plan, config, cost, config.model.padded_vocab(shape_.vocab_size));
+  count_computation(plan, config, machine_, *whole_);
   const double alone = plan.compute_seconds;
-  count_traffic(plan, config, machine, cost);
+  count_traffic(plan, config, machine_, cost, config.model.padded_vocab(shape_.vocab_size));
   plan.step_seconds = plan.compute_seconds;
   for (const PlannedTraffic& t : plan.traffic) plan.step_seconds += t.exposed_seconds;
   plan.tokens_per_s = static_cast<double>(plan.tokens_per_step) / plan.step_seconds;
   plan.efficiency = alone / plan.step_seconds;
-  const auto rate = machine.matmul_tflops.find(config.runtime.precision);
-  if (rate != machine.matmul_tflops.end())
+  const auto rate = machine_.matmul_tflops.find(config.runtime.precision);
+  if (rate != machine_.matmul_tflops.end())
     plan.mfu = plan.tokens_per_s / static_cast<double>(ranks) * plan.flops_per_token / (rate->second * 1e12);
-  const double needed = plan.memory.total() / kGiB + kOutsideGiB;
-  if (needed > machine.memory_gb)
+  if (needed_gib(plan) > machine_.memory_gb)
     plan.warnings.push_back(fmt::format(
         "out of memory: a rank needs {:.1f} GiB with the libraries, a {} has {:.0f}; lower train.micro_batch_size, set "
         "train.recompute: block, parallelism.zero: {}, or raise tensor or sequence",
-        needed, machine.name, machine.memory_gb, std::min<int64_t>(3, plan.zero + 1)));
+        needed_gib(plan), machine_.name, machine_.memory_gb, std::min<int64_t>(3, plan.zero + 1)));
   return plan;
+}
+
+Plan make_plan(const Config& config, int64_t ranks, const Machine& machine) {
+  return Planner(config, machine).plan(config.parallelism, ranks);
 }
 
 }  // namespace krait::train

@@ -1,10 +1,12 @@
 #pragma once
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "train/config.h"
 #include "train/machine.h"
+#include "train/plan_probe.h"
 
 namespace krait::train {
 
@@ -39,8 +41,31 @@ struct Plan {
   std::vector<std::string> warnings;
 };
 
-/// The mesh is the config's parallelism over `ranks` processes; parallelism.data: -1 takes what is left.
-/// ConfigError where the sizes do not fit together.
+/// Plans of one config on any number of meshes; what they share is computed once.
+class Planner {
+ public:
+  Planner(const Config& config, const Machine& machine);
+  /// On `ranks` processes; data: -1 takes what is left. ConfigError where the sizes do not fit together.
+  Plan plan(const ParallelismConfig& mesh, int64_t ranks);
+  const layers::Model& model() const { return *whole_; }
+  /// GiB that a rank needs with the context and the libraries, beside what Krait allocates.
+  static double needed_gib(const Plan& plan);
+
+ private:
+  struct Split {  // what depends on the sizes of the tensor and the sequence group alone
+    ModelCost cost;
+    int64_t parameters_per_rank = 0;
+  };
+  const Split& split(int64_t tensor, int64_t sequence);
+
+  Config config_;
+  Machine machine_;
+  layers::ModelShape shape_;
+  std::unique_ptr<layers::Model> whole_;
+  std::map<std::pair<int64_t, int64_t>, Split> splits_;
+};
+
+/// The mesh is the config's parallelism.
 Plan make_plan(const Config& config, int64_t ranks, const Machine& machine);
 
 std::string plan_text(const Plan& plan, const Config& config, const Machine& machine);

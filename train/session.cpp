@@ -18,12 +18,6 @@ layers::LanguageModel& Session::language_model(const char* purpose) {
 
 namespace {
 
-Device pick_device(const RuntimeConfig& runtime) {
-  if (runtime.device == "cpu") return kCpu;
-  if (runtime.device == "auto" && cuda_device_count() == 0) return kCpu;
-  return comm::local_cuda_device();
-}
-
 // The processes of one host share its processors, unless the launcher has bound each to its own.
 int thread_count(const RuntimeConfig& runtime) {
   if (runtime.threads > 0 || comm::local_size() == 1 || std::getenv("OMP_NUM_THREADS"))
@@ -41,6 +35,12 @@ void check_state(const Config& config, const layers::Model& model) {
 }
 
 }  // namespace
+
+Device device_of(const RuntimeConfig& runtime) {
+  if (runtime.device == "cpu") return kCpu;
+  if (runtime.device == "auto" && cuda_device_count() == 0) return kCpu;
+  return comm::local_cuda_device();
+}
 
 DType compute_dtype(const std::string& precision) {
   if (precision == "bf16") return DType::bf16;
@@ -96,7 +96,7 @@ Session make_session(const Config& config, DataSource data, int64_t finished_ste
   s.config = config;
   s.data = std::move(data);
   s.mesh = std::move(mesh);
-  s.device = pick_device(config.runtime);
+  s.device = device_of(config.runtime);
   set_num_threads(thread_count(config.runtime));
   kernels::set_tf32(config.runtime.tf32);
   build_model(s, layers::config_at_step(config.model, std::max<int64_t>(finished_steps - 1, 0)));

@@ -42,6 +42,8 @@ struct Session {
 /// has after `finished_steps` (layers::config_at_step).
 Session make_session(const Config& config, DataSource data, int64_t finished_steps = 0,
                      comm::Mesh mesh = comm::single_mesh());
+/// The device that runtime.device means for this process.
+Device device_of(const RuntimeConfig& runtime);
 /// Gives the session a new model with initial values, and parameters.
 void build_model(Session& session, const layers::ModelConfig& config);
 

@@ -1,6 +1,9 @@
 // krait plan: memory and volumes against formulas and against a run, and its messages.
+#include <array>
+#include <set>
+
 #include "tests/train/workplace.h"
-#include "train/plan.h"
+#include "train/auto_mesh.h"
 
 using namespace krait;
 using namespace krait::testing;
@@ -119,4 +122,100 @@ TEST_CASE("plans of a hundred thousand GPUs, of too little memory, and of sizes 
   CHECK(contains(text.out, "small: 4 x a100, data 4 x sequence 1 x tensor 1, ZeRO 0"));
   CHECK(krait_command("plan --show-hardware").status == 0);
   CHECK(krait_command("plan").status == 2);
+}
+
+namespace {
+
+struct Auto {
+  train::Config config;
+  train::Machine machine;
+  train::MeshChoice choice;
+  std::string text() const { return train::explain(choice, config, machine); }
+};
+Auto auto_of(int ranks, const std::vector<std::string>& overrides, double gib = 79) {
+  std::vector<std::string> all{"runtime.device=cpu", "parallelism=auto"};
+  all.insert(all.end(), overrides.begin(), overrides.end());
+  Auto a{train::parse_config(kModel, "small.yaml", all), train::find_machine("h100-sxm", ""), {}};
+  a.machine.memory_gb = gib;
+  a.choice = train::choose_mesh(a.config, {.world_size = ranks, .launcher = "mpirun"}, a.machine);
+  return a;
+}
+
+}  // namespace
+
+TEST_CASE("parallelism: auto takes data ranks where the memory and the batch allow it") {
+  const Auto plenty = auto_of(4, {"train.tokens_per_step=1024"});
+  REQUIRE(plenty.choice.found());
+  CHECK(plenty.choice.mesh().data == 4);
+  INFO(plenty.text());
+  CHECK(contains(plenty.text(), "chosen: the fastest that fits"));
+  CHECK(contains(plenty.text(), "% slower"));
+  // Every split of four ranks is there, once.
+  std::set<std::array<int64_t, 4>> seen;
+  for (const auto& c : plenty.choice.candidates) {
+    CHECK(c.mesh.data * c.mesh.sequence * c.mesh.tensor == 4);
+    CHECK(seen.insert({c.mesh.data, c.mesh.sequence, c.mesh.tensor, c.mesh.zero}).second);
+  }
+  CHECK(seen.size() == 3 * 5 + 1);  // ZeRO 0 to 2, but of tensor 4 alone
+
+  // One sequence a step leaves nothing for a second data rank.
+  const Auto narrow = auto_of(4, {"train.micro_batch_size=1", "train.tokens_per_step=64"});
+  REQUIRE(narrow.choice.found());
+  CHECK(narrow.choice.mesh().data == 1);
+  CHECK(contains(narrow.text(), "64 is not a multiple of"));
+
+  // 3 heads do not split; the reason is the layer's own.
+  const Auto heads = auto_of(2, {"model.attention.n_heads=1", "train.micro_batch_size=1", "train.tokens_per_step=64"});
+  CHECK(contains(heads.text(), "model.attention.n_heads: 1 heads do not split over 2 processes"));
+  CHECK(heads.choice.mesh().sequence == 2);
+}
+
+TEST_CASE("parallelism: auto splits further, or shards, where the memory is short, and says when nothing fits") {
+  // The activations of 4096 sequences do not fit one rank; those of half of each do.
+  const std::vector<std::string> large{"train.micro_batch_size=4096", "train.tokens_per_step=262144"};
+  const Auto whole = auto_of(1, large);
+  const double needed = whole.choice.candidates.front().gib;
+  const Auto split = auto_of(2, large, 0.8 * needed);
+  INFO(split.text());
+  REQUIRE(split.choice.found());
+  CHECK(split.choice.mesh().data == 1);
+  CHECK_FALSE(auto_of(1, large, 0.8 * needed).choice.found());
+
+  // A wide model and few activations: the optimizer's state is what must be shared.
+  const std::vector<std::string> wide{"model.d_model=1024", "train.micro_batch_size=1", "train.tokens_per_step=128",
+                                      "model.attention.n_heads=8", "model.mlp.ratio=4", "data.context=64"};
+  const auto gib_of = [](const Auto& a, int64_t zero) {
+    for (const auto& c : a.choice.candidates)
+      if (c.mesh.data == 2 && c.mesh.zero == zero) return c.gib;
+    return 0.0;
+  };
+  const Auto ample = auto_of(2, wide);
+  REQUIRE(gib_of(ample, 1) < gib_of(ample, 0));
+  const double between = (gib_of(ample, 0) + gib_of(ample, 1)) / 2 / (1 - train::MeshChoice::kReserve);
+  const Auto sharded = auto_of(2, wide, between);
+  INFO(sharded.text());
+  REQUIRE(sharded.choice.found());
+  for (const auto& c : sharded.choice.candidates)
+    if (c.mesh.data == 2) CHECK(c.fits == (c.mesh.zero > 0));
+  CHECK(contains(sharded.text(), "GiB"));
+
+  const Auto none = auto_of(2, large, 0.95);
+  CHECK_FALSE(none.choice.found());
+  CHECK(contains(none.text(), "does not fit"));
+}
+
+TEST_CASE("parallelism: auto is written out as the mesh it became, and must be spelt so") {
+  Auto a = auto_of(4, {"train.tokens_per_step=1024"});
+  CHECK(a.config.parallelism.automatic);
+  train::use_mesh(a.config, a.choice.mesh());
+  const train::Config again = train::parse_config(a.config.to_yaml(), "config.yaml");
+  CHECK_FALSE(again.parallelism.automatic);
+  CHECK(again.parallelism.data == 4);
+  CHECK(again.parallelism.zero == a.choice.mesh().zero);
+  CHECK(contains(error_of([] { plan_of({"parallelism=automatic"}); }), "found string 'automatic', expected auto or a map of options"));
+  const TemporaryDirectory tmp;
+  write_text(tmp / "small.yaml", kModel);
+  const Outcome text = krait_command(fmt::format("plan {} --ranks 4 parallelism=auto train.tokens_per_step=1024", tmp / "small.yaml"));
+  CHECK(text.status == 0);
+  CHECK(contains(text.out, "small: 4 x h100-sxm, data 4 x sequence 1 x tensor 1"));
 }
