@@ -10,6 +10,28 @@
 
 namespace krait::autograd {
 
+namespace {
+
+// Slots that chose each, for null ones the mean over all of them.
+Variable chosen(const Tensor& counts, int64_t experts, DType dtype) {
+  const Variable f(counts.to(dtype));
+  const int64_t n = counts.numel();
+  return n == experts ? f : concat({slice(f, 0, 0, experts), expand(mean(slice(f, 0, experts, n), 0, keepdim), {n - experts})}, 0);
+}
+
+// Of a batch of penalties.tokens these logits' share.
+Tensor penalty_of(const Tensor& logits, const MoeRouting& routing, const MoeOptions& options, const MoePenalties& p) {
+  const NoGrad guard;
+  const auto n = static_cast<double>(logits.size(1)), k = static_cast<double>(routing.index.size(1));
+  const auto tokens = static_cast<double>(p.tokens);
+  const Variable f = chosen(p.counts, options.experts, logits.dtype());
+  const Variable balance = sum(sum(softmax(Variable(logits)), 0) * f) * (n / (tokens * k) / tokens);
+  const Variable router_z = sum(square(Variable(routing.lse))) * (1 / tokens);
+  return (balance * p.balance + router_z * p.router_z).data();
+}
+
+}  // namespace
+
 MoeRoute moe_route(const Variable& logits, const MoeOptions& options, const MoePenalties& penalties) {
   return moe_route(logits, options, penalties, *comm::single_group("batch"));
 }
@@ -18,22 +40,22 @@ MoeRoute moe_route(const Variable& logits, const MoeOptions& options, const MoeP
                    comm::ProcessGroup& group) {
   const MoeRouting routing = kernels::moe_route(logits.data(), options);
   MoePenalties penalties = of_batch;
+  Tensor penalty;
   if (penalties.balance != 0 || penalties.router_z != 0) {
     penalties.counts = comm::all_reduce(routing.counts, group);
     penalties.tokens = group.size() * logits.size(0);
+    if (penalties.tokens > 0) penalty = penalty_of(logits.data(), routing, options, penalties);
   }
   const Variable weight = record("moe_route", {logits}, routing.weight,
                                  [logits = logits.data(), routing, options, penalties](const Tensor& dweight) -> Grads {
                                    return {kernels::moe_route_backward(dweight, logits, routing, options, penalties)};
                                  });
-  return {weight, routing};
+  return {weight, routing, penalty};
 }
 
 MoeLosses moe_losses(const Variable& logits, const MoeRouting& routing, const MoeOptions& options) {
-  const int64_t n = logits.size(1), e = options.experts;
-  const double scale = static_cast<double>(n) / static_cast<double>(routing.index.numel());
-  Variable f(routing.counts.to(logits.dtype()));
-  if (n > e) f = concat({slice(f, 0, 0, e), expand(mean(slice(f, 0, e, n), 0, keepdim), {n - e})}, 0);
+  const double scale = static_cast<double>(logits.size(1)) / static_cast<double>(routing.index.numel());
+  const Variable f = chosen(routing.counts, options.experts, logits.dtype());
   return {sum(mean(softmax(logits), 0) * f) * scale, mean(square(logsumexp(logits, -1)))};
 }
 

@@ -13,7 +13,11 @@ using kernels::MoeRouting;
 /// Routing by logits (t, n) fp32 (fp64), see kernels/moe.h. Gradients flow through `weight` (t, k); `penalties` add the
 /// gradient of the auxiliary losses to the logits' whenever weight has a gradient, without a loss of their own in the
 /// sum (so that a block computed again in backward needs no second output).
-struct MoeRoute { Variable weight; MoeRouting routing; };
+struct MoeRoute {
+  Variable weight;
+  MoeRouting routing;
+  Tensor penalty = {};  // what they add to the loss, of a group this member's share, a scalar; undefined without any
+};
 MoeRoute moe_route(const Variable& logits, const MoeOptions& options, const MoePenalties& penalties = {});
 /// The same where each member of a group routes its part, of the same size, of one batch.
 MoeRoute moe_route(const Variable& logits, const MoeOptions& options, const MoePenalties& penalties,

@@ -2,6 +2,7 @@
 
 #include <set>
 
+#include "kernels/elementwise.h"
 #include "layers/registry.h"
 
 namespace krait::layers {
@@ -77,6 +78,16 @@ double Decoder::extra_flops_per_token(int64_t context) const {
 void Decoder::set_auxiliary_scale(double scale) {
   for (const auto& block : blocks_)
     if (FeedForward* mlp = block->mlp()) mlp->set_auxiliary_scale(scale);
+}
+
+Tensor Decoder::auxiliary_loss() const {
+  Tensor all;
+  for (const auto& block : blocks_) {
+    const FeedForward* mlp = block->mlp();
+    const Tensor own = mlp ? mlp->auxiliary_loss() : Tensor();
+    if (own.defined()) all = all.defined() ? kernels::add(all, own) : own;
+  }
+  return all;
 }
 
 std::vector<std::string> Decoder::kernel_lines(int64_t batch, int64_t context, DType dtype, Device device,

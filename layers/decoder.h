@@ -34,6 +34,7 @@ class Decoder final : public Module {
   void set_recompute(bool on) { recompute_ = on; }
   /// See FeedForward.
   void set_auxiliary_scale(double scale);
+  Tensor auxiliary_loss() const;
 
  private:
   std::vector<std::shared_ptr<Block>> blocks_;

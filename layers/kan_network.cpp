@@ -4,6 +4,7 @@
 
 #include "autograd/elementwise.h"
 #include "autograd/shape.h"
+#include "kernels/elementwise.h"
 #include "kernels/kan_fit.h"
 
 namespace krait::layers {
@@ -78,7 +79,12 @@ Variable KanNetwork::forward(const ModelInput& input, Variable* penalty) const {
 ModelLoss KanNetwork::loss(const ModelInput& input, const Tensor& target_count) {
   Variable penalty;
   const Variable y = forward(input, &penalty);
-  return answer_loss(y, input.targets, regressor_, target_count, penalty);
+  ModelLoss out = answer_loss(y, input.targets, regressor_, target_count, penalty);
+  if (!penalty.defined()) return out;
+  out.auxiliary = penalty.data();
+  if (target_count.defined())
+    out.auxiliary = kernels::div(kernels::mul(out.auxiliary, out.count), target_count.to(out.count.dtype()));
+  return out;
 }
 
 std::vector<Tensor> KanNetwork::layer_inputs(const ModelInput& samples) const {

@@ -15,6 +15,9 @@ class FeedForward : public Module {
   virtual double extra_flops_per_token() const { return 0; }
   /// Factor of losses that the layer adds to the gradient itself: 1 / the micro-batches whose gradients are summed.
   virtual void set_auxiliary_scale(double /*scale*/) {}
+  /// These losses of the last forward in training, with that factor, a scalar; of a sequence that ranks share this rank's
+  /// share. Undefined where there are none.
+  virtual Tensor auxiliary_loss() const { return {}; }
 };
 
 // With a tensor group the hidden units are split: up-projections by rows, the down-projection by columns, one sum of the

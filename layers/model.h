@@ -30,6 +30,9 @@ struct ModelLoss {
   Tensor loss_sum;  // scalar: sum over the counted targets, nats for a language model
   Tensor count;     // scalar: counted targets
   Tensor correct;   // scalar: right answers; undefined where that has no meaning
+  /// Scalar: what else training minimises (balance of experts, regularisation), weighted as in the gradient, so that the
+  /// sum over a step's micro-batches and ranks is the step's. Undefined where there is nothing.
+  Tensor auxiliary = {};
 };
 
 /// What the data decide.

@@ -11,13 +11,14 @@ namespace krait::layers {
 /// to experts: each computes what its own make of all tokens, and the results are summed. Volume per rank, forward: an
 /// all-reduce of t m numbers, as behind any MLP; backward: the same of dx and of t k router weights.
 /// No token is dropped. In training the gradients of balance_coef balance + z_coef router_z (kernels/moe.h) are added
-/// to the logits', as means over the batch; the reported loss does not contain them.
+/// to the logits', as means over the batch; loss_sum does not contain them.
 class Moe final : public FeedForward {
  public:
   Moe(const MlpConfig& config, const LayerContext& context);
   Variable forward(const Variable& x) override;
   double extra_flops_per_token() const override;
   void set_auxiliary_scale(double scale) override { auxiliary_scale_ = scale; }
+  Tensor auxiliary_loss() const override { return auxiliary_loss_; }
 
   /// The router's decisions on x (t, d), and its auxiliary losses.
   MoeRoute route(const Variable& x) const { return moe_route(logits(x), options_); }
@@ -30,6 +31,7 @@ class Moe final : public FeedForward {
   MoeConfig config_;
   MoeOptions options_;
   double auxiliary_scale_ = 1;
+  Tensor auxiliary_loss_;
   Parameter router_, gate_up_, down_;
 };
 

@@ -12,7 +12,8 @@ namespace krait::layers {
 /// Schmidhuber 1997; GRU: Cho et al. 2014, reset after the product). With g gates,
 ///   a = W_ih x + b_ih        h_t = cell(a_t, W_hh h_{t-1} + b_hh)        (RnnCell, LstmCell, GruCell)
 ///   y = h, or W_out h where the hidden width is not d_model
-/// The hidden width is not split over a tensor group, which would exchange h at every position: every member computes all.
+/// The hidden width is not split over a tensor group: W_hh is dense, so members would have to gather h at every position,
+/// one after the other. Every member computes all. (sLSTM's recurrence stays within heads, which split.)
 /// State: h, for the LSTM also c, in fp32.
 class Recurrent final : public Mixer {
  public:

@@ -34,6 +34,7 @@ Variable SequenceModel::predict(const ModelInput& input) {
 
 ModelLoss SequenceModel::loss(const ModelInput& input, const Tensor& target_count) {
   ModelLoss out = answer_loss(predict(input), input.targets, regressor_, target_count);
+  out.auxiliary = decoder_->auxiliary_loss();
   if (sequence_->rank() == 0) return out;
   // Every rank of a sequence has the same answers: those of the first count.
   out.loss = out.loss * 0.0;
