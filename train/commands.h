@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "train/launcher.h"
+
 namespace krait::train {
 
 // What the command line asks for. Each run_* returns the exit status of success; failures are thrown
@@ -16,6 +18,8 @@ struct TrainCommand {
   bool resume = false;
 };
 int run_train(const TrainCommand& command);
+/// The same with the processes of a job that has begun; `launch` says which of them this is. All together.
+int run_train(const TrainCommand& command, const Launch& launch, const comm::GroupPtr& world);
 
 struct EvalCommand {
   std::string run_dir;

@@ -58,10 +58,20 @@ class BucketOrder {
   bool active_ = false;
 };
 
+/// Buckets up to this one are complete when the backward pass has ended, with the embedding's gradient, and nothing is
+/// left to compute beside. Decided by the layout alone, because all ranks must use one group for a bucket.
+size_t last_of_tail(const layers::ParameterStore& store) {
+  for (size_t b = 0; b < store.buckets().size(); ++b)
+    for (size_t e = store.buckets()[b].first_entry; e < store.buckets()[b].first_entry + store.buckets()[b].entries; ++e)
+      if (store.entries()[e].options.embedding) return b;
+  return 0;
+}
+
 class OverlappedReduction final : public GradientReduction {
  public:
-  OverlappedReduction(layers::ParameterStore& store, ParameterShards& shards, comm::GroupPtr replicas)
-      : store_(store), shards_(shards), replicas_(std::move(replicas)), order_(store, [this](size_t b) { start(b); }) {}
+  OverlappedReduction(layers::ParameterStore& store, ParameterShards& shards, const Replicas& replicas)
+      : store_(store), shards_(shards), replicas_(replicas), last_of_tail_(last_of_tail(store)),
+        order_(store, [this](size_t b) { start(b); }) {}
 
   void begin(bool last) override {
     if (last) order_.begin();
@@ -78,22 +88,25 @@ class OverlappedReduction final : public GradientReduction {
   void start(size_t b) {
     const auto& bucket = store_.buckets()[b];
     const Tensor whole = store_.grad().slice(0, bucket.begin, bucket.end);
-    works_.push_back(shards_.sharded() ? replicas_->reduce_scatter(whole, shards_.piece_of(shards_.grad(), b))
-                                       : replicas_->all_reduce(whole));
+    comm::ProcessGroup& group = b <= last_of_tail_ ? *replicas_.group : *replicas_.background;
+    works_.push_back(shards_.sharded() ? group.reduce_scatter(whole, shards_.piece_of(shards_.grad(), b))
+                                       : group.all_reduce(whole));
   }
 
   layers::ParameterStore& store_;
   ParameterShards& shards_;
-  comm::GroupPtr replicas_;
+  Replicas replicas_;
+  size_t last_of_tail_;
   std::vector<comm::Work> works_;
   BucketOrder order_;
 };
 
 class BucketReduction final : public GradientReduction {
  public:
-  BucketReduction(layers::ParameterStore& store, ParameterShards& shards, comm::GroupPtr replicas)
-      : store_(store), shards_(shards), replicas_(std::move(replicas)), dtype_(shards.grad().dtype()),
-        device_(shards.grad().device()), buffers_(store.buckets().size()), order_(store, [this](size_t b) { start(b); }) {
+  BucketReduction(layers::ParameterStore& store, ParameterShards& shards, const Replicas& replicas)
+      : store_(store), shards_(shards), replicas_(replicas), dtype_(shards.grad().dtype()),
+        device_(shards.grad().device()), buffers_(store.buckets().size()),
+        last_of_tail_(last_of_tail(store)), order_(store, [this](size_t b) { start(b); }) {
     bucket_of_.resize(store.entries().size());
     for (size_t b = 0; b < buffers_.size(); ++b)
       for (size_t i = 0; i < store.buckets()[b].entries; ++i) bucket_of_[store.buckets()[b].first_entry + i] = b;
@@ -117,8 +130,9 @@ class BucketReduction final : public GradientReduction {
   }
   void start(size_t b) {
     const auto& bucket = store_.buckets()[b];
-    const Tensor piece = empty({(bucket.end - bucket.begin) / replicas_->size()}, dtype_, device_);
-    under_way_.push_back({b, piece, replicas_->reduce_scatter(buffer(b), piece)});
+    comm::ProcessGroup& group = b <= last_of_tail_ ? *replicas_.group : *replicas_.background;
+    const Tensor piece = empty({(bucket.end - bucket.begin) / group.size()}, dtype_, device_);
+    under_way_.push_back({b, piece, group.reduce_scatter(buffer(b), piece)});
     buffers_[b] = {};
     for (size_t e = bucket.first_entry; e < bucket.first_entry + bucket.entries; ++e) store_.variable(e).drop_grad();
     if (under_way_.size() > 2) finish_oldest();
@@ -138,12 +152,13 @@ class BucketReduction final : public GradientReduction {
   };
   layers::ParameterStore& store_;
   ParameterShards& shards_;
-  comm::GroupPtr replicas_;
+  Replicas replicas_;
   DType dtype_;
   Device device_;
   std::vector<Tensor> buffers_;  // by bucket; undefined: no contribution yet
   std::vector<size_t> bucket_of_;
   std::deque<Sum> under_way_;
+  size_t last_of_tail_;
   BucketOrder order_;
 };
 
@@ -178,13 +193,13 @@ class OrderedReduction final : public GradientReduction {
 }  // namespace
 
 std::unique_ptr<GradientReduction> overlapped_reduction(layers::ParameterStore& store, ParameterShards& shards,
-                                                        comm::GroupPtr replicas) {
-  return std::make_unique<OverlappedReduction>(store, shards, std::move(replicas));
+                                                        const Replicas& replicas) {
+  return std::make_unique<OverlappedReduction>(store, shards, replicas);
 }
 
 std::unique_ptr<GradientReduction> bucket_reduction(layers::ParameterStore& store, ParameterShards& shards,
-                                                    comm::GroupPtr replicas) {
-  return std::make_unique<BucketReduction>(store, shards, std::move(replicas));
+                                                    const Replicas& replicas) {
+  return std::make_unique<BucketReduction>(store, shards, replicas);
 }
 
 std::unique_ptr<GradientReduction> ordered_reduction(layers::ParameterStore& store, comm::GroupPtr replicas) {

@@ -14,15 +14,22 @@ class GradientReduction {
   virtual void end(bool last) = 0;
 };
 
+/// The ranks that hold the same parameters, as one group and as another for what goes on beside computation
+/// (comm::background_group).
+struct Replicas {
+  comm::GroupPtr group, background;
+};
+
 /// Bucket by bucket, each as soon as the backward pass has finished with its parameters, while it goes on with the
-/// others; always from the last bucket to the first, so that all ranks start them in one order.
+/// others; always from the last bucket to the first, so that all ranks start them in one order. What is left when the
+/// backward pass ends (the embedding, whose gradient is its last) is summed by the whole GPU.
 std::unique_ptr<GradientReduction> overlapped_reduction(layers::ParameterStore& store, ParameterShards& shards,
-                                                        comm::GroupPtr replicas);
+                                                        const Replicas& replicas);
 
 /// ZeRO-2: the same after every micro-batch into the ranks' pieces. There is no buffer of all gradients: a bucket's is
 /// made with its first contribution and let go when its sum is on its way.
 std::unique_ptr<GradientReduction> bucket_reduction(layers::ParameterStore& store, ParameterShards& shards,
-                                                    comm::GroupPtr replicas);
+                                                    const Replicas& replicas);
 
 /// runtime.deterministic: strict. The gradients of the micro-batches are added one by one in their global order,
 /// m = k D + d, so that the sum does not depend, bit for bit, on the number of ranks D. Costs, against the sum above: one

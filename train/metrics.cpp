@@ -56,11 +56,10 @@ std::string describe(const EvalMetrics& m) {
 }
 
 std::string to_json(const StepMetrics& m) {
-  return LineWriter()
-      .add("step", m.step)
-      .add("tokens", m.tokens)
-      .add("loss", m.loss)
-      .add("ppl", m.ppl())
+  LineWriter line;
+  line.add("step", m.step).add("tokens", m.tokens).add("loss", m.loss);
+  if (m.aux_loss) line.add("aux_loss", *m.aux_loss);
+  return line.add("ppl", m.ppl())
       .add("lr", m.lr)
       .add("grad_norm", m.grad_norm)
       .add("tokens_per_s", m.tokens_per_s)

@@ -12,6 +12,7 @@ struct StepMetrics {
   int64_t step = 0;    // finished steps
   int64_t tokens = 0;  // seen since the start of the run
   double loss = 0;     // nats per token, mean over the step
+  std::optional<double> aux_loss = {};  // what else training minimises: balance of experts, regularisation
   double lr = 0, grad_norm = 0;
   double tokens_per_s = 0;
   std::optional<double> mfu = {};  // 0..1; none on a device of unknown peak

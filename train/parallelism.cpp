@@ -57,9 +57,6 @@ MeshShape fit_to_ranks(Config& config, const Launch& launch) {
     config.fail("eval.context",
                 fmt::format("{} tokens cannot be cut into {} equal pieces (parallelism.sequence)", config.eval.context, shape.sequence),
                 fmt::format("{}", (config.eval.context / shape.sequence + 1) * shape.sequence));
-  if (shape.sequence * shape.tensor > 1 && config.data.state == "carry")
-    config.fail("data.state", "found carry, which goes with data ranks alone, not with parallelism.tensor or sequence",
-                "state: reset");
   if (config.runtime.strict && config.parallelism.zero > 0)
     config.fail("parallelism.zero", fmt::format("zero {} cannot be used with runtime.deterministic: strict", config.parallelism.zero),
                 "zero: 0");

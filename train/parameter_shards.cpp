@@ -25,6 +25,12 @@ ParameterShards::ParameterShards(layers::ParameterStore& store, comm::GroupPtr r
   for (const auto& [begin, end] : store.primary_ranges())
     for (const Piece& p : cut(begin, end)) primary_.push_back({p.at, p.at + p.end - p.begin});
   if (zero_ == 0) return;
+  if (gathers())
+    for (size_t b = 0; b < store.buckets().size(); ++b)
+      for (size_t i = 0; i < store.buckets()[b].entries; ++i)
+        store.data(store.buckets()[b].first_entry + i).before_use = [this, b] {
+          if (!under_way_.empty()) under_way_[b].wait();
+        };
 
   const auto own = [&](const Tensor& flat) {
     if (!flat.defined()) return Tensor();
@@ -58,16 +64,31 @@ Tensor ParameterShards::piece_of(const Tensor& own, size_t bucket) const {
   return own.slice(0, p.at, p.at + p.end - p.begin);
 }
 
+comm::Work ParameterShards::fetch(size_t b, comm::ProcessGroup& group) {
+  const auto& bucket = store_.buckets()[b];
+  const Tensor& values = bucket.fp32 ? store_.master() : store_.compute();
+  return group.all_gather(piece_of(bucket.fp32 ? master_ : compute_, b), values.slice(0, bucket.begin, bucket.end));
+}
+
 void ParameterShards::gather() {
-  if (zero_ == 0 || zero_ == 3) return;
+  if (!gathers()) return;
   std::vector<comm::Work> works;
-  for (size_t i = 0; i < store_.buckets().size(); ++i) {
-    const auto& bucket = store_.buckets()[i];
-    const Tensor& values = bucket.fp32 ? store_.master() : store_.compute();
-    works.push_back(replicas_->all_gather(piece_of(bucket.fp32 ? master_ : compute_, i),
-                                          values.slice(0, bucket.begin, bucket.end)));
-  }
+  for (size_t b = 0; b < store_.buckets().size(); ++b) works.push_back(fetch(b, *replicas_));
   for (comm::Work& w : works) w.wait();
+}
+
+void ParameterShards::begin_gather(comm::ProcessGroup& background) {
+  KRAIT_ASSERT(gathers() && under_way_.empty(), "a gather is under way.");
+  bool at_once = true;  // fp32 parameters are used everywhere; the next bucket has the embedding
+  for (size_t b = 0; b < store_.buckets().size(); ++b) {
+    under_way_.push_back(fetch(b, at_once ? *replicas_ : background));
+    at_once = at_once && store_.buckets()[b].fp32;
+  }
+}
+
+void ParameterShards::end_gather() {
+  for (comm::Work& w : under_way_) w.wait();
+  under_way_.clear();
 }
 
 void ParameterShards::refresh() {

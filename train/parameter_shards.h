@@ -43,12 +43,21 @@ class ParameterShards {
   /// Of the rank's own elements those that count in the norm, in its buffers.
   const std::vector<std::pair<int64_t, int64_t>>& primary_ranges() const { return primary_; }
 
-  /// After an update: every rank gets the pieces that the others have updated.
+  /// After an update: every rank gets the pieces that the others have updated. Of ZeRO-1 and 2; the others have none.
+  bool gathers() const { return zero_ == 1 || zero_ == 2; }
   void gather();
+  /// The same while the forward pass goes on: each bucket is waited for where one of its parameters is first used. The
+  /// first buckets, wanted at once, are fetched by the whole GPU, the others through `background`.
+  void begin_gather(comm::ProcessGroup& background);
+  void end_gather();
   /// After the own master weights were set (from a checkpoint): everything that follows from them.
   void refresh();
 
+  ParameterShards(const ParameterShards&) = delete;
+  ParameterShards& operator=(const ParameterShards&) = delete;
+
  private:
+  comm::Work fetch(size_t bucket, comm::ProcessGroup& group);
   layers::ParameterStore& store_;
   comm::GroupPtr replicas_;
   int64_t zero_, numel_ = 0;
@@ -56,6 +65,7 @@ class ParameterShards {
   std::vector<Part> parts_;
   std::vector<std::pair<int64_t, int64_t>> primary_;
   Tensor master_, grad_, compute_;
+  std::vector<comm::Work> under_way_;  // by bucket, between begin_gather and end_gather
 };
 
 }  // namespace krait::train

@@ -140,11 +140,14 @@ std::vector<NamedTensor> counters(TrainStep& step) {
   return out;
 }
 
-// Each data rank has rows of its own.
-std::vector<NamedTensor> carried_tensors(const Session& session, const CarriedState* carried) {
+// Each data rank has rows of its own, and each member of a tensor group its channels of them: the first member's of all
+// rows, then the second's, ... Members of a sequence group have the same.
+std::vector<NamedTensor> carried_tensors(const Session& session, const CarriedState* carried, bool for_writing) {
   std::vector<NamedTensor> out;
-  if (!carried) return out;
-  const int64_t ranks = session.mesh.data->size(), rank = session.mesh.data->rank();
+  if (!carried || (for_writing && session.mesh.sequence->rank() > 0)) return out;
+  const comm::Mesh& mesh = session.mesh;
+  const int64_t ranks = mesh.data->size() * mesh.tensor->size();
+  const int64_t rank = mesh.tensor->rank() * mesh.data->size() + mesh.data->rank();
   for (const auto& [name, value] : carried->named()) {
     const int64_t rows = value.size(0);
     NamedTensor t{"state." + name, value};
@@ -162,7 +165,7 @@ std::vector<NamedTensor> checkpoint_tensors(Session& session, TrainStep& step) {
   const std::vector<PartPiece> pieces = part_pieces(session, step.shards(), true);
   for (const Flat& flat : flat_buffers(step))
     for (const PartPiece& p : pieces) out.push_back(tensor_of(p, flat.own, flat.prefix));
-  for (NamedTensor& t : carried_tensors(session, step.carried_state())) out.push_back(std::move(t));
+  for (NamedTensor& t : carried_tensors(session, step.carried_state(), true)) out.push_back(std::move(t));
   if (!session.leads()) return out;
   for (NamedTensor& t : counters(step)) out.push_back(std::move(t));
   if (!session.data.tokenizer) return out;
@@ -198,12 +201,12 @@ void load_run(Session& session, TrainStep& step, const CheckpointReader& reader)
     for (const PartPiece& p : pieces) targets.push_back(tensor_of(p, flat.own, flat.prefix));
   read_group(reader, targets, "optimizer.");
   if (step.carried_state()) {
-    const std::vector<NamedTensor> carried = carried_tensors(session, step.carried_state());
+    const std::vector<NamedTensor> carried = carried_tensors(session, step.carried_state(), false);
     try {
       read_group(reader, carried, "state.");
     } catch (const Error& e) {
       throw Error(fmt::format("{}\n       with data.state: carry a run keeps its rows: train.micro_batch_size x data ranks "
-                              "must stay what they were", e.what()));
+                              "and parallelism.tensor must stay what they were", e.what()));
     }
   }
   read_group(reader, targets, "model.");

@@ -2,6 +2,7 @@
 
 #include "core/comm/job.h"
 #include "train/agreement.h"
+#include "train/auto_mesh.h"
 #include "train/commands.h"
 #include "train/parallelism.h"
 #include "train/trainer.h"
@@ -56,8 +57,12 @@ void print_plan(Session& session, const std::vector<std::string>& description) {
 
 int run_train(const TrainCommand& command) {
   const Launch launch = detect_launch();
-  const comm::GroupPtr world = start_job(launch);
+  return run_train(command, launch, start_job(launch));
+}
+
+int run_train(const TrainCommand& command, const Launch& launch, const comm::GroupPtr& world) {
   Config config = load_config(command.config, command.overrides);
+  settle_mesh(config, launch, *world);
   const MeshShape shape = fit_to_ranks(config, launch);
   Session session = make_session(config, open_data(config), 0,
                                  comm::make_mesh(world, static_cast<int>(shape.data), static_cast<int>(shape.sequence),

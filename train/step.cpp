@@ -4,6 +4,7 @@
 #include <map>
 #include <set>
 
+#include "core/comm/background.h"
 #include "core/comm/job.h"
 #include "core/random.h"
 
@@ -16,6 +17,9 @@ ParameterGroup group_of(const layers::ParameterOptions& parameter, const Optimiz
 }
 
 namespace {
+
+// That sums of gradients beside the backward pass may take: enough to be done with it.
+constexpr int kBackgroundMultiprocessors = 4;
 
 std::vector<kernels::SegmentSpec> segments_of(const layers::ParameterStore& store, const ParameterShards& shards,
                                               const OptimizerConfig& config) {
@@ -71,12 +75,13 @@ ScheduleOptions schedule_options(const Config& c) {
 TrainStep::TrainStep(Session& session)
     : session_(session), schedule_(schedule_options(session.config)), uploader_(session.device),
       use_graphs_(session.device.is_cuda() && session.config.runtime.cuda_graphs), pool_(session.device) {
+  background_ = comm::background_group(session.mesh.replicas, kBackgroundMultiprocessors);
   build_optimizer();
   const layers::ParameterStore& store = *session.parameters;
   const DType wide = accum_dtype(store.options().compute);
   target_count_ = zeros({}, DType::f32, session.device);
-  micro_loss_ = zeros({}, wide, session.device);
-  losses_ = zeros({session.gradient_accumulation()}, wide, session.device);
+  micro_loss_ = zeros({2}, wide, session.device);
+  losses_ = zeros({session.gradient_accumulation(), 2}, wide, session.device);
   if (session.config.data.state == "carry")
     carried_ = std::make_unique<CarriedState>(dynamic_cast<layers::DecoderModel&>(*session.model).decoder(),
                                               session.config.train.micro_batch_size,
@@ -92,6 +97,7 @@ void TrainStep::build_optimizer() {
   layers::ParameterStore& store = *session_.parameters;
   const Config& config = session_.config;
   const comm::GroupPtr& replicas = session_.mesh.replicas;
+  const Replicas both{replicas, background_};
   if (config.parallelism.zero > 0 && session_.model->adapts())
     config.fail("parallelism.zero", "this model changes its own parameters between steps, which needs all of them on every rank",
                 "zero: 0");
@@ -100,9 +106,9 @@ void TrainStep::build_optimizer() {
   if (config.runtime.strict)
     reduction_ = ordered_reduction(store, replicas);
   else if (shards_->zero() >= 2)
-    reduction_ = bucket_reduction(store, *shards_, replicas);
+    reduction_ = bucket_reduction(store, *shards_, both);
   else if (replicas->size() > 1 || shards_->sharded())
-    reduction_ = overlapped_reduction(store, *shards_, replicas);
+    reduction_ = overlapped_reduction(store, *shards_, both);
   norm_ranges_ = norm_ranges(store, *shards_, config.runtime.strict);
   optimizer_ = std::make_unique<Optimizer>(optimizer_options(config.optimizer), shards_->master(), shards_->grad(),
                                            shards_->compute(), segments_of(store, *shards_, config.optimizer));
@@ -125,8 +131,8 @@ void TrainStep::adapt_model(const data::Batch& batch, int64_t step) {
     build_model(session_, resized.config);
     layers::set_masters(*session_.parameters, resized.parameters);
     build_optimizer();
-    micro_graph_.reset();
-    last_graph_.reset();
+    for (auto& row : micro_graphs_)
+      for (auto& graph : row) graph.reset();
     update_graph_.reset();
     runs_ = 0;
     session_.model->set_training(true);
@@ -182,40 +188,48 @@ void TrainStep::count_targets(const std::vector<data::Batch>& batches) {
   copy_(target_count_, count);
 }
 
-void TrainStep::micro_step(bool last) {
+// What the update before left in the ranks' pieces is gathered here and not behind it, so that the forward pass can begin.
+void TrainStep::micro_step(bool first, bool last) {
   layers::DecoderState state;
   if (carried_) {
     state = carried_->begin();
     input_.state = &state;
   }
   if (gather_) gather_->begin_micro_batch();
+  if (first && shards_->gathers()) shards_->begin_gather(*background_);
   const layers::ModelLoss out = session_.model->loss(input_, target_count_);
   input_.state = nullptr;
+  shards_->end_gather();
   if (reduction_) reduction_->begin(last);
   backward(out.loss);
   if (reduction_) reduction_->end(last);
   if (carried_) carried_->keep(state);
   if (gather_) gather_->drop_all();
-  copy_(micro_loss_, out.loss_sum.view({}));
+  Tensor sum = micro_loss_.select(0, 0), auxiliary = micro_loss_.select(0, 1);
+  copy_(sum, out.loss_sum.view({}));
+  has_auxiliary_ = out.auxiliary.defined();
+  if (has_auxiliary_) copy_(auxiliary, out.auxiliary.view({}));
 }
 
 void TrainStep::leave_training() {
   if (gather_) gather_->drop_all();
+  if (stale_) shards_->gather();
+  stale_ = false;
 }
 
-void TrainStep::run_micro_batch(bool last) {
+void TrainStep::run_micro_batch(bool first, bool last) {
   const MemoryPool::Scope scope(pool_);
-  std::unique_ptr<CapturedGraph>& graph = last && reduction_ ? last_graph_ : micro_graph_;
+  std::unique_ptr<CapturedGraph>& graph = micro_graphs_[first && shards_->gathers()][last && reduction_];
   if (use_graphs_ && runs_ == 1 && !graph) {  // the first run has made every lazy table, plan and workspace
     graph = std::make_unique<CapturedGraph>(session_.device);
     graph->begin();
-    micro_step(last);
+    micro_step(first, last);
     graph->end();
   }
   if (graph)
     graph->replay();
   else
-    micro_step(last);
+    micro_step(first, last);
 }
 
 // Of the gradients of the whole model, fp64: each rank adds those that no other rank adds.
@@ -245,7 +259,6 @@ Tensor TrainStep::sum_squares() const {
 void TrainStep::update() {
   norm_ = kernels::norm_clip(sum_squares(), session_.config.optimizer.grad_clip, optimizer_->skipped_steps());
   optimizer_->update(norm_);
-  shards_->gather();
 }
 
 void TrainStep::run(const std::vector<data::Batch>& batches, int64_t step) {
@@ -260,7 +273,7 @@ void TrainStep::run(const std::vector<data::Batch>& batches, int64_t step) {
     fill_inputs(batches[static_cast<size_t>(k)]);
     const int64_t micro_batch = step * count + k;
     fill_(current_random().step, static_cast<double>(carried_ ? micro_batch : micro_batch * data.size() + data.rank()));
-    run_micro_batch(k + 1 == count);
+    run_micro_batch(k == 0, k + 1 == count);
     Tensor loss = losses_.select(0, k);
     copy_(loss, micro_loss_);
   }
@@ -275,24 +288,29 @@ void TrainStep::run(const std::vector<data::Batch>& batches, int64_t step) {
     update_graph_->replay();
   else
     update();
+  stale_ = true;
   comm::watch_device(session_.device, fmt::format("step {}", step));
   ++runs_;
 }
 
 StepReport TrainStep::report() const {
   comm::ProcessGroup& replicas = *session_.mesh.replicas;
-  const int64_t n = losses_.numel();
+  const int64_t n = losses_.size(0);
   Tensor all = losses_;
   if (replicas.size() > 1) {
-    all = empty({n * replicas.size()}, losses_.dtype(), losses_.device());
+    all = empty({2 * n * replicas.size()}, losses_.dtype(), losses_.device());
     replicas.all_gather(losses_, all).wait();
   }
   const auto losses = all.to_vector<double>();
-  double sum = 0;
+  double sum = 0, auxiliary = 0;
   for (int64_t k = 0; k < n; ++k)  // in the order of the micro-batches, whatever the number of ranks
-    for (int64_t r = 0; r < replicas.size(); ++r) sum += losses[static_cast<size_t>(r * n + k)];
+    for (int64_t r = 0; r < replicas.size(); ++r) {
+      sum += losses[static_cast<size_t>(2 * (r * n + k))];
+      auxiliary += losses[static_cast<size_t>(2 * (r * n + k) + 1)];
+    }
   const auto values = norm_.values.to_vector<double>();
-  return {sum / std::max(target_count_.item(), 1.0), values[0], values[2] == 0.0};
+  return {sum / std::max(target_count_.item(), 1.0), values[0], values[2] == 0.0,
+          has_auxiliary_ ? std::optional(auxiliary) : std::nullopt};
 }
 
 }  // namespace krait::train

@@ -26,6 +26,7 @@ struct StepReport {
   double loss = 0;       // mean over the step's targets
   double grad_norm = 0;  // before clipping
   bool skipped = false;  // the norm was not finite: the parameters did not change
+  std::optional<double> auxiliary = {};  // what else the step minimised (layers::ModelLoss)
 };
 
 /// One optimizer step on the job's ranks: forward and backward of every micro-batch, sums over the ranks, clip, update.
@@ -44,7 +45,7 @@ class TrainStep {
   double learning_rate_at(int64_t step) const { return learning_rate(schedule_, step); }
   Optimizer& optimizer() { return *optimizer_; }
   ParameterShards& shards() { return *shards_; }
-  /// The model is used in another way, or was (evaluation).
+  /// The model will be used in another way (evaluation), or was. All ranks together.
   void leave_training();
   bool captured() const { return update_graph_ != nullptr; }
   /// What the model changed of itself before the last run, for the log; empty most of the time.
@@ -57,8 +58,8 @@ class TrainStep {
   void adapt_model(const data::Batch& batch, int64_t step);
   void count_targets(const std::vector<data::Batch>& batches);
   void fill_inputs(const data::Batch& batch);
-  void micro_step(bool last);
-  void run_micro_batch(bool last);
+  void micro_step(bool first, bool last);
+  void run_micro_batch(bool first, bool last);
   void update();
   Tensor sum_squares() const;
 
@@ -67,20 +68,25 @@ class TrainStep {
   std::unique_ptr<ParameterShards> shards_;
   std::unique_ptr<ParameterGather> gather_;       // of ZeRO-3, else null
   std::unique_ptr<GradientReduction> reduction_;  // null where there is nothing to sum
+  comm::GroupPtr background_;                     // of the replicas
+  bool stale_ = false;                            // the pieces of ZeRO-1 and 2 have been updated and not gathered
   std::unique_ptr<Optimizer> optimizer_;
   std::vector<std::pair<int64_t, int64_t>> norm_ranges_;  // of the gradients that the optimizer reads
   Uploader uploader_;
   std::unique_ptr<CarriedState> carried_;
   layers::ModelInput input_;   // fixed addresses, so that a graph can be replayed on new values
   Tensor target_count_;        // fp32 scalar: counted targets of the step, of all ranks
-  Tensor micro_loss_;          // scalar: sum over the micro-batch's targets
-  Tensor losses_;              // of every micro-batch of this rank
+  Tensor micro_loss_;          // (2): sum over the micro-batch's targets; its share of what else is minimised
+  Tensor losses_;              // (n, 2): of every micro-batch of this rank
+  bool has_auxiliary_ = false;
   kernels::GradNorm norm_;
   int64_t runs_ = 0;
   std::string note_;
   bool use_graphs_;
   MemoryPool pool_;            // of everything inside the graphs
-  std::unique_ptr<CapturedGraph> micro_graph_, last_graph_, update_graph_;  // last_: of the micro-batch that ends a step
+  /// Of micro-batches: those that gather parameters, the step's first, and that sum gradients, its last, have their own.
+  std::unique_ptr<CapturedGraph> micro_graphs_[2][2];
+  std::unique_ptr<CapturedGraph> update_graph_;
 };
 
 }  // namespace krait::train

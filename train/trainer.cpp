@@ -123,6 +123,7 @@ void Trainer::log_step() {
   m.tokens = state_.tokens;
   m.loss = report.loss;
   m.grad_norm = report.grad_norm;
+  m.aux_loss = report.auxiliary;
   m.lr = step_.learning_rate_at(state_.step - 1);
   m.tokens_per_s = window_seconds_ > 0 ? static_cast<double>(window_tokens_) / window_seconds_ : 0;
   m.mfu.reset();
@@ -138,12 +139,14 @@ void Trainer::log_step() {
   std::vector<std::pair<std::string, double>> scalars{
       {"train/loss", m.loss}, {"train/ppl", m.ppl()}, {"train/lr", m.lr}, {"train/grad_norm", m.grad_norm},
       {"speed/tokens_per_s", m.tokens_per_s}, {"memory/peak_bytes", static_cast<double>(m.mem_bytes)}};
+  if (m.aux_loss) scalars.emplace_back("train/aux_loss", *m.aux_loss);
   if (m.mfu) scalars.emplace_back("speed/mfu", *m.mfu);
   tensorboard_->write(m.step, scalars);
 }
 
 bool Trainer::evaluate_now() {
   if (!data_.has_eval()) return false;
+  step_.leave_training();
   const EvalResult r = data_.evaluate(session_);
   step_.leave_training();
   EvalMetrics m;

@@ -27,7 +27,8 @@ void set_max_count(int64_t elements);
 // ---- NCCL
 /// Gives every member the bytes of member 0.
 using Share = std::function<void(void* bytes, int64_t count)>;
-/// The collectives of CUDA tensors of the group. A call of all members. barrier() and split() are not for use.
-GroupPtr make_nccl_group(const ProcessGroup& group, Device device, const Share& share);
+/// The collectives of CUDA tensors of the group, each on at most `multiprocessors` (0: as many as NCCL likes). A call of
+/// all members. barrier() and split() are not for use.
+GroupPtr make_nccl_group(const ProcessGroup& group, Device device, const Share& share, int multiprocessors);
 
 }  // namespace krait::comm

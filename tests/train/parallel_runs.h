@@ -42,7 +42,7 @@ inline void check_same_losses(const std::string& a, const std::string& b, double
   const auto x = metrics(a), y = metrics(b);
   REQUIRE(x.size() == y.size());
   for (size_t i = 0; i < x.size(); ++i)
-    for (const char* key : {"step", "loss", "grad_norm", "nll"}) {
+    for (const char* key : {"step", "loss", "aux_loss", "grad_norm", "nll"}) {
       if (!x[i].contains(key)) continue;
       INFO(key << " at line " << i);
       CHECK(y[i].at(key).get<double>() == Approx(x[i].at(key).get<double>()).epsilon(tolerance));

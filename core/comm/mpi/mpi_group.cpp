@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/comm/backend.h"
+#include "core/comm/background.h"
 #include "core/comm/job.h"
 #include "core/comm/mpi/mpi_types.h"
 #include "core/comm/roll_call.h"
@@ -128,7 +129,7 @@ ProcessGroup& MpiGroup::nccl(const char* collective, Device device) {
       auto call = std::make_shared<Call>(*this, "the start of NCCL", std::vector<Tensor>{});
       check_mpi(MPI_Ibcast(bytes, as_int(count), MPI_BYTE, 0, comm_, call->request()), "MPI_Ibcast");
       call->wait();
-    });
+    }, multiprocessors_);
   }
   return *nccl_;
 }
@@ -253,6 +254,13 @@ GroupPtr MpiGroup::split(int color, const std::string& name) {
   MPI_Comm_size(part, &size);
   if (size == 1) return single_group(name);
   return std::make_shared<MpiGroup>(part, name);
+}
+
+GroupPtr background_group(const GroupPtr& group, int multiprocessors) {
+  if (group->size() == 1) return group;
+  GroupPtr second = group->split(0, group->name() + ", beside computation");
+  dynamic_cast<MpiGroup&>(*second).limit_multiprocessors(multiprocessors);
+  return second;
 }
 
 }  // namespace krait::comm

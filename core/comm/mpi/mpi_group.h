@@ -20,6 +20,8 @@ class MpiGroup final : public ProcessGroup {
   Work exchange(const Tensor& send, int to, Tensor receive, int from) override;
   void barrier() override;
   GroupPtr split(int color, const std::string& name) override;
+  /// See background_group(); before the first collective of CUDA tensors.
+  void limit_multiprocessors(int n) { multiprocessors_ = n; }
 
  private:
   ProcessGroup& nccl(const char* collective, Device device);
@@ -27,6 +29,7 @@ class MpiGroup final : public ProcessGroup {
 
   MPI_Comm comm_;
   std::string members_;  // "world ranks 0, 2", for messages
+  int multiprocessors_ = 0;  // that NCCL may take; 0: as many as it likes
   GroupPtr nccl_;
 };
 

@@ -57,7 +57,7 @@ class NcclWork final : public Work::State {
 
 class NcclGroup final : public ProcessGroup {
  public:
-  NcclGroup(const ProcessGroup& group, Device device, const Share& share)
+  NcclGroup(const ProcessGroup& group, Device device, const Share& share, int multiprocessors)
       : ProcessGroup(group.rank(), group.size(), group.name()), device_(device),
         place_(std::make_shared<std::string>(fmt::format("group '{}' of {} ranks (NCCL, {})", name_, size_, device))) {
     check(cudaSetDevice(device.index));
@@ -66,7 +66,9 @@ class NcclGroup final : public ProcessGroup {
     share(&id, sizeof(id));
     {
       const Watchdog::Blocking watched({"the start", place_, ""});
-      check(ncclCommInitRank(&comm_, size_, id, rank_));
+      ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+      if (multiprocessors > 0) config.minCTAs = config.maxCTAs = multiprocessors;
+      check(ncclCommInitRankConfig(&comm_, size_, id, rank_, &config));
     }
     Watchdog::instance().watch(comm_, place_);
     int least = 0, greatest = 0;
@@ -163,8 +165,8 @@ class NcclGroup final : public ProcessGroup {
 
 }  // namespace
 
-GroupPtr make_nccl_group(const ProcessGroup& group, Device device, const Share& share) {
-  return std::make_shared<NcclGroup>(group, device, share);
+GroupPtr make_nccl_group(const ProcessGroup& group, Device device, const Share& share, int multiprocessors) {
+  return std::make_shared<NcclGroup>(group, device, share, multiprocessors);
 }
 
 std::string nccl_version() {
