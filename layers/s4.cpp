@@ -254,6 +254,11 @@ Variable S4::over_ranks(const Variable& x, const SequenceInfo& info) const {
   const int64_t first = std::min(h, sequence_->rank() * own), count = std::min(own, h - first);
   const Tensor segments = gather_info(info, *sequence_).segments;
   Vars parts;
+  if (count == 0) {  // all members use all parameters, in one order: ranks may hold them together (ZeRO-3)
+    values(forward_, 0, h);
+    if (config_.bidirectional) values(reverse_, 0, h);
+    D_.variable();
+  }
   if (count > 0)
     parts.push_back(reshape(convolution(count == own ? mine : slice(mine, 2, 0, count), first, first + count, segments),
                             {b, S * l, config_.copies, count}));

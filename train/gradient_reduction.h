@@ -14,12 +14,6 @@ class GradientReduction {
   virtual void end(bool last) = 0;
 };
 
-/// The ranks that hold the same parameters, as one group and as another for what goes on beside computation
-/// (comm::background_group).
-struct Replicas {
-  comm::GroupPtr group, background;
-};
-
 /// Bucket by bucket, each as soon as the backward pass has finished with its parameters, while it goes on with the
 /// others; always from the last bucket to the first, so that all ranks start them in one order. What is left when the
 /// backward pass ends (the embedding, whose gradient is its last) is summed by the whole GPU.

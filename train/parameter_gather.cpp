@@ -4,8 +4,8 @@
 
 namespace krait::train {
 
-ParameterGather::ParameterGather(layers::ParameterStore& store, ParameterShards& shards, comm::GroupPtr replicas)
-    : store_(store), shards_(shards), replicas_(std::move(replicas)), whole_(store.buckets().size()) {
+ParameterGather::ParameterGather(layers::ParameterStore& store, ParameterShards& shards, const Replicas& replicas)
+    : store_(store), shards_(shards), replicas_(replicas), whole_(store.buckets().size()) {
   for (size_t b = 0; b < whole_.size(); ++b) {
     const auto& bucket = store.buckets()[b];
     for (size_t e = bucket.first_entry; e < bucket.first_entry + bucket.entries; ++e)
@@ -29,11 +29,11 @@ void ParameterGather::drop_all() {
   in_order_ = recording_ = false;
 }
 
-comm::Work ParameterGather::fetch(size_t b) {
+comm::Work ParameterGather::fetch(size_t b, comm::ProcessGroup& group) {
   const auto& bucket = store_.buckets()[b];
   const Tensor piece = shards_.piece_of(bucket.fp32 ? shards_.master() : shards_.compute(), b);
   whole_[b] = empty({bucket.end - bucket.begin}, piece.dtype(), piece.device());
-  return replicas_->all_gather(piece, whole_[b]);
+  return group.all_gather(piece, whole_[b]);
 }
 
 void ParameterGather::drop(size_t b) {
@@ -55,7 +55,7 @@ void ParameterGather::use(size_t b) {
     ahead_.reset();
     if (fetched != b) whole_[fetched] = {};
   }
-  if (!whole_[b].defined()) fetch(b).wait();
+  if (!whole_[b].defined()) fetch(b, *replicas_.group).wait();
   const auto& bucket = store_.buckets()[b];
   for (size_t e = bucket.first_entry; e < bucket.first_entry + bucket.entries; ++e)
     store_.variable(e).set_data(store_.view(whole_[b], e, bucket.begin));
@@ -70,7 +70,7 @@ void ParameterGather::use(size_t b) {
   ++place_;
   if (!in_order_ || place_ == order_.size()) return;
   const size_t next = order_[place_];
-  if (std::find(recent_.begin(), recent_.end(), next) == recent_.end()) ahead_ = Ahead{next, fetch(next)};
+  if (std::find(recent_.begin(), recent_.end(), next) == recent_.end()) ahead_ = Ahead{next, fetch(next, *replicas_.background)};
 }
 
 }  // namespace krait::train

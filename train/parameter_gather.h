@@ -14,7 +14,7 @@ namespace krait::train {
 /// Every rank must use its parameters in the same order.
 class ParameterGather {
  public:
-  ParameterGather(layers::ParameterStore& store, ParameterShards& shards, comm::GroupPtr replicas);
+  ParameterGather(layers::ParameterStore& store, ParameterShards& shards, const Replicas& replicas);
   /// A micro-batch of the training loop begins: nothing is together, and buckets will be used in the order of last time.
   void begin_micro_batch();
   /// Values have changed, or another use of the model begins or ends.
@@ -22,13 +22,13 @@ class ParameterGather {
 
  private:
   void use(size_t bucket);
-  comm::Work fetch(size_t bucket);
+  comm::Work fetch(size_t bucket, comm::ProcessGroup& group);
   void drop(size_t bucket);
 
   static constexpr size_t kKept = 4;  // buckets; an expression may name parameters of several
   layers::ParameterStore& store_;
   ParameterShards& shards_;
-  comm::GroupPtr replicas_;
+  Replicas replicas_;
   std::vector<Tensor> whole_;   // by bucket; undefined: not together
   std::deque<size_t> recent_;   // those together, the last used at the end
   struct Ahead {

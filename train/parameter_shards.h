@@ -6,6 +6,12 @@
 
 namespace krait::train {
 
+/// The ranks that hold the same parameters, as one group and as another for what goes on beside computation
+/// (comm::background_group).
+struct Replicas {
+  comm::GroupPtr group, background;
+};
+
 /// What this rank updates of the flat buffers: everything, or with ZeRO (Rajbhandari et al. 2020) its piece of every
 /// bucket, one r-th of it, laid out one after the other in buffers of the rank's own.
 ///   zero 1  master weights and optimizer state of own pieces alone

@@ -102,7 +102,7 @@ void TrainStep::build_optimizer() {
     config.fail("parallelism.zero", "this model changes its own parameters between steps, which needs all of them on every rank",
                 "zero: 0");
   shards_ = std::make_unique<ParameterShards>(store, replicas, config.parallelism.zero);
-  if (shards_->zero() == 3) gather_ = std::make_unique<ParameterGather>(store, *shards_, replicas);
+  if (shards_->zero() == 3) gather_ = std::make_unique<ParameterGather>(store, *shards_, both);
   if (config.runtime.strict)
     reduction_ = ordered_reduction(store, replicas);
   else if (shards_->zero() >= 2)
