@@ -6,6 +6,7 @@
 
 #include "core/allocator.h"
 #include "core/comm/backend.h"
+#include "core/comm/background.h"
 #include "core/comm/job.h"
 #include "core/stream.h"
 #include "tests/parallel/world.h"
@@ -145,6 +146,7 @@ void check_overlap(Device device) {
 }  // namespace
 
 TEST_CASE("collectives give what one rank computes, for every dtype and size") { check_all(*world(), kCpu); }
+TEST_CASE("a background group does the same") { check_all(*background_group(world(), 4), kCpu); }
 TEST_CASE("groups of a mesh hold the right ranks and work side by side") { check_mesh(kCpu); }
 TEST_CASE("collectives under way together keep apart") { check_overlap(kCpu); }
 
@@ -197,11 +199,14 @@ TEST_CASE("NCCL: collectives may be recorded in a graph", "[cuda]") {
   const int p = world()->size();
   const int64_t n = 1003;
   Tensor t = ones({n}, DType::f32, device), whole = zeros({n * p}, DType::f32, device);
-  Tensor other = zeros({n}, DType::f32, device);
+  Tensor other = zeros({n}, DType::f32, device), beside = zeros({n}, DType::f32, device);
+  const GroupPtr background = background_group(world(), 4);
   const auto step = [&] {
-    Work sum = world()->all_reduce(t);
-    fill_(other, 7);  // beside it
+    fill_(beside, 2);
+    Work slow = background->all_reduce(beside), sum = world()->all_reduce(t);  // two communicators at once
+    fill_(other, 7);  // beside them
     sum.wait();
+    slow.wait();
     const Tensor copy = t.clone();  // memory of the graph's own
     world()->all_gather(copy, whole).wait();
   };
@@ -223,12 +228,13 @@ TEST_CASE("NCCL: collectives may be recorded in a graph", "[cuda]") {
     expected *= p;
     CHECK(equals(whole, [&](int64_t) { return expected; }));
     CHECK(equals(other, [&](int64_t) { return 7; }));
+    CHECK(equals(beside, [&](int64_t) { return 2 * p; }));
   }
 }
 
 TEST_CASE("NCCL: many collectives in flight on a busy device keep their order and their memory", "[cuda]") {
   const Device device = local_cuda_device();
-  const GroupPtr other = world()->split(0, "other");
+  const GroupPtr other = background_group(world(), 4);
   const int64_t n = (int64_t{1} << 20) + 3;
   for (int round = 0; round < 20; ++round) {
     std::vector<Tensor> sums;
