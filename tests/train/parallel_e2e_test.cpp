@@ -66,6 +66,11 @@ TEST_CASE("the state that rows carry on is kept per rank, and resumed on another
   const Outcome refused = train_on(1, fmt::format("{} --run-dir {} {} train.micro_batch_size=2 --resume", lm("mamba"), tmp / "3", settings));
   CHECK(refused.status == 1);
   CHECK(contains(refused.err, "micro_batch_size x data ranks and parallelism.tensor must stay what they were"));
+  // Layers that need whole sequences on a rank cannot take a state there.
+  const Outcome whole = train_on(2, fmt::format("{} --run-dir {} {} train.micro_batch_size=4 parallelism.sequence=2", lm("s4d"), tmp / "4", settings));
+  CHECK(whole.status == 1);
+  CHECK(contains(whole.err, "s4: a state that is carried on needs whole sequences on a rank, but they lie over 2"));
+  CHECK(whole.err.find("error: ") == whole.err.rfind("error: "));
 }
 
 TEST_CASE("sizes that do not fit the ranks are explained once, and nothing is written") {
