@@ -24,10 +24,11 @@ Variable gated(std::string_view name, const Variable& gate, const Variable& up, 
                 });
 }
 
-Variable gated_packed(std::string_view name, const Variable& x, Activation f) {
-  return record(name, {x}, kernels::glu_packed_forward(x.data(), f), [x = x.data(), f](const Tensor& dy) -> Grads {
-    return {kernels::glu_packed_backward(dy, x, f)};
-  });
+Variable gated_packed(std::string_view name, const Variable& x, Activation f, bool gate_last = false) {
+  return record(name, {x}, kernels::glu_packed_forward(x.data(), f, gate_last),
+                [x = x.data(), f, gate_last](const Tensor& dy) -> Grads {
+                  return {kernels::glu_packed_backward(dy, x, f, gate_last)};
+                });
 }
 
 }  // namespace
@@ -42,5 +43,6 @@ Variable geglu(const Variable& gate, const Variable& up, GeluForm form) {
 }
 Variable swiglu_packed(const Variable& x) { return gated_packed("swiglu_packed", x, Activation::silu); }
 Variable geglu_packed(const Variable& x, GeluForm form) { return gated_packed("geglu_packed", x, gelu_of(form)); }
+Variable glu(const Variable& x) { return gated_packed("glu", x, Activation::sigmoid, true); }
 
 }  // namespace krait::autograd

@@ -16,6 +16,8 @@ Variable geglu(const Variable& gate, const Variable& up, GeluForm form);
 /// The same on x (..., 2f) = [gate; up] -> (..., f).
 Variable swiglu_packed(const Variable& x);
 Variable geglu_packed(const Variable& x, GeluForm form);
+/// x (..., 2f) = [up; gate] -> up s(gate), s the logistic function (Dauphin et al. 2017).
+Variable glu(const Variable& x);
 
 }  // namespace autograd
 }  // namespace krait

@@ -66,12 +66,13 @@ GluGrad glu_backward(const Tensor& dy, const Tensor& gate, const Tensor& up, Act
   return out;
 }
 
-Tensor glu_packed_forward(const Tensor& x, Activation f) {
+Tensor glu_packed_forward(const Tensor& x, Activation f, bool gate_last) {
   const int64_t width = half_width(x);
-  return glu_forward(x.slice(-1, 0, width), x.slice(-1, width, 2 * width), f);
+  const Tensor first = x.slice(-1, 0, width), last = x.slice(-1, width, 2 * width);
+  return gate_last ? glu_forward(last, first, f) : glu_forward(first, last, f);
 }
 
-Tensor glu_packed_backward(const Tensor& dy, const Tensor& x, Activation f) {
+Tensor glu_packed_backward(const Tensor& dy, const Tensor& x, Activation f, bool gate_last) {
   const int64_t width = half_width(x);
   check_same("glu", x, dy);
   KRAIT_CHECK(dy.shape() == x.shape().with(-1, width), "glu: dy is {}, x is {}", dy.shape(), x.shape());
@@ -80,9 +81,10 @@ Tensor glu_packed_backward(const Tensor& dy, const Tensor& x, Activation f) {
   const Tensor rows = as_rows(x);
   const int64_t r = rows.size(0);
   const Tensor out = dx.view({r, 2 * width});
-  Tensor dgate = out.slice(1, 0, width), dup = out.slice(1, width, 2 * width);
-  KRAIT_DISPATCH(dy.device(), glu_backward(dgate, dup, dy.contiguous().view({r, width}), rows.slice(1, 0, width),
-                                           rows.slice(1, width, 2 * width), f));
+  const auto half = [&](const Tensor& t, bool last) { return t.slice(1, last ? width : 0, last ? 2 * width : width); };
+  Tensor dgate = half(out, gate_last), dup = half(out, !gate_last);
+  KRAIT_DISPATCH(dy.device(), glu_backward(dgate, dup, dy.contiguous().view({r, width}), half(rows, gate_last),
+                                           half(rows, !gate_last), f));
   return dx;
 }
 

@@ -225,8 +225,7 @@ Variable S4::output(const Variable& y_in) const {
   if (training() && config_.dropout > 0) y = dropped(y);
   const Variable z = linear_sum(y, out_weight_, out_bias_, tensor_);
   if (config_.final_act == "id") return z;
-  const Vars halves = chunk(z, 2, -1);
-  return halves[0] * sigmoid(halves[1]);
+  return glu(z);
 }
 
 // y = K * u + D u (+ K1 * u from the right) of channels [first, end) of x, for each copy: (b, l, copies (end - first)).

@@ -45,6 +45,14 @@ struct Relu2 {
   }
 };
 
+struct Sigmoid {
+  template <class A>
+  [[gnu::always_inline]] static ValueAndSlope<A> at(A x) {
+    const A s = vsigmoid(x);
+    return {s, s * (A(1) - s)};
+  }
+};
+
 template <class F>
 void visit_activation(Activation f, F&& body) {
   switch (f) {
@@ -52,6 +60,7 @@ void visit_activation(Activation f, F&& body) {
     case Activation::gelu_tanh: return body.template operator()<GeluTanh>();
     case Activation::gelu_erf: return body.template operator()<GeluErf>();
     case Activation::relu2: return body.template operator()<Relu2>();
+    case Activation::sigmoid: return body.template operator()<Sigmoid>();
   }
 }
 

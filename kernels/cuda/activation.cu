@@ -55,6 +55,14 @@ struct Relu2 {
   }
 };
 
+struct Sigmoid {
+  template <class A>
+  static __device__ __forceinline__ ValueAndSlope<A> at(A x) {
+    const A s = ratio(A(1), A(1) + exp_of(x < A(-80) ? A(80) : -x));  // e^80 is a legal divisor
+    return {s, s * (A(1) - s)};
+  }
+};
+
 template <class F>
 void visit_activation(Activation f, F&& body) {
   switch (f) {
@@ -62,6 +70,7 @@ void visit_activation(Activation f, F&& body) {
     case Activation::gelu_tanh: return body.template operator()<GeluTanh>();
     case Activation::gelu_erf: return body.template operator()<GeluErf>();
     case Activation::relu2: return body.template operator()<Relu2>();
+    case Activation::sigmoid: return body.template operator()<Sigmoid>();
   }
 }
 

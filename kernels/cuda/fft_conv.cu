@@ -171,7 +171,9 @@ int64_t tiles_of(const Layout& x) { return ceil_div(x.h, int64_t{1} << x.log2c);
 void fft_conv_forward(Tensor& y, const Tensor& u, const Tensor& K, const Tensor& K1, const Tensor& D,
                       const Tensor& segments) {
   if (segments.defined()) return document_conv_forward(y, u, K, K1, D, segments);
-  if (fft_conv_log2(u.size(1)) > max_shared_log2(K.dtype())) return fft_conv_long_forward(y, u, K, K1, D);
+  const int log2n = fft_conv_log2(u.size(1));
+  if (serves_registers(log2n, K.dtype())) return fft_conv_registers_forward(y, u, K, K1, D);
+  if (log2n > max_shared_log2(K.dtype())) return fft_conv_long_forward(y, u, K, K1, D);
   const Layout x = layout_of(u, K.dtype());
   const Tensor w = kernel_spectrum(K, K1, D, 0, x.h, x.log2n), table = ring_table(K.dtype(), x.log2n, u.device());
   const Tensor in = is_transposed(x) ? transposed(u) : u;
@@ -188,8 +190,9 @@ void fft_conv_forward(Tensor& y, const Tensor& u, const Tensor& K, const Tensor&
 void fft_conv_backward(Tensor& du, Tensor& dK, Tensor& dK1, const Tensor& dy, const Tensor& u, const Tensor& K,
                        const Tensor& K1, const Tensor& D, const Tensor& segments) {
   if (segments.defined()) return document_conv_backward(du, dK, dK1, dy, u, K, K1, D, segments);
-  if (fft_conv_log2(u.size(1)) > max_shared_log2(K.dtype()))
-    return fft_conv_long_backward(du, dK, dK1, dy, u, K, K1, D);
+  const int log2n = fft_conv_log2(u.size(1));
+  if (serves_registers(log2n, K.dtype())) return fft_conv_registers_backward(du, dK, dK1, dy, u, K, K1, D);
+  if (log2n > max_shared_log2(K.dtype())) return fft_conv_long_backward(du, dK, dK1, dy, u, K, K1, D);
   const Layout x = layout_of(u, K.dtype());
   const int64_t b = u.size(0), n = int64_t{1} << x.log2n, tiles = tiles_of(x);
   const int64_t groups = std::min(b, ceil_div(264, tiles));  // two blocks for each of 132 multiprocessors
@@ -213,6 +216,8 @@ void fft_conv_kernel_name(std::string& name, int64_t length, DType dtype, bool h
   const int log2n = fft_conv_log2(length);
   if (has_segments)
     name = length > 4096 ? "own sums inside documents (slow: quadratic in their length)" : "own sums inside documents";
+  else if (serves_registers(log2n, accum_dtype(dtype)))
+    name = "own fused FFT of 1024 points in registers";
   else if (log2n <= max_shared_log2(accum_dtype(dtype)))
     name = fmt::format("own fused FFT of {} points in shared memory", int64_t{1} << log2n);
   else

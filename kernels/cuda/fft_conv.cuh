@@ -25,6 +25,12 @@ void fft_conv_long_forward(Tensor& y, const Tensor& u, const Tensor& K, const Te
 void fft_conv_long_backward(Tensor& du, Tensor& dK, Tensor& dK1, const Tensor& dy, const Tensor& u, const Tensor& K,
                             const Tensor& K1, const Tensor& D);
 
+// 513 to 1024 positions, sums in fp32: transforms in registers.
+inline bool serves_registers(int log2n, DType sums) { return log2n == 10 && sums == DType::f32; }
+void fft_conv_registers_forward(Tensor& y, const Tensor& u, const Tensor& K, const Tensor& K1, const Tensor& D);
+void fft_conv_registers_backward(Tensor& du, Tensor& dK, Tensor& dK1, const Tensor& dy, const Tensor& u,
+                                 const Tensor& K, const Tensor& K1, const Tensor& D);
+
 // Packed documents: the sum as it stands, O(length of the document) per value.
 void document_conv_forward(Tensor& y, const Tensor& u, const Tensor& K, const Tensor& K1, const Tensor& D,
                            const Tensor& segments);

@@ -1,8 +1,8 @@
-// Positions split as l = kTile p + t: A_bar^l = A_bar^(kTile p) A_bar^t. The first factor is made once per (state, p)
-// from the exponential, its angle in turns reduced in double; the second comes from a table in shared memory, so that
-// the inner loops are multiply-adds. States pass through shared memory in chunks; nothing of size h n l exists.
+// A_bar^l is a product of few tabled powers, each made from the exponential with its angle in turns reduced in double,
+// so that the inner loops are multiply-adds. States come in chunks; nothing of size h n l exists.
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/fft.cuh"
+#include "kernels/cuda/packed.cuh"
 #include "kernels/s4d_math.h"
 #include "kernels/ssm_gradients.h"
 
@@ -10,10 +10,11 @@ namespace krait::kernels::cuda {
 
 namespace {
 
-constexpr int kTile = 16;     // positions of a thread
-constexpr int kThreads = 64;  // of the forward: a block makes kThreads * kTile positions
-constexpr int kStates = 32;   // of a chunk
-constexpr int kWarps = 8;     // of the backward: one state each
+constexpr int kStates = 32;  // of a chunk
+constexpr int kNear = 8;     // of the forward: neighbouring threads that share one far power
+constexpr int kStep = 16;    // of the backward: positions between two steps of the outer recurrence
+constexpr int kSpan = 128;   // positions that a warp stages at a time
+constexpr int kWarps = 8;    // of the backward: a piece of the positions each
 
 // A_bar as e^(log_modulus + 2 pi i turns); 0 has log_modulus -inf.
 struct Polar {
@@ -56,12 +57,26 @@ Channels<T> channels_of(const S4dParameters& p, bool zoh) {
           p.log_A_re.size(1), p.log_dt.size(0) / p.log_A_re.size(0), zoh};
 }
 
-// Block (channel, piece of the positions); thread p makes kTile positions.
-template <class T>
+__device__ __forceinline__ void load_two(Complex<float>& a, Complex<float>& b, const Complex<float>* from) {
+  const float4 v = *reinterpret_cast<const float4*>(from);
+  a = {v.x, v.y};
+  b = {v.z, v.w};
+}
+__device__ __forceinline__ void load_two(Complex<double>& a, Complex<double>& b, const Complex<double>* from) {
+  a = from[0];
+  b = from[1];
+}
+
+// Block (channel, piece of the positions); thread p makes kTile positions from base + p kTile on. With p = kNear q + r
+// the power at its first position is A_bar^(base + kTile kNear q) A_bar^(kTile r), and 2 C B_bar lies in the first of
+// the two. Bound by the multiply-adds: 2 h n l.
+template <class T, int kTile, int kThreads>
 __global__ void __launch_bounds__(kThreads) forward_kernel(T* K, Channels<T> channels, int64_t length) {
-  __shared__ Complex<T> coefficient[kStates], table[kStates][kTile];
+  constexpr int kFar = kThreads / kNear, kPowers = kFar + kNear + kTile;
+  __shared__ __align__(16) Complex<T> table[kStates][kTile];
+  __shared__ Complex<T> far[kStates][kFar], near[kStates][kNear], coefficient[kStates];
   __shared__ Polar polars[kStates];
-  const int64_t c = blockIdx.x, first = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kTile;
+  const int64_t c = blockIdx.x, base = int64_t{blockIdx.y} * kThreads * kTile, first = base + threadIdx.x * kTile;
   T sum[kTile] = {};
   for (int64_t j0 = 0; j0 < channels.n; j0 += kStates) {
     const int count = static_cast<int>(min(int64_t{kStates}, channels.n - j0));
@@ -73,13 +88,26 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(T* K, Channels<T> cha
       polars[j] = polar(s.A_bar);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < count * kTile; i += kThreads) table[i / kTile][i % kTile] = power<T>(polars[i / kTile], i % kTile);
+    for (int i = threadIdx.x; i < count * kPowers; i += kThreads) {
+      const int j = i / kPowers, k = i % kPowers;
+      if (k < kFar)
+        far[j][k] = coefficient[j] * power<T>(polars[j], base + int64_t{k} * kNear * kTile);
+      else if (k < kFar + kNear)
+        near[j][k - kFar] = power<T>(polars[j], (k - kFar) * kTile);
+      else
+        table[j][k - kFar - kNear] = power<T>(polars[j], k - kFar - kNear);
+    }
     __syncthreads();
     if (first < length) {
       for (int j = 0; j < count; ++j) {
-        const Complex<T> w = coefficient[j] * power<T>(polars[j], first);
+        const Complex<T> w = far[j][threadIdx.x / kNear] * near[j][threadIdx.x % kNear];
 #pragma unroll
-        for (int t = 0; t < kTile; ++t) sum[t] += w.re * table[j][t].re - w.im * table[j][t].im;
+        for (int t = 0; t < kTile; t += 2) {
+          Complex<T> p, q;
+          load_two(p, q, &table[j][t]);
+          sum[t] += w.re * p.re - w.im * p.im;
+          sum[t + 1] += w.re * q.re - w.im * q.im;
+        }
       }
     }
     __syncthreads();
@@ -89,46 +117,71 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(T* K, Channels<T> cha
     if (first + t < length) K[c * length + first + t] = sum[t];
 }
 
-// Block (channel, chunk of kWarps states), one warp a state. g = dK from position 1 on: with m = l - 1,
-// sum g_m A_bar^m and sum m g_m A_bar^m, which give the gradients also at A_bar = 0.
+// Block (channel, chunk of kStates states): a lane has a state, a warp a piece of the positions. g = dK from position 1
+// on: with m = l - 1, sum g_m A_bar^m and sum m g_m A_bar^m, which give the gradients also at A_bar = 0. A warp walks
+// down its piece; kStep positions are summed with a table of powers in registers, the steps by Horner's rule in double.
+// Bound by the multiply-adds: 4 h n l.
 template <class T>
-__global__ void __launch_bounds__(kWarps * 32)
-    backward_kernel(T* dC, double* contributions, const T* dK, Channels<T> channels, int64_t length) {
-  __shared__ Complex<T> tables[kWarps][kTile];
-  const int64_t c = blockIdx.x;
+__global__ void __launch_bounds__(kWarps * 32, 2)
+    backward_kernel(T* dC, double* contributions, const T* __restrict__ dK, Channels<T> channels, int64_t length) {
+  __shared__ __align__(16) T staged[kWarps][kSpan];
+  __shared__ Complex64 zeroths[kWarps][kStates], moments[kWarps][kStates];
+  const int64_t c = blockIdx.x, n = channels.n, j = int64_t{blockIdx.y} * kStates + threadIdx.x % 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t j = int64_t{blockIdx.y} * kWarps + warp, n = channels.n;
-  if (j >= n) return;  // whole warps; no barrier of the block follows
-  const S4dState s = channels.state(c, j);
-  const Polar a = polar(s.A_bar);
-  if (lane < kTile) tables[warp][lane] = power<T>(a, lane);
-  __syncwarp();
-  const Complex<T>* table = tables[warp];
-  const T* g = dK + c * length + 1;
-  const int64_t count = length - 1;
-  Complex64 zeroth{0, 0}, moment{0, 0};
-  for (int64_t m0 = int64_t{lane} * kTile; m0 < count; m0 += 32 * kTile) {
-    Complex<T> s0{0, 0}, s1{0, 0};
+  const S4dState s = channels.state(c, min(j, n - 1));
+  Complex<T> table[kStep];
+  Complex64 step{1, 0};  // A_bar^kStep
 #pragma unroll
-    for (int t = 0; t < kTile; ++t) {
-      const T value = m0 + t < count ? g[m0 + t] : T(0), moved = static_cast<T>(t) * value;
-      s0 = {s0.re + value * table[t].re, s0.im + value * table[t].im};
-      s1 = {s1.re + moved * table[t].re, s1.im + moved * table[t].im};
+  for (int t = 0; t < kStep; ++t) {
+    table[t] = {static_cast<T>(step.re), static_cast<T>(step.im)};
+    step = step * s.A_bar;
+  }
+  const T* g = dK + c * length + 1;
+  const int64_t count = length - 1, spans = (count + kSpan - 1) / kSpan, own = (spans + kWarps - 1) / kWarps;
+  const int64_t begin = min(warp * own, spans) * kSpan, end = min((warp + 1) * own, spans) * kSpan;
+  T* values = staged[warp];
+  T next[kSpan / 32];
+  const auto fetch = [&](int64_t m0) {
+#pragma unroll
+    for (int k = 0; k < kSpan / 32; ++k) {
+      const int64_t m = m0 + lane + 32 * k;
+      next[k] = m0 >= begin && m < count ? g[m] : T(0);
     }
-    const Complex<T> w = power<T>(a, m0);
-    const Complex<T> p0 = w * s0, p1 = w * s1;
-    const Complex64 q0{static_cast<double>(p0.re), static_cast<double>(p0.im)};
-    const Complex64 q1{static_cast<double>(p1.re), static_cast<double>(p1.im)};
-    zeroth = zeroth + q0;
-    moment = moment + q1 + static_cast<double>(m0) * q0;
+  };
+  Complex64 zeroth{0, 0}, moment{0, 0};  // with exponents from `begin` on
+  fetch(end - kSpan);
+  for (int64_t m0 = end - kSpan; m0 >= begin; m0 -= kSpan) {
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < kSpan / 32; ++k) values[lane + 32 * k] = next[k];
+    __syncwarp();
+    fetch(m0 - kSpan);
+#pragma unroll 1
+    for (int at = kSpan - kStep; at >= 0; at -= kStep) {
+      T part[kStep];
+      load_values(part, values + at);
+      Complex<T> s0{0, 0}, s1{0, 0};  // s1 takes s0 once for each position from 1 on: t times the term of t
+#pragma unroll
+      for (int t = kStep - 1; t >= 0; --t) {
+        s0 = {s0.re + part[t] * table[t].re, s0.im + part[t] * table[t].im};
+        if (t > 0) s1 = s1 + s0;
+      }
+      const T from = static_cast<T>(m0 - begin + at);
+      s1 = {s1.re + from * s0.re, s1.im + from * s0.im};
+      zeroth = zeroth * step + Complex64{static_cast<double>(s0.re), static_cast<double>(s0.im)};
+      moment = moment * step + Complex64{static_cast<double>(s1.re), static_cast<double>(s1.im)};
+    }
   }
-  for (int offset = 16; offset > 0; offset /= 2) {
-    zeroth.re += __shfl_xor_sync(0xFFFFFFFFu, zeroth.re, offset);
-    zeroth.im += __shfl_xor_sync(0xFFFFFFFFu, zeroth.im, offset);
-    moment.re += __shfl_xor_sync(0xFFFFFFFFu, moment.re, offset);
-    moment.im += __shfl_xor_sync(0xFFFFFFFFu, moment.im, offset);
+  const Complex64 w = power<double>(polar(s.A_bar), begin);
+  zeroths[warp][lane] = w * zeroth;
+  moments[warp][lane] = w * (moment + static_cast<double>(begin) * zeroth);
+  __syncthreads();
+  if (warp != 0 || j >= n) return;
+  zeroth = moment = {0, 0};
+  for (int k = 0; k < kWarps; ++k) {
+    zeroth = zeroth + zeroths[k][lane];
+    moment = moment + moments[k][lane];
   }
-  if (lane != 0) return;
   const Complex64 B = load_complex(channels.B, channels.at(c, j)), C = load_complex(channels.C, c * n + j);
   const Complex64 dA_bar = 2.0 * conj(C * (s.f * B) * (zeroth + moment));
   Complex64 whole = s.A_bar * zeroth;
@@ -138,22 +191,30 @@ __global__ void __launch_bounds__(kWarps * 32)
                           channels.zoh));
 }
 
+template <class T, int kTile, int kThreads>
+void forward(Tensor& K, const S4dParameters& p, bool zoh) {
+  launch(forward_kernel<T, kTile, kThreads>,
+         {.grid = K.size(0), .grid_y = ceil_div(K.size(1), kThreads * kTile), .block = kThreads,
+          .stream = current_stream(K.device())},
+         K.data<T>(), channels_of<T>(p, zoh), K.size(1));
+}
+
 }  // namespace
 
 void s4d_kernel_forward(Tensor& K, const S4dParameters& p, bool zoh) {
-  const int64_t h = K.size(0), length = K.size(1);
-  visit_wide(K.dtype(), [&]<class T>() {
-    launch(forward_kernel<T>,
-           {.grid = h, .grid_y = ceil_div(length, kThreads * kTile), .block = kThreads, .stream = current_stream(K.device())},
-           K.data<T>(), channels_of<T>(p, zoh), length);
-  });
+  if (K.dtype() == DType::f64)
+    forward<double, 8, 128>(K, p, zoh);
+  else if (K.size(1) > 4096)
+    forward<float, 32, 64>(K, p, zoh);
+  else
+    forward<float, 8, 128>(K, p, zoh);  // short: more threads
 }
 
 void s4d_kernel_backward(Tensor& dC, Tensor& contributions, const Tensor& dK, const S4dParameters& p, bool zoh) {
   const int64_t h = dK.size(0), length = dK.size(1), n = p.log_A_re.size(1);
   visit_wide(dK.dtype(), [&]<class T>() {
     launch(backward_kernel<T>,
-           {.grid = h, .grid_y = ceil_div(n, kWarps), .block = kWarps * 32, .stream = current_stream(dK.device())},
+           {.grid = h, .grid_y = ceil_div(n, kStates), .block = kWarps * 32, .stream = current_stream(dK.device())},
            dC.data<T>(), contributions.data<double>(), dK.data<T>(), channels_of<T>(p, zoh), length);
   });
 }

@@ -29,9 +29,10 @@ Variable gated_map(const Variable& gate, const Variable& up, double (*f)(double)
   return Variable(y);
 }
 
-Variable packed_map(const Variable& x, double (*f)(double)) {
+Variable packed_map(const Variable& x, double (*f)(double), bool gate_last) {
   const int64_t n = x.size(-1) / 2;
-  return gated_map(Variable(x.data().slice(-1, 0, n)), Variable(x.data().slice(-1, n, 2 * n)), f);
+  const Variable first(x.data().slice(-1, 0, n)), last(x.data().slice(-1, n, 2 * n));
+  return gate_last ? gated_map(last, first, f) : gated_map(first, last, f);
 }
 
 std::vector<OpCase> plain_cases() {
@@ -57,17 +58,19 @@ std::vector<OpCase> gated_cases() {
                              {{0, 4}, {0, 4}}, {{3, 0}, {3, 0}}, {{40, 1}, {40, 1}}},
                   .inputs = {Normal{0, 2}, Normal{.mean = 100}, Constant{0}}};
   };
-  const auto make_packed = [](std::string name, Variable (*run)(const Variable&), double (*f)(double)) {
+  const auto make_packed = [](std::string name, Variable (*run)(const Variable&), double (*f)(double),
+                              bool gate_last = false) {
     return OpCase{.name = std::move(name),
                   .run = [=](const Vars& in) { return run(in[0]); },
-                  .reference = [=](const Vars& in) { return packed_map(in[0], f); },
+                  .reference = [=](const Vars& in) { return packed_map(in[0], f, gate_last); },
                   .shapes = {{{2}}, {{3, 66}}, {{2, 5, 768}}, {{2, 2, 8198}}, {{0, 4}}, {{3, 0}}},
                   .inputs = {Normal{0, 2}, Normal{.mean = 100}, Constant{0}}};
   };
   return {make("swiglu", swiglu, silu_of),
           make("geglu", [](const Variable& g, const Variable& u) { return geglu(g, u, GeluForm::tanh); }, gelu_tanh_of),
           make_packed("swiglu_packed", swiglu_packed, silu_of),
-          make_packed("geglu_packed", [](const Variable& x) { return geglu_packed(x, GeluForm::erf); }, gelu_erf_of)};
+          make_packed("geglu_packed", [](const Variable& x) { return geglu_packed(x, GeluForm::erf); }, gelu_erf_of),
+          make_packed("glu", glu, [](double x) { return 1 / (1 + std::exp(-x)); }, true)};
 }
 
 }  // namespace

@@ -176,6 +176,8 @@ TEST_CASE("the S4D kernel passes gradcheck") {
 }
 TEST_CASE("the S4D kernel: cuda equals cpu", "[cuda]") {
   for (const OpCase& c : s4d_cases()) check_twin(c);
+  check_twin(s4d_case(1500, kZoh, {s4d_shapes(70, 2, 33)}));  // several pieces of the positions, many channels of a set
+  check_twin(s4d_case(9000, kBilinear, {s4d_shapes(3, 1, 5)}));
 }
 TEST_CASE("the S4 kernel matches powers of its state matrix, ranks 1 and 2, any length") {
   for (const OpCase& c : s4_cases()) check_reference(c);
