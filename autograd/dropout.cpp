@@ -1,7 +1,7 @@
 #include "autograd/dropout.h"
 
 #include "autograd/elementwise.h"
-#include "kernels/dropout.h"
+#include "kernels/activation_dropout.h"
 
 namespace krait::autograd {
 
@@ -40,6 +40,16 @@ Variable dropout(const Variable& x, double p, std::string_view stream, const Dro
   const auto mask = mask_for(x, p, stream, part);
   return record("dropout", {x}, kernels::dropout(x.data(), mask),
                 [mask](const Tensor& dy) -> Grads { return {kernels::dropout(dy, mask)}; });
+}
+
+Variable gelu_dropout(const Variable& x, GeluForm form, double p, std::string_view stream, const DropoutPart& part) {
+  if (p == 0.0) return gelu(x, form);
+  const auto mask = mask_for(x, p, stream, part);
+  const auto f = form == GeluForm::tanh ? kernels::Activation::gelu_tanh : kernels::Activation::gelu_erf;
+  return record("gelu_dropout", {x}, kernels::activation_dropout_forward(x.data(), f, mask),
+                [x = x.data(), f, mask](const Tensor& dy) -> Grads {
+                  return {kernels::activation_dropout_backward(dy, x, f, mask)};
+                });
 }
 
 Variable dropout_add(const Variable& x, const Variable& residual, double p, std::string_view stream,

@@ -1,6 +1,7 @@
 #pragma once
 #include <string_view>
 
+#include "autograd/activation.h"
 #include "autograd/variable.h"
 #include "core/comm/process_group.h"
 
@@ -25,6 +26,8 @@ struct DropoutPart {
 /// batch: a sequence's mask depends on its global index, not on the rank, and a part's mask is its part of the
 /// whole's. Streams need distinct names: the same name draws the same mask. p = 0 returns x.
 Variable dropout(const Variable& x, double p, std::string_view stream, const DropoutPart& part = {});
+/// dropout(gelu(x)), in one pass.
+Variable gelu_dropout(const Variable& x, GeluForm form, double p, std::string_view stream, const DropoutPart& part = {});
 /// residual + dropout(x), in one pass.
 Variable dropout_add(const Variable& x, const Variable& residual, double p, std::string_view stream,
                      const DropoutPart& part = {});

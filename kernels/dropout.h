@@ -32,6 +32,9 @@ Tensor dropout(const Tensor& x, const DropoutMask& mask);
 /// residual + dropout(x), rounded once.
 Tensor dropout_add(const Tensor& x, const Tensor& residual, const DropoutMask& mask);
 
+/// Throws, in the name of op, where the mask does not fit x.
+void check_mask(const char* op, const Tensor& x, const DropoutMask& mask);
+
 /// A mask is the comparison of 24 random bits with this.
 KRAIT_HOST_DEVICE inline uint32_t dropout_threshold(double p) {
   const double scaled = p * 16777216.0;

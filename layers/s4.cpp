@@ -221,8 +221,14 @@ Variable S4::dropped(const Variable& y) const {
 }
 
 Variable S4::output(const Variable& y_in) const {
-  Variable y = config_.activation == "gelu" ? gelu(y_in, GeluForm::erf) : config_.activation == "silu" ? silu(y_in) : y_in;
-  if (training() && config_.dropout > 0) y = dropped(y);
+  const bool drops = training() && config_.dropout > 0;
+  Variable y;
+  if (config_.activation == "gelu" && drops && !config_.tie_dropout && tensor_->size() == 1) {
+    y = gelu_dropout(y_in, GeluForm::erf, config_.dropout, stream_, DropoutPart::of(y_in, *sequence_));
+  } else {
+    y = config_.activation == "gelu" ? gelu(y_in, GeluForm::erf) : config_.activation == "silu" ? silu(y_in) : y_in;
+    if (drops) y = dropped(y);
+  }
   const Variable z = linear_sum(y, out_weight_, out_bias_, tensor_);
   if (config_.final_act == "id") return z;
   return glu(z);

@@ -1,5 +1,5 @@
 #pragma once
-// Discrete Fourier transforms of any length in fp64, by Bluestein's identity 2 i j = i^2 + j^2 - (j - i)^2: a
+// Discrete Fourier transforms of any length in fp64: powers of two that fit in shared memory there, others by Bluestein's identity 2 i j = i^2 + j^2 - (j - i)^2: a
 // convolution of power-of-two length M = M1 M2, made by column and row transforms in shared memory. Between the two
 // passes data stays in bit-reversed order, which the convolution does not notice.
 #include "core/cuda/launch.cuh"
@@ -37,6 +37,16 @@ inline ChirpShape chirp_shape(int64_t n, int64_t n_in, int64_t n_out, int sign) 
   const int log2m1 = log2m <= 10 ? 0 : log2m / 2;
   return {n, n_in, n_out, sign, log2m1, log2m - log2m1};
 }
+
+/// in_i times its chirp, and zeros.
+template <class Load>
+struct Chirped {
+  Load load;
+  ChirpShape shape;
+  __device__ Complex64 operator()(int64_t row, int64_t i) const {
+    return i < shape.n_in ? load(row, i) * shape.chirp(i) : Complex64{0, 0};
+  }
+};
 
 /// The convolution's other factor, as input of the same transform.
 struct ChirpFilter {
@@ -116,7 +126,7 @@ __global__ void __launch_bounds__(kChirpThreads)
   }
 }
 
-/// Transforms `rows` sequences: load(row, i) gives in_i times chirp(i), and 0 from n_in on (up to M).
+/// Transforms `rows` sequences: load(row, i) gives in_i, i < n_in; store(row, j, out_j) takes out_j, j < n_out.
 template <class Load, class Store>
 void chirp_dft(const ChirpShape& shape, int64_t rows, Load load, Store store, Device device) {
   const Stream stream = current_stream(device);
@@ -135,9 +145,50 @@ void chirp_dft(const ChirpShape& shape, int64_t rows, Load load, Store store, De
   };
   launch(chirp_columns_kernel<ChirpFilter>, by_columns(1), f, shape, ChirpFilter{shape});
   launch(chirp_rows_kernel, by_rows(1), f, shape, static_cast<const Complex64*>(nullptr));
-  launch(chirp_columns_kernel<Load>, by_columns(rows), y, shape, load);
+  launch(chirp_columns_kernel<Chirped<Load>>, by_columns(rows), y, shape, Chirped<Load>{load, shape});
   launch(chirp_rows_kernel, by_rows(rows), y, shape, static_cast<const Complex64*>(f));
   launch(chirp_columns_back_kernel<Store>, by_columns(rows), static_cast<const Complex64*>(y), shape, store);
+}
+
+constexpr int64_t kMaxPowerDft = 4096;  // 96 KB of shared memory
+
+// Block: one row of n = 2^log2n.
+template <class Load, class Store>
+__global__ void __launch_bounds__(512)
+    power_dft_kernel(int64_t n_in, int64_t n_out, int log2n, bool inverse, Load load, Store store) {
+  extern __shared__ __align__(16) unsigned char chirp_shared[];
+  const int n = 1 << log2n;
+  auto* x = reinterpret_cast<Complex64*>(chirp_shared);
+  Complex64* twiddles = x + n;
+  const int64_t row = blockIdx.x;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    const int at = inverse ? static_cast<int>(bit_reversed(static_cast<uint32_t>(i), log2n)) : i;
+    x[at] = i < n_in ? load(row, i) : Complex64{0, 0};
+  }
+  fft_twiddles(twiddles, log2n);  // ends with a barrier
+  if (inverse)
+    fft_inverse(x, twiddles, log2n);
+  else
+    fft_forward(x, twiddles, log2n);
+  for (int j = threadIdx.x; j < n_out; j += blockDim.x)
+    store(row, j, x[inverse ? j : static_cast<int>(bit_reversed(static_cast<uint32_t>(j), log2n))]);
+}
+
+/// chirp_dft by the transform that suits the length.
+template <class Load, class Store>
+void any_dft(int64_t n, int64_t n_in, int64_t n_out, int sign, int64_t rows, Load load, Store store, Device device) {
+  if (n > kMaxPowerDft || (n & (n - 1)) != 0)
+    return chirp_dft(chirp_shape(n, n_in, n_out, sign), rows, load, store, device);
+  int log2n = 0;
+  while ((int64_t{1} << log2n) < n) ++log2n;
+  launch(power_dft_kernel<Load, Store>,
+         {.grid = rows, .block = static_cast<int>(std::clamp<int64_t>(n / 4, 32, 512)),
+          .shared = (n + n / 2) * static_cast<int64_t>(sizeof(Complex64)), .stream = current_stream(device)},
+         n_in, n_out, log2n, sign > 0, load, store);
+}
+/// Complex values of workspace for a row of it.
+inline int64_t any_dft_workspace(int64_t n, int64_t n_in, int64_t n_out) {
+  return n > kMaxPowerDft || (n & (n - 1)) != 0 ? chirp_shape(n, n_in, n_out, 1).m() : 0;
 }
 
 }  // namespace krait::kernels::cuda

@@ -1,25 +1,11 @@
 #include "kernels/dropout.h"
 
 #include "core/cuda/launch.cuh"
+#include "kernels/cuda/dropout.cuh"
 
 namespace krait::kernels::cuda {
 
 namespace {
-
-// y of one element.
-template <class T, class A>
-__device__ __forceinline__ T dropped(uint32_t word, uint32_t threshold, T x, const T* residual, A scale) {
-  const bool drop = (word >> 8) < threshold;
-  const A value = static_cast<A>(x);
-  if (!residual) return static_cast<T>(drop ? A(0) : value * scale);
-  const A base = static_cast<A>(*residual);
-  return static_cast<T>(drop ? base : ::fma(value, scale, base));  // one fused multiply-add, as on the CPU
-}
-
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-  T value[4];
-};
 
 // One run whose Philox blocks are the tensor's groups of four: a thread moves a whole group.
 // Bound by memory: the ten rounds hide behind it for fp32 and cost about as much as the traffic of bf16.
@@ -63,24 +49,16 @@ __global__ void dropout_kernel(T* y, const T* x, const T* residual, int64_t n, i
   }
 }
 
-template <class T>
-bool aligned(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % sizeof(Four<T>) == 0;
-}
-
 }  // namespace
 
 void dropout(Tensor& y, const Tensor& x, const Tensor& residual, const DropoutMask& mask) {
   const int64_t n = x.numel(), run = mask.run_of(n);
   visit_float(x.dtype(), [&]<class T>() {
     const T* add = residual.defined() ? residual.data<T>() : nullptr;
-    if (run == n && n % 4 == 0 && mask.offset % 4 == 0 && aligned(y.data<T>()) && aligned(x.data<T>()) && aligned(add)) {
-      const auto fours = []<class P>(P* p) {
-        return reinterpret_cast<std::conditional_t<std::is_const_v<P>, const Four<T>*, Four<T>*>>(p);
-      };
+    if (in_fours(mask, n, y.data<T>(), x.data<T>(), add)) {
       launch(dropout_fours_kernel<T>, {.grid = ceil_div(n / 4, 256), .stream = current_stream(x.device())},
-             fours(y.data<T>()), fours(static_cast<const T*>(x.data<T>())), fours(add), n / 4, mask.offset / 4,
-             mask.key, mask.step.data<int64_t>(), dropout_threshold(mask.p), 1.0 / (1.0 - mask.p));
+             fours(y.data<T>()), fours(x.data<T>()), fours(add), n / 4, mask.offset / 4, mask.key,
+             mask.step.data<int64_t>(), dropout_threshold(mask.p), 1.0 / (1.0 - mask.p));
       return;
     }
     launch(dropout_kernel<T>,

@@ -56,7 +56,8 @@ struct BlockRoots {
   const Complex<float>* of_block;  // table + m
   template <int q>
   __device__ __forceinline__ Complex<float> at() const {
-    return of_block[q * kSide];
+    const float2 v = __ldg(reinterpret_cast<const float2*>(of_block + q * kSide));
+    return {v.x, v.y};
   }
 };
 /// Entry i of BlockRoots' table.

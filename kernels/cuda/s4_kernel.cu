@@ -1,5 +1,5 @@
-// One thread per node of the unit circle sums over the states (forward and the first half of the backward); one warp
-// per state sums over the nodes (second half). fp64: see kernels/s4_kernel.h. Channels are taken in chunks that bound
+// One thread per node of the unit circle sums over the states (forward and the first half of the backward); one lane
+// per state sums over a share of the nodes (second half). fp64: see kernels/s4_kernel.h. Channels are taken in chunks that bound
 // the workspace.
 #include "kernels/s4_kernel.h"
 
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kStates = 32;  // of a chunk in shared memory
-constexpr int kWarps = 4;
+constexpr int kWarps = 8;  // of the states' gradients
 constexpr int64_t kWorkspace = int64_t{128} << 20;
 
 template <class T>
@@ -119,58 +119,61 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kSums; ++i) dsums[(row * kSums + i) * bins + k] = d[i];
 }
 
-__device__ __forceinline__ double warp_sum(double v) {
-  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xFFFFFFFFu, v, offset);
-  return v;
-}
-
-// Block (channel h0 + x, chunk of kWarps states), one warp a state.
+// Block (channel h0 + x, chunk of 32 states): a lane has a state, the warps share the nodes, whose sine and cosine are
+// made once for all states. Bound by fp64: about 90 multiply-adds for each state and node with rank 1.
 template <int R, class T>
 __global__ void __launch_bounds__(kWarps * 32)
-    states_backward_kernel(T* dC, double* contributions, const Complex64* dsums, Parameters<T> p, int64_t h0,
-                           int64_t length, int64_t bins) {
-  constexpr int kSums = S4State<R>::kSums;
-  const int lane = threadIdx.x % 32;
-  const int64_t row = blockIdx.x, h = h0 + row, j = int64_t{blockIdx.y} * kWarps + threadIdx.x / 32;
-  if (j >= p.n) return;  // whole warps
-  const S4State<R> state = p.template state<R>(h, j);
-  double dp[kSums] = {}, dq[kSums] = {}, dalpha = 0, dbeta = 0;
-  for (int64_t k = lane; k < bins; k += 32) {
-    const Node node = node_of(k, length);
-    const Complex64 w = reciprocal(state.alpha, state.beta, node);
-    Complex64 dw{0, 0};
+    states_backward_kernel(T* dC, double* contributions, const Complex64* __restrict__ dsums, Parameters<T> p,
+                           int64_t h0, int64_t length, int64_t bins) {
+  constexpr int kSums = S4State<R>::kSums, kValues = 2 * kSums + 2;  // dp, dq, dalpha, dbeta
+  __shared__ Node nodes[kWarps][32];
+  __shared__ double totals[kWarps][kValues][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t row = blockIdx.x, h = h0 + row, j = int64_t{blockIdx.y} * 32 + lane;
+  const S4State<R> state = p.template state<R>(h, min(j, p.n - 1));
+  double sums[kValues] = {};
+  for (int64_t k0 = warp * 32; k0 < bins; k0 += kWarps * 32) {
+    __syncwarp();
+    nodes[warp][lane] = node_of(min(k0 + lane, bins - 1), length);
+    __syncwarp();
+    const int count = static_cast<int>(min(int64_t{32}, bins - k0));
+    for (int k = 0; k < count; ++k) {
+      const Node node = nodes[warp][k];
+      const Complex64 w = reciprocal(state.alpha, state.beta, node);
+      const Complex64 cw = node.c * w, sw = node.s * w;
+      Complex64 dw{0, 0};
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      const Complex64 d = dsums[(row * kSums + i) * bins + k];
-      dp[i] += node.c * (w.re * d.re + w.im * d.im);
-      dq[i] += node.s * (w.re * d.im - w.im * d.re);
-      dw = dw + Complex64{node.c * state.p[i], -node.s * state.q[i]} * d;
+      for (int i = 0; i < kSums; ++i) {
+        const Complex64 d = dsums[(row * kSums + i) * bins + k0 + k];
+        sums[i] += cw.re * d.re + cw.im * d.im;
+        sums[kSums + i] += sw.re * d.im - sw.im * d.re;
+        dw = dw + Complex64{node.c * state.p[i], -node.s * state.q[i]} * d;
+      }
+      const Complex64 dD = conj(w * w) * dw;  // negative: W = 1/D
+      const double u = -node.c * state.alpha, v = node.c * state.beta;
+      sums[2 * kSums] += 2.0 * node.c * (u * dD.re + node.s * dD.im);
+      sums[2 * kSums + 1] -= 2.0 * node.c * v * dD.re;
     }
-    const Complex64 dD = conj(w * w) * dw;  // negative: W = 1/D
-    const double u = -node.c * state.alpha, v = node.c * state.beta;
-    dalpha += 2.0 * node.c * (u * dD.re + node.s * dD.im);
-    dbeta -= 2.0 * node.c * v * dD.re;
   }
 #pragma unroll
-  for (int i = 0; i < kSums; ++i) {
-    dp[i] = warp_sum(dp[i]);
-    dq[i] = warp_sum(dq[i]);
-  }
-  dalpha = warp_sum(dalpha);
-  dbeta = warp_sum(dbeta);
-  if (lane != 0) return;
+  for (int i = 0; i < kValues; ++i) totals[warp][i][lane] = sums[i];
+  __syncthreads();
+  if (warp != 0 || j >= p.n) return;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i)
+    for (int k = 1; k < kWarps; ++k) sums[i] += totals[k][i][lane];
   store_complex(dC, h * p.n + j,
-                s4_chain<R>(contributions + (h * p.n + j) * S4State<R>::kGradients, state, dp, dq, dalpha, dbeta));
+                s4_chain<R>(contributions + (h * p.n + j) * S4State<R>::kGradients, state, sums, sums + kSums,
+                            sums[2 * kSums], sums[2 * kSums + 1]));
 }
 
 // irfft: bins in, real positions out.
 struct LoadSpectrum {
   const Complex64* K_hat;
-  ChirpShape shape;
+  int64_t length, bins;
   __device__ Complex64 operator()(int64_t row, int64_t k) const {
-    if (k >= shape.n_in) return {0, 0};
-    const double weight = k == 0 || 2 * k == shape.n ? 1.0 : 2.0;  // the others stand for their conjugates too
-    return weight * (K_hat[row * shape.n_in + k] * shape.chirp(k));
+    const double weight = k == 0 || 2 * k == length ? 1.0 : 2.0;  // the others stand for their conjugates too
+    return weight * K_hat[row * bins + k];
   }
 };
 template <class T>
@@ -186,10 +189,9 @@ struct StoreKernel {
 template <class T>
 struct LoadGradient {
   const T* dK;
-  ChirpShape shape;
+  int64_t length;
   __device__ Complex64 operator()(int64_t row, int64_t l) const {
-    if (l >= shape.n_in) return {0, 0};
-    return static_cast<double>(dK[row * shape.n_in + l]) * shape.chirp(l);
+    return {static_cast<double>(dK[row * length + l]), 0.0};
   }
 };
 struct StoreSpectrum {
@@ -212,16 +214,15 @@ template <int R, class T>
 void forward(Tensor& K, const S4Parameters& parameters) {
   const int64_t h = K.size(0), length = K.size(1), bins = length / 2 + 1;
   const Parameters<T> p = parameters_of<T>(parameters);
-  const ChirpShape shape = chirp_shape(length, bins, length, +1);
-  const int64_t rows = chunk_of(h, bins + shape.m());
+  const int64_t rows = chunk_of(h, bins + any_dft_workspace(length, bins, length));
   const Tensor K_hat = empty({rows, bins, 2}, DType::f64, K.device());
   const Stream stream = current_stream(K.device());
   for (int64_t h0 = 0; h0 < h; h0 += rows) {
     const int64_t count = std::min(rows, h - h0);
     launch(spectrum_kernel<R, T>, {.grid = ceil_div(bins, kThreads), .grid_y = count, .block = kThreads, .stream = stream},
            complex_data(K_hat), p, h0, length, bins);
-    chirp_dft(shape, count, LoadSpectrum{complex_data(K_hat), shape}, StoreKernel<T>{K.data<T>() + h0 * length, length},
-              K.device());
+    any_dft(length, bins, length, +1, count, LoadSpectrum{complex_data(K_hat), length, bins},
+            StoreKernel<T>{K.data<T>() + h0 * length, length}, K.device());
   }
 }
 
@@ -230,20 +231,19 @@ void backward(Tensor& dC, Tensor& contributions, const Tensor& dK, const S4Param
   constexpr int kSums = S4State<R>::kSums;
   const int64_t h = dK.size(0), length = dK.size(1), bins = length / 2 + 1;
   const Parameters<T> p = parameters_of<T>(parameters);
-  const ChirpShape shape = chirp_shape(length, length, bins, -1);
-  const int64_t rows = chunk_of(h, (1 + kSums) * bins + shape.m());
+  const int64_t rows = chunk_of(h, (1 + kSums) * bins + any_dft_workspace(length, length, bins));
   const Tensor dK_hat = empty({rows, bins, 2}, DType::f64, dK.device());
   const Tensor dsums = empty({rows, kSums, bins, 2}, DType::f64, dK.device());
   const Stream stream = current_stream(dK.device());
   for (int64_t h0 = 0; h0 < h; h0 += rows) {
     const int64_t count = std::min(rows, h - h0);
-    chirp_dft(shape, count, LoadGradient<T>{dK.data<T>() + h0 * length, shape},
-              StoreSpectrum{complex_data(dK_hat), length, bins}, dK.device());
+    any_dft(length, length, bins, -1, count, LoadGradient<T>{dK.data<T>() + h0 * length, length},
+            StoreSpectrum{complex_data(dK_hat), length, bins}, dK.device());
     launch(spectrum_backward_kernel<R, T>,
            {.grid = ceil_div(bins, kThreads), .grid_y = count, .block = kThreads, .stream = stream},
            complex_data(dsums), static_cast<const Complex64*>(complex_data(dK_hat)), p, h0, length, bins);
     launch(states_backward_kernel<R, T>,
-           {.grid = count, .grid_y = ceil_div(p.n, kWarps), .block = kWarps * 32, .stream = stream}, dC.data<T>(),
+           {.grid = count, .grid_y = ceil_div(p.n, 32), .block = kWarps * 32, .stream = stream}, dC.data<T>(),
            contributions.data<double>(), static_cast<const Complex64*>(complex_data(dsums)), p, h0, length, bins);
   }
 }

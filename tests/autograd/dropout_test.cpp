@@ -53,6 +53,15 @@ OpCase plain() {
   c.shapes = kShapes;
   return c;
 }
+// gelu, then dropout.
+OpCase after_gelu(GeluForm form) {
+  OpCase c = plain();
+  c.name = "gelu_dropout";
+  c.run = [=](const Vars& in) { return on_device(in[0], [&] { return gelu_dropout(in[0], form, 0.25, "d"); }); };
+  c.reference = [=](const Vars& in) { return by_definition(0.25, false)({gelu(in[0], form)}); };
+  c.shapes.push_back({{3, 35, 20}});
+  return c;
+}
 OpCase fused() {
   OpCase c = plain();
   c.name = "dropout_add";
@@ -68,11 +77,14 @@ TEST_CASE("dropout keeps what the stream of random numbers says") {
   const Source source(3);
   check_reference(plain());
   check_reference(fused());
+  check_reference(after_gelu(GeluForm::erf));
 }
 TEST_CASE("dropout passes gradcheck") {
   const Source source(3);
   check_grad(plain());
   check_grad(fused());
+  check_grad(after_gelu(GeluForm::erf));
+  check_grad(after_gelu(GeluForm::tanh));
 }
 TEST_CASE("dropout: cuda equals cpu bit for bit", "[cuda]") {
   const Source source(3);
@@ -82,6 +94,12 @@ TEST_CASE("dropout: cuda equals cpu bit for bit", "[cuda]") {
     c->shapes.push_back(std::vector<Shape>(c->shapes[0].size(), Shape{3, 35, 20}));  // whole groups of four
     check_twin(*c);
   }
+}
+
+TEST_CASE("gelu_dropout: cuda equals cpu", "[cuda]") {
+  const Source source(3);
+  check_twin(after_gelu(GeluForm::erf));
+  check_twin(after_gelu(GeluForm::tanh));
 }
 
 TEST_CASE("a sequence's mask depends on its global index, not on the rank or its place in the batch") {
