@@ -15,6 +15,7 @@ using Value = Complex<float>;
 
 constexpr int kPoints = 1 << kRegisterLog2;
 constexpr int kChannels = 8;    // of a block: a sector of 32 bytes of each position
+constexpr int kNeighbours = 4;  // tiles of a sequence side by side in the grid: whole lines of 128 bytes
 constexpr int kThreads = kChannels * kSide;
 constexpr int kLine = kSide + 1;             // of a block of 32 coefficients in shared memory
 constexpr int kChannel = kSide * kLine + 4;  // so that 8 channels x 4 coefficients fall into 32 banks
@@ -22,17 +23,16 @@ constexpr int kChannel = kSide * kLine + 4;  // so that 8 channels x 4 coefficie
 // Tensors (b, l, h).
 struct Sequences {
   int64_t b, l, h;
-  int64_t neighbours;  // tiles of a sequence side by side in the grid: 4 make whole lines of 128 bytes
   int64_t tiles() const { return ceil_div(h, kChannels); }
-  int64_t groups_of_tiles() const { return ceil_div(tiles(), neighbours); }
+  int64_t groups_of_tiles() const { return ceil_div(tiles(), kNeighbours); }
 };
 
 // Which tile and which of `count` sequences (or groups of them) a block serves; tiles beyond the last one are idle.
 struct Work {
   int64_t c0, index;
-  __device__ Work(const Sequences& x, int64_t count)
-      : c0((blockIdx.x / (x.neighbours * count) * x.neighbours + blockIdx.x % x.neighbours) * kChannels),
-        index(blockIdx.x / x.neighbours % count) {}
+  __device__ explicit Work(int64_t count)
+      : c0((blockIdx.x / (kNeighbours * count) * kNeighbours + blockIdx.x % kNeighbours) * kChannels),
+        index(blockIdx.x / kNeighbours % count) {}
 };
 
 // A thread's part before and after the exchange.
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     forward_kernel(T* y, const T* __restrict__ u, const Value* __restrict__ w, const Value* __restrict__ table,
                    Sequences x) {
   __shared__ float shared[kChannels * kChannel];
-  const Work work(x, x.b);
+  const Work work(x.b);
   if (work.c0 >= x.h) return;
   const Part coefficients = Part::of_coefficients(), points = Part::of_points();
   const int64_t base = work.index * x.l * x.h, c = work.c0 + coefficients.channel;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   extern __shared__ __align__(16) unsigned char bytes[];
   Value* kept = reinterpret_cast<Value*>(bytes) + threadIdx.x;
   float* shared = reinterpret_cast<float*>(bytes + sizeof(Value) * kThreads * kSide);
-  const Work work(x, groups);
+  const Work work(groups);
   if (work.c0 >= x.h) return;
   const Part coefficients = Part::of_coefficients(), points = Part::of_points();
   const int64_t c = work.c0 + coefficients.channel, own = work.c0 + points.channel;
@@ -290,11 +290,6 @@ Tensor spectrum(const Tensor& K, const Tensor& K1, const Tensor& D, const Tensor
   return w;
 }
 
-int64_t tuned(const char* name, int64_t standard) {
-  const char* text = getenv(name);
-  return text ? atoll(text) : standard;
-}
-
 // f is called with a zero of the type of u.
 template <class F>
 void visit_input(const Tensor& u, F f) {
@@ -304,25 +299,25 @@ void visit_input(const Tensor& u, F f) {
 }  // namespace
 
 void fft_conv_registers_forward(Tensor& y, const Tensor& u, const Tensor& K, const Tensor& K1, const Tensor& D) {
-  const Sequences x{u.size(0), u.size(1), u.size(2), tuned("KRAIT_FFT_NEIGHBOURS", 4)};
+  const Sequences x{u.size(0), u.size(1), u.size(2)};
   const Tensor table = block_table(u.device()), w = spectrum(K, K1, D, table);
   visit_input(u, [&]<class T>(T) {
     launch(forward_kernel<T>,
-           {.grid = x.b * x.groups_of_tiles() * x.neighbours, .block = kThreads, .stream = current_stream(u.device())},
+           {.grid = x.b * x.groups_of_tiles() * kNeighbours, .block = kThreads, .stream = current_stream(u.device())},
            y.data<T>(), u.data<T>(), values_of(w), values_of(table), x);
   });
 }
 
 void fft_conv_registers_backward(Tensor& du, Tensor& dK, Tensor& dK1, const Tensor& dy, const Tensor& u,
                                  const Tensor& K, const Tensor& K1, const Tensor& D) {
-  const Sequences x{u.size(0), u.size(1), u.size(2), tuned("KRAIT_FFT_NEIGHBOURS", 4)};
+  const Sequences x{u.size(0), u.size(1), u.size(2)};
   const Stream stream = current_stream(u.device());
-  const int64_t groups = std::clamp<int64_t>(tuned("KRAIT_FFT_BLOCKS", 264) / x.tiles(), 1, x.b);  // two blocks for each of 132 multiprocessors
+  const int64_t groups = std::clamp<int64_t>(264 / x.tiles(), 1, x.b);  // two blocks for each of 132 multiprocessors
   const Tensor table = block_table(u.device()), w = spectrum(K, K1, D, table);
   const Tensor sums = empty({groups, x.h, kPoints, 2}, DType::f32, u.device());
   visit_input(u, [&]<class T>(T) {
     launch(backward_kernel<T>,
-           {.grid = groups * x.groups_of_tiles() * x.neighbours, .block = kThreads, .shared = kBackwardShared,
+           {.grid = groups * x.groups_of_tiles() * kNeighbours, .block = kThreads, .shared = kBackwardShared,
             .stream = stream},
            du.data<T>(), values_of(sums), dy.data<T>(), u.data<T>(), values_of(w), values_of(table), groups, x);
   });
