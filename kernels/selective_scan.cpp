@@ -61,7 +61,6 @@ SelectiveScanOut selective_scan_forward(const SelectiveScanInputs& inputs, bool 
   const int64_t b = in.x.size(0), l = in.x.size(1), e = in.x.size(2), n = in.A.size(1);
   const DType a = accum_dtype(in.x.dtype());
   SelectiveScanOut out{empty({b, l, e}, in.x.dtype(), in.x.device()), empty({b, e, n}, a, in.x.device()), {}};
-  if (save_states) out.states = empty({b, (l + kScanChunk - 1) / kScanChunk, n, e}, a, in.x.device());
   if (out.y.numel() == 0) {
     if (in.h0.defined())
       copy_(out.final_state, in.h0);
@@ -69,6 +68,7 @@ SelectiveScanOut selective_scan_forward(const SelectiveScanInputs& inputs, bool 
       zero_(out.final_state);
     return out;
   }
+  if (save_states) KRAIT_DISPATCH(in.x.device(), make_scan_states(out.states, in));
   KRAIT_DISPATCH(in.x.device(), selective_scan_forward(out.y, out.final_state, out.states, in));
   return out;
 }

@@ -119,6 +119,11 @@ int64_t groups_of(int64_t b, int64_t e) { return std::clamp<int64_t>(16 / std::m
 
 }  // namespace
 
+void make_scan_states(Tensor& states, const SelectiveScanInputs& in) {
+  const int64_t b = in.x.size(0), l = in.x.size(1), e = in.x.size(2), n = in.A.size(1);
+  states = empty({b, (l + kQ - 1) / kQ, n, e}, accum_dtype(in.x.dtype()), in.x.device());
+}
+
 void selective_scan_forward(Tensor& y_out, Tensor& final_out, Tensor& states_out, const SelectiveScanInputs& in) {
   const int64_t b = in.x.size(0), l = in.x.size(1), e = in.x.size(2), n = in.A.size(1);
   const int64_t blocks = blocks_of(e), chunks = (l + kQ - 1) / kQ;

@@ -151,6 +151,12 @@ void run_forward(Tensor& y, Tensor& final_state, const Tensor& states, const Sel
 
 }  // namespace
 
+void make_scan_states(Tensor& states, const SelectiveScanInputs& in) {
+  const int64_t b = in.x.size(0), l = in.x.size(1), e = in.x.size(2), n = in.A.size(1);
+  states = scan_walks(in) ? walk_states(in)
+                          : empty({b, ceil_div(l, kScanChunk), n, e}, accum_dtype(in.x.dtype()), in.x.device());
+}
+
 void selective_scan_forward(Tensor& y, Tensor& final_state, Tensor& states, const SelectiveScanInputs& in) {
   if (scan_walks(in)) return walk_forward(y, final_state, states, in);
   const int64_t b = in.x.size(0), l = in.x.size(1), e = in.x.size(2), n = in.A.size(1);

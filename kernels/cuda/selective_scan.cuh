@@ -127,6 +127,7 @@ void sum_scan_parts(SelectiveScanGrad& grad, const Tensor& da, const Tensor& row
 
 // bf16 with 16 states: a thread walks along a channel with all its states (selective_scan_walk*.cu).
 bool scan_walks(const SelectiveScanInputs& in);
+Tensor walk_states(const SelectiveScanInputs& in);
 void walk_forward(Tensor& y, Tensor& final_state, Tensor& states, const SelectiveScanInputs& in);
 void walk_backward(SelectiveScanGrad& grad, const Tensor& dy, const Tensor& dfinal, const SelectiveScanInputs& in,
                    const Tensor& states);

@@ -8,7 +8,7 @@ namespace {
 struct WalkOutputs {
   bf16* y;
   float* final_state;  // (b, e, n)
-  float* states;       // (b, chunks, n, e), before every kScanChunk-th position; may be null
+  uint4* states;       // (b, chunks, 2, e, 8) in bf16, before every kWalkKept-th position; may be null
   float* edges;        // (b, spans, n, e): what a span starts from, or makes of 0; null with one span
   float* deltas;       // (b, spans, e): sums of a span's time steps
 };
@@ -64,16 +64,20 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
     __syncthreads();
     fetched = fetch_state_rows(in, at.row, tile + kWalkRows, t1, wide);
     uint32_t marks = __ballot_sync(0xFFFFFFFFu, in.begins(at.row, int64_t{tile} + lane));
-    if (kOutput && out.states != nullptr && tile % kScanChunk == 0 && at.active) {
-      const int64_t chunks = (in.l + kScanChunk - 1) / kScanChunk;
-      float* to = out.states + (at.row * chunks + tile / kScanChunk) * kWalkStates * in.e + channel;
-#pragma unroll
-      for (int i = 0; i < kWalkStates; ++i) to[i * in.e] = h[i];
-    }
     const int end = tile + kWalkRows < t1 ? tile + kWalkRows : t1;
     const float4* row = rows[odd];
     for (int t = tile; t < end; buffer ^= 1) {
       copy(t + kCopied, buffer ^ 1);
+      if (kOutput && out.states != nullptr && t % kWalkKept == 0 && at.active) {
+        const int64_t chunks = (in.l + kWalkKept - 1) / kWalkKept;
+        uint4* to = out.states + (at.row * chunks + t / kWalkKept) * 2 * in.e + channel;
+        const auto four = [&](int i) {
+          return uint4{pack_pair(h[i], h[i + 1]), pack_pair(h[i + 2], h[i + 3]), pack_pair(h[i + 4], h[i + 5]),
+                       pack_pair(h[i + 6], h[i + 7])};
+        };
+        to[0] = four(0);
+        to[in.e] = four(8);
+      }
       walk_wait<1>();
       __syncwarp();
       const bf16* mine = stage[buffer][warp][0][0] + lane;
@@ -144,6 +148,11 @@ Tensor walk_input(const Tensor& t) {
   return copy;
 }
 
+Tensor walk_states(const SelectiveScanInputs& in) {
+  const int64_t chunks = ceil_div(in.x.size(1), kWalkKept);
+  return empty({in.x.size(0), chunks, 2, in.x.size(2), 8}, DType::bf16, in.x.device());
+}
+
 void walk_forward(Tensor& y, Tensor& final_state, Tensor& states, const SelectiveScanInputs& given) {
   SelectiveScanInputs in = given;
   in.x = walk_input(in.x);
@@ -158,7 +167,7 @@ void walk_forward(Tensor& y, Tensor& final_state, Tensor& states, const Selectiv
                       .grid_y = ceil_div(e, kWalkThreads),
                       .block = kWalkThreads,
                       .stream = current_stream(device)};
-  WalkOutputs out{y.data<bf16>(), final_state.data<float>(), states.defined() ? states.data<float>() : nullptr, nullptr,
+  WalkOutputs out{y.data<bf16>(), final_state.data<float>(), states.defined() ? reinterpret_cast<uint4*>(states.data<bf16>()) : nullptr, nullptr,
                   nullptr};
   Tensor edges, deltas;
   if (spans.count > 1) {

@@ -10,6 +10,7 @@ namespace krait::kernels::cuda {
 
 inline constexpr int kWalkThreads = 128, kWalkStates = 16;
 inline constexpr int kWalkRows = 32;  // positions of B and C that the block's threads fetch together
+inline constexpr int kWalkKept = 16;  // positions from one kept state to the next
 
 // Where a block works. Channels past e repeat the last one and store nothing.
 struct WalkPlace {
@@ -120,16 +121,13 @@ __device__ __forceinline__ float walk_reciprocal(float x) {
 }
 
 // Relative error below 1e-5 everywhere: a series where 1 + exp(-|x|) would round.
-__device__ __forceinline__ float walk_softplus(float x) {
-  const float p = scan_exp2(-fabsf(x) * static_cast<float>(kLog2E));
+__device__ __forceinline__ float walk_softplus_of(float x, float p) {  // p = exp(-|x|)
   const float series = p * (1.0f - p * (0.5f - p * (1.0f / 3.0f)));
   const float log = walk_log2(1.0f + p) * static_cast<float>(1.0 / kLog2E);
   return fmaxf(x, 0.0f) + (p < 0.03f ? series : log);
 }
-// softplus' at the place where softplus is y: 1 - exp(-y).
-__device__ __forceinline__ float walk_softplus_slope(float y) {
-  const float series = y * (1.0f - y * (0.5f - y * (1.0f / 6.0f)));
-  return y < 0.03f ? series : 1.0f - scan_exp2(-y * static_cast<float>(kLog2E));
+__device__ __forceinline__ float walk_softplus(float x) {
+  return walk_softplus_of(x, scan_exp2(-fabsf(x) * static_cast<float>(kLog2E)));
 }
 __device__ __forceinline__ float walk_sigmoid(float x) {
   return walk_reciprocal(1.0f + scan_exp2(-x * static_cast<float>(kLog2E)));

@@ -5,14 +5,14 @@ namespace krait::kernels::cuda {
 namespace {
 
 constexpr int kWalkWarps = kWalkThreads / 32;
-constexpr int kWalkAhead = 4;                                           // positions whose inputs are loaded together
-constexpr int kTile = 4;                                                // positions whose states are in registers
-constexpr int kTiles = static_cast<int>(kScanChunk) / kTile;
-constexpr int kKept = kTiles - 2;                                       // tiles whose first states are in shared memory
-constexpr int64_t kShared = kScanChunk * 128                              // rows of B and C
-                            + 2 * kWalkWarps * 512                        // sums of two tiles
-                            + int64_t{kWalkWarps} * 4 * kTile * 64        // the next tile's inputs
-                            + int64_t{kKept} * 2 * kWalkThreads * 16;     // first states, bf16
+constexpr int kWalkAhead = 4;  // positions whose inputs are loaded together
+constexpr int kTile = 4;       // positions prepared together
+constexpr int kTiles = kWalkKept / kTile;
+constexpr int kSlots = kWalkKept - 2;   // states of a chunk's positions in shared memory, the last two aside
+constexpr int kSumRow = 36;             // a position's dB and dC, padded
+constexpr int64_t kSlotBytes = 1024;    // a warp's states (2, 32, 8), or one of its inputs (kWalkKept, 32), in bf16
+constexpr int64_t kWarpBytes = (kSlots + 4) * kSlotBytes;
+constexpr int64_t kShared = kWalkWarps * kWarpBytes + kWalkKept * 128;
 
 struct WalkGradients {
   bf16 *dx, *ddt;  // (b, l, e)
@@ -42,18 +42,105 @@ struct Gate {
   }
 };
 
-// Rows 0 to 7 of c (16, 8) += a (16, 8) b (8, 8) in tf32; rows 8 to 15 are nobody's. Lane 4 g + t holds of a: row g,
-// columns t (a0) and t + 4 (a2); of b: rows t (b0) and t + 4 (b1), column g; of c: row g, columns 2t and 2t + 1.
-// With a0 one in row j, a2 in row k: c's rows j and k += sums of b0 and b1 over four lanes. `any` fills a's other rows:
-// registers that live anyway, so that no operand has to be put together.
-__device__ __forceinline__ void add_rows(float (&c)[4], float a0, float a2, float any1, float any3, float b0, float b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};\n"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(__float_as_uint(a0)), "r"(__float_as_uint(any1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(any3)),
-        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+// Four matrices (8, 8) of 16-byte rows; lane i gives the address of row i % 8 of matrix i / 8. Lane 4 g + t receives of
+// each the two values from column 2 t of row g; transposed: from row 2 t on of column g.
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
 }
+
+// c (16, 8) += a (16, 16) b (16, 8), bf16.
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Sums over a warp's channels of one quantity (dB or dC), as products on the tensor cores: for each position the states
+// (channels, 16) of a slot times a factor of each channel. The products hold the factors of eight positions as columns;
+// of each product one column counts.
+struct ChannelSums {
+  float now[4] = {}, other[4] = {};  // states lane / 4 (+ 8) x positions 2 (lane % 4) (+ 1), of eight and the other eight
+  uint32_t factors[4];
+
+  // rows: this warp's factors (kWalkKept, 32); half: positions 0 to 7 or 8 to 15 of the chunk.
+  __device__ __forceinline__ void load_factors(const char* rows, int half, uint32_t flip, int lane) {
+    load_matrices<false>(factors, rows + ((half * 512 + lane % 8 * 64) ^ flip) + lane / 8 * 16);
+  }
+  // kOdd: the position's last bit; mine: whether this lane has the position's column.
+  template <bool kOdd>
+  __device__ __forceinline__ void add(const char* slot, int lane, bool mine) {
+    const char* row = slot + lane / 8 % 2 * 512 + (lane / 16 * 8 + lane % 8) * 16;
+    uint32_t states[2][4];
+    load_matrices<true>(states[0], row);
+    load_matrices<true>(states[1], row + 256);
+    float sums[4] = {};
+    multiply(sums, states[0], factors[0], factors[1]);
+    multiply(sums, states[1], factors[2], factors[3]);
+    now[kOdd] = mine ? sums[kOdd] : now[kOdd];
+    now[2 + kOdd] = mine ? sums[2 + kOdd] : now[2 + kOdd];
+  }
+  __device__ __forceinline__ void turn(bool wanted) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) other[i] = wanted ? now[i] : other[i];
+  }
+  // Columns of to (kWalkKept, kSumRow); half: which eight positions came last.
+  __device__ __forceinline__ void store(float* to, int half, int lane) const {
+    to += lane % 4 * 2 * kSumRow + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = i % 2 * kSumRow + i / 2 * 8;
+      to[at + half * 8 * kSumRow] = now[i];
+      to[at + (1 - half) * 8 * kSumRow] = other[i];
+    }
+  }
+};
+
+// The states of this thread in a slot, or kept in global memory with `half` between their halves.
+struct StatePair {
+  uint4 low, high;
+  __device__ __forceinline__ static StatePair pack(const float (&h)[kWalkStates]) {
+    return {{pack_pair(h[0], h[1]), pack_pair(h[2], h[3]), pack_pair(h[4], h[5]), pack_pair(h[6], h[7])},
+            {pack_pair(h[8], h[9]), pack_pair(h[10], h[11]), pack_pair(h[12], h[13]), pack_pair(h[14], h[15])}};
+  }
+  __device__ __forceinline__ void store(char* slot, int lane) const {
+    uint4* to = reinterpret_cast<uint4*>(slot) + lane;
+    to[0] = low;
+    to[32] = high;
+  }
+  __device__ __forceinline__ static StatePair load(const char* slot, int lane) {
+    const uint4* from = reinterpret_cast<const uint4*>(slot) + lane;
+    return {from[0], from[32]};
+  }
+  __device__ __forceinline__ float operator[](int i) const {
+    const uint4& v = i < 8 ? low : high;
+    const int k = i % 8 / 2;
+    const uint32_t word = k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w;
+    return i % 2 == 0 ? low_half(word) : high_half(word);
+  }
+};
+
+// softplus and its derivative.
+struct TimeStep {
+  float delta, slope = 1;
+  __device__ __forceinline__ TimeStep(float raw, bool softplus) : delta(raw) {
+    if (!softplus) return;
+    const float p = scan_exp2(-fabsf(raw) * static_cast<float>(kLog2E));
+    delta = walk_softplus_of(raw, p);
+    slope = walk_reciprocal(1.0f + p) * (raw >= 0.0f ? 1.0f : p);
+  }
+};
 
 // What a span alone sends back: r = exp(delta A) lambda before its first position, and its sum of time steps.
 __global__ void __launch_bounds__(kWalkThreads, 3)
@@ -112,53 +199,59 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
   deltas[place * in.e + channel] = sum;
 }
 
-// The gradients of a span, from its last chunk to its first. A chunk is walked three times: forwards for the states
-// before each tile of kTile positions (kept in bf16), then per tile forwards with the tile's states kept in registers,
-// and backwards. Sums over the channels of a warp (dB, dC) are products with selecting matrices on the tensor cores,
-// over warps in shared memory, over blocks in a second pass: no atomics. kUsual: with softplus and a gate, and no branch
-// for either.
-// Bound by the special functions, b l e (3 n + 8) of them at 16 a cycle and multiprocessor, and by the instructions,
-// about as many: B32 E1536 L2048 1.6 ms at 1.7 GHz; three warps a scheduler do not hide every latency behind that.
+// The gradients of a span, from its last chunk of kWalkKept positions to its first. A chunk is walked twice: forwards
+// from the kept state before it, its states put into slots of shared memory (bf16), and backwards, where lambda takes the
+// slots that have served. Sums over the channels of a warp (dC, dB) read the slots as matrices for the tensor cores; over
+// warps they are made in shared memory, over blocks in a second pass: no atomics. A warp's inputs of the next chunk come
+// in the background into the rows that the walk backwards leaves, so chunks take the rows up and down in turn.
+// kUsual: with softplus and a gate, and no branch for either.
+// Bound by the instructions, about 460 a warp and position (B32 E1536 L2048 1.6 ms at 1.7 GHz), then by the special
+// functions, b l e (2 n + 7) of them at 16 a cycle and multiprocessor (1.1 ms); one H100 takes 2.1 ms.
 template <bool kUsual>
 __global__ void __launch_bounds__(kWalkThreads, 3)
-    walk_backward_kernel(const WalkGradients out, const WalkUpstream up, const float* __restrict__ states,
+    walk_backward_kernel(const WalkGradients out, const WalkUpstream up, const uint4* __restrict__ states,
                          const ScanView<bf16> in, int64_t length, int64_t spans, bool wide) {
-  extern __shared__ float4 shared[];
-  float4* rows = shared;                                            // (kScanChunk, 8)
-  float2* sums = reinterpret_cast<float2*>(rows + kScanChunk * 8);  // (2 tiles, warps, dC or dB, 32)
-  uint4* starts = reinterpret_cast<uint4*>(sums + 2 * kWalkWarps * 64);  // (kKept, 2, threads)
+  extern __shared__ uint4 walk_shared[];
+  char* shared = reinterpret_cast<char*>(walk_shared);
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, warp = tid / 32;
-  bf16* stage = reinterpret_cast<bf16*>(starts + kKept * 2 * kWalkThreads) + warp * 4 * kTile * 32;  // (4, kTile, 32)
+  char* slots = shared + warp * kWarpBytes;                                  // (kSlots)
+  char* stage = slots + kSlots * kSlotBytes;                                 // x, dt, dy, z, each (kWalkKept, 32)
+  char* spare = stage + 3 * kSlotBytes;                                      // a slot once z has served
+  float4* rows = reinterpret_cast<float4*>(shared + kWalkWarps * kWarpBytes);  // B and C (kWalkKept, 8)
   const WalkPlace at(in.e, in.l, length, spans);
-  const int t1 = at.t1;
+  const int t1 = at.t1, limit = at.active ? t1 : 0;
   const uint32_t channel = at.channel, e = static_cast<uint32_t>(in.e);
   const bool gated = kUsual || in.z != nullptr, softplus = kUsual || in.softplus;
-  const int64_t chunks = (in.l + kScanChunk - 1) / kScanChunk, begin = at.row * in.l * in.e;
+  const int64_t chunks = (in.l + kWalkKept - 1) / kWalkKept, begin = at.row * in.l * in.e;
   const uint32_t z_row = static_cast<uint32_t>(in.z_row), dz_row = static_cast<uint32_t>(out.dz_row);
   bf16 *dx_out = out.dx + begin, *ddt_out = out.ddt + begin, *y_out = out.y + begin;
   bf16* dz_out = out.dz + at.row * out.dz_batch;
   const float bias = in.bias == nullptr ? 0.0f : in.bias[channel], d = in.d == nullptr ? 0.0f : in.d[channel];
   float* bc = out.bc + (int64_t{blockIdx.y} * (gridDim.x / spans) + at.row) * in.l * (2 * kWalkStates);
 
-  // A lane copies 8 channels of position lane / 4 % 4 for its warp: of x or dt, and of dy or z.
+  // A lane copies 8 channels of position lane / 4 % 4 of a tile for its warp: of x or dt, and of dy or z.
   const uint32_t copied = at.warp_channel + lane % 4 * 8, copied_row = lane / 4 % 4;
   const bf16* copy_first = (lane < 16 ? in.x : in.dt) + begin;
   const bf16* copy_second = lane < 16 || !gated ? up.dy + begin : in.z + at.row * in.z_batch;
   const uint32_t second_row = lane < 16 || !gated ? e : z_row;
-  bf16* copy_to = stage + (lane / 16 * kTile + copied_row) * 32 + lane % 4 * 8;
-  const auto copy = [&](int from, bool both) {
-    const uint32_t t = static_cast<uint32_t>(from) + copied_row;
+  char* copy_to = stage + lane / 16 * kSlotBytes + lane % 4 * 16;
+  const auto copy = [&](int chunk_first, int tile, uint32_t flip) {
+    const uint32_t t = static_cast<uint32_t>(chunk_first + tile * kTile) + copied_row;
     const bool valid = copied < e && static_cast<int>(t) < t1;
-    walk_copy(copy_to, at_place(copy_first, t * e + copied), valid);
-    if (both) walk_copy(copy_to + 2 * kTile * 32, at_place(copy_second, t * second_row + copied), valid);
+    char* to = copy_to + ((tile * 256 + copied_row * 64) ^ flip);
+    walk_copy(to, at_place(copy_first, t * e + copied), valid);
+    walk_copy(to + 2 * kSlotBytes, at_place(copy_second, t * second_row + copied), valid);
     walk_commit();
   };
-  const bf16* mine = stage + lane;  // x; dt, dy and z each kTile * 32 on
+  char* mine = stage + lane * 2;  // x; dt, dy and z each kSlotBytes on
+  const auto value_at = [&](uint32_t place, int tensor) {
+    return staged(reinterpret_cast<const bf16*>(mine + place + tensor * kSlotBytes));
+  };
+  const auto set_value = [&](uint32_t place, int tensor, float v) {
+    *reinterpret_cast<bf16*>(mine + place + tensor * kSlotBytes) = static_cast<bf16>(v);
+  };
 
   float a[kWalkStates], r[kWalkStates], da[kWalkStates];
-  float select[8];  // select[j]: one in row j of an accumulator
-#pragma unroll
-  for (int i = 0; i < 8; ++i) select[i] = lane / 4 == i ? 1.0f : 0.0f;
 #pragma unroll
   for (int i = 0; i < kWalkStates; ++i) {
     a[i] = in.a[int64_t{channel} * kWalkStates + i] * static_cast<float>(kLog2E);
@@ -170,200 +263,174 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
   }
   float dd = 0, dbias = 0;
 
-  for (int chunk = (t1 - 1) / static_cast<int>(kScanChunk), next = 0; chunk * kScanChunk >= at.t0; --chunk, next = 1) {
-    const int first = chunk * static_cast<int>(kScanChunk);
-    const int tiles = ((t1 - first < kScanChunk ? t1 - first : static_cast<int>(kScanChunk)) + kTile - 1) / kTile;
-    if (next == 0) copy(first, tiles == 1);  // later chunks' first copy is under way
-    keep_state_rows(rows, fetch_state_rows(in, at.row, first, t1, wide));
-    keep_state_rows(rows + kWalkRows * 8, fetch_state_rows(in, at.row, first + kWalkRows, t1, wide));
-    uint32_t begins[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      begins[i] = __ballot_sync(0xFFFFFFFFu, in.begins(at.row, int64_t{first} + 32 * i + lane));
-    __syncthreads();
-    const auto marks_of = [&](int tile) { return (tile < kTiles / 2 ? begins[0] : begins[1]) >> (tile % 8 * kTile); };
+  uint32_t flip = 0;  // 64 * 15 in every other chunk, whose positions take the rows from the last on
+  int first = (t1 - 1) / kWalkKept * kWalkKept;
+  for (int tile = 0; tile < kTiles; ++tile) copy(first, tile, flip);
+  const auto fetch_rows = [&](int from) {
+    const int end = from + kWalkKept < t1 ? from + kWalkKept : t1;
+    return fetch_state_rows(in, at.row, from, end, wide);
+  };
+  const auto keep_rows = [&](const uint4& v) {
+    if (tid < 4 * kWalkKept) keep_state_rows(rows, v);
+  };
+  keep_rows(fetch_rows(first));
+  for (; first >= at.t0; first -= kWalkKept) {
+    const uint4* start = states + ((at.row * chunks + first / kWalkKept) * 2) * in.e + channel;
+    const uint32_t marks = __ballot_sync(0xFFFFFFFFu, in.begins(at.row, int64_t{first} + lane));
+    __syncthreads();  // rows
 
-    const float* start = states + (at.row * chunks + chunk) * kWalkStates * in.e + channel;
-    float h[kWalkStates];
+    ChannelSums dc;
+    StatePair before;  // of the position that comes next
+    {
+      before = {start[0], start[in.e]};
+      float h[kWalkStates];
 #pragma unroll
-    for (int i = 0; i < kWalkStates; ++i) h[i] = start[i * in.e];
+      for (int i = 0; i < kWalkStates; ++i) h[i] = before[i];
 #pragma unroll 1
-    for (int tile = 0; tile + 1 < tiles; ++tile) {
-      const uint32_t marks = marks_of(tile);
-      float delta[kTile], dx[kTile];
-      walk_wait<0>();
-      __syncwarp();
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const int from = first + tile * kTile;
+        const uint32_t tile_place = (tile * 256) ^ flip;
+        walk_wait<3>();
+        __syncwarp();
+        float delta[kTile], dx[kTile], skip[kTile], silu[kTile], of_u[kTile];
+#pragma unroll
+        for (int s = 0; s < kTile; ++s) {
+          const uint32_t place = tile_place ^ (s * 64);
+          const float value = value_at(place, 0), raw = value_at(place, 1) + bias;
+          delta[s] = softplus ? walk_softplus(raw) : raw;
+          if (from + s >= t1) delta[s] = 0;
+          const Gate gate(value_at(place, 2), gated ? value_at(place, 3) : 0.0f, gated);
+          set_value(place, 2, gate.g);
+          dx[s] = delta[s] * value;
+          skip[s] = d * value;
+          silu[s] = gate.silu;
+          of_u[s] = gate.of_u;
+          dd = fmaf(gate.g, value, dd);  // zeros were copied from t1 on
+        }
+        __syncwarp();
+        dc.load_factors(stage + 2 * kSlotBytes, tile / 2, flip, lane);
+        const auto advance = [&]<int s>() {
+          const float forget = forgetting(marks, tile * kTile + s);
+          const float4* row = rows + (tile * kTile + s) * 8;
+          float u[2] = {skip[s], 0};
+#pragma unroll
+          for (int q = 0; q < kWalkStates / 4; ++q) {
+            const float4 b = row[q], c = row[4 + q];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const int i = 4 * q + j;
+              h[i] = fmaf(scan_exp2(fmaf(delta[s], a[i], forget)), h[i], dx[s] * state_of(b, j));
+              u[j % 2] = fmaf(state_of(c, j), h[i], u[j % 2]);
+            }
+          }
+          const float pre = u[0] + u[1];
+          const bool real = from + s < limit;
+          const uint32_t t = static_cast<uint32_t>(from + s);
+          if (gated) store_if(real, at_place(dz_out, t * dz_row + channel), of_u[s] * pre);
+          store_if(real && out.y != nullptr, at_place(y_out, t * e + channel), silu[s] * pre);
+
+          const StatePair packed = StatePair::pack(h);
+          char* slot = s >= 2 && tile == kTiles - 1 ? spare : slots + (tile * kTile + s) * kSlotBytes;
+          if (s == 3) __syncwarp();  // the spare slot's last reader
+          packed.store(slot, lane);
+          if (s == 2) before = packed;
+          __syncwarp();
+          dc.template add<s % 2 == 1>(slot, lane, lane % 4 == tile % 2 * 2 + s / 2);
+        };
+        advance.template operator()<0>();
+        advance.template operator()<1>();
+        advance.template operator()<2>();
+        advance.template operator()<3>();
+        dc.turn(tile == 1);
+        walk_commit();  // an empty group, so that the next tile's is always the fourth last
+      }
+    }
+
+    const bool more = first > at.t0;
+    const uint4 fetched = fetch_rows(more ? first - kWalkKept : t1);
+    ChannelSums db;
+#pragma unroll 1
+    for (int tile = kTiles - 1; tile >= 0; --tile) {
+      const int from = first + tile * kTile;
+      const uint32_t tile_place = (tile * 256) ^ flip;
+      float delta[kTile], slope[kTile], value[kTile], g[kTile];
 #pragma unroll
       for (int s = 0; s < kTile; ++s) {
-        const float raw = staged(mine + (kTile + s) * 32) + bias;
-        delta[s] = softplus ? walk_softplus(raw) : raw;
-        dx[s] = delta[s] * staged(mine + s * 32);
+        const uint32_t place = tile_place ^ (s * 64);
+        value[s] = value_at(place, 0);
+        g[s] = value_at(place, 2);
+        const TimeStep step(value_at(place, 1) + bias, softplus);
+        delta[s] = from + s < t1 ? step.delta : 0.0f;
+        slope[s] = step.slope;
+        set_value(place, 0, delta[s] * value[s]);
       }
       __syncwarp();
-      copy(first + (tile + 1) * kTile, tile + 2 == tiles);
-#pragma unroll
-      for (int s = 0; s < kTile; ++s) {
-        const float forget = forgetting(marks, s);
+      db.load_factors(stage, tile / 2, flip, lane);
+      const auto retreat = [&]<int s>() {
+        const float forget = forgetting(marks, tile * kTile + s);
         const float4* row = rows + (tile * kTile + s) * 8;
+        const StatePair h = before;
+        // Slot s - 2 holds what comes before the next position; then it takes this one's lambda.
+        const bool inside = s >= 2 || tile > 0;
+        char* slot = slots + (tile * kTile + s + (inside ? -2 : kSlots - 2)) * kSlotBytes;
+        if (inside)
+          before = StatePair::load(slot, lane);
+        else if (s == 1)
+          before = {start[0], start[in.e]};
+        float lambda[kWalkStates], lambda_b[2] = {}, exponent[2] = {};
 #pragma unroll
         for (int q = 0; q < kWalkStates / 4; ++q) {
-          const float4 b = row[q];
+          const float4 b = row[q], c = row[4 + q];
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const int i = 4 * q + j;
-            h[i] = fmaf(scan_exp2(fmaf(delta[s], a[i], forget)), h[i], dx[s] * state_of(b, j));
+            lambda[i] = fmaf(g[s], state_of(c, j), r[i]);
+            r[i] = scan_exp2(fmaf(delta[s], a[i], forget)) * lambda[i];
+            const float of_exponent = r[i] * h[i];
+            lambda_b[j % 2] = fmaf(lambda[i], state_of(b, j), lambda_b[j % 2]);
+            exponent[j % 2] = fmaf(of_exponent, a[i], exponent[j % 2]);
+            da[i] = fmaf(of_exponent, delta[s], da[i]);
           }
         }
-      }
-      if (tile + 2 < tiles) {
-        uint4* to = starts + tile * 2 * kWalkThreads + tid;
-        to[0] = {pack_pair(h[0], h[1]), pack_pair(h[2], h[3]), pack_pair(h[4], h[5]), pack_pair(h[6], h[7])};
-        to[kWalkThreads] = {pack_pair(h[8], h[9]), pack_pair(h[10], h[11]), pack_pair(h[12], h[13]),
-                            pack_pair(h[14], h[15])};
-      }
-    }
+        StatePair::pack(lambda).store(slot, lane);
+        __syncwarp();
+        db.template add<s % 2 == 1>(slot, lane, lane % 4 == tile % 2 * 2 + s / 2);
 
-#pragma unroll 1
-    for (int tile = tiles - 1; tile >= 0; --tile) {
-      const int from = first + tile * kTile;
-      const uint32_t marks = marks_of(tile);
-      float delta[kTile], value[kTile], g[kTile];
-      walk_wait<0>();
-      __syncwarp();
-
-      if (tile == 0) {
-#pragma unroll
-        for (int i = 0; i < kWalkStates; ++i) h[i] = start[i * in.e];
-      } else if (tile + 1 < tiles) {
-        const uint4* kept = starts + (tile - 1) * 2 * kWalkThreads + tid;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint4 v = kept[half * kWalkThreads];
-          const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            h[8 * half + 2 * j] = low_half(words[j]);
-            h[8 * half + 2 * j + 1] = high_half(words[j]);
-          }
-        }
-      }
-
-      const int limit = at.active ? t1 : 0;
-      const uint32_t first_place = static_cast<uint32_t>(from) * e + channel;
-      float seen[kTile][kWalkStates];  // states after each position; the last one's are not used after this loop
-      float2* kept_sums = sums + (tile % 2 * kWalkWarps + warp) * 64 + lane;
-      float tile_c[4] = {};  // rows 2 s + state / 8, columns state % 8
-#pragma unroll
-      for (int s = 0; s < kTile; ++s) {
-        const float raw = staged(mine + (kTile + s) * 32) + bias;  // zeros were copied from t1 on
-        value[s] = staged(mine + s * 32);
-        delta[s] = softplus ? walk_softplus(raw) : raw;
-        if (from + s >= t1) delta[s] = 0;
-        const Gate gate(staged(mine + (2 * kTile + s) * 32), gated ? staged(mine + (3 * kTile + s) * 32) : 0.0f, gated);
-        g[s] = gate.g;
-        const float dx = delta[s] * value[s], forget = forgetting(marks, s);
-        const float4* row = rows + (tile * kTile + s) * 8;
-        float u[2] = {d * value[s], 0}, of_c[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float in_c[4] = {};  // rows: states; columns: sums over four lanes
-#pragma unroll
-          for (int q = 2 * half; q < 2 * half + 2; ++q) {
-            const float4 b = row[q], c = row[4 + q];
-            float to_c[4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              const int i = 4 * q + j;
-              const float before = s > 0 ? seen[s > 0 ? s - 1 : 0][i] : h[i];
-              seen[s][i] = fmaf(scan_exp2(fmaf(delta[s], a[i], forget)), before, dx * state_of(b, j));
-              u[j % 2] = fmaf(state_of(c, j), seen[s][i], u[j % 2]);
-              to_c[j] = g[s] * seen[s][i];
-            }
-            const int k = 4 * (q % 2);
-            add_rows(in_c, select[k], select[k + 1], a[k], a[k + 1], to_c[0], to_c[1]);
-            add_rows(in_c, select[k + 2], select[k + 3], a[k + 2], a[k + 3], to_c[2], to_c[3]);
-          }
-          of_c[half] = in_c[0] + in_c[1];
-        }
-        add_rows(tile_c, select[2 * s], select[2 * s + 1], a[2 * s], a[2 * s + 1], of_c[0], of_c[1]);
-        const float pre = u[0] + u[1];
-        const bool real = from + s < limit;
-        if (gated)
-          store_if(real, at_place(dz_out, static_cast<uint32_t>(from + s) * dz_row + channel), gate.of_u * pre);
-        store_if(real && out.y != nullptr, at_place(y_out, first_place + s * e), gate.silu * pre);
-      }
-      kept_sums[0] = {tile_c[0], tile_c[1]};
-
-      // The compiler would keep this tile's exponentials, B and C and spill them: after a shuffle and a warp barrier it
-      // cannot know that they are the same.
-#pragma unroll
-      for (int s = 0; s < kTile; ++s) delta[s] = __shfl_sync(0xFFFFFFFFu, delta[s], lane);
-      __syncwarp();
-      if (tile > 0)
-        copy(from - kTile, true);
-      else if (first > at.t0)
-        copy(first - static_cast<int>(kScanChunk), false);
-
-      float tile_b[4] = {};
-#pragma unroll
-      for (int s = kTile - 1; s >= 0; --s) {
-        const float dx = delta[s] * value[s], forget = forgetting(marks, s);
-        const float4* row = rows + (tile * kTile + s) * 8;
-        float lambda_b[2] = {}, exponent[2] = {}, of_b[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float in_b[4] = {};
-#pragma unroll
-          for (int q = 2 * half; q < 2 * half + 2; ++q) {
-            const float4 b = row[q], c = row[4 + q];
-            float to_b[4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              const int i = 4 * q + j;
-              const float lambda = fmaf(g[s], state_of(c, j), r[i]);
-              r[i] = scan_exp2(fmaf(delta[s], a[i], forget)) * lambda;
-              const float of_exponent =
-                  s > 0 ? r[i] * seen[s > 0 ? s - 1 : 0][i] : lambda * fmaf(-dx, state_of(b, j), seen[0][i]);
-              lambda_b[j % 2] = fmaf(lambda, state_of(b, j), lambda_b[j % 2]);
-              exponent[j % 2] = fmaf(of_exponent, a[i], exponent[j % 2]);
-              da[i] = fmaf(of_exponent, delta[s], da[i]);
-              to_b[j] = lambda * dx;
-            }
-            const int k = 4 * (q % 2);
-            add_rows(in_b, select[k], select[k + 1], a[k], a[k + 1], to_b[0], to_b[1]);
-            add_rows(in_b, select[k + 2], select[k + 3], a[k + 2], a[k + 3], to_b[2], to_b[3]);
-          }
-          of_b[half] = in_b[0] + in_b[1];
-        }
-        add_rows(tile_b, select[2 * s], select[2 * s + 1], a[2 * s], a[2 * s + 1], of_b[0], of_b[1]);
         const float total = lambda_b[0] + lambda_b[1];
-        float ddt = fmaf(exponent[0] + exponent[1], static_cast<float>(1.0 / kLog2E), value[s] * total);
-        if (softplus) ddt *= walk_softplus_slope(delta[s]);
+        const float ddt =
+            slope[s] * fmaf(exponent[0] + exponent[1], static_cast<float>(1.0 / kLog2E), value[s] * total);
         const bool real = from + s < limit;
-        store_if(real, at_place(dx_out, first_place + s * e), fmaf(delta[s], total, d * g[s]));
-        store_if(real, at_place(ddt_out, first_place + s * e), ddt);
+        const uint32_t place = static_cast<uint32_t>(from + s) * e + channel;
+        store_if(real, at_place(dx_out, place), fmaf(delta[s], total, d * g[s]));
+        store_if(real, at_place(ddt_out, place), ddt);
         dbias += real ? ddt : 0.0f;
-        dd = fmaf(g[s], value[s], dd);
-      }
-      kept_sums[32] = {tile_b[0], tile_b[1]};
-
-      if (tile % 2 != 0) continue;
-      __syncthreads();
-      // This thread's value of four positions: position tid / 32, dB or dC, state.
-      const int which = tid / 16 % 2, state = tid % 16, line = tid / 32 * 2 + state / 8;
-      const int word = (1 - which) * 64 + (line * 4 + state % 8 / 2) * 2 + state % 2;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int t = from + half * kTile + tid / 32;
-        if (t >= t1) continue;
-        const float* v = reinterpret_cast<const float*>(sums + half * kWalkWarps * 64) + word;
-        float s = v[0];
-#pragma unroll
-        for (int w = 1; w < kWalkWarps; ++w) s += v[w * 128];
-        bc[int64_t{t} * (2 * kWalkStates) + tid % 32] = s;
-      }
-      __syncthreads();
+      };
+      retreat.template operator()<3>();
+      retreat.template operator()<2>();
+      retreat.template operator()<1>();
+      retreat.template operator()<0>();
+      db.turn(tile == 2);
+      __syncwarp();
+      if (more)
+        copy(first - kWalkKept, kTiles - 1 - tile, flip ^ (15 * 64));
     }
+
+    // dB and dC of the chunk: the warps' own sums into slots that have served, then the sum of the warps.
+    float* sums = reinterpret_cast<float*>(shared + 4 * kSlotBytes);
+    db.store(sums + warp * (kWarpBytes / 4), 0, lane);
+    dc.store(sums + warp * (kWarpBytes / 4) + kWalkStates, 1, lane);
+    __syncthreads();
+    keep_rows(fetched);
+#pragma unroll
+    for (int k = 0; k < kTile; ++k) {
+      const int t = first + 4 * k + tid / 32;
+      const float* v = sums + (4 * k + tid / 32) * kSumRow + tid % 32;
+      float s = v[0];
+#pragma unroll
+      for (int w = 1; w < kWalkWarps; ++w) s += v[w * (kWarpBytes / 4)];
+      if (t < t1) bc[int64_t{t} * (2 * kWalkStates) + tid % 32] = s;
+    }
+    flip ^= 15 * 64;
   }
   walk_wait<0>();
 
@@ -421,7 +488,7 @@ void walk_backward(SelectiveScanGrad& grad, const Tensor& dy, const Tensor& dfin
                           grad.dh0.defined() ? grad.dh0.data<float>() : nullptr};
   LaunchConfig main = config;
   main.shared = kShared;
-  launch(gated && in.softplus ? walk_backward_kernel<true> : walk_backward_kernel<false>, main, out, up, states.data<float>(), view, spans.length, spans.count, wide);
+  launch(gated && in.softplus ? walk_backward_kernel<true> : walk_backward_kernel<false>, main, out, up, reinterpret_cast<const uint4*>(states.data<bf16>()), view, spans.length, spans.count, wide);
   sum_scan_parts(grad, da, rows, bc);
 }
 
