@@ -9,7 +9,12 @@ template <class A>
 __device__ __forceinline__ A sigmoid_of(A p) {
   return A(1) / (A(1) + exp(-p));
 }
-__device__ __forceinline__ float sigmoid_of(float p) { return __fdividef(1.0f, 1.0f + __expf(-p)); }
+__device__ __forceinline__ float sigmoid_of(float p) {
+  float power, s;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(p * -1.44269504f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0f + power));
+  return s;
+}
 
 // silu(p) without infinity times 0.
 template <class A>

@@ -4,17 +4,20 @@
 // The causal convolution of width 4: a thread walks along a tile of positions with a vector of channels, the last three
 // inputs in registers and the next four positions on their way. Bound by memory: forward 2 b l c sizeof(T) bytes,
 // backward 3; at 3 TB/s in bf16 B32 L2048 C1536 0.13 and 0.20 ms. silu needs 2 special functions a value, 0.06 ms.
+// A tile's start is as dear as a dozen positions: its filters lie 16 bytes a channel apart.
 namespace krait::kernels::cuda {
 
 namespace {
 
 constexpr int kFourThreads = 128, kNext = 4;
+constexpr int kForwardBlocks = 4, kBackwardBlocks = 5;  // on a multiprocessor
 
-// V values in one access of 8 or 16 bytes, packed.
+// V values in one access of 4, 8 or 16 bytes, packed.
 template <class T, int V>
 struct ConvVector {
   static constexpr int kBytes = V * static_cast<int>(sizeof(T));
-  using Word = std::conditional_t<kBytes == 16, uint4, uint2>;
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  using Word = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t>>;
   Word word;
 
   __device__ static ConvVector load(const T* p) { return {*reinterpret_cast<const Word*>(p)}; }
@@ -59,10 +62,14 @@ struct FourTaps {
   __device__ void start(const ConvInputs<T>& in, const ConvLine<T>& line, int64_t channel, int t0) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      bias[i] = in.bias == nullptr ? 0.0f : in.bias[channel + i];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) w[j][i] = in.weight[(channel + i) * 4 + j];
+      const float4 taps = reinterpret_cast<const float4*>(in.weight)[channel + i];
+      w[0][i] = taps.x;
+      w[1][i] = taps.y;
+      w[2][i] = taps.z;
+      w[3][i] = taps.w;
+      bias[i] = 0;
     }
+    if (in.bias != nullptr) load_values(bias, in.bias + channel);
 #pragma unroll
     for (int j = 0; j < 3; ++j) {
       const int s = t0 - 3 + j;
@@ -100,7 +107,7 @@ struct FourTaps {
 
 // kPacked: with documents.
 template <class T, int V, bool kPacked>
-__global__ void __launch_bounds__(kFourThreads)
+__global__ void __launch_bounds__(kFourThreads, kForwardBlocks)
     conv_four_forward_kernel(T* __restrict__ y, T* __restrict__ final_state, const ConvInputs<T> in, int64_t groups,
                              int64_t pieces, int64_t tiles, int64_t tile) {
   using Vector = ConvVector<T, V>;
@@ -108,13 +115,18 @@ __global__ void __launch_bounds__(kFourThreads)
   if (at.piece >= pieces) return;
   const ConvLine<T> line = in.line(at.row, at.channel);
   y += at.row * in.l * in.c + at.channel;
+  const int full = at.t0 + (at.t1 - at.t0) / kNext * kNext;
+  Vector raw[kNext];
+  if (full > at.t0) {
+#pragma unroll
+    for (int s = 0; s < kNext; ++s) raw[s] = Vector::load(line.x + (at.t0 + s) * line.stride);
+  }
   FourTaps<V> taps;
   taps.start(in, line, at.channel, at.t0);
 
-  const auto step = [&](int t, const Vector& raw) {
+  const auto step = [&](int t, const float(&now)[V]) {
     if (kPacked && t > at.t0 && !line.together(t - 1, t)) taps.forget();
-    float now[V], out[V];
-    raw.unpack(now);
+    float out[V];
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const float p = taps.filter(i, now[i]);
@@ -123,21 +135,21 @@ __global__ void __launch_bounds__(kFourThreads)
     Vector::store(y + t * in.c, out);
     taps.push(now);
   };
-  const int full = at.t0 + (at.t1 - at.t0) / kNext * kNext;
-  Vector now[kNext], next[kNext];
-  const auto load = [&](Vector(&to)[kNext], int from) {
-#pragma unroll
-    for (int s = 0; s < kNext; ++s) to[s] = Vector::load(line.x + (from + s) * line.stride);
-  };
-  if (full > at.t0) load(now, at.t0);
   for (int t = at.t0; t < full; t += kNext) {
-    load(next, t + kNext < full ? t + kNext : t);
+    const T* next = line.x + (t + kNext < full ? t + kNext : t) * line.stride;
 #pragma unroll
-    for (int s = 0; s < kNext; ++s) step(t + s, now[s]);
-#pragma unroll
-    for (int s = 0; s < kNext; ++s) now[s] = next[s];
+    for (int s = 0; s < kNext; ++s) {
+      float now[V];
+      raw[s].unpack(now);
+      raw[s] = Vector::load(next + s * line.stride);
+      step(t + s, now);
+    }
   }
-  for (int t = full; t < at.t1; ++t) step(t, Vector::load(line.x + t * line.stride));
+  for (int t = full; t < at.t1; ++t) {
+    float now[V];
+    Vector::load(line.x + t * line.stride).unpack(now);
+    step(t, now);
+  }
 
   if (at.t1 < in.l) return;
   for (int j = 0; j < 3; ++j)
@@ -148,18 +160,19 @@ __global__ void __launch_bounds__(kFourThreads)
 
 // A gradient at either end of the sequence: before its first position or in the final state.
 template <class T, int V>
-__device__ __noinline__ void store_edge(const ConvGradients<T>& grad, const ConvInputs<T>& in, const ConvPlace& at, int s,
-                                        float4 d) {
-  const float values[4] = {d.x, d.y, d.z, d.w};
+__device__ __noinline__ void store_edge(const ConvGradients<T>& grad, const ConvInputs<T>& in, int64_t row,
+                                        int64_t channel, int s, float2 d) {
+  const float values[2] = {d.x, d.y};
 #pragma unroll
   for (int i = 0; i < V; ++i)
-    grad.template store<float>(in.line(at.row, at.channel + i), at.row, at.channel + i, s, values[i]);
+    grad.template store<float>(in.line(row, channel + i), row, channel + i, s, values[i]);
 }
 
 // partial (pieces, 5, c): four rows of dweight and one of dbias.
 template <class T, int V, bool kPacked>
-__global__ void __launch_bounds__(kFourThreads)
-    conv_four_backward_kernel(const ConvGradients<T> grad, float* __restrict__ partial, const ConvInputs<T> in,
+__global__ void __launch_bounds__(kFourThreads, kBackwardBlocks)
+    conv_four_backward_kernel(const __grid_constant__ ConvGradients<T> grad, float* __restrict__ partial,
+                              const __grid_constant__ ConvInputs<T> in,
                               int64_t groups, int64_t pieces, int64_t tiles, int64_t tile) {
   using Vector = ConvVector<T, V>;
   const ConvPlace at(groups, V, in.l, tiles, tile);
@@ -168,6 +181,15 @@ __global__ void __launch_bounds__(kFourThreads)
   const ConvLine<T> line = in.line(at.row, at.channel);
   const T* dy = grad.dy + at.row * grad.dy_batch + at.channel;
   T* dx_row = grad.dx + at.row * grad.dx_batch + at.channel;
+  const int full = at.t0 + (at.t1 - at.t0) / kNext * kNext, seen = at.t1 + 3 < l ? at.t1 + 3 : l;
+  Vector raw_x[kNext], raw_dy[kNext];
+  if (full > at.t0) {
+#pragma unroll
+    for (int s = 0; s < kNext; ++s) {
+      raw_x[s] = Vector::load(line.x + (at.t0 + s) * line.stride);
+      raw_dy[s] = Vector::load(dy + (at.t0 + s) * grad.dy_row);
+    }
+  }
   FourTaps<V> taps;
   taps.start(in, line, at.channel, at.t0);
   float dw[4][V] = {}, db[V] = {}, dx[3][V] = {};  // dx[j]: of input t - 3 + j, when t comes
@@ -178,11 +200,12 @@ __global__ void __launch_bounds__(kFourThreads)
   const auto store = [&](int s, float(&d)[V]) {
     if (s < oldest) return;
     if (s < 0 || (grad.dfinal != nullptr && s >= l - 3))
-      store_edge<T, V>(grad, in, at, s, {d[0], d[1], d[2], d[3]});
+      store_edge<T, V>(grad, in, at.row, at.channel, s, {d[0], d[1]});
     else
       Vector::store(dx_row + s * grad.dx_row, d);
   };
-  const auto step = [&](int t, const Vector& raw_x, const Vector& raw_dy, bool own) {
+  // kInside: gradients of t - 3 are this tile's, and not an edge's.
+  const auto step = [&]<bool kInside>(int t, const float(&now)[V], float(&g)[V], bool own) {
     if (kPacked && t > at.t0) {
       back = back < 3 ? back + 1 : 3;
       if (!line.together(t - 1, t)) {
@@ -190,9 +213,6 @@ __global__ void __launch_bounds__(kFourThreads)
         back = 0;
       }
     }
-    float now[V], g[V];
-    raw_x.unpack(now);
-    raw_dy.unpack(g);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       if (in.silu) g[i] *= silu_slope(taps.filter(i, now[i]));
@@ -209,7 +229,10 @@ __global__ void __launch_bounds__(kFourThreads)
 #pragma unroll
       for (int i = 0; i < V; ++i) dx[j][i] = fmaf(seen ? taps.w[j][i] : 0.0f, g[i], dx[j][i]);
     }
-    store(t - 3, dx[0]);
+    if constexpr (kInside)
+      Vector::store(dx_row + (t - 3) * grad.dx_row, dx[0]);
+    else
+      store(t - 3, dx[0]);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       dx[0][i] = dx[1][i];
@@ -219,28 +242,31 @@ __global__ void __launch_bounds__(kFourThreads)
     taps.push(now);
   };
 
-  const int full = at.t0 + (at.t1 - at.t0) / kNext * kNext, seen = at.t1 + 3 < l ? at.t1 + 3 : l;
-  Vector now_x[kNext], next_x[kNext], now_dy[kNext], next_dy[kNext];
-  const auto load = [&](Vector(&to_x)[kNext], Vector(&to_dy)[kNext], int from) {
+  const int x_step = static_cast<int>(line.stride), dy_step = static_cast<int>(grad.dy_row);
+  const T *next_x = line.x + at.t0 * line.stride, *next_dy = dy + at.t0 * grad.dy_row;
+  const auto four = [&]<bool kInside>(int t) {
+    if (t + kNext < full) {  // else the last four once more
+      next_x += kNext * x_step;
+      next_dy += kNext * dy_step;
+    }
 #pragma unroll
     for (int s = 0; s < kNext; ++s) {
-      to_x[s] = Vector::load(line.x + (from + s) * line.stride);
-      to_dy[s] = Vector::load(dy + (from + s) * grad.dy_row);
+      float now[V], g[V];
+      raw_x[s].unpack(now);
+      raw_dy[s].unpack(g);
+      raw_x[s] = Vector::load(next_x + s * x_step);
+      raw_dy[s] = Vector::load(next_dy + s * dy_step);
+      step.template operator()<kInside>(t + s, now, g, true);
     }
   };
-  if (full > at.t0) load(now_x, now_dy, at.t0);
-  for (int t = at.t0; t < full; t += kNext) {
-    load(next_x, next_dy, t + kNext < full ? t + kNext : t);
-#pragma unroll
-    for (int s = 0; s < kNext; ++s) step(t + s, now_x[s], now_dy[s], true);
-#pragma unroll
-    for (int s = 0; s < kNext; ++s) {
-      now_x[s] = next_x[s];
-      now_dy[s] = next_dy[s];
-    }
+  if (full > at.t0) four.template operator()<false>(at.t0);
+  for (int t = at.t0 + kNext; t < full; t += kNext) four.template operator()<true>(t);
+  for (int t = full; t < seen; ++t) {
+    float now[V], g[V];
+    Vector::load(line.x + t * line.stride).unpack(now);
+    Vector::load(dy + t * grad.dy_row).unpack(g);
+    step.template operator()<false>(t, now, g, t < at.t1);
   }
-  for (int t = full; t < seen; ++t)
-    step(t, Vector::load(line.x + t * line.stride), Vector::load(dy + t * grad.dy_row), t < at.t1);
   // Inputs that no later position sees: the last ones of the sequence.
 #pragma unroll
   for (int j = 0; j < 3; ++j)
@@ -261,19 +287,31 @@ bool vectors(const Tensor& t, int values) {
 
 bool served(const CausalConv1dInputs& in) {
   const DType type = in.x.dtype();
-  return (type == DType::bf16 || type == DType::f32) && in.weight.size(1) == 4 && in.x.size(1) < (int64_t{1} << 30);
+  if (type != DType::bf16 && type != DType::f32) return false;
+  const bool aligned = aligned16(in.weight.data<float>(), conv_pointer<float>(in.bias));
+  return aligned && in.weight.size(1) == 4 && in.x.size(1) < (int64_t{1} << 30) && in.x.stride(1) < (int64_t{1} << 28);
 }
 
-// Long enough that the three inputs before a tile cost little, short enough for 100,000 threads.
-int64_t tile_of_four(int64_t b, int64_t l, int64_t groups) {
-  const int64_t wanted = std::clamp<int64_t>(b * l * groups / 100000, 32, 256);
-  return std::min(l, ceil_div(wanted, kNext) * kNext);
+// Positions of a tile so that whole waves of blocks have the least to do. The number of multiprocessors is a fixed one, so
+// that every GPU gives the same bits.
+int64_t tile_of_four(int64_t b, int64_t l, int64_t groups, int64_t blocks) {
+  constexpr int64_t kMultiprocessors = 132, kStart = 12;
+  int64_t best = 0, least = 0;
+  for (int64_t tile = 32; tile <= 512; tile += kNext) {
+    const int64_t waves = ceil_div(ceil_div(b * ceil_div(l, tile) * groups, kFourThreads), kMultiprocessors * blocks);
+    const int64_t cost = waves * (tile + kStart);
+    if (best == 0 || cost < least) {
+      best = tile;
+      least = cost;
+    }
+  }
+  return std::min(l, best);
 }
 
-template <class T, class F>
-void launch_four(const CausalConv1dInputs& in, int values, const F& run) {
+template <class F>
+void launch_four(const CausalConv1dInputs& in, int values, int64_t blocks, const F& run) {
   const int64_t b = in.x.size(0), l = in.x.size(1), groups = in.x.size(2) / values;
-  const int64_t tile = tile_of_four(b, l, groups), tiles = ceil_div(l, tile), pieces = b * tiles;
+  const int64_t tile = tile_of_four(b, l, groups, blocks), tiles = ceil_div(l, tile), pieces = b * tiles;
   run(LaunchConfig{.grid = ceil_div(pieces * groups, kFourThreads),
                    .block = kFourThreads,
                    .stream = current_stream(in.x.device())},
@@ -292,7 +330,7 @@ bool conv_four_forward(Tensor& y, Tensor& final_state, const CausalConv1dInputs&
   return visit_four(in.x.dtype(), [&]<class T>() {
     constexpr int V = 16 / sizeof(T);
     if (in.x.size(2) % V != 0 || !vectors<T>(in.x, V) || !vectors<T>(y, V)) return false;
-    launch_four<T>(in, V, [&](const LaunchConfig& config, int64_t groups, int64_t pieces, int64_t tiles, int64_t tile) {
+    launch_four(in, V, kForwardBlocks, [&](const LaunchConfig& config, int64_t groups, int64_t pieces, int64_t tiles, int64_t tile) {
       const auto kernel =
           in.segments.defined() ? conv_four_forward_kernel<T, V, true> : conv_four_forward_kernel<T, V, false>;
       launch(kernel, config, y.data<T>(), conv_pointer<T>(final_state), conv_inputs<T>(in),
@@ -306,9 +344,10 @@ bool conv_four_backward(Tensor& dx, Tensor& dinitial, Tensor& dweight, bool add_
                         const Tensor& dy, const Tensor& dfinal, const CausalConv1dInputs& in) {
   if (!served(in)) return false;
   return visit_four(in.x.dtype(), [&]<class T>() {
-    constexpr int V = 4;  // with 8 the gradients' registers would leave too few threads
+    constexpr int V = 2;  // with more the gradients' registers would leave too few threads
     if (in.x.size(2) % V != 0 || !vectors<T>(in.x, V) || !vectors<T>(dx, V) || !vectors<T>(dy, V)) return false;
-    launch_four<T>(in, V, [&](const LaunchConfig& config, int64_t groups, int64_t pieces, int64_t tiles, int64_t tile) {
+    if (dy.stride(1) >= int64_t{1} << 28) return false;
+    launch_four(in, V, kBackwardBlocks, [&](const LaunchConfig& config, int64_t groups, int64_t pieces, int64_t tiles, int64_t tile) {
       const Tensor partial = empty({pieces, 5, in.x.size(2)}, DType::f32, in.x.device());
       const auto kernel =
           in.segments.defined() ? conv_four_backward_kernel<T, V, true> : conv_four_backward_kernel<T, V, false>;

@@ -79,73 +79,85 @@ __global__ void __launch_bounds__(block_of(kGroup))
   }
 }
 
+// In bf16 the next row comes in while this one is worked on.
 template <class T, int kGroup, int kEach>
 __global__ void __launch_bounds__(kGroup, 512 / kGroup)
     gated_backward_kernel(T* __restrict__ dx, T* __restrict__ dz, T* __restrict__ y, float* __restrict__ partial_w,
                           const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ z,
                           const float* __restrict__ w, const float* __restrict__ rstd, RowSizes d, bool norm_first) {
   constexpr int V = 16 / sizeof(T), kVectors = kEach / V;
-  const int lane = static_cast<int>(threadIdx.x);
+  constexpr bool kAhead = sizeof(T) == 2;
+  struct Row { Packed<T, V> x[kVectors], z[kVectors], up[kVectors]; };
+  struct Values { float x[V], z[V], up[V], weight[V]; };
   const int64_t start = int64_t{blockIdx.y} * d.c;
-  float dw[kVectors][V] = {};
-  for (int64_t row = blockIdx.x; row < d.r; row += gridDim.x) {
-    Packed<T, V> xs[kVectors], zs[kVectors], ups[kVectors];
+  const auto column = [](int k) { return (k * kGroup + static_cast<int>(threadIdx.x)) * V; };
+  const auto load = [&](Row& to, int64_t row) {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      const int col = (k * kGroup + lane) * V;
-      if (col >= d.c) continue;
-      xs[k].load(x + row * d.e + start + col);
-      zs[k].load(z + row * d.z_row + start + col);
-      ups[k].load(dy + row * d.e + start + col);
+      if (column(k) >= d.c) continue;
+      to.x[k].load(x + row * d.e + start + column(k));
+      to.z[k].load(z + row * d.z_row + start + column(k));
+      to.up[k].load(dy + row * d.e + start + column(k));
     }
+  };
+  const auto unpack = [&](const Row& row, int k) {
+    Values to;
+    row.x[k].unpack(to.x);
+    row.z[k].unpack(to.z);
+    row.up[k].unpack(to.up);
+    load_values(to.weight, w + start + column(k));
+    return to;
+  };
+
+  float dw[kVectors][V] = {};
+  Row now, next;
+  if (blockIdx.x < d.r) load(now, blockIdx.x);
+  for (int64_t row = blockIdx.x; row < d.r; row += gridDim.x) {
+    const bool more = row + gridDim.x < d.r;
+    if (kAhead && more) load(next, row + gridDim.x);
     const float scale = rstd[row * gridDim.y + blockIdx.y];
     float sum[1] = {0};
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      const int col = (k * kGroup + lane) * V;
-      if (col >= d.c) continue;
-      float v[V], gate[V], up[V], weight[V];
-      xs[k].unpack(v);
-      zs[k].unpack(gate);
-      ups[k].unpack(up);
-      load_values(weight, w + start + col);
+      if (column(k) >= d.c) continue;
+      const Values in = unpack(now, k);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float product = up[i] * v[i] * gate_of<T>(gate[i]).s * scale;  // t vhat, whichever of the two holds s
+        const float product = in.up[i] * in.x[i] * gate_of<T>(in.z[i]).s * scale;  // t vhat, whichever of the two holds s
         dw[k][i] += product;
-        sum[0] += product * weight[i];
+        sum[0] += product * in.weight[i];
       }
     }
     group_sum<kGroup>(sum);
     const float mean = sum[0] / static_cast<float>(d.c);
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      const int col = (k * kGroup + lane) * V;
+      const int col = column(k);
       if (col >= d.c) continue;
-      float v[V], gate[V], up[V], weight[V], out[V], dgate[V];
-      xs[k].unpack(v);
-      zs[k].unpack(gate);
-      ups[k].unpack(up);
-      load_values(weight, w + start + col);
+      Values in = unpack(now, k);
+      float out[V], dgate[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const gate_of<T> g(gate[i]);
-        const float t = norm_first ? up[i] * g.s : up[i], vhat = (norm_first ? v[i] : v[i] * g.s) * scale;
-        const float dv = scale * (t * weight[i] - vhat * mean);
+        const gate_of<T> g(in.z[i]);
+        const float v = in.x[i], up = in.up[i], weight = in.weight[i];
+        const float t = norm_first ? up * g.s : up, vhat = (norm_first ? v : v * g.s) * scale;
+        const float dv = scale * (t * weight - vhat * mean);
         out[i] = norm_first ? dv : dv * g.s;
-        dgate[i] = (norm_first ? up[i] * vhat * weight[i] : dv * v[i]) * g.slope;
-        v[i] *= g.s * scale * weight[i];
+        dgate[i] = (norm_first ? up * vhat * weight : dv * v) * g.slope;
+        in.x[i] *= g.s * scale * weight;
       }
       store_values(dx + row * d.e + start + col, out);
       store_values(dz + row * d.dz_row + start + col, dgate);
-      if (y != nullptr) store_values(y + row * d.e + start + col, v);
+      if (y != nullptr) store_values(y + row * d.e + start + col, in.x);
     }
+    if constexpr (kAhead)
+      now = next;
+    else if (more)
+      load(now, row + gridDim.x);
   }
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-    const int col = (k * kGroup + lane) * V;
-    if (col < d.c) store_values(partial_w + int64_t{blockIdx.x} * d.e + start + col, dw[k]);
-  }
+  for (int k = 0; k < kVectors; ++k)
+    if (column(k) < d.c) store_values(partial_w + int64_t{blockIdx.x} * d.e + start + column(k), dw[k]);
 }
 
 template <class T, class A = accum_t<T>>
@@ -254,13 +266,15 @@ void gated_rms_norm_backward(Tensor& dx, Tensor& dz, Tensor& y, Tensor& dw, bool
       if (fits<T>(c) && rows_aligned<T>(x) && rows_aligned<T>(dy) && rows_aligned<T>(dx) && rows_aligned<T>(z) &&
           rows_aligned<T>(dz) && aligned16(y_again, w.data<A>())) {
         const auto run = [&]<int kGroup>() {
-          partial = empty({std::min(r, kMultiprocessors * 512 / kGroup), e}, DType::f32, x.device());
+          partial = empty({std::min<int64_t>(r, kMultiprocessors * (512 / kGroup)), e}, DType::f32, x.device());
           launch(gated_backward_kernel<T, kGroup, 16>,
                  {.grid = partial.size(0), .grid_y = groups, .block = kGroup, .stream = stream}, dx.data<T>(), dz.data<T>(),
                  y_again, partial.data<float>(), dy.data<T>(), x.data<T>(), z.data<T>(), w.data<float>(),
                  rstd.data<float>(), RowSizes{r, e, z.stride(0), dz.stride(0), static_cast<int>(c)}, norm_first);
         };
-        if (c <= 2048)
+        if (c <= 1536)
+          run.template operator()<96>();
+        else if (c <= 2048)
           run.template operator()<128>();
         else
           run.template operator()<256>();

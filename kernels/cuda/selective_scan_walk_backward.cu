@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
         const uint32_t tile_place = (tile * 256) ^ flip;
         walk_wait<3>();
         __syncwarp();
-        float delta[kTile], dx[kTile], skip[kTile], silu[kTile], of_u[kTile];
+        float delta[kTile], dx[kTile], skip[kTile], silu[kTile], of_u[kTile], g[kTile];
 #pragma unroll
         for (int s = 0; s < kTile; ++s) {
           const uint32_t place = tile_place ^ (s * 64);
@@ -300,13 +300,15 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
           delta[s] = softplus ? walk_softplus(raw) : raw;
           if (from + s >= t1) delta[s] = 0;
           const Gate gate(value_at(place, 2), gated ? value_at(place, 3) : 0.0f, gated);
-          set_value(place, 2, gate.g);
+          g[s] = gate.g;
           dx[s] = delta[s] * value;
           skip[s] = d * value;
           silu[s] = gate.silu;
           of_u[s] = gate.of_u;
           dd = fmaf(gate.g, value, dd);  // zeros were copied from t1 on
         }
+#pragma unroll
+        for (int s = 0; s < kTile; ++s) set_value(tile_place ^ (s * 64), 2, g[s]);  // after all that is read
         __syncwarp();
         dc.load_factors(stage + 2 * kSlotBytes, tile / 2, flip, lane);
         const auto advance = [&]<int s>() {
@@ -362,8 +364,9 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
         const TimeStep step(value_at(place, 1) + bias, softplus);
         delta[s] = from + s < t1 ? step.delta : 0.0f;
         slope[s] = step.slope;
-        set_value(place, 0, delta[s] * value[s]);
       }
+#pragma unroll
+      for (int s = 0; s < kTile; ++s) set_value(tile_place ^ (s * 64), 0, delta[s] * value[s]);
       __syncwarp();
       db.load_factors(stage, tile / 2, flip, lane);
       const auto retreat = [&]<int s>() {
