@@ -18,6 +18,7 @@ constexpr unsigned kAll = 0xFFFFFFFFu;
 constexpr uint32_t kOne = 0x3F80, kOnes = 0x3F803F80;  // 1 in bf16, once and twice
 
 constexpr int kParts = 4, kThreads = kParts * 128;
+constexpr uint32_t kSpareWarps = 0xEDC984;  // whose columns lie behind their rows: they have no Gamma to make
 
 // What the warps leave of a head for the one that puts it together. Warp (w, part): rows 16 w to 16 w + 15 and a quarter
 // of the columns.
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kernel(const Grads grad, co
     copy_wait<0>();
     __syncthreads();
     fetch_head(k + 1);
-    if (k > 0 && warp == 3 * k % 16) put_together(all_parts[(k - 1) % 2], grad, d, b, c, h0 + k - 1);
+    if (k > 0 && warp == static_cast<int>(kSpareWarps >> k % 6 * 4 & 15)) put_together(all_parts[(k - 1) % 2], grad, d, b, c, h0 + k - 1);
     if (k == heads) break;
     Parts& parts = all_parts[k % 2];
     const bf16 *x = stages + k % 2 * kStage, *dy = x + kSquare, *state = dy + kSquare, *dstate = state + kWide<N>;
@@ -225,31 +226,37 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kernel(const Grads grad, co
       }
     }
 
-    // e^{s_q} <dh_out, h_in>
-    float dot = 0;
+    // e^{s_q} <dh_out, h_in>: of the products of rows with rows what lies on the diagonal.
+    float crossed[2][4] = {};
 #pragma unroll
-    for (int at = tid; at < kRows * N / 8; at += kThreads) {
-      const int where = at / (N / 8) * kPitch<N> + at % (N / 8) * 8;
-      const uint4 u = *reinterpret_cast<const uint4*>(state + where), v = *reinterpret_cast<const uint4*>(dstate + where);
-      dot += low(u.x) * low(v.x) + high(u.x) * high(v.x) + low(u.y) * low(v.y) + high(u.y) * high(v.y) +
-             low(u.z) * low(v.z) + high(u.z) * high(v.z) + low(u.w) * low(v.w) + high(u.w) * high(v.w);
+    for (int m = 0; m < kPairs; ++m) {
+      uint32_t fa[4], fb[4];
+      corner.left(fa, dstate, kPitch<N>, 16 * w, first + 16 * m);
+      corner.right(fb, state, kPitch<N>, 16 * w, first + 16 * m);
+      mma_pair(crossed[0], crossed[1], fa, fb);
     }
+    float dot = g == 2 * t ? crossed[0][0] + crossed[1][2] : g == 2 * t + 1 ? crossed[0][1] + crossed[1][3] : 0.0f;
     for (int offset = 16; offset > 0; offset /= 2) dot += __shfl_xor_sync(kAll, dot, offset);
     if (lane == 0) parts.dot[warp] = dot * decay.total();
+
+    // own, 16 rows, times a tile of states: this warp's columns.
+    const auto own_times = [&](float(&sum)[2 * kPairs][4], const bf16* tile) {
+#pragma unroll
+      for (int q = 0; q < 4; ++q)
+#pragma unroll
+        for (int m = 0; m < kPairs; ++m) {
+          uint32_t fb[4];
+          corner.right_transposed(fb, tile, kPitch<N>, first + 16 * m, 16 * q);
+          mma_pair(sum[2 * m], sum[2 * m + 1], own[q], fb);
+        }
+    };
 
     // dC_i += e^{s_i} dy_i h_in
     const float in0 = decay.in[i], in1 = decay.in[i + 8];
     float carried[2] = {0, 0};
     {
       float sum[2 * kPairs][4] = {};
-#pragma unroll
-      for (int q = 0; q < 4; ++q)
-#pragma unroll
-        for (int m = 0; m < kPairs; ++m) {
-          uint32_t fb[4];
-          corner.right_transposed(fb, state, kPitch<N>, first + 16 * m, 16 * q);
-          mma_pair(sum[2 * m], sum[2 * m + 1], own[q], fb);
-        }
+      own_times(sum, state);
 #pragma unroll
       for (int m = 0; m < 2 * kPairs; ++m) {
         const bf16* own_c = c_tile + i * kPitch<N> + first + 8 * m + 2 * t;
@@ -267,14 +274,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kernel(const Grads grad, co
       for (int q = 0; q < 4; ++q) corner.left(own[q], x, kNarrow, 16 * w, 16 * q);
       const float out0 = decay.out[i], out1 = decay.out[i + 8];
       float sum[2 * kPairs][4] = {};
-#pragma unroll
-      for (int q = 0; q < 4; ++q)
-#pragma unroll
-        for (int m = 0; m < kPairs; ++m) {
-          uint32_t fb[4];
-          corner.right_transposed(fb, dstate, kPitch<N>, first + 16 * m, 16 * q);
-          mma_pair(sum[2 * m], sum[2 * m + 1], own[q], fb);
-        }
+      own_times(sum, dstate);
 #pragma unroll
       for (int m = 0; m < 2 * kPairs; ++m)
 #pragma unroll
