@@ -2,7 +2,13 @@
 // The ranks of the program stand for jobs of one, two and four processes, several at a time, so that none must be started.
 #include <unistd.h>
 
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <map>
+#include <optional>
 #include <set>
+#include <sstream>
 
 #include "tests/parallel/world.h"
 #include "tests/train/parallel_runs.h"
