@@ -2,6 +2,7 @@
 // matches the pattern and fuses it. Plans are kept per problem (shapes, strides, mask).
 #include <cudnn.h>
 
+#include <algorithm>
 #include <array>
 #include <deque>
 #include <limits>
@@ -20,8 +21,7 @@ namespace krait::kernels::cuda {
 namespace {
 
 constexpr size_t kOldestVersion = 90300;
-constexpr size_t kAnyLengthVersion = 91600;                   // older ones need extra masks for lk % 128 != 0
-constexpr int64_t kMaxBackwardWorkspace = int64_t{2} << 30;  // bytes, for dP
+constexpr size_t kAnyLengthVersion = 91600;  // older ones need extra masks for lk % 128 != 0
 
 void check(cudnnStatus_t status, std::source_location where = std::source_location::current()) {
   if (status == CUDNN_STATUS_SUCCESS) return;
@@ -204,6 +204,44 @@ cudnnHandle_t handle_of(Device device) {
   return h;
 }
 
+// Streams that parts of one job run on side by side: what one part leaves idle at its end, another fills.
+class Lanes {
+ public:
+  static constexpr size_t kCount = 1;
+  static Lanes& of(Device device) {
+    static std::map<int, std::unique_ptr<Lanes>> all;  // live as long as the process
+    std::unique_ptr<Lanes>& lanes = all[device.index];
+    if (!lanes) lanes = std::make_unique<Lanes>();
+    return *lanes;
+  }
+  Lanes() {
+    for (Lane& l : lanes_) {
+      if (&l != &lanes_[0]) krait::check(cudaStreamCreateWithFlags(&l.stream, cudaStreamNonBlocking));
+      krait::check(cudaEventCreateWithFlags(&l.event, cudaEventDisableTiming));
+    }
+  }
+  /// Lane 0 is the stream itself. The others begin behind what is queued on it, and it goes on behind them.
+  cudaStream_t stream(size_t lane) const { return lanes_[lane].stream; }
+  void fork(cudaStream_t from, size_t count) {
+    lanes_[0].stream = from;
+    if (count > 1) krait::check(cudaEventRecord(lanes_[0].event, from));
+    for (size_t i = 1; i < count; ++i) krait::check(cudaStreamWaitEvent(lanes_[i].stream, lanes_[0].event));
+  }
+  void join(size_t count) {
+    for (size_t i = 1; i < count; ++i) {
+      krait::check(cudaEventRecord(lanes_[i].event, lanes_[i].stream));
+      krait::check(cudaStreamWaitEvent(lanes_[0].stream, lanes_[i].event));
+    }
+  }
+
+ private:
+  struct Lane {
+    cudaStream_t stream = nullptr;
+    cudaEvent_t event = nullptr;
+  };
+  std::array<Lane, kCount> lanes_;
+};
+
 struct Plan {
   Graph graph;  // the plan refers to its descriptors
   std::vector<Descriptor> kept;
@@ -250,14 +288,16 @@ struct Plan {
     throw_error(reason);
   }
 
-  void execute(cudnnHandle_t handle, Device device, const std::map<int64_t, void*>& memory) const {
+  Tensor scratch(Device device) const { return empty({workspace}, DType::u8, device); }
+
+  // scratch: at least `workspace` bytes.
+  void execute(cudnnHandle_t handle, const Tensor& scratch, const std::map<int64_t, void*>& memory) const {
     std::vector<int64_t> uids;
     std::vector<void*> pointers;
     for (const auto& [uid, pointer] : memory) {
       uids.push_back(uid);
       pointers.push_back(pointer);
     }
-    const Tensor scratch = empty({workspace}, DType::u8, device);
     void* scratch_data = workspace > 0 ? scratch.raw_data() : nullptr;
     Descriptor pack(CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR);
     pack.set(CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, CUDNN_TYPE_INT64, static_cast<int64_t>(uids.size()), uids.data());
@@ -388,6 +428,34 @@ bool aligned(const Tensor& t) {
   return true;
 }
 
+// What one call of the backward takes: rows of the batch, and key heads of a row with their query heads. More than one
+// row only with all heads. No rows: the workspace of a single key head is too large. lanes: calls side by side.
+struct Share {
+  int64_t rows, key_heads;
+  size_t lanes;
+};
+
+// cuDNN keeps dP of every query head, padded to its tiles. Two calls side by side with 512 MiB each take no longer than
+// one with everything; smaller ones take longer, the more so the longer the sequence. Shares are as equal as they can
+// be: there are at most two sizes, each a plan of its own.
+Share backward_share(const Tensor& q, const Tensor& k, int64_t bytes) {
+  constexpr int64_t kLane = int64_t{512} << 20;
+  const auto padded = [](int64_t l, int64_t to) { return (l + to - 1) / to * to; };
+  const int64_t b = q.size(0), hkv = k.size(2);
+  const int64_t of_head = q.size(2) / hkv * padded(q.size(1), 64) * padded(k.size(1), 128) * 2, of_row = hkv * of_head;
+  const auto equal = [](int64_t all, int64_t most) {
+    if (most == 0) return int64_t{0};
+    const int64_t parts = (all + most - 1) / most;
+    return (all + parts - 1) / parts;
+  };
+  for (const size_t lanes : {Lanes::kCount, size_t{1}}) {
+    const int64_t each = lanes > 1 ? std::min(kLane, bytes / static_cast<int64_t>(lanes)) : bytes;
+    if (const int64_t rows = equal(b, each / of_row)) return {rows, hkv, lanes};
+    if (const int64_t heads = equal(hkv, each / of_head)) return {1, heads, lanes};
+  }
+  return {0, 0, 0};
+}
+
 int capability(Device device) {
   static std::map<int, int> known;
   const std::lock_guard lock(cudnn_mutex());
@@ -413,10 +481,8 @@ bool attention_cudnn_supported(const Tensor& q, const Tensor& k, const Tensor& v
 
 bool attention_cudnn_backward_supported(const Tensor& q, const Tensor& k, const Tensor& v,
                                         const AttentionOptions& options) {
-  const auto padded = [](int64_t l, int64_t to) { return (l + to - 1) / to * to; };
-  const int64_t dp_bytes = q.size(0) * q.size(2) * padded(q.size(1), 64) * padded(k.size(1), 128) * 2;
   return attention_cudnn_supported(q, k, v, options) && capability(q.device()) / 10 == 9 &&
-         dp_bytes <= kMaxBackwardWorkspace;
+         backward_share(q, k, options.vendor_bytes).rows > 0;
 }
 
 bool attention_forward_cudnn(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -430,7 +496,7 @@ bool attention_forward_cudnn(Tensor& o, Tensor& lse, const Tensor& q, const Tens
   std::map<int64_t, void*> memory{{kQ, q.raw_data()}, {kK, k.raw_data()},     {kV, v.raw_data()},
                                   {kO, o.raw_data()}, {kStats, lse.raw_data()}, {kScale, &scale}};
   if (options.causal) memory[kMinusInfinity] = &g_minus_infinity;
-  plan->execute(handle, q.device(), memory);
+  plan->execute(handle, plan->scratch(q.device()), memory);
   return true;
 }
 
@@ -440,18 +506,49 @@ bool attention_backward_cudnn(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& 
     if (!aligned(t)) return false;
   const std::lock_guard lock(cudnn_mutex());
   const cudnnHandle_t handle = handle_of(q.device());
-  const Plan* plan =
-      plan_of("backward", options.causal, {q, k, v, o, do_, dq, dk, dv}, handle,
-              [&](Graph& g) { list_backward(g, dq, dk, dv, do_, q, k, v, o, options.causal); });
-  if (!plan) return false;
-  const Tensor delta = empty(lse.shape(), DType::f32, q.device());
+  struct Part {
+    Tensor q, k, v, o, lse, do_, dq, dk, dv;
+    const Plan* plan;
+  };
+  std::vector<Part> parts;
+  const Share share = backward_share(q, k, options.vendor_bytes);
+  const int64_t b = q.size(0), hkv = k.size(2), group = q.size(2) / hkv;
+  for (int64_t row = 0; row < b; row += share.rows)
+    for (int64_t head = 0; head < hkv; head += share.key_heads) {
+      const int64_t end_row = std::min(b, row + share.rows), end_head = std::min(hkv, head + share.key_heads);
+      const auto keys = [&](const Tensor& t) { return t.slice(0, row, end_row).slice(2, head, end_head); };
+      const auto queries = [&](const Tensor& t) {
+        return t.slice(0, row, end_row).slice(2, head * group, end_head * group);
+      };
+      Part p{queries(q), keys(k), keys(v), queries(o), lse.slice(0, row, end_row).slice(1, head * group, end_head * group),
+             queries(do_), queries(dq), keys(dk), keys(dv), nullptr};
+      p.plan = plan_of("backward", options.causal, {p.q, p.k, p.v, p.o, p.do_, p.dq, p.dk, p.dv}, handle, [&](Graph& g) {
+        list_backward(g, p.dq, p.dk, p.dv, p.do_, p.q, p.k, p.v, p.o, options.causal);
+      });
+      if (!p.plan) return false;
+      parts.push_back(std::move(p));
+    }
+  const size_t count = std::min(parts.size(), share.lanes);
+  std::vector<Tensor> scratch(count), delta(count);
+  for (size_t i = 0; i < count; ++i) {  // the first part is the largest
+    scratch[i] = parts[0].plan->scratch(q.device());
+    delta[i] = empty(parts[0].lse.shape(), DType::f32, q.device());
+  }
+  Lanes& lanes = Lanes::of(q.device());
+  lanes.fork(static_cast<cudaStream_t>(current_stream(q.device()).handle), count);
   float scale = static_cast<float>(options.scale);
-  std::map<int64_t, void*> memory{{kQ, q.raw_data()},     {kK, k.raw_data()},       {kV, v.raw_data()},
-                                  {kO, o.raw_data()},     {kStats, lse.raw_data()}, {kDo, do_.raw_data()},
-                                  {kDq, dq.raw_data()},   {kDk, dk.raw_data()},     {kDv, dv.raw_data()},
-                                  {kScale, &scale},       {kOne, &g_one},           {kDelta, delta.raw_data()}};
-  if (options.causal) memory[kMinusInfinity] = &g_minus_infinity;
-  plan->execute(handle, q.device(), memory);
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const Part& p = parts[i];
+    const size_t lane = i % count;
+    std::map<int64_t, void*> memory{{kQ, p.q.raw_data()},   {kK, p.k.raw_data()},       {kV, p.v.raw_data()},
+                                    {kO, p.o.raw_data()},   {kStats, p.lse.raw_data()}, {kDo, p.do_.raw_data()},
+                                    {kDq, p.dq.raw_data()}, {kDk, p.dk.raw_data()},     {kDv, p.dv.raw_data()},
+                                    {kScale, &scale},       {kOne, &g_one},             {kDelta, delta[lane].raw_data()}};
+    if (options.causal) memory[kMinusInfinity] = &g_minus_infinity;
+    check(cudnnSetStream(handle, lanes.stream(lane)));
+    p.plan->execute(handle, scratch[lane], memory);
+  }
+  lanes.join(count);
   return true;
 }
 

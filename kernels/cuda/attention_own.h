@@ -28,7 +28,8 @@ void attention_forward_decode(Tensor& o, Tensor& lse, const Tensor& q, const Ten
 /// full attention or causal with lq == lk and no offset; no window, documents, ALiBi, cache lengths or
 /// dropout.
 /// Forward: compute capability 8.0. Backward, where only a deterministic plan will do: Hopper, and a workspace for dP
-/// (cuDNN keeps that matrix to make dq without atomics) of at most 2 GiB.
+/// (cuDNN keeps that matrix to make dq without atomics) within options.vendor_bytes for a key head and its query heads.
+/// As many heads as fit are worked off at a time.
 bool attention_cudnn_supported(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);
 bool attention_cudnn_backward_supported(const Tensor& q, const Tensor& k, const Tensor& v,
                                         const AttentionOptions& options);

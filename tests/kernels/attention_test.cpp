@@ -167,6 +167,23 @@ TEST_CASE("cuDNN and the own kernel equal the CPU and repeat bit for bit", "[cud
   check_shape(1, 77, 2, 2, 40, true);
 }
 
+TEST_CASE("a small workspace is used several times, and the results stay", "[cuda]") {
+  if (cuda_device_count() == 0) return;
+  const int64_t b = 5, l = 256, hq = 12, hkv = 6, of_head = 2 * l * l * 2;  // of a key head
+  const Inputs in(b, l, l, hq, hkv, 64, DType::bf16, cuda_device());
+  AttentionOptions options;
+  const All expected(in, options);
+  for (const int64_t bytes : {2 * hkv * of_head, hkv * of_head, 4 * of_head, of_head, of_head - 1}) {
+    INFO("bytes " << bytes);
+    options.vendor_bytes = bytes;
+    const All found(in, options), again(in, options);
+    for (size_t i = 0; i < 5; ++i) {
+      CHECK(relative_error(found.tensors()[i], expected.tensors()[i]) < 1e-2);
+      CHECK(same_bits(found.tensors()[i], again.tensors()[i]));
+    }
+  }
+}
+
 TEST_CASE("slices of a fused projection give what separate tensors give on cuda", "[cuda]") {
   if (cuda_device_count() == 0) return;
   const int64_t b = 2, l = 192, hq = 4, hkv = 2, d = 64;
