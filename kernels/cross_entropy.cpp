@@ -32,6 +32,14 @@ void check_count(const Tensor& count, Device device) {
               "cross_entropy: count is {}, expected one float32 on {}", describe(count), device);
 }
 
+// The count that was given, or that of the targets. On a CPU they are looked at in any case: bad ones are an error.
+Tensor count_or(const Tensor& given, const Tensor& targets, int64_t valid, int64_t ignore_index) {
+  if (given.defined()) check_count(given, targets.device());
+  if (given.defined() && targets.device().is_cuda()) return given;
+  const Tensor counted = count_targets(targets, valid, ignore_index);
+  return given.defined() ? given : counted;
+}
+
 Tensor reduce(const Tensor& rows, const Tensor& count, double scale) {
   Tensor out = empty({}, rows.dtype(), rows.device());
   KRAIT_DISPATCH(rows.device(), cross_entropy_reduce(out, rows, count, scale));
@@ -55,10 +63,8 @@ CrossEntropyOut cross_entropy_forward(const Tensor& logits_in, const Tensor& tar
   const Tensor logits = logits_in.contiguous(), targets = targets_in.contiguous();
   const DType accum = accum_dtype(logits.dtype());
   const Shape rows{logits.size(0)};
-  const Tensor kept = count_targets(targets, valid, options.ignore_index);
-  if (count.defined()) check_count(count, logits.device());
   CrossEntropyOut out{{}, empty(rows, accum, logits.device()), empty(rows, accum, logits.device()),
-                      count.defined() ? count : kept};
+                      count_or(count, targets, valid, options.ignore_index)};
   Tensor losses = empty(rows, accum, logits.device()), no_gradient;
   KRAIT_DISPATCH(logits.device(), cross_entropy_rows(losses, out.nll, out.lse, no_gradient, logits, targets, out.count,
                                                      1.0, valid, options));
@@ -81,11 +87,14 @@ void cross_entropy_backward(Tensor& dlogits, const Tensor& dloss, const Tensor& 
 
 namespace {
 
-// Large enough that each product is one the hardware runs well, small enough that a chunk's logits stay modest.
-int64_t rows_per_chunk(int64_t v, DType dtype, Device device) {
+// Large enough that each product is one the hardware runs well and that reading and writing the gradient of w for each
+// chunk costs little, small enough that a chunk's logits stay modest. Chunks that fit a GPU's cache would spare the rows'
+// kernel the memory, but cost the products more than that. As equal as multiples of 128 can be.
+int64_t rows_per_chunk(int64_t t, int64_t v, DType dtype, Device device) {
   const int64_t row = v * size_of(dtype);
-  if (device.is_cuda()) return std::max<int64_t>(128, (int64_t{512} << 20) / row / 128 * 128);
-  return std::max<int64_t>(192, (int64_t{1} << 20) / row / 96 * 96);  // 1 MiB: second-level caches of two cores
+  if (device.is_cpu()) return std::max<int64_t>(192, (int64_t{1} << 20) / row / 96 * 96);  // second-level caches of two cores
+  const int64_t most = std::max<int64_t>(128, (int64_t{832} << 20) / row), parts = std::max<int64_t>(1, (t + most - 1) / most);
+  return std::max<int64_t>(128, (t + parts * 128 - 1) / (parts * 128) * 128);
 }
 
 }  // namespace
@@ -130,9 +139,8 @@ Rows linear_rows(Tensor& dx, const Tensor& x, const Tensor& w, const Tensor& tar
   const int64_t valid = valid_columns(whole, job.options);
   const Device device = x.device();
   const DType accum = accum_dtype(x.dtype());
-  const Tensor kept = count_targets(targets, valid, job.options.ignore_index);
-  Rows out{empty({t}, accum, device), empty({t}, accum, device), job.count.defined() ? job.count : kept};
-  check_count(out.count, device);
+  Rows out{empty({t}, accum, device), empty({t}, accum, device),
+           count_or(job.count, targets, valid, job.options.ignore_index)};
   const Tensor lse = empty({t}, accum, device);
   if (job.want_dx) dx = empty({t, x.size(1)}, x.dtype(), device);
   Tensor dw = job.dw_sum;
@@ -140,7 +148,7 @@ Rows linear_rows(Tensor& dx, const Tensor& x, const Tensor& w, const Tensor& tar
 
   // Every member must cut the rows alike, also where its share of the vocabulary is smaller.
   const int64_t columns = sharded ? (whole + shard.group->size() - 1) / shard.group->size() : v;
-  const int64_t chunk = std::min(t, job.chunk_rows > 0 ? job.chunk_rows : rows_per_chunk(columns, x.dtype(), device));
+  const int64_t chunk = std::min(t, job.chunk_rows > 0 ? job.chunk_rows : rows_per_chunk(t, columns, x.dtype(), device));
   const Tensor buffer = empty({chunk, v}, x.dtype(), device);
   for (int64_t begin = 0; begin < t; begin += chunk) {
     const int64_t end = std::min(t, begin + chunk);

@@ -10,7 +10,7 @@ namespace krait::train {
 namespace {
 
 constexpr double kGiB = 1024.0 * 1024 * 1024;
-constexpr double kLogitsBytes = 512.0 * 1024 * 1024;  // a chunk of logits (kernels/cross_entropy.cpp)
+constexpr double kLogitsBytes = 832.0 * 1024 * 1024;  // a chunk of logits (kernels/cross_entropy.cpp)
 constexpr double kMatmulWorkspace = 64.0 * 1024 * 1024;
 constexpr double kOutsideGiB = 0.9;  // the CUDA context and the libraries, beside Krait's own allocations
 constexpr double kOverlap = 0.6;     // of the backward pass, behind which gradients can be reduced

@@ -29,6 +29,25 @@ __device__ A exp_for(A x) {
     return exp_of(x);
 }
 
+// exp(x - shift). For bf16 as a power of two: one multiply-add and the hardware's function.
+constexpr float kLog2e = 1.4426950408889634f;
+template <class T, class A>
+struct ShiftedExp {
+  A shift;  // of the argument; for bf16 times log2 e
+  __device__ explicit ShiftedExp(A by) : shift(by) {
+    if constexpr (std::is_same_v<T, bf16>) shift = fmaxf(by, -1e38f) * kLog2e;  // finite: -infinity - shift must be
+  }
+  __device__ A operator()(A x) const {
+    if constexpr (std::is_same_v<T, bf16>) {
+      float y;
+      asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fmaf(x, kLog2e, -shift)));
+      return y;
+    } else {
+      return exp_of(x - shift);
+    }
+  }
+};
+
 // Its absolute error is a few 1e-7: what counts in a logit. A quotient by infinity is 0.
 template <class T, class A>
 __device__ A tanh_for(A x) {
@@ -90,7 +109,8 @@ struct Settings {
   double smoothing, z_loss, cap;
 };
 
-constexpr int kMaxRowThreads = 1024;  // of a block, for long rows: at most 64 registers a thread
+constexpr int kMaxRowThreads = 512;  // of a block, for long rows
+constexpr int kRowBlocks = 3;        // of them on a multiprocessor: while one waits for its row, others compute
 
 // A logit as the loss sees it. kCapped is a compile-time value, so that without a cap nothing is there.
 template <bool kCapped, class T, class A>
@@ -105,53 +125,73 @@ __device__ A seen(T x, A cap, A inverse_cap) {
 template <class T, class A, int V, bool kCapped>
 __device__ void gradient_row(T* ds, const T* s, int64_t y, A lse, A factor, const Settings& o) {
   const bool ignored = y == o.ignore, bad = !ignored && (y < 0 || y >= o.whole);
-  const A of_p = factor * (A(1) + A(2 * o.z_loss) * lse);
+  const A of_p = bad ? std::numeric_limits<A>::quiet_NaN() : factor * (A(1) + A(2 * o.z_loss) * lse);
   const A smooth = factor * A(o.smoothing / static_cast<double>(o.whole)), hit = factor * A(1 - o.smoothing);
   const A cap = A(o.cap), inverse_cap = kCapped ? A(1 / o.cap) : A(0);
-  const int v = static_cast<int>(o.v), valid = static_cast<int>(o.valid), target = static_cast<int>(y - o.first);
-  for (int i = threadIdx.x * V; i < v; i += blockDim.x * V) {
-    Pack<T, V> p{};
-    if (!ignored) {
-      p = *reinterpret_cast<const Pack<T, V>*>(s + i);
+  const int v = static_cast<int>(o.v), valid = static_cast<int>(o.valid), stride = static_cast<int>(blockDim.x) * V;
+  const int target = ignored || y < o.first || y >= o.first + o.valid ? -V : static_cast<int>(y - o.first);
+  const ShiftedExp<T, A> exp_minus_lse(lse);
+  const auto one = [&](Pack<T, V> p, int i) {
 #pragma unroll
-      for (int q = 0; q < V; ++q) {
-        const A s_q = seen<kCapped>(p.at[q], cap, inverse_cap);
-        A d = of_p * exp_for<T>(s_q - lse) - smooth;
-        if (i + q == target) d -= hit;
-        if constexpr (kCapped) d *= A(1) - s_q * inverse_cap * (s_q * inverse_cap);
-        if (i + q >= valid) d = A(0);
-        if (bad) d = std::numeric_limits<A>::quiet_NaN();
-        p.at[q] = static_cast<T>(d);
-      }
+    for (int q = 0; q < V; ++q) {
+      const A s_q = seen<kCapped>(p.at[q], cap, inverse_cap);
+      A d = of_p * exp_minus_lse(s_q) - smooth;
+      if (i + q == target) d -= hit;
+      if constexpr (kCapped) d *= A(1) - s_q * inverse_cap * (s_q * inverse_cap);
+      p.at[q] = static_cast<T>(d);
     }
+    if (i + V > valid && !bad)
+      for (int q = 0; q < V; ++q)
+        if (i + q >= valid) p.at[q] = T(0.0f);
     *reinterpret_cast<Pack<T, V>*>(ds + i) = p;
+  };
+  int i = static_cast<int>(threadIdx.x) * V;
+  if (ignored) {
+    for (; i < v; i += stride) *reinterpret_cast<Pack<T, V>*>(ds + i) = Pack<T, V>{};
+    return;
   }
+  for (; i + stride < v; i += 2 * stride) {  // two reads in flight
+    const Pack<T, V> a = *reinterpret_cast<const Pack<T, V>*>(s + i);
+    const Pack<T, V> b = *reinterpret_cast<const Pack<T, V>*>(s + i + stride);
+    one(a, i);
+    one(b, i + stride);
+  }
+  if (i < v) one(*reinterpret_cast<const Pack<T, V>*>(s + i), i);
 }
 
 // Of the whole block over one row; every thread gets it.
 template <bool kCapped, int V, class T, class A = accum_t<T>>
 __device__ Softmax<A> softmax_of_row(const T* s, A cap, A inverse_cap, const Settings& o) {
   Softmax<A> mine{std::numeric_limits<A>::lowest(), A(0), A(0)};
-  const int valid = static_cast<int>(o.valid);
+  const int valid = static_cast<int>(o.valid), whole = valid / V * V, stride = static_cast<int>(blockDim.x) * V;
   const bool smoothing = o.smoothing != 0.0;
-  for (int i = threadIdx.x * V; i < valid; i += blockDim.x * V) {
-    const Pack<T, V> p = *reinterpret_cast<const Pack<T, V>*>(s + i);
-    A x[V], high = mine.top;
+  const auto absorb = [&]<int N>(const Pack<T, N>& p) {
+    A x[N], high = mine.top;
 #pragma unroll
-    for (int q = 0; q < V; ++q) {
-      x[q] = i + q < valid ? seen<kCapped>(p.at[q], cap, inverse_cap) : -std::numeric_limits<A>::infinity();
+    for (int q = 0; q < N; ++q) {
+      x[q] = seen<kCapped>(p.at[q], cap, inverse_cap);
       high = x[q] > high ? x[q] : high;
     }
     if (high > mine.top) {
       mine.sum *= exp_for<T>(mine.top - high);
       mine.top = high;
     }
+    const ShiftedExp<T, A> exp_minus_top(high);
 #pragma unroll
-    for (int q = 0; q < V; ++q) mine.sum += exp_for<T>(x[q] - high);
+    for (int q = 0; q < N; ++q) mine.sum += exp_minus_top(x[q]);
     if (smoothing)
-      for (int q = 0; q < V; ++q)
-        if (i + q < valid) mine.total += x[q];
+#pragma unroll
+      for (int q = 0; q < N; ++q) mine.total += x[q];
+  };
+  int i = static_cast<int>(threadIdx.x) * V;
+  for (; i + stride < whole; i += 2 * stride) {  // two reads in flight
+    const Pack<T, V> a = *reinterpret_cast<const Pack<T, V>*>(s + i);
+    const Pack<T, V> b = *reinterpret_cast<const Pack<T, V>*>(s + i + stride);
+    absorb(a);
+    absorb(b);
   }
+  if (i < whole) absorb(*reinterpret_cast<const Pack<T, V>*>(s + i));
+  if (static_cast<int>(threadIdx.x) < valid - whole) absorb(Pack<T, 1>{s[whole + threadIdx.x]});
   return join_block(mine);
 }
 
@@ -163,7 +203,7 @@ __device__ A divided_by_count(A value, const float* count) {
 // One block per row; the second pass reads the row from the second-level cache: all rows in flight fit there.
 // Bound by memory: read once, with gradients written once.
 template <class T, class I, int V, bool kCapped>
-__global__ void __launch_bounds__(kMaxRowThreads)
+__global__ void __launch_bounds__(kMaxRowThreads, sizeof(T) == 8 ? 1 : kRowBlocks)
     rows_kernel(accum_t<T>* rows, accum_t<T>* nll, accum_t<T>* lse_out, T* dlogits, const T* logits, const I* targets,
                 const float* count, double scale, Settings o) {
   using A = accum_t<T>;
@@ -191,7 +231,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 }
 
 template <class T, class I, int V, bool kCapped>
-__global__ void __launch_bounds__(kMaxRowThreads)
+__global__ void __launch_bounds__(kMaxRowThreads, sizeof(T) == 8 ? 1 : kRowBlocks)
     gradient_kernel(T* dlogits, const accum_t<T>* dloss, const T* logits, const I* targets,
                                 const accum_t<T>* lse, const float* count, Settings o) {
   using A = accum_t<T>;
@@ -202,7 +242,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 
 // One block per row. Bound by memory: the row is read once.
 template <class T, class I, int V, bool kCapped>
-__global__ void __launch_bounds__(kMaxRowThreads)
+__global__ void __launch_bounds__(kMaxRowThreads, sizeof(T) == 8 ? 1 : kRowBlocks)
     partial_kernel(accum_t<T>* top, accum_t<T>* sums, const T* logits, const I* targets, Settings o) {
   using A = accum_t<T>;
   const int64_t row = blockIdx.x, t = gridDim.x;
