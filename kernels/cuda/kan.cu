@@ -209,27 +209,34 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+constexpr int kFinishLanes = 16;  // threads of an edge, neighbours along its columns
+
 template <class T>
-__global__ void kan_finish_kernel(accum_t<T>* dspline, accum_t<T>* dscaler, accum_t<T>* dbase,
-                                  const accum_t<T>* partial, int64_t splits, KanView<T> v) {
+__global__ void __launch_bounds__(kThreads)
+    kan_finish_kernel(accum_t<T>* dspline, accum_t<T>* dscaler, accum_t<T>* dbase, const accum_t<T>* partial,
+                      int64_t splits, KanView<T> v) {
   using A = accum_t<T>;
-  const int64_t edge = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (edge >= v.inputs * v.outputs) return;
-  const int64_t o = edge / v.inputs, i = edge % v.inputs, columns = v.columns();
-  const A scale = v.scaler != nullptr ? static_cast<A>(v.scaler[edge]) : A(1);
+  const int64_t edge = int64_t{blockIdx.x} * (kThreads / kFinishLanes) + threadIdx.x / kFinishLanes;
+  const int lane = threadIdx.x % kFinishLanes;
+  const bool here = edge < v.inputs * v.outputs;
   A along = A(0);
-  for (int g = 0; g < v.per_input; ++g) {
-    const A* from = partial + o * columns + i * v.per_input + g;
-    A d = A(0);
-    for (int64_t s = 0; s < splits; ++s) d += from[s * v.outputs * columns];
-    if (g < v.bases) {
-      dspline[edge * v.bases + g] = scale * d;
-      along += static_cast<A>(v.spline[edge * v.bases + g]) * d;
-    } else {
-      dbase[edge] = d;
+  if (here) {
+    const A scale = v.scaler != nullptr ? static_cast<A>(v.scaler[edge]) : A(1);
+    const int64_t stride = v.outputs * v.columns();
+    for (int g = lane; g < v.per_input; g += kFinishLanes) {
+      const A* from = partial + edge * v.per_input + g;
+      A d = A(0);
+      for (int64_t s = 0; s < splits; ++s) d += from[s * stride];
+      if (g < v.bases) {
+        dspline[edge * v.bases + g] = scale * d;
+        along += static_cast<A>(v.spline[edge * v.bases + g]) * d;
+      } else {
+        dbase[edge] = d;
+      }
     }
   }
-  if (dscaler != nullptr) dscaler[edge] = along;
+  for (int w = kFinishLanes / 2; w > 0; w /= 2) along += __shfl_xor_sync(0xffffffffu, along, w);
+  if (here && lane == 0 && dscaler != nullptr) dscaler[edge] = along;
 }
 
 template <class T, int K>
@@ -251,7 +258,7 @@ template <class T>
 void finish_weight_gradient(KanGrad& grad, const Tensor& partial, const KanView<T>& v, Stream stream) {
   using A = accum_t<T>;
   const auto data = [](const Tensor& t) -> A* { return t.defined() ? t.data<A>() : nullptr; };
-  launch(kan_finish_kernel<T>, {.grid = ceil_div(v.inputs * v.outputs, 128), .block = 128, .stream = stream},
+  launch(kan_finish_kernel<T>, {.grid = ceil_div(v.inputs * v.outputs, kThreads / kFinishLanes), .block = kThreads, .stream = stream},
          data(grad.spline), data(grad.scaler), data(grad.base), partial.data<A>(), partial.size(0), v);
 }
 template void finish_weight_gradient<float>(KanGrad&, const Tensor&, const KanView<float>&, Stream);

@@ -58,12 +58,12 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int j = threadIdx.x; j < here * v.per_input; j += blockDim.x) bases[first * v.per_input + j] = tile[j];
 }
 
-// W (outputs, columns): the weights of the edges as KanView gives them.
+// W (outputs, columns): the weights of the edges as KanView gives them. A thread for each.
 template <class T>
 __global__ void fill_weights_kernel(accum_t<T>* w, KanView<T> v) {
-  const int64_t edge = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t q = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, edge = q / v.per_input;
   if (edge >= v.inputs * v.outputs) return;
-  for (int g = 0; g < v.per_input; ++g) w[edge * v.per_input + g] = v.weight(edge / v.inputs, edge % v.inputs, g);
+  w[q] = v.weight(edge / v.inputs, edge % v.inputs, static_cast<int>(q - edge * v.per_input));
 }
 
 // dx from d bases: the slopes of the live bases and of silu.
@@ -104,7 +104,7 @@ void fill_bases(Tensor& bases, const Tensor& x, const KanView<T>& v, Stream stre
 template <class T>
 Tensor edge_weights(const KanView<T>& v, Device device, Stream stream) {
   const Tensor w = empty({v.outputs, v.columns()}, dtype_of<accum_t<T>>, device);
-  launch(fill_weights_kernel<T>, {.grid = ceil_div(v.inputs * v.outputs, 128), .block = 128, .stream = stream},
+  launch(fill_weights_kernel<T>, {.grid = ceil_div(v.outputs * v.columns(), 256), .block = 256, .stream = stream},
          w.data<accum_t<T>>(), v);
   return w;
 }
@@ -125,8 +125,9 @@ void in_chunks(int64_t rows, int64_t columns, DType dtype, F&& f) {
 }  // namespace
 
 bool kan_dense_pays(int64_t rows, const KanParameters& p) {
-  const int64_t columns = p.spline.size(1) * (p.spline.size(2) + 1);
-  return static_cast<double>(rows) * static_cast<double>(columns) * static_cast<double>(p.spline.size(0)) >= double(1 << 28);
+  // kan.cu works off whole tiles of outputs: few of them cost it what a tile does.
+  const int64_t columns = p.spline.size(1) * (p.spline.size(2) + 1), outputs = ceil_div(p.spline.size(0), kKanTile) * kKanTile;
+  return static_cast<double>(rows) * static_cast<double>(columns) * static_cast<double>(outputs) >= double(1 << 28);
 }
 
 void kan_forward_dense(Tensor& y, const Tensor& x, const KanParameters& p) {

@@ -140,6 +140,7 @@ TEST_CASE("kan: cuda equals cpu", "[cuda]") {
   for_each_layer([](const OpCase& c) { check_twin(c); });
   check_twin(layer_case({3, 5}, {{2100, 19}}, 800, 4));        // large enough for products of whole bases
   check_twin(layer_case({2, 3, false}, {{2000, 19}}, 1300, 2));  // without a base branch
+  check_twin(layer_case({3, 5, false}, {{4100, 117}}, 10, 4));   // few outputs
 }
 TEST_CASE("L1 norms of KAN edges match plain loops") {
   for_each_edges([](const OpCase& c) { check_reference(c); });
