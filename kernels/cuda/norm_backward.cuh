@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(block_of(kThreads), blocks_per_sm(kCentred, kT
   const int lane = static_cast<int>(threadIdx.x) % kThreads, group = static_cast<int>(threadIdx.x) / kThreads;
   float dw[kVectors][V] = {}, db[kCentred ? kVectors : 1][V] = {};
   for (int64_t row = int64_t{blockIdx.x} * kGroups + group; row < r; row += int64_t{gridDim.x} * kGroups) {
-    Packed<R, V> xs[kVectors];
+    Packed<R, V> xs[kVectors], adds[kVectors];
     Packed<X, V> ups[kVectors];
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(block_of(kThreads), blocks_per_sm(kCentred, kT
       if (col < c) {
         xs[k].load(x + row * c + col);
         ups[k].load(dy + row * c + col);
+        if (dr_in != nullptr) adds[k].load(dr_in + row * c + col);
       }
     }
     const float mu = kCentred ? mean[row] : 0.0f, scale = rstd[row];
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(block_of(kThreads), blocks_per_sm(kCentred, kT
       xs[k].unpack(xv);
       ups[k].unpack(up);
       load_values(weight, w + col);
-      if (dr_in != nullptr) load_values(d, dr_in + row * c + col);
+      if (dr_in != nullptr) adds[k].unpack(d);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const float xhat = (xv[i] - mu) * scale, g = up[i] * weight[i];
