@@ -65,7 +65,7 @@ ModelLoss LanguageModel::loss(const ModelInput& input, const Tensor& count) {
   }
   const LossOut out = linear_cross_entropy(copy_to_group(reshape(h, {-1, h.size(-1)}), group_), head(),
                                            input.targets.reshape({-1}), loss_options_, 1.0, 0, target_count, vocabulary());
-  return {out.loss, out.nll_sum, own_count.defined() ? own_count : out.count, {}, decoder_->auxiliary_loss()};
+  return {out.loss, out.nll_sum, own_count.defined() ? own_count : out.count, decoder_->auxiliary_loss()};
 }
 
 Tensor LanguageModel::token_nll(const ModelInput& input) {

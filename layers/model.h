@@ -29,7 +29,6 @@ struct ModelLoss {
   Variable loss;    // scalar fp32 (fp64 in fp64): what backward() starts from; its seed must be 1
   Tensor loss_sum;  // scalar: sum over the counted targets, nats for a language model
   Tensor count;     // scalar: counted targets
-  Tensor correct;   // scalar: right answers; undefined where that has no meaning
   /// Scalar: what else training minimises (balance of experts, regularisation), weighted as in the gradient, so that the
   /// sum over a step's micro-batches and ranks is the step's. Undefined where there is nothing.
   Tensor auxiliary = {};

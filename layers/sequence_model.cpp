@@ -6,7 +6,6 @@
 #include "autograd/sequence_pool.h"
 #include "autograd/shape.h"
 #include "kernels/elementwise.h"
-#include "kernels/reduce.h"
 #include "layers/model.h"
 
 namespace krait::layers {
@@ -38,7 +37,7 @@ ModelLoss SequenceModel::loss(const ModelInput& input, const Tensor& target_coun
   if (sequence_->rank() == 0) return out;
   // Every rank of a sequence has the same answers: those of the first count.
   out.loss = out.loss * 0.0;
-  for (Tensor* t : {&out.loss_sum, &out.count, &out.correct})
+  for (Tensor* t : {&out.loss_sum, &out.count})
     if (t->defined()) *t = zeros_like(*t);
   return out;
 }
@@ -54,10 +53,9 @@ ModelLoss answer_loss(const Variable& y, const Tensor& targets, bool regressor, 
     const Variable error = cast(y, wide) - Variable(targets.to(wide));
     mean_loss = mean(error * error);
   } else {
-    out.count = kernels::count_targets(targets, y.size(-1), CrossEntropyOptions{}.ignore_index).to(wide);
-    mean_loss = cross_entropy(y, targets, {});
-    const Tensor hits = kernels::equal(kernels::argmax(y.data(), -1), targets.to(DType::i64));
-    out.correct = kernels::sum(hits.to(wide));
+    const Tensor kept = kernels::count_targets(targets, y.size(-1), CrossEntropyOptions{}.ignore_index);
+    mean_loss = cross_entropy(y, targets, {}, kept);
+    out.count = kept.to(wide);
   }
   out.loss_sum = kernels::mul(mean_loss.data(), out.count);
   const Variable whole = penalty.defined() ? mean_loss + penalty : mean_loss;

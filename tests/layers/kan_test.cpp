@@ -324,7 +324,7 @@ TEST_CASE("pruning drops weak nodes by slicing and masks weak edges for good") {
   CHECK(contains(error_of([&] { net.model.prune(in, net.store); }), "pruning would leave no node in hidden layer 1"));
 }
 
-TEST_CASE("a KAN classifier counts right answers and refuses inputs of another width") {
+TEST_CASE("a KAN classifier begins at chance and refuses inputs of another width") {
   Options o;
   o.type = "classifier", o.outputs = 3;
   TestNetwork net(config_of(o), 4);
@@ -333,7 +333,6 @@ TEST_CASE("a KAN classifier counts right answers and refuses inputs of another w
   in.targets = random_integers({6}, {0, 3}, 2);
   const ModelLoss loss = net.model.loss(in, {});
   backward(loss.loss);
-  CHECK(loss.correct.item() <= 6);
   CHECK(loss.loss.data().item() == Approx(std::log(3.0)).epsilon(0.5));
   in.inputs = random_tensor({6, 5}, Normal{}, 1);
   CHECK(contains(error_of([&] { net.model.predict(in); }), "expected (batch, 4) or (batch, 1, 4)"));
