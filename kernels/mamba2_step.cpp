@@ -12,6 +12,8 @@ Tensor mamba2_step(Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2St
               zxbcdt.shape(), h.size(0), e + channels + heads);
   check_same("mamba2_step", zxbcdt, conv, w.conv_weight);
   check_same("mamba2_step", h, w.dt_bias, w.A_log, w.D, w.norm_weight);
+  KRAIT_CHECK(w.D.shape() == Shape{heads} || w.D.shape() == (Shape{heads, p}), "mamba2_step: D is {}, expected ({}) or ({}, {})",
+              w.D.shape(), heads, heads, p);
   KRAIT_CHECK(h.dtype() == accum_dtype(zxbcdt.dtype()), "mamba2_step: the state is {}, the input {}", h.dtype(), zxbcdt.dtype());
   KRAIT_CHECK(conv.shape() == (Shape{b, w.conv_weight.size(1) - 1, channels}), "mamba2_step: the convolution's state is {}, its filter {}",
               conv.shape(), w.conv_weight.shape());
@@ -19,9 +21,8 @@ Tensor mamba2_step(Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2St
   Tensor y = empty({b, e}, zxbcdt.dtype(), zxbcdt.device());
   if (y.numel() == 0) return y;
   Mamba2StepWeights whole = w;
-  for (Tensor* t : {&whole.conv_weight, &whole.dt_bias, &whole.A_log, &whole.norm_weight}) *t = t->contiguous();
+  for (Tensor* t : {&whole.conv_weight, &whole.dt_bias, &whole.A_log, &whole.D, &whole.norm_weight}) *t = t->contiguous();
   if (whole.conv_bias.defined()) whole.conv_bias = whole.conv_bias.contiguous();
-  whole.D = (w.D.ndim() == 1 ? w.D.unsqueeze(1).expand({heads, p}) : w.D).contiguous();
   KRAIT_DISPATCH(zxbcdt.device(), mamba2_step(y, conv, h, zxbcdt.contiguous(), whole));
   return y;
 }

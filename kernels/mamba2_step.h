@@ -18,7 +18,7 @@ struct Mamba2StepWeights {
 };
 Tensor mamba2_step(Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeights& w);
 
-// Backends: everything contiguous; D (heads, p).
+// Backends: everything contiguous.
 KRAIT_BACKENDS(void mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeights& w))
 
 }  // namespace krait::kernels

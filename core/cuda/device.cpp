@@ -2,6 +2,7 @@
 
 #include "core/cpu/allocator.h"
 #include "core/cuda/check.h"
+#include "core/deferred.h"
 #include "core/stream.h"
 
 namespace krait::core {
@@ -49,22 +50,27 @@ StreamSlot& slot(int index) {
               cuda_device_count(), cuda_device_count() == 0 ? "; set runtime.device=cpu" : "");
   return slots[index];
 }
-}  // namespace
 
-Stream current_stream(Device device) {
-  if (device.is_cpu()) return {device, nullptr};
+cudaStream_t stream_of(Device device) {
   StreamSlot& s = slot(device.index);
   if (!s.stream) {
     check(cudaSetDevice(device.index));
     check(cudaStreamCreateWithFlags(&s.stream, cudaStreamNonBlocking));
   }
-  return {device, s.stream};
+  return s.stream;
+}
+}  // namespace
+
+Stream current_stream(Device device) {
+  if (device.is_cpu()) return {device, nullptr};
+  if (Deferred* gathered = current_deferred()) gathered->flush();
+  return {device, stream_of(device)};
 }
 
 bool is_capturing(Device device) {
   if (device.is_cpu()) return false;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(current_stream(device).handle), &status));
+  check(cudaStreamIsCapturing(stream_of(device), &status));
   return status != cudaStreamCaptureStatusNone;
 }
 

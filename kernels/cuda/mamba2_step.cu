@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/block_reduce.cuh"
 #include "kernels/cuda/overlap.cuh"
+#include "kernels/cuda/step_queue.h"
 
 namespace krait::kernels::cuda {
 
@@ -13,6 +14,7 @@ constexpr int kNormThreads = 512;
 struct Layout {
   int64_t heads, p, n, g, k;
   int64_t e, channels, input;  // inner width; of the convolution; of a row of zxbcdt
+  int64_t D_columns;           // 1 or p
 };
 
 template <class A>
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     if (threadIdx.x % 32 == 0)
-      u[row * d.e + head * d.p + first + c] = static_cast<T>(sum + D[head * d.p + first + c] * x[c]);
+      u[row * d.e + head * d.p + first + c] = static_cast<T>(sum + D[d.D_columns == 1 ? head : head * d.p + first + c] * x[c]);
   }
 }
 
@@ -111,7 +113,9 @@ __global__ void __launch_bounds__(kNormThreads)
 }  // namespace
 
 void mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeights& w) {
-  Layout d{h.size(1), h.size(2), h.size(3), 1, w.conv_weight.size(1), h.size(1) * h.size(2), w.conv_weight.size(0), zxbcdt.size(1)};
+  if (gather_mamba2_step(y, conv, h, zxbcdt, w)) return;
+  Layout d{h.size(1), h.size(2), h.size(3), 1, w.conv_weight.size(1), h.size(1) * h.size(2), w.conv_weight.size(0), zxbcdt.size(1),
+           w.D.ndim() == 1 ? 1 : h.size(2)};
   d.g = (d.channels - d.e) / (2 * d.n);
   const int64_t rows = h.size(0), tiles = ceil_div(d.p, kChannels);
   const Stream stream = current_stream(h.device());

@@ -1,0 +1,240 @@
+#pragma once
+#include "kernels/cuda/step_ring.cuh"
+
+// What linear maps do to their input rows: every block makes all of them, in shared memory.
+namespace krait::kernels::cuda::step {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+inline constexpr int kVectors = 4;  // of 8 values of a row that a worker holds
+static_assert(kVectors * 8 * kWorkers / kMaxStepRows >= kStepNormWidth);
+
+/// Neighbouring warps that share a row, when `rows` (at most 8) are worked on at once.
+__device__ __forceinline__ int warps_of_row(int rows) {
+  int warps = kWarps;
+  while (warps * rows > kWarps) warps /= 2;
+  return warps;
+}
+
+// Rows with their norms' weights waiting in shared memory (kernels/norm.cuh).
+__device__ __forceinline__ void normalise(const StepOp& op, Shared& shared) {
+  const NormStep& a = op.norm;
+  const int k = op.linear.k, warps = warps_of_row(op.rows), row = warp_of() / warps, step = warps * 256;
+  const int first = (worker() - row * warps * 32) * 8;
+  const bool alive = row < op.rows, writes = blockIdx.x == 0;
+  const int64_t at = int64_t{row} * k;
+  float v[kVectors][8] = {};
+#pragma unroll
+  for (int q = 0; q < kVectors; ++q) {
+    const int c = first + q * step;
+    if (!alive || c >= k) continue;
+    fresh8(v[q], a.x + at + c);
+    if (a.residual != nullptr) {
+      float other[8];
+      fresh8(other, a.residual + at + c);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[q][i] = rounded(v[q][i] + other[i]);
+      if (writes) write8(a.sum + at + c, v[q]);
+    }
+  }
+  const float width = static_cast<float>(k);
+  float mu = 0, squares = 0;
+  if (a.centred != 0) {
+    float mean[1] = {};
+#pragma unroll
+    for (int q = 0; q < kVectors; ++q)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) mean[0] += v[q][i];
+    warps_sum(mean, warps, shared);
+    mean[0] /= width;
+    float s[2] = {};  // deviations correct the mean's own rounding
+#pragma unroll
+    for (int q = 0; q < kVectors; ++q)
+      if (first + q * step < k)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float d = v[q][i] - mean[0];
+          s[0] += d;
+          s[1] += d * d;
+        }
+    warps_sum(s, warps, shared);
+    const float shift = s[0] / width;
+    mu = mean[0] + shift;
+    squares = fmaxf(s[1] / width - shift * shift, 0.0f);
+  } else {
+    float s[1] = {};
+#pragma unroll
+    for (int q = 0; q < kVectors; ++q)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) s[0] += v[q][i] * v[q][i];
+    warps_sum(s, warps, shared);
+    squares = s[0] / width;
+  }
+  const float scale = 1.0f / sqrtf(squares + a.eps);
+  if (!alive) return;
+  if (writes && first == 0) {
+    if (a.centred != 0) a.mean[row] = mu;
+    a.rstd[row] = scale;
+  }
+  bf16* const out = reinterpret_cast<bf16*>(shared.rows);
+#pragma unroll
+  for (int q = 0; q < kVectors; ++q) {
+    const int c = first + q * step;
+    if (c >= k) continue;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[q][i] = (v[q][i] - mu) * scale * shared.weight[c + i] + (a.b != nullptr ? shared.bias[c + i] : 0.0f);
+    write8(out + at + c, v[q]);
+    if (writes) write8(a.y + at + c, v[q]);
+  }
+}
+
+// Weights of a norm into shared memory, before the rows are there.
+__device__ __forceinline__ void fetch_norm(const float* w, const float* b, int k, Shared& shared) {
+  for (int c = worker() * 4; c < k; c += kWorkers * 4) {
+    *reinterpret_cast<float4*>(shared.weight + c) = *reinterpret_cast<const float4*>(w + c);
+    if (b != nullptr) *reinterpret_cast<float4*>(shared.bias + c) = *reinterpret_cast<const float4*>(b + c);
+  }
+}
+
+// Eight channels of Mamba's convolution, packed.
+struct Taps {
+  uint4 weight[4], bias, past[3];
+};
+__device__ __forceinline__ void fetch_taps(Taps& t, const ConvolvedStep& a, int e, int row, int c) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) t.weight[i] = *reinterpret_cast<const uint4*>(a.weight + 4 * c + 8 * i);
+  t.bias = a.bias != nullptr ? *reinterpret_cast<const uint4*>(a.bias + c) : uint4{0, 0, 0, 0};
+#pragma unroll
+  for (int j = 0; j < 3; ++j) t.past[j] = __ldcg(reinterpret_cast<const uint4*>(a.conv + (int64_t{row} * 3 + j) * e + c));
+}
+__device__ __forceinline__ void convolve(const Taps& t, const ConvolvedStep& a, int e, int row, int c, bf16* out) {
+  float p[8], past[3][8], now[8];
+  fresh8(now, a.xz + int64_t{row} * 2 * e + c);
+  unpack8(p, t.bias);
+#pragma unroll
+  for (int j = 0; j < 3; ++j) unpack8(past[j], t.past[j]);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {  // a piece has the taps of two channels
+    float w[8];
+    unpack8(w, t.weight[i]);
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      const int at = 2 * i + v;
+      now[at] = silu(p[at] + w[4 * v] * past[0][at] + w[4 * v + 1] * past[1][at] + w[4 * v + 2] * past[2][at] + w[4 * v + 3] * now[at]);
+    }
+  }
+  write8(out + int64_t{row} * e + c, now);
+}
+
+// Mamba-2's gated norm, one group; weights in shared memory.
+__device__ __forceinline__ void gate(const StepOp& op, Shared& shared) {
+  const GatedStep& a = op.gated;
+  const int k = op.linear.k, warps = warps_of_row(op.rows), row = warp_of() / warps, step = warps * 256;
+  const int first = (worker() - row * warps * 32) * 8;
+  const bool alive = row < op.rows;
+  const int64_t at = int64_t{row} * k;
+  float v[kVectors][8] = {}, s[1] = {};
+#pragma unroll
+  for (int q = 0; q < kVectors; ++q) {
+    const int c = first + q * step;
+    if (!alive || c >= k) continue;
+    float z[8];
+    fresh8(v[q], a.u + at + c);
+    fresh8(z, a.zxbcdt + int64_t{row} * a.input + c);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float gated = v[q][i] * silu(z[i]), counted = a.norm_first != 0 ? v[q][i] : gated;
+      s[0] += counted * counted;
+      v[q][i] = gated;
+    }
+  }
+  warps_sum(s, warps, shared);
+  const float scale = 1.0f / sqrtf(s[0] / static_cast<float>(k) + a.eps);
+  if (!alive) return;
+  bf16* const out = reinterpret_cast<bf16*>(shared.rows);
+#pragma unroll
+  for (int q = 0; q < kVectors; ++q) {
+    const int c = first + q * step;
+    if (c >= k) continue;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[q][i] *= scale * shared.weight[c + i];
+    write8(out + at + c, v[q]);
+    if (blockIdx.x == 0) write8(a.y + at + c, v[q]);
+  }
+}
+
+// The state of Mamba-2's convolution moves on by one position, when all have read it.
+__device__ __forceinline__ void shift(const StepOp& op) {
+  const GatedStep& a = op.gated;
+  const Range own = share(int64_t{op.rows} * a.channels);
+  for (int at = own.begin + worker(); at < own.end; at += kWorkers) {
+    const int row = at / a.channels, c = at % a.channels, e = op.linear.k;
+    bf16* const conv = a.conv + int64_t{row} * (a.taps - 1) * a.channels + c;
+    for (int j = 0; j + 2 < a.taps; ++j) conv[j * a.channels] = static_cast<bf16>(fresh(conv + (j + 1) * a.channels));
+    if (a.taps > 1) conv[(a.taps - 2) * a.channels] = static_cast<bf16>(fresh(a.zxbcdt + int64_t{row} * a.input + e + c));
+  }
+}
+
+/// Leaves the input rows (rows, k) in shared memory where this block `needs` them. Waits for the operation before.
+__device__ __forceinline__ void prepare(const StepOp& op, bool needs, Shared& shared, Everyone& everyone) {
+  const LinearStep& l = op.linear;
+  bf16* const out = reinterpret_cast<bf16*>(shared.rows);
+  switch (l.input) {
+    case StepInput::plain: {
+      everyone.wait();
+      const int pieces = l.k / 8;
+      if (needs)
+        for (int at = worker(); at < op.rows * pieces; at += kWorkers)
+          reinterpret_cast<uint4*>(out)[at] = __ldcg(reinterpret_cast<const uint4*>(l.x + at / pieces * l.x_row) + at % pieces);
+      break;
+    }
+    case StepInput::norm:
+      if (needs) fetch_norm(op.norm.w, op.norm.b, l.k, shared);
+      everyone.wait();
+      if (needs) normalise(op, shared);
+      break;
+    case StepInput::convolved: {
+      const int vectors = l.k / 8, count = op.rows * vectors;
+      Taps taps;
+      if (needs && worker() < count) fetch_taps(taps, op.convolved, l.k, worker() / vectors, worker() % vectors * 8);
+      everyone.wait();
+      for (int at = worker(); needs && at < count; at += kWorkers) {
+        const int row = at / vectors, c = at % vectors * 8;
+        if (at >= kWorkers) fetch_taps(taps, op.convolved, l.k, row, c);
+        convolve(taps, op.convolved, l.k, row, c, out);
+      }
+      break;
+    }
+    case StepInput::gated:
+      if (needs) fetch_norm(op.gated.w, nullptr, l.k, shared);
+      everyone.wait();
+      if (needs) gate(op, shared);
+      shift(op);
+      break;
+  }
+  sync_workers();
+}
+
+/// The same, as far as it can be asked for in advance.
+__device__ __forceinline__ void touch_input(const StepOp& op) {
+  const int k = op.linear.k;
+  switch (op.linear.input) {
+    case StepInput::plain: break;
+    case StepInput::norm:
+      touch_share(op.norm.w, k);
+      touch_share(op.norm.b, k);
+      break;
+    case StepInput::convolved:
+      touch_share(op.convolved.weight, int64_t{4} * k);
+      touch_share(op.convolved.bias, k);
+      touch_share(op.convolved.conv, int64_t{3} * op.rows * k);
+      break;
+    case StepInput::gated:
+      touch_share(op.gated.w, k);
+      break;
+  }
+}
+
+#endif
+
+}  // namespace krait::kernels::cuda::step

@@ -1,0 +1,152 @@
+#include "kernels/step_scope.h"
+
+#include "kernels/attention_append.h"
+#include "kernels/layer_norm.h"
+#include "kernels/linear.h"
+#include "kernels/mamba2_step.h"
+#include "kernels/mamba_step.h"
+#include "kernels/rms_norm.h"
+#include "tests/testing/op_case.h"
+
+using namespace krait;
+using kernels::Epilogue;
+using kernels::StepScope;
+
+namespace {
+
+// Inputs of a GPU's device, the same for every run.
+struct Maker {
+  Device device;
+  uint64_t seed = 1;
+  Tensor narrow(const Shape& s, double std = 1) { return random_tensor(s, Normal{.std = std}, seed++, bf16_type).to(device); }
+  Tensor wide(const Shape& s, double mean = 0, double std = 1) { return random_tensor(s, Normal{.mean = mean, .std = std}, seed++, f32).to(device); }
+};
+
+// What `work` returns on the CPU, and on the GPU with its operations gathered; all of it twice, to the bit.
+void check_gathered(const std::function<std::vector<Tensor>(Maker)>& work) {
+  const std::vector<Tensor> cpu = work({kCpu});
+  const auto gathered = [&] {
+    StepScope together(cuda_device());
+    std::vector<Tensor> out = work({cuda_device()});
+    together.finish();
+    for (Tensor& t : out) t = t.cpu();
+    return out;
+  };
+  const std::vector<Tensor> gpu = gathered(), again = gathered();
+  REQUIRE(gpu.size() == cpu.size());
+  for (size_t i = 0; i < cpu.size(); ++i) {
+    INFO("result " << i);
+    CHECK(relative_error(gpu[i], cpu[i]) < (cpu[i].dtype() == f32 ? 1e-2 : 2e-2));
+    CHECK(relative_error(again[i], gpu[i]) == 0);
+  }
+}
+
+Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias = {}, Epilogue e = Epilogue::none) {
+  return kernels::linear_forward(x, w, bias, e, false).y;
+}
+
+}  // namespace
+
+TEST_CASE("a step in one launch: norms and linear maps equal the cpu's", "[cuda]") {
+  for (const int64_t rows : {1, 2, 3, 8})
+    for (const auto& [k, n] : std::vector<std::pair<int64_t, int64_t>>{{8, 1}, {768, 33}, {768, 3072}, {1032, 70}, {2048, 131}, {768, 5003}})
+      for (const bool centred : {false, true}) {
+        INFO("rows " << rows << " k " << k << " n " << n << " centred " << centred);
+        check_gathered([&](Maker m) {
+          const Tensor x = m.narrow({rows, k}), residual = m.narrow({rows, k}), w = m.wide({k}, 1, 0.2), b = m.wide({k}, 0, 0.2);
+          const Tensor up = m.narrow({n, k}, 0.05), bias = m.narrow({n}), down = m.narrow({k, k}, 0.05);
+          Tensor sum, y;
+          if (centred) {
+            const auto out = kernels::add_layer_norm_forward(x, residual, w, b, 1e-5);
+            sum = out.residual, y = out.y;
+          } else {
+            const auto out = kernels::add_rms_norm_forward(x, residual, w, 1e-5);
+            sum = out.residual, y = out.y;
+          }
+          const Tensor wide = linear(y, up, bias, centred ? Epilogue::gelu_tanh : Epilogue::none), same = linear(y, down);
+          const auto alone = kernels::rms_norm_forward(same, w, 1e-5);  // followed by no linear map
+          return std::vector<Tensor>{sum, y, wide, same, alone.y, alone.rstd};
+        });
+      }
+}
+
+TEST_CASE("a step in one launch: wide inputs, and more operations than a launch holds", "[cuda]") {
+  check_gathered([](Maker m) {
+    const Tensor w = m.narrow({300, 3072}, 0.02), back = m.narrow({3072, 300}, 0.05);
+    Tensor x = m.narrow({1, 3072});
+    for (int i = 0; i < 5; ++i)  // 300 is no multiple of 8: the way back is launched by itself
+      x = kernels::rms_norm_forward(linear(linear(x, w), back), m.wide({3072}, 1, 0), 1e-5).y;
+    return std::vector<Tensor>{x};
+  });
+  check_gathered([](Maker m) {
+    const Tensor x = m.narrow({2, 256}), w = m.narrow({256, 256}, 0.08);
+    std::vector<Tensor> out;
+    for (int i = 0; i < 150; ++i) out.push_back(linear(kernels::rms_norm_forward(x, m.wide({256}, 1, 0.1), 1e-5).y, w));
+    return out;
+  });
+}
+
+TEST_CASE("a step in one launch: mamba_step equals the cpu's", "[cuda]") {
+  struct Sizes { int64_t b, e, n, r, k; bool bias; };
+  for (const Sizes& s : {Sizes{1, 1536, 16, 48, 4, true}, Sizes{1, 96, 16, 6, 4, false}, Sizes{3, 40, 5, 3, 4, true}, Sizes{8, 1536, 16, 48, 4, true},
+                         Sizes{2, 37, 5, 3, 2, false}, Sizes{5, 256, 16, 128, 4, true}}) {
+    INFO("b " << s.b << " e " << s.e << " n " << s.n << " r " << s.r);
+    check_gathered([&](Maker m) {
+      Tensor conv = m.narrow({s.b, s.k - 1, s.e}), h = m.wide({s.b, s.e, s.n});
+      const kernels::MambaStepWeights w{m.narrow({s.e, s.k}), s.bias ? m.narrow({s.e}) : Tensor{}, m.narrow({s.r + 2 * s.n, s.e}, 0.03),
+                                        m.narrow({s.e, s.r}, 0.1), m.wide({s.e}, -2), m.wide({s.e, s.n}, 0.5, 0.5), m.wide({s.e})};
+      std::vector<Tensor> out;
+      for (int step = 0; step < 4; ++step) out.push_back(kernels::mamba_step(conv, h, m.narrow({s.b, 2 * s.e}), w));
+      out.insert(out.end(), {conv, h});
+      return out;
+    });
+  }
+}
+
+TEST_CASE("a step in one launch: mamba2_step and the map behind it equal the cpu's", "[cuda]") {
+  struct Sizes { int64_t b, heads, p, n, g, k; bool norm_first, D_each; };
+  for (const Sizes& s : {Sizes{1, 24, 64, 128, 1, 4, false, false}, Sizes{1, 3, 64, 128, 1, 4, true, true}, Sizes{3, 8, 20, 20, 1, 3, true, false},
+                         Sizes{8, 24, 64, 128, 1, 4, false, false}, Sizes{2, 4, 20, 20, 2, 4, false, false}, Sizes{2, 8, 32, 256, 1, 4, false, true}}) {
+    INFO("b " << s.b << " heads " << s.heads << " p " << s.p << " n " << s.n << " g " << s.g);
+    check_gathered([&](Maker m) {
+      const int64_t e = s.heads * s.p, c = e + 2 * s.g * s.n;
+      Tensor conv = m.narrow({s.b, s.k - 1, c}), h = m.wide({s.b, s.heads, s.p, s.n});
+      const kernels::Mamba2StepWeights w{m.narrow({c, s.k}), m.narrow({c}), m.wide({s.heads}, -2), m.wide({s.heads}, 0.5, 0.5),
+                                         s.D_each ? m.wide({s.heads, s.p}) : m.wide({s.heads}), m.wide({e}, 1, 0.1), 0, 1e30, 1e-5, s.norm_first};
+      const Tensor out_proj = m.narrow({200, e}, 0.03);
+      std::vector<Tensor> out;
+      for (int step = 0; step < 4; ++step) {
+        out.push_back(kernels::mamba2_step(conv, h, m.narrow({s.b, e + c + s.heads}), w));
+        if (step % 2 == 0) out.push_back(linear(out.back(), out_proj));
+      }
+      out.insert(out.end(), {conv, h});
+      return out;
+    });
+  }
+}
+
+TEST_CASE("a step in one launch: attention_append equals the cpu's", "[cuda]") {
+  struct Sizes { int64_t b, hq, hkv, d; bool rope, alibi; kernels::RopeStyle style; };
+  for (const Sizes& s : {Sizes{1, 12, 12, 64, false, false, kernels::RopeStyle::half}, Sizes{2, 4, 2, 64, true, false, kernels::RopeStyle::half},
+                         Sizes{1, 3, 3, 32, true, true, kernels::RopeStyle::interleaved}, Sizes{8, 20, 20, 8, true, false, kernels::RopeStyle::half},
+                         Sizes{1, 2, 1, 24, true, false, kernels::RopeStyle::half}, Sizes{3, 2, 1, 256, false, true, kernels::RopeStyle::half}}) {
+    INFO("b " << s.b << " hq " << s.hq << " d " << s.d);
+    check_gathered([&](Maker m) {
+      const int64_t capacity = 321;
+      Tensor k = m.narrow({s.b, capacity, s.hkv, s.d}), v = m.narrow({s.b, capacity, s.hkv, s.d});
+      kernels::AttentionAppend a{.hq = s.hq, .hkv = s.hkv, .style = s.style};
+      if (s.rope) {
+        const auto table = kernels::rope_table(capacity, s.d / 2, 10000, m.device, f32);
+        a.cos = table.cos, a.sin = table.sin;
+      }
+      if (s.alibi) a.alibi_slopes = random_tensor({s.hq}, Uniform{0.01, 0.2}, 77, f32).to(m.device);
+      std::vector<Tensor> out;
+      for (const int32_t p : {0, 1, 63, 64, 127, 128, 320}) {
+        const Tensor position = from_vector(std::vector<int32_t>(static_cast<size_t>(s.b), p)).to(m.device);
+        out.push_back(kernels::attention_append(m.narrow({s.b, s.hq + 2 * s.hkv, s.d}), k, v, position, a));
+      }
+      out.insert(out.end(), {k, v});
+      return out;
+    });
+  }
+}
