@@ -96,12 +96,13 @@ void run(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
 }  // namespace
 
 bool linear_few_rows(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
-  if (g.m > 8 || g.batch != 1 || g.trans_a || !g.trans_b || g.alpha != 1.0 || g.beta != 0.0 || g.c_dtype != g.dtype)
+  if (g.batch != 1 || g.trans_a || !g.trans_b || g.alpha != 1.0 || g.beta != 0.0 || g.c_dtype != g.dtype)
     return false;
   if (g.dtype != DType::bf16 && g.dtype != DType::f32) return false;
   const int64_t width = 16 / size_of(g.dtype);
   if (g.k % width != 0 || g.lda % width != 0 || g.ldb % width != 0 || !aligned16(static_cast<const char*>(g.a), static_cast<const char*>(g.b)))
     return false;
+  if (g.m > 8) return linear_batch_rows(y, g, bias, epilogue);
   if (gather_linear(y, g, bias, epilogue)) return true;
   if (g.dtype == DType::bf16)
     run<bf16>(y, g, bias, epilogue);

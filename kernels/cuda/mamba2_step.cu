@@ -3,6 +3,7 @@
 #include "kernels/cuda/block_reduce.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/step_queue.h"
+#include "kernels/cuda/step_rows.h"
 
 namespace krait::kernels::cuda {
 
@@ -10,6 +11,7 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kChannels = 16;  // channels of a head that a block advances
 constexpr int kNormThreads = 512;
+constexpr int64_t kFewRows = 8;  // so many do the convolution on the way
 
 struct Layout {
   int64_t heads, p, n, g, k;
@@ -114,6 +116,7 @@ __global__ void __launch_bounds__(kNormThreads)
 
 void mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeights& w) {
   if (gather_mamba2_step(y, conv, h, zxbcdt, w)) return;
+  if (h.size(0) > kFewRows && mamba2_step_rows(y, conv, h, zxbcdt, w)) return;
   Layout d{h.size(1), h.size(2), h.size(3), 1, w.conv_weight.size(1), h.size(1) * h.size(2), w.conv_weight.size(0), zxbcdt.size(1),
            w.D.ndim() == 1 ? 1 : h.size(2)};
   d.g = (d.channels - d.e) / (2 * d.n);

@@ -81,6 +81,7 @@ __device__ __forceinline__ void work(const StepOp* ops, int count, unsigned long
       case StepKind::mamba_scan: scan(op, everyone); break;
       case StepKind::mamba2_state: advance_state(op, shared, everyone); break;
       case StepKind::attention: attend(op, shared, everyone); break;
+      case StepKind::pause: everyone.wait(); break;
     }
     if (i + 1 < count) everyone.arrive();
   }
@@ -113,6 +114,7 @@ __device__ __forceinline__ void bring_weights(const StepOp* ops, int count, Shar
       case StepKind::mamba_scan: touch_scan(op); break;
       case StepKind::mamba2_state: touch_state(op); break;
       case StepKind::attention: touch_caches(op); break;
+      case StepKind::pause: break;
     }
   }
 }

@@ -14,8 +14,9 @@ inline constexpr int kStepNormWidth = 2048;        // widest row that is normali
 inline constexpr int kScanLanes = 16, kScanRanks = 8;  // lanes of a channel; values of d that a lane reads ahead
 inline constexpr int kStateQuads = 2;                  // of 4 states of a channel that a lane of a warp holds
 
-/// `input`: what a linear map does to its input, alone.
-enum class StepKind : int { linear, input, mamba_scan, mamba2_state, attention };
+/// `input`: what a linear map does to its input, alone. `pause`: nothing, for an operation that reads ahead what the one
+/// before it writes.
+enum class StepKind : int { linear, input, mamba_scan, mamba2_state, attention, pause };
 
 /// What a linear map does to its input rows first; every block does it for itself.
 enum class StepInput : int { plain, norm, convolved, gated };

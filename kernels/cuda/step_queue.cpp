@@ -72,6 +72,11 @@ class StepQueue final : public Deferred {
     return false;
   }
 
+  /// Whether the last operation moves this convolution's state on.
+  bool just_scanned(const bf16* conv) const {
+    return count_ > 0 && program_.ops[count_ - 1].kind == StepKind::mamba_scan && program_.ops[count_ - 1].scan.conv == conv;
+  }
+
   Device device() const { return device_; }
 
  private:
@@ -165,6 +170,7 @@ bool gather_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, con
   project.linear = {nullptr, w.x_proj.data<bf16>(), nullptr, dbc.data<bf16>(), e, outputs,
                     static_cast<int>(outputs), static_cast<int>(e), Epilogue::none, StepInput::convolved};
   project.convolved = {xz.data<bf16>(), conv.data<bf16>(), w.conv_weight.data<bf16>(), pointer<bf16>(w.conv_bias)};
+  if (queue->just_scanned(conv.data<bf16>())) queue->add(operation(StepKind::pause, rows), {});
   queue->add(project, {xz, conv, dbc});
   StepOp scan = operation(StepKind::mamba_scan, rows);
   scan.scan = {y.data<bf16>(), conv.data<bf16>(), h.data<float>(), xz.data<bf16>(), dbc.data<bf16>(), w.conv_weight.data<bf16>(),

@@ -85,6 +85,9 @@ TEST_CASE("mamba_step: cuda equals cpu, outputs and states of three steps", "[cu
   for (const DType t : {f64, f32, bf16_type}) {
     check_equal(run_mamba(kCpu, t, 1, 96, 16, 6, 4, true), run_mamba(cuda_device(), t, 1, 96, 16, 6, 4, true), t);
     check_equal(run_mamba(kCpu, t, 3, 37, 5, 3, 2, false), run_mamba(cuda_device(), t, 3, 37, 5, 3, 2, false), t);
+    check_equal(run_mamba(kCpu, t, 13, 96, 16, 6, 4, true), run_mamba(cuda_device(), t, 13, 96, 16, 6, 4, true), t);
+    check_equal(run_mamba(kCpu, t, 64, 1536, 16, 48, 4, false), run_mamba(cuda_device(), t, 64, 1536, 16, 48, 4, false), t);
+    check_equal(run_mamba(kCpu, t, 70, 40, 16, 64, 4, true), run_mamba(cuda_device(), t, 70, 40, 16, 64, 4, true), t);
   }
 }
 
@@ -92,6 +95,9 @@ TEST_CASE("mamba2_step: cuda equals cpu, outputs and states of three steps", "[c
   for (const DType t : {f64, f32, bf16_type}) {
     check_equal(run_mamba2(kCpu, t, 1, 3, 64, 128, 1, 4, false), run_mamba2(cuda_device(), t, 1, 3, 64, 128, 1, 4, false), t);
     check_equal(run_mamba2(kCpu, t, 3, 4, 20, 17, 2, 3, true), run_mamba2(cuda_device(), t, 3, 4, 20, 17, 2, 3, true), t);
+    check_equal(run_mamba2(kCpu, t, 9, 8, 64, 128, 1, 4, false), run_mamba2(cuda_device(), t, 9, 8, 64, 128, 1, 4, false), t);
+    check_equal(run_mamba2(kCpu, t, 65, 8, 19, 128, 1, 4, true), run_mamba2(cuda_device(), t, 65, 8, 19, 128, 1, 4, true), t);
+    check_equal(run_mamba2(kCpu, t, 11, 4, 12, 128, 2, 4, true), run_mamba2(cuda_device(), t, 11, 4, 12, 128, 2, 4, true), t);
   }
 }
 
@@ -114,8 +120,8 @@ TEST_CASE("attention_append: a position past the cache gives NaN and changes not
 
 TEST_CASE("linear of few rows: cuda equals cpu", "[cuda]") {
   for (const DType t : {f32, bf16_type})
-    for (const int64_t rows : {1, 2, 5, 8})
-      for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{{1, 8}, {33, 768}, {3072, 768}, {7, 3080}})
+    for (const int64_t rows : {1, 2, 5, 8, 9, 17, 33, 64, 65})
+      for (const auto& [n, k] : std::vector<std::pair<int64_t, int64_t>>{{1, 8}, {33, 768}, {3072, 768}, {7, 3080}, {80, 1536}, {768, 1536}})
         for (const Epilogue e : {Epilogue::none, Epilogue::gelu_tanh}) {
           const Tensor x = random_tensor({rows, k}, Normal{}, 1, t), w = random_tensor({n, k}, Normal{.std = 0.05}, 2, t);
           const Tensor bias = random_tensor({n}, Normal{}, 3, t);

@@ -1,0 +1,107 @@
+#include "kernels/cuda/linear_rows.h"
+
+#include "kernels/cuda/overlap.cuh"
+#include "kernels/cuda/packed.cuh"
+#include "kernels/epilogue.h"
+
+namespace krait::kernels::cuda {
+
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kColumns = 16;  // of y that a block makes
+constexpr int kPiece = 32;    // values of k that a warp takes at a time: 8 a lane, for two products
+
+struct Functions {
+  static __device__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+  static __device__ float erf(float x) { return erff(x); }
+  static __device__ float exp(float x) { return __expf(x); }
+};
+
+__device__ float activate_as(Epilogue e, float x) {
+  if (e == Epilogue::gelu_tanh) return activate<Functions, Epilogue::gelu_tanh>(x);
+  if (e == Epilogue::gelu_erf) return activate<Functions, Epilogue::gelu_erf>(x);
+  return e == Epilogue::relu ? activate<Functions, Epilogue::relu>(x) : x;
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8)
+__device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ uint4 read_or_zero(const bf16* p, bool inside) {
+  return inside ? *reinterpret_cast<const uint4*>(p) : uint4{0, 0, 0, 0};
+}
+
+// A block: kColumns columns of y for 8 kTiles rows; its warps take pieces of k in turn and are added in order. Weights
+// are the left operand. Which value of k sits where in a product does not matter as long as both operands agree: a lane
+// reads 8 neighbours of its rows. Bound by reading x and w from the L2 cache.
+template <int kTiles>
+__global__ void __launch_bounds__(kThreads)
+    batch_rows_kernel(bf16* y, const bf16* x, const bf16* w, const bf16* bias, int rows, int64_t n, int64_t k, int64_t ldx,
+                      int64_t ldw, int64_t ldy, Epilogue epilogue) {
+  constexpr int kRows = 8 * kTiles;
+  __shared__ float part[kWarps][kColumns][kRows + 1];
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const int64_t first = int64_t{blockIdx.x} * kColumns, first_row = int64_t{blockIdx.y} * kRows;
+  let_next_begin();
+  if (threadIdx.x < kColumns && first + threadIdx.x < n && blockIdx.y == 0)
+    bring_into_l2(w + (first + threadIdx.x) * ldw, k * static_cast<int64_t>(sizeof(bf16)));
+  wait_for_previous();
+  float sum[kTiles][4] = {};
+  const bool low = first + g < n, high = first + g + 8 < n;
+  const bf16* const w_low = w + (first + g) * ldw + 8 * t;
+  const bf16* const x_row = x + (first_row + g) * ldx + 8 * t;
+#pragma unroll 2
+  for (int64_t at = warp * kPiece; at < k; at += kWarps * kPiece) {
+    const uint4 a = read_or_zero(w_low + at, low), b = read_or_zero(w_low + 8 * ldw + at, high);
+    uint4 v[kTiles];
+#pragma unroll
+    for (int q = 0; q < kTiles; ++q) v[q] = read_or_zero(x_row + 8 * q * ldx + at, first_row + 8 * q + g < rows);
+#pragma unroll
+    for (int q = 0; q < kTiles; ++q) {
+      multiply(sum[q], a.x, b.x, a.y, b.y, v[q].x, v[q].y);
+      multiply(sum[q], a.z, b.z, a.w, b.w, v[q].z, v[q].w);
+    }
+  }
+#pragma unroll
+  for (int q = 0; q < kTiles; ++q)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) part[warp][g + i / 2 * 8][8 * q + 2 * t + i % 2] = sum[q][i];
+  __syncthreads();
+  for (int at = static_cast<int>(threadIdx.x); at < kColumns * kRows; at += kThreads) {
+    const int c = at % kColumns, r = at / kColumns;
+    if (first + c >= n || first_row + r >= rows) continue;
+    float s = bias != nullptr ? static_cast<float>(bias[first + c]) : 0.0f;
+#pragma unroll
+    for (int p = 0; p < kWarps; ++p) s += part[p][c][r];
+    y[(first_row + r) * ldy + first + c] = static_cast<bf16>(activate_as(epilogue, s));
+  }
+}
+
+}  // namespace
+
+bool linear_batch_rows(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
+  constexpr int64_t kMaxRows = 64, kMaxColumns = 8192, kBlocks = 132;
+  if (g.m > kMaxRows || g.n > kMaxColumns || g.dtype != DType::bf16 || g.k % kPiece != 0 || g.lda % 8 != 0 || g.ldb % 8 != 0) return false;
+  const auto start = [&]<int kTiles>() {
+    launch_overlapped(batch_rows_kernel<kTiles>,
+                      {.grid = ceil_div(g.n, kColumns), .grid_y = ceil_div(g.m, 8 * kTiles), .block = kThreads,
+                       .stream = current_stream(g.device)},
+                      y.data<bf16>(), static_cast<const bf16*>(g.a), static_cast<const bf16*>(g.b),
+                      bias.defined() ? bias.data<bf16>() : nullptr, static_cast<int>(g.m), g.n, g.k, g.lda, g.ldb, g.ldc, epilogue);
+  };
+  const auto blocks = [&](int64_t rows) { return ceil_div(g.n, kColumns) * ceil_div(g.m, rows); };
+  if (blocks(64) >= kBlocks)
+    start.template operator()<8>();
+  else if (blocks(32) >= kBlocks)
+    start.template operator()<4>();
+  else
+    start.template operator()<2>();
+  return true;
+}
+
+}  // namespace krait::kernels::cuda
