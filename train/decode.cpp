@@ -1,5 +1,7 @@
 #include "train/decode.h"
 
+#include <optional>
+
 #include "kernels/step_scope.h"
 
 namespace krait::train {
@@ -60,14 +62,17 @@ void DecodeLoop::keep(const layers::DecoderState& after) {
 
 void DecodeLoop::run_step() {
   const NoGrad guard;
-  kernels::StepScope together(device_);
+  std::optional<kernels::StepScope> together;
+  if (gathers_) together.emplace(device_);
   layers::DecoderState now = state_;
   now.positions = position_.view({position_.size(0), 1});
   const Tensor logits = model_.next_logits(tokens_, now);
   keep(now);
   const Tensor drawn = kernels::sample(logits, step_, sampling_);
   kernels::sample_advance(made_, tokens_, position_, step_, drawn);
-  together.finish();
+  if (!together) return;
+  together->finish();
+  gathers_ = gathers_ && together->pays();
 }
 
 void DecodeLoop::step() {

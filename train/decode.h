@@ -34,7 +34,7 @@ class DecodeLoop {
   layers::LanguageModel& model_;
   Device device_;
   kernels::SampleOptions sampling_;
-  bool graphs_;
+  bool graphs_, gathers_ = true;  // steps run in one launch
   int64_t count_ = 0, plain_steps_ = 0;
   layers::DecoderState state_;
   Tensor tokens_, position_, step_, made_;  // (b, 1) int64; (b) int32; (1) int64; (b, max_new) int64

@@ -24,7 +24,7 @@ Tensor counter_of(Device device) {
   return counter;
 }
 
-class StepQueue final : public Deferred {
+class StepQueue final : public GatheredSteps {
  public:
   StepQueue(Device device, Tensor counter) : device_(device), counter_(std::move(counter)) {
     program_.counter = reinterpret_cast<unsigned long long*>(counter_.data<int64_t>());
@@ -33,6 +33,8 @@ class StepQueue final : public Deferred {
   void flush() override {
     if (count_ == 0) return;
     program_.count = std::exchange(count_, 0);  // the launch itself asks for the stream
+    operations += program_.count;
+    ++launches;
     run_steps(program_, device_);
     held_.clear();
   }
@@ -127,7 +129,7 @@ LinearStep rows_of(StepInput input, const Tensor& y) {
 
 }  // namespace
 
-void gather_steps(std::unique_ptr<Deferred>& steps, Device device) {
+void gather_steps(std::unique_ptr<GatheredSteps>& steps, Device device) {
   static const bool able = device_info(device).compute_capability >= 90;
   if (!able || std::getenv("KRAIT_NO_STEPS") != nullptr) return;
   if (Tensor counter = counter_of(device); counter.defined()) steps = std::make_unique<StepQueue>(device, std::move(counter));
