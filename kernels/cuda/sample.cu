@@ -3,6 +3,7 @@
 #include "core/random.h"
 #include "kernels/cuda/block_reduce.cuh"
 #include "kernels/cuda/overlap.cuh"
+#include "kernels/cuda/packed.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -22,7 +23,7 @@ __device__ float number(uint32_t key) { return __uint_as_float(key & 0x80000000u
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     sample_kernel(int64_t* tokens, const T* logits, const int64_t* step, int64_t row_stride, int v, float temperature, double top_p,
-                  int64_t top_k, uint64_t key) {
+                  int64_t top_k, uint64_t key, bool wide) {
   __shared__ Weight shared[32], of_warp[kWarps];
   const int row = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   take_over();
@@ -31,11 +32,20 @@ __global__ void __launch_bounds__(kThreads)
 
   // The first of the largest: the larger number, then the smaller index.
   Weight best = 0;
-#pragma unroll 8
-  for (int i = threadIdx.x; i < v; i += kThreads) {
-    const Weight mine = Weight{ordered(static_cast<float>(s[i]))} << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(i));
+  const auto meet = [&](float x, int i) {
+    const Weight mine = Weight{ordered(x)} << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(i));
     best = mine > best ? mine : best;
+  };
+  constexpr int V = 16 / sizeof(T);
+  const int whole = wide ? v / V * V : 0;
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x) * V; i < whole; i += kThreads * V) {
+    float x[V];
+    load_values(x, s + i);
+#pragma unroll
+    for (int k = 0; k < V; ++k) meet(x[k], i + k);
   }
+  for (int i = whole + static_cast<int>(threadIdx.x); i < v; i += kThreads) meet(static_cast<float>(s[i]), i);
   best = block_reduce(best, shared, [](Weight a, Weight b) { return a > b ? a : b; });
   const auto largest = static_cast<int64_t>(0xFFFFFFFFu - static_cast<uint32_t>(best));
   if (threadIdx.x == 0) tokens[row] = largest;
@@ -125,7 +135,8 @@ void sample(Tensor& tokens, const Tensor& logits, const Tensor& step, const Samp
   visit_float(logits.dtype(), [&]<class T>() {
     launch_overlapped(sample_kernel<T>, {.grid = logits.size(0), .block = kThreads, .stream = current_stream(logits.device())},
                       tokens.data<int64_t>(), logits.data<T>(), step.data<int64_t>(), logits.stride(0),
-                      static_cast<int>(logits.size(1)), o.temperature, o.top_p, o.top_k, o.key);
+                      static_cast<int>(logits.size(1)), o.temperature, o.top_p, o.top_k, o.key,
+                      logits.stride(0) % (16 / static_cast<int64_t>(sizeof(T))) == 0 && aligned16(logits.data<T>()));
   });
 }
 

@@ -62,9 +62,9 @@ __device__ __forceinline__ void multiply(const StepOp& op, Range own, Shared& sh
   }
 }
 
-__device__ __forceinline__ void work(const StepOp* ops, int count, unsigned long long* counter, Shared& shared) {
+__device__ __forceinline__ void work(const StepOp* ops, int count, unsigned long long* counter, long long* trace, Shared& shared) {
   Turn turn;
-  Everyone everyone(counter);
+  Everyone everyone(counter, trace);
   for (int i = 0; i < count; ++i) {
     const StepOp& op = ops[i];
     switch (op.kind) {
@@ -143,7 +143,8 @@ __global__ void __launch_bounds__(kWorkers + 32, 1) step_kernel(const __grid_con
   __syncthreads();
   const StepOp* const ops = reinterpret_cast<const StepOp*>(shared.ops);
   if (threadIdx.x < kWorkers)
-    work(ops, program.count, program.counter, shared);
+    work(ops, program.count, program.counter,
+         program.trace != nullptr && (blockIdx.x == 0 || blockIdx.x == 77) ? program.trace + (blockIdx.x == 0 ? 0 : 512) : nullptr, shared);
   else
     bring_weights(ops, program.count, shared);
 #endif

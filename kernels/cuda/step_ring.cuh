@@ -104,9 +104,14 @@ struct Turn {
 /// All blocks, between operations: arrive() once the own part is done, wait() before the others' results are read.
 class Everyone {
  public:
-  __device__ explicit Everyone(unsigned long long* counter) : counter_(counter) {}
+  __device__ explicit Everyone(unsigned long long* counter, long long* trace) : counter_(counter), trace_(trace) {}
+  __device__ void mark() {
+    if (trace_ != nullptr && worker() == 0) *trace_++ = clock64();
+  }
   __device__ void arrive() {
+    mark();
     sync_workers();
+    mark();
     if (worker() != 0) return;
     __threadfence();
     if (target_ == 0) {
@@ -125,10 +130,12 @@ class Everyone {
       while (now < target_);
     }
     sync_workers();
+    mark();
   }
 
  private:
   unsigned long long* counter_;
+  long long* trace_;
   unsigned long long target_ = 0;  // only worker 0's counts
 };
 
