@@ -176,12 +176,14 @@ __device__ __forceinline__ void shift(const StepOp& op) {
 }
 
 /// Leaves the input rows (rows, k) in shared memory where this block `needs` them. Waits for the operation before.
-__device__ __forceinline__ void prepare(const StepOp& op, bool needs, Shared& shared, Everyone& everyone) {
+__device__ __noinline__ void prepare(int operation_at, bool needs) {
+  Shared& shared = here();
+  const StepOp& op = operation(operation_at);
   const LinearStep& l = op.linear;
   bf16* const out = reinterpret_cast<bf16*>(shared.rows);
   switch (l.input) {
     case StepInput::plain: {
-      everyone.wait();
+      wait(shared);
       const int pieces = l.k / 8;
       if (needs)
         for (int at = worker(); at < op.rows * pieces; at += kWorkers)
@@ -190,14 +192,14 @@ __device__ __forceinline__ void prepare(const StepOp& op, bool needs, Shared& sh
     }
     case StepInput::norm:
       if (needs) fetch_norm(op.norm.w, op.norm.b, l.k, shared);
-      everyone.wait();
+      wait(shared);
       if (needs) normalise(op, shared);
       break;
     case StepInput::convolved: {
       const int vectors = l.k / 8, count = op.rows * vectors;
       Taps taps;
       if (needs && worker() < count) fetch_taps(taps, op.convolved, l.k, worker() / vectors, worker() % vectors * 8);
-      everyone.wait();
+      wait(shared);
       for (int at = worker(); needs && at < count; at += kWorkers) {
         const int row = at / vectors, c = at % vectors * 8;
         if (at >= kWorkers) fetch_taps(taps, op.convolved, l.k, row, c);
@@ -207,7 +209,7 @@ __device__ __forceinline__ void prepare(const StepOp& op, bool needs, Shared& sh
     }
     case StepInput::gated:
       if (needs) fetch_norm(op.gated.w, nullptr, l.k, shared);
-      everyone.wait();
+      wait(shared);
       if (needs) gate(op, shared);
       shift(op);
       break;

@@ -26,7 +26,10 @@ __device__ __forceinline__ int columns_of_stage(const LinearStep& l) { return kS
 
 // One warp a column, as its weights come.
 template <int kRows>
-__device__ __forceinline__ void multiply(const StepOp& op, Range own, Shared& shared, Turn& turn) {
+__device__ __noinline__ Turn multiply(int operation_at, Turn turn) {
+  Shared& shared = here();
+  const StepOp& op = operation(operation_at);
+  const Range own = share(op.linear.n);
   const LinearStep& l = op.linear;
   const bf16* const x = reinterpret_cast<const bf16*>(shared.rows);
   const int per = columns_of_stage(l), pieces = l.k / 8, lane = lane_of();
@@ -60,39 +63,36 @@ __device__ __forceinline__ void multiply(const StepOp& op, Range own, Shared& sh
     __syncwarp();
     if (lane == 0) arrive_barrier(&shared.empty[turn.stage]);
   }
+  return turn;
 }
 
-__device__ __forceinline__ void work(const StepOp* ops, int count, unsigned long long* counter, long long* trace, Shared& shared) {
+__device__ __forceinline__ void work(int count) {
   Turn turn;
-  Everyone everyone(counter, trace);
   for (int i = 0; i < count; ++i) {
-    const StepOp& op = ops[i];
-    switch (op.kind) {
+    switch (operation(i).kind) {
       case StepKind::linear: {
-        const Range own = share(op.linear.n);
-        prepare(op, own.begin < own.end, shared, everyone);
-        if (op.rows == 1)
-          multiply<1>(op, own, shared, turn);
-        else
-          multiply<kMaxStepRows>(op, own, shared, turn);
+        const Range own = share(operation(i).linear.n);
+        prepare(i, own.begin < own.end);
+        turn = operation(i).rows == 1 ? multiply<1>(i, turn) : multiply<kMaxStepRows>(i, turn);
         break;
       }
-      case StepKind::input: prepare(op, blockIdx.x == 0, shared, everyone); break;
-      case StepKind::mamba_scan: scan(op, everyone); break;
-      case StepKind::mamba2_state: advance_state(op, shared, everyone); break;
-      case StepKind::attention: attend(op, shared, everyone); break;
-      case StepKind::pause: everyone.wait(); break;
+      case StepKind::input: prepare(i, blockIdx.x == 0); break;
+      case StepKind::mamba_scan: scan(i); break;
+      case StepKind::mamba2_state: advance_state(i); break;
+      case StepKind::attention: attend(i); break;
+      case StepKind::pause: wait(here()); break;
     }
-    if (i + 1 < count) everyone.arrive();
+    if (i + 1 < count) arrive(here());
   }
 }
 
 // One warp runs ahead of the workers as far as the ring lets it: weights depend on nothing.
-__device__ __forceinline__ void bring_weights(const StepOp* ops, int count, Shared& shared) {
+__device__ __forceinline__ void bring_weights(int count) {
+  Shared& shared = here();
   Turn turn;
   const uint64_t policy = passing_through();
   for (int i = 0; i < count; ++i) {
-    const StepOp& op = ops[i];
+    const StepOp& op = operation(i);
     switch (op.kind) {
       case StepKind::linear: {
         touch_input(op);
@@ -126,14 +126,16 @@ constexpr int kOpWords = sizeof(StepOp) / sizeof(uint4);
 // One block a multiprocessor, all at once. Bound by reading the weights, and by the barriers between operations.
 __global__ void __launch_bounds__(kWorkers + 32, 1) step_kernel(const __grid_constant__ StepProgram program) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(128) unsigned char memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  Shared& shared = here();
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) {
-      init_barrier(&shared.full[s], 1);
-      init_barrier(&shared.empty[s], kWarps);
+    for (int i = 0; i < kStages; ++i) {
+      init_barrier(&shared.full[i], 1);
+      init_barrier(&shared.empty[i], kWarps);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    shared.counter = program.counter;
+    shared.target = 0;
+    shared.trace = program.trace != nullptr && (blockIdx.x == 0 || blockIdx.x == 77) ? program.trace + (blockIdx.x == 0 ? 0 : 512) : nullptr;
   }
   // Read as ordinary memory, all at once: as constants they would come line by line.
   const uint4* from = reinterpret_cast<const uint4*>(program.ops);
@@ -141,12 +143,10 @@ __global__ void __launch_bounds__(kWorkers + 32, 1) step_kernel(const __grid_con
   for (int at = static_cast<int>(threadIdx.x); at < program.count * kOpWords; at += kWorkers + 32)
     reinterpret_cast<uint4*>(shared.ops)[at] = from[at];
   __syncthreads();
-  const StepOp* const ops = reinterpret_cast<const StepOp*>(shared.ops);
   if (threadIdx.x < kWorkers)
-    work(ops, program.count, program.counter,
-         program.trace != nullptr && (blockIdx.x == 0 || blockIdx.x == 77) ? program.trace + (blockIdx.x == 0 ? 0 : 512) : nullptr, shared);
+    work(program.count);
   else
-    bring_weights(ops, program.count, shared);
+    bring_weights(program.count);
 #endif
 }
 

@@ -18,7 +18,9 @@ __device__ __forceinline__ float convolved(const bf16* past, const bf16* now, co
 }
 
 // Mamba: kScanLanes lanes a channel, each a state. Only d, B and C come from the operation before.
-__device__ __forceinline__ void scan(const StepOp& op, Everyone& everyone) {
+__device__ __noinline__ void scan(int operation_at) {
+  Shared& shared = here();
+  const StepOp& op = operation(operation_at);
   const ScanStep& a = op.scan;
   const Range own = share(int64_t{op.rows} * a.e);
   const int group = worker() / kScanLanes, lane = worker() % kScanLanes;
@@ -40,7 +42,7 @@ __device__ __forceinline__ void scan(const StepOp& op, Everyone& everyone) {
       const int j = lane + i * kScanLanes;
       weight[i] = j < a.r ? static_cast<float>(a.dt_proj[c * a.r + j]) : 0.0f;
     }
-    if (!waited) everyone.wait();
+    if (!waited) wait(shared);
     waited = true;
     const bf16* const dbc = a.dbc + int64_t{row} * (a.r + 2 * a.n);
     const float B = holds ? fresh(dbc + a.r + lane) : 0.0f, C = holds ? fresh(dbc + a.r + a.n + lane) : 0.0f;
@@ -73,7 +75,9 @@ __device__ __forceinline__ void touch_scan(const StepOp& op) {
 }
 
 // Mamba-2: a warp a channel of a head. The block convolves the B and C of the rows that it works on.
-__device__ __forceinline__ void advance_state(const StepOp& op, Shared& shared, Everyone& everyone) {
+__device__ __noinline__ void advance_state(int operation_at) {
+  Shared& shared = here();
+  const StepOp& op = operation(operation_at);
   const StateStep& a = op.state;
   const int e = a.heads * a.p, mixed = 2 * a.groups * a.n;  // values of B and C of a row
   const Range own = share(int64_t{op.rows} * e);
@@ -91,7 +95,7 @@ __device__ __forceinline__ void advance_state(const StepOp& op, Shared& shared, 
   };
   float h[4 * kStateQuads];
   read(h, own.begin + warp_of());
-  everyone.wait();
+  wait(shared);
   for (int at = worker(); at < (last_row - first_row + 1) * mixed; at += kWorkers) {
     const int row = first_row + at / mixed;
     bc[at] = convolved(a.conv + int64_t{row} * (a.taps - 1) * a.channels, a.zxbcdt + int64_t{row} * a.input + e, a.conv_weight,
@@ -164,14 +168,16 @@ __device__ __forceinline__ float turned(const bf16* head, int c, int64_t positio
 }
 
 // A query head of one row at a time; `lanes` neighbouring lanes share a key, the groups of lanes take keys in turn.
-__device__ __forceinline__ void attend(const StepOp& op, Shared& all, Everyone& everyone) {
+__device__ __noinline__ void attend(int operation_at) {
+  Shared& all = here();
+  const StepOp& op = operation(operation_at);
   const AttentionStep& a = op.attention;
   AttentionShared& shared = *reinterpret_cast<AttentionShared*>(all.rows);
   const int d = a.d, lanes = a.lanes, group = worker() / lanes, groups = kWorkers / lanes;
   const int first = worker() % lanes * kHeadColumns;
   const bool holds = first < d;
   const int64_t pitch = int64_t{a.hkv} * d;
-  everyone.wait();
+  wait(all);
   for (int unit = static_cast<int>(blockIdx.x); unit < op.rows * a.hq; unit += static_cast<int>(gridDim.x)) {
     const int b = unit / a.hq, head = unit % a.hq, shared_by = a.hq / a.hkv, kv = head / shared_by;
     const bf16* const row = a.qkv + b * a.qkv_row;

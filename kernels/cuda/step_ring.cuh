@@ -17,10 +17,17 @@ struct Shared {
   alignas(16) float weight[kStepNormWidth];  // of a norm, and its bias
   alignas(16) float bias[kStepNormWidth];
   alignas(16) unsigned char ops[kMaxStepOps * sizeof(StepOp)];
+  unsigned long long* counter;  // of arrivals of all blocks, and how many there are when the last operation is done; 0: none
+  unsigned long long target;
+  long long* trace;
   float part[2][kWarps];
   alignas(8) uint64_t full[kStages];
   alignas(8) uint64_t empty[kStages];
 };
+
+extern __shared__ __align__(128) unsigned char shared_memory[];
+__device__ __forceinline__ Shared& here() { return *reinterpret_cast<Shared*>(shared_memory); }
+__device__ __forceinline__ const StepOp& operation(int at) { return reinterpret_cast<const StepOp*>(here().ops)[at]; }
 
 __device__ __forceinline__ int worker() { return static_cast<int>(threadIdx.x); }
 __device__ __forceinline__ int lane_of() { return static_cast<int>(threadIdx.x) % 32; }
@@ -102,42 +109,33 @@ struct Turn {
 };
 
 /// All blocks, between operations: arrive() once the own part is done, wait() before the others' results are read.
-class Everyone {
- public:
-  __device__ explicit Everyone(unsigned long long* counter, long long* trace) : counter_(counter), trace_(trace) {}
-  __device__ void mark() {
-    if (trace_ != nullptr && worker() == 0) *trace_++ = clock64();
+__device__ __forceinline__ void mark(Shared& shared) {
+  if (shared.trace != nullptr && worker() == 0) *shared.trace++ = clock64();
+}
+__device__ __forceinline__ void arrive(Shared& shared) {
+  mark(shared);
+  sync_workers();
+  mark(shared);
+  if (worker() != 0) return;
+  __threadfence();
+  if (shared.target == 0) {
+    unsigned long long before;
+    asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(shared.counter) : "memory");
+    shared.target = before - before % gridDim.x;
+  } else {
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(shared.counter) : "memory");
   }
-  __device__ void arrive() {
-    mark();
-    sync_workers();
-    mark();
-    if (worker() != 0) return;
-    __threadfence();
-    if (target_ == 0) {
-      unsigned long long before;
-      asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(counter_) : "memory");
-      target_ = before - before % gridDim.x;
-    } else {
-      asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(counter_) : "memory");
-    }
-    target_ += gridDim.x;
+  shared.target += gridDim.x;
+}
+__device__ __forceinline__ void wait(Shared& shared) {
+  if (worker() == 0 && shared.target != 0) {
+    unsigned long long now;
+    do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(shared.counter) : "memory");
+    while (now < shared.target);
   }
-  __device__ void wait() {
-    if (worker() == 0 && target_ != 0) {
-      unsigned long long now;
-      do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(counter_) : "memory");
-      while (now < target_);
-    }
-    sync_workers();
-    mark();
-  }
-
- private:
-  unsigned long long* counter_;
-  long long* trace_;
-  unsigned long long target_ = 0;  // only worker 0's counts
-};
+  sync_workers();
+  mark(shared);
+}
 
 // What the launch itself writes is read past the L1 cache.
 __device__ __forceinline__ float fresh(const bf16* p) {
