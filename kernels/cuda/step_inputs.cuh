@@ -6,35 +6,42 @@ namespace krait::kernels::cuda::step {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-inline constexpr int kVectors = 4;  // of 8 values of a row that a worker holds
-static_assert(kVectors * 8 * kWorkers / kMaxStepRows >= kStepNormWidth);
-
-/// Neighbouring warps that share a row, when `rows` (at most 8) are worked on at once.
-__device__ __forceinline__ int warps_of_row(int rows) {
-  int warps = kWarps;
-  while (warps * rows > kWarps) warps /= 2;
-  return warps;
+// Eight weights of a norm; with one vector a row they are there before the row is.
+__device__ __forceinline__ void read_weights(float (&w)[8], const float* from) {
+  const float4 low = reinterpret_cast<const float4*>(from)[0], high = reinterpret_cast<const float4*>(from)[1];
+  w[0] = low.x, w[1] = low.y, w[2] = low.z, w[3] = low.w, w[4] = high.x, w[5] = high.y, w[6] = high.z, w[7] = high.w;
 }
 
-// Rows with their norms' weights waiting in shared memory (kernels/norm.cuh).
+// kernels/cuda/norm.cuh
+template <int kHeld>
 __device__ __forceinline__ void normalise(const StepOp& op, Shared& shared) {
   const NormStep& a = op.norm;
   const int k = op.linear.k, warps = warps_of_row(op.rows), row = warp_of() / warps, step = warps * 256;
   const int first = (worker() - row * warps * 32) * 8;
   const bool alive = row < op.rows, writes = blockIdx.x == 0;
   const int64_t at = int64_t{row} * k;
-  float v[kVectors][8] = {};
+  float weight[8] = {}, bias[8] = {};
+  const auto read_both = [&](int c) {
+    read_weights(weight, a.w + c);
+    if (a.b != nullptr) read_weights(bias, a.b + c);
+  };
+  if (kHeld == 1 && first < k) read_both(first);
+  wait(shared);
+  float v[kHeld][8] = {};
 #pragma unroll
-  for (int q = 0; q < kVectors; ++q) {
+  for (int q = 0; q < kHeld; ++q) {
     const int c = first + q * step;
     if (!alive || c >= k) continue;
-    fresh8(v[q], a.x + at + c);
+    const uint4 x = __ldcg(reinterpret_cast<const uint4*>(a.x + at + c));
     if (a.residual != nullptr) {
       float other[8];
       fresh8(other, a.residual + at + c);
+      unpack8(v[q], x);
 #pragma unroll
       for (int i = 0; i < 8; ++i) v[q][i] = rounded(v[q][i] + other[i]);
       if (writes) write8(a.sum + at + c, v[q]);
+    } else {
+      unpack8(v[q], x);
     }
   }
   const float width = static_cast<float>(k);
@@ -42,14 +49,14 @@ __device__ __forceinline__ void normalise(const StepOp& op, Shared& shared) {
   if (a.centred != 0) {
     float mean[1] = {};
 #pragma unroll
-    for (int q = 0; q < kVectors; ++q)
+    for (int q = 0; q < kHeld; ++q)
 #pragma unroll
       for (int i = 0; i < 8; ++i) mean[0] += v[q][i];
-    warps_sum(mean, warps, shared);
+    warps_sum(mean, warps, 0, shared);
     mean[0] /= width;
     float s[2] = {};  // deviations correct the mean's own rounding
 #pragma unroll
-    for (int q = 0; q < kVectors; ++q)
+    for (int q = 0; q < kHeld; ++q)
       if (first + q * step < k)
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -57,17 +64,17 @@ __device__ __forceinline__ void normalise(const StepOp& op, Shared& shared) {
           s[0] += d;
           s[1] += d * d;
         }
-    warps_sum(s, warps, shared);
+    warps_sum(s, warps, 1, shared);
     const float shift = s[0] / width;
     mu = mean[0] + shift;
     squares = fmaxf(s[1] / width - shift * shift, 0.0f);
   } else {
     float s[1] = {};
 #pragma unroll
-    for (int q = 0; q < kVectors; ++q)
+    for (int q = 0; q < kHeld; ++q)
 #pragma unroll
       for (int i = 0; i < 8; ++i) s[0] += v[q][i] * v[q][i];
-    warps_sum(s, warps, shared);
+    warps_sum(s, warps, 0, shared);
     squares = s[0] / width;
   }
   const float scale = 1.0f / sqrtf(squares + a.eps);
@@ -78,21 +85,14 @@ __device__ __forceinline__ void normalise(const StepOp& op, Shared& shared) {
   }
   bf16* const out = reinterpret_cast<bf16*>(shared.rows);
 #pragma unroll
-  for (int q = 0; q < kVectors; ++q) {
+  for (int q = 0; q < kHeld; ++q) {
     const int c = first + q * step;
     if (c >= k) continue;
+    if (kHeld > 1) read_both(c);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[q][i] = (v[q][i] - mu) * scale * shared.weight[c + i] + (a.b != nullptr ? shared.bias[c + i] : 0.0f);
+    for (int i = 0; i < 8; ++i) v[q][i] = (v[q][i] - mu) * scale * weight[i] + bias[i];
     write8(out + at + c, v[q]);
     if (writes) write8(a.y + at + c, v[q]);
-  }
-}
-
-// Weights of a norm into shared memory, before the rows are there.
-__device__ __forceinline__ void fetch_norm(const float* w, const float* b, int k, Shared& shared) {
-  for (int c = worker() * 4; c < k; c += kWorkers * 4) {
-    *reinterpret_cast<float4*>(shared.weight + c) = *reinterpret_cast<const float4*>(w + c);
-    if (b != nullptr) *reinterpret_cast<float4*>(shared.bias + c) = *reinterpret_cast<const float4*>(b + c);
   }
 }
 
@@ -126,21 +126,26 @@ __device__ __forceinline__ void convolve(const Taps& t, const ConvolvedStep& a, 
   write8(out + int64_t{row} * e + c, now);
 }
 
-// Mamba-2's gated norm, one group; weights in shared memory.
+// Mamba-2's gated norm, one group.
+template <int kHeld>
 __device__ __forceinline__ void gate(const StepOp& op, Shared& shared) {
   const GatedStep& a = op.gated;
   const int k = op.linear.k, warps = warps_of_row(op.rows), row = warp_of() / warps, step = warps * 256;
   const int first = (worker() - row * warps * 32) * 8;
   const bool alive = row < op.rows;
   const int64_t at = int64_t{row} * k;
-  float v[kVectors][8] = {}, s[1] = {};
+  float weight[8] = {};
+  if (kHeld == 1 && first < k) read_weights(weight, a.w + first);
+  wait(shared);
+  float v[kHeld][8] = {}, s[1] = {};
 #pragma unroll
-  for (int q = 0; q < kVectors; ++q) {
+  for (int q = 0; q < kHeld; ++q) {
     const int c = first + q * step;
     if (!alive || c >= k) continue;
+    const uint4 u = __ldcg(reinterpret_cast<const uint4*>(a.u + at + c));
     float z[8];
-    fresh8(v[q], a.u + at + c);
     fresh8(z, a.zxbcdt + int64_t{row} * a.input + c);
+    unpack8(v[q], u);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float gated = v[q][i] * silu(z[i]), counted = a.norm_first != 0 ? v[q][i] : gated;
@@ -148,16 +153,17 @@ __device__ __forceinline__ void gate(const StepOp& op, Shared& shared) {
       v[q][i] = gated;
     }
   }
-  warps_sum(s, warps, shared);
+  warps_sum(s, warps, 0, shared);
   const float scale = 1.0f / sqrtf(s[0] / static_cast<float>(k) + a.eps);
   if (!alive) return;
   bf16* const out = reinterpret_cast<bf16*>(shared.rows);
 #pragma unroll
-  for (int q = 0; q < kVectors; ++q) {
+  for (int q = 0; q < kHeld; ++q) {
     const int c = first + q * step;
     if (c >= k) continue;
+    if (kHeld > 1) read_weights(weight, a.w + c);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[q][i] *= scale * shared.weight[c + i];
+    for (int i = 0; i < 8; ++i) v[q][i] *= scale * weight[i];
     write8(out + at + c, v[q]);
     if (blockIdx.x == 0) write8(a.y + at + c, v[q]);
   }
@@ -168,10 +174,13 @@ __device__ __forceinline__ void shift(const StepOp& op) {
   const GatedStep& a = op.gated;
   const Range own = share(int64_t{op.rows} * a.channels);
   for (int at = own.begin + worker(); at < own.end; at += kWorkers) {
-    const int row = at / a.channels, c = at % a.channels, e = op.linear.k;
-    bf16* const conv = a.conv + int64_t{row} * (a.taps - 1) * a.channels + c;
-    for (int j = 0; j + 2 < a.taps; ++j) conv[j * a.channels] = static_cast<bf16>(fresh(conv + (j + 1) * a.channels));
-    if (a.taps > 1) conv[(a.taps - 2) * a.channels] = static_cast<bf16>(fresh(a.zxbcdt + int64_t{row} * a.input + e + c));
+    const int row = at / a.channels, c = at % a.channels;
+    bf16* const conv = a.conv + int64_t{row} * 3 * a.channels + c;
+    const float second = fresh(conv + a.channels), third = fresh(conv + 2 * a.channels);
+    const float now = fresh(a.zxbcdt + int64_t{row} * a.input + op.linear.k + c);
+    conv[0] = static_cast<bf16>(second);
+    conv[a.channels] = static_cast<bf16>(third);
+    conv[2 * a.channels] = static_cast<bf16>(now);
   }
 }
 
@@ -191,9 +200,12 @@ __device__ __noinline__ void prepare(int operation_at, bool needs) {
       break;
     }
     case StepInput::norm:
-      if (needs) fetch_norm(op.norm.w, op.norm.b, l.k, shared);
-      wait(shared);
-      if (needs) normalise(op, shared);
+      if (!needs)
+        wait(shared);
+      else if (op.rows == 1)
+        normalise<1>(op, shared);
+      else
+        normalise<kStepVectors>(op, shared);
       break;
     case StepInput::convolved: {
       const int vectors = l.k / 8, count = op.rows * vectors;
@@ -208,9 +220,12 @@ __device__ __noinline__ void prepare(int operation_at, bool needs) {
       break;
     }
     case StepInput::gated:
-      if (needs) fetch_norm(op.gated.w, nullptr, l.k, shared);
-      wait(shared);
-      if (needs) gate(op, shared);
+      if (!needs)
+        wait(shared);
+      else if (op.rows == 1)
+        gate<1>(op, shared);
+      else
+        gate<kStepVectors>(op, shared);
       shift(op);
       break;
   }

@@ -1,3 +1,5 @@
+#include <cstdlib>
+
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/step_inputs.cuh"
 #include "kernels/cuda/step_mixers.cuh"
@@ -24,46 +26,90 @@ __device__ __forceinline__ float activate_as(Epilogue e, float x) {
 /// Columns of y whose weights fill a stage.
 __device__ __forceinline__ int columns_of_stage(const LinearStep& l) { return kStepStageBytes / (2 * l.k); }
 
-// One warp a column, as its weights come.
-template <int kRows>
-__device__ __noinline__ Turn multiply(int operation_at, Turn turn) {
-  Shared& shared = here();
-  const StepOp& op = operation(operation_at);
-  const Range own = share(op.linear.n);
-  const LinearStep& l = op.linear;
-  const bf16* const x = reinterpret_cast<const bf16*>(shared.rows);
-  const int per = columns_of_stage(l), pieces = l.k / 8, lane = lane_of();
+// One warp a column, as its weights come; `one` makes the column of a stage.
+template <class F>
+__device__ __forceinline__ Turn each_column(const LinearStep& l, Shared& shared, Turn turn, F one) {
+  const Range own = share(l.n);
+  const int per = columns_of_stage(l);
   for (int first = own.begin; first < own.end; first += per, turn.next()) {
     const int count = min(per, own.end - first);
     const bf16* const stage = reinterpret_cast<const bf16*>(shared.stages[turn.stage]);
+    const int column = warp_of();
+    float bias = column < count && l.bias != nullptr ? static_cast<float>(l.bias[first + column]) : 0.0f;
     wait_barrier(&shared.full[turn.stage], turn.parity);
-    for (int c = warp_of(); c < count; c += kWarps) {
-      const float bias = l.bias != nullptr ? static_cast<float>(l.bias[first + c]) : 0.0f;
-      float sum[kRows][2] = {};
-#pragma unroll(kRows == 1 ? 3 : 1)
-      for (int piece = lane; piece < pieces; piece += 32) {
-        float w[8];
-        read8(w, stage + c * l.k + piece * 8);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          if (r >= op.rows) break;
-          float a[8];
-          read8(a, x + r * l.k + piece * 8);
-#pragma unroll
-          for (int v = 0; v < 8; ++v) sum[r][v % 2] = fmaf(a[v], w[v], sum[r][v % 2]);
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (r >= op.rows) break;
-        const float s = lanes_sum(sum[r][0] + sum[r][1], 32);
-        if (lane == 0) l.y[r * l.y_row + first + c] = static_cast<bf16>(activate_as(l.epilogue, s + bias));
-      }
+    for (int c = column; c < count; c += kWarps) {
+      if (c != column && l.bias != nullptr) bias = static_cast<float>(l.bias[first + c]);
+      one(stage + c * l.k, first + c, bias);
     }
     __syncwarp();
-    if (lane == 0) arrive_barrier(&shared.empty[turn.stage]);
+    if (lane_of() == 0) arrive_barrier(&shared.empty[turn.stage]);
   }
   return turn;
+}
+
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const float (&a)[8], const float (&b)[8]) {
+#pragma unroll
+  for (int v = 0; v < 8; ++v) sum[v % 4] = fmaf(a[v], b[v], sum[v % 4]);
+}
+__device__ __forceinline__ float joined(const float (&sum)[4]) { return lanes_sum((sum[0] + sum[1]) + (sum[2] + sum[3]), 32); }
+
+// One row of up to 256 kHeld values, which stays in registers.
+template <int kHeld>
+__device__ __noinline__ Turn multiply_held(int operation_at, Turn turn) {
+  Shared& shared = here();
+  const LinearStep& l = operation(operation_at).linear;
+  const int lane = lane_of(), k = l.k;
+  float x[kHeld][8];
+#pragma unroll
+  for (int q = 0; q < kHeld; ++q) {
+    const int at = (q * 32 + lane) * 8;
+    uint4 four = {0, 0, 0, 0};
+    if (at < k) four = *reinterpret_cast<const uint4*>(reinterpret_cast<const bf16*>(shared.rows) + at);
+    unpack8(x[q], four);
+  }
+  return each_column(l, shared, turn, [&](const bf16* w, int column, float bias) {
+    float sum[4] = {};
+#pragma unroll
+    for (int q = 0; q < kHeld; ++q) {
+      const int at = (q * 32 + lane) * 8;
+      if (at >= k) continue;
+      float v[8];
+      read8(v, w + at);
+      multiply_add(sum, x[q], v);
+    }
+    const float s = joined(sum);
+    if (lane == 0) l.y[column] = static_cast<bf16>(activate_as(l.epilogue, s + bias));
+  });
+}
+
+// Any few rows, read again for every column.
+__device__ __noinline__ Turn multiply(int operation_at, Turn turn) {
+  Shared& shared = here();
+  const StepOp& op = operation(operation_at);
+  const LinearStep& l = op.linear;
+  const int lane = lane_of(), rows = op.rows;
+  return each_column(l, shared, turn, [&](const bf16* w, int column, float bias) {
+    for (int r = 0; r < rows; ++r) {
+      const bf16* const x = reinterpret_cast<const bf16*>(shared.rows) + r * l.k;
+      float sum[4] = {};
+#pragma unroll 3
+      for (int at = lane * 8; at < l.k; at += 256) {
+        float a[8], b[8];
+        read8(a, x + at);
+        read8(b, w + at);
+        multiply_add(sum, a, b);
+      }
+      const float s = joined(sum);
+      if (lane == 0) l.y[r * l.y_row + column] = static_cast<bf16>(activate_as(l.epilogue, s + bias));
+    }
+  });
+}
+
+__device__ __forceinline__ Turn multiply_any(int at, Turn turn) {
+  const int k = operation(at).linear.k, rows = operation(at).rows;
+  if (rows == 1 && k <= 256 * 3) return multiply_held<3>(at, turn);
+  if (rows == 1 && k <= 256 * 6) return multiply_held<6>(at, turn);
+  return multiply(at, turn);
 }
 
 __device__ __forceinline__ void work(int count) {
@@ -73,7 +119,7 @@ __device__ __forceinline__ void work(int count) {
       case StepKind::linear: {
         const Range own = share(operation(i).linear.n);
         prepare(i, own.begin < own.end);
-        turn = operation(i).rows == 1 ? multiply<1>(i, turn) : multiply<kMaxStepRows>(i, turn);
+        turn = multiply_any(i, turn);
         break;
       }
       case StepKind::input: prepare(i, blockIdx.x == 0); break;
@@ -170,7 +216,7 @@ void run_steps(const StepProgram& program, Device device) {
   config.dynamicSmemBytes = kShared;
   config.stream = native(current_stream(device));
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = std::getenv("KRAIT_STEP_PLAIN") != nullptr ? 0 : 1;
   check(cudaLaunchKernelEx(&config, step::step_kernel, program));
 }
 

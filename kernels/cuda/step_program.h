@@ -4,15 +4,21 @@
 #include "kernels/linear.h"
 
 // What the persistent decoding kernel is told to do: a list of operations, one behind the other, on few rows. All
-// activations and matrices are bf16, everything else fp32. Pointers are to contiguous tensors.
+// activations and matrices are bf16, everything else fp32; convolutions have four taps. Pointers are to contiguous tensors.
 namespace krait::kernels::cuda {
 
 inline constexpr int kMaxStepOps = 128, kMaxStepRows = 8;
 inline constexpr int kStepStageBytes = 24 * 1024;  // of the ring that weights come through; a column fits
 inline constexpr int kStepRowBytes = 48 * 1024;    // input rows of a linear map, or what a mixer shares
-inline constexpr int kStepNormWidth = 2048;        // widest row that is normalised
 inline constexpr int kScanLanes = 16, kScanRanks = 8;  // lanes of a channel; values of d that a lane reads ahead
 inline constexpr int kStateQuads = 2;                  // of 4 states of a channel that a lane of a warp holds
+
+/// Neighbouring warps that share a row of a norm, each lane with up to kStepVectors vectors of 8 values.
+inline constexpr int kStepVectors = 6;
+KRAIT_HOST_DEVICE constexpr int warps_of_row(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : rows <= 4 ? 2 : 1; }
+constexpr bool norm_fits(int64_t rows, int64_t k) {
+  return rows >= 1 && rows <= kMaxStepRows && k % 8 == 0 && k <= 256 * warps_of_row(static_cast<int>(rows)) * (rows == 1 ? 1 : kStepVectors);
+}
 
 /// `input`: what a linear map does to its input, alone. `pause`: nothing, for an operation that reads ahead what the one
 /// before it writes.
@@ -36,13 +42,13 @@ struct ConvolvedStep {
   const bf16 *xz, *conv, *weight, *bias;
 };
 
-/// Mamba-2's gated norm of u; the convolution's state (taps - 1, channels) moves on too.
+/// Mamba-2's gated norm of u; the convolution's state (3, channels) moves on too.
 struct GatedStep {
   const bf16 *u, *zxbcdt;
   bf16 *y, *conv;
   const float* w;
   float eps;
-  int norm_first, channels, taps, input;  // input: of a row of zxbcdt
+  int norm_first, channels, input;  // input: of a row of zxbcdt
 };
 
 /// Mamba's time step, state and output (kernels/mamba_step.h), and the convolution's state.
@@ -51,7 +57,7 @@ struct ScanStep {
   float* h;
   const bf16 *xz, *dbc, *conv_weight, *conv_bias, *dt_proj;
   const float *dt_bias, *A_log, *D;
-  int e, n, r, taps;
+  int e, n, r;
 };
 
 /// Mamba-2's state and u (kernels/mamba2_step.h).
@@ -61,7 +67,7 @@ struct StateStep {
   const bf16 *conv, *zxbcdt, *conv_weight, *conv_bias;
   const float *dt_bias, *A_log, *D;
   float low, high;
-  int heads, p, n, groups, taps, channels, input, D_columns;
+  int heads, p, n, groups, channels, input, D_columns;
 };
 
 /// kernels/attention_append.h

@@ -25,6 +25,13 @@ Tensor counter_of(Device device) {
   return counter;
 }
 
+StepOp operation(StepKind kind, int64_t rows) {
+  StepOp op{};
+  op.kind = kind;
+  op.rows = static_cast<int>(rows);
+  return op;
+}
+
 class StepQueue final : public GatheredSteps {
  public:
   StepQueue(Device device, Tensor counter) : device_(device), counter_(std::move(counter)) {
@@ -101,9 +108,14 @@ class StepQueue final : public GatheredSteps {
     return false;
   }
 
-  /// Whether the last operation moves this convolution's state on.
-  bool just_scanned(const bf16* conv) const {
-    return count_ > 0 && program_.ops[count_ - 1].kind == StepKind::mamba_scan && program_.ops[count_ - 1].scan.conv == conv;
+  /// Before an operation that reads this state ahead: one between it and the operation that writes the state.
+  void apart_from(const bf16* state) {
+    if (count_ == 0) return;
+    const StepOp& last = program_.ops[count_ - 1];
+    const bool scans = last.kind == StepKind::mamba_scan && last.scan.conv == state;
+    const bool gates = (last.kind == StepKind::input || last.kind == StepKind::linear) && last.linear.input == StepInput::gated && last.gated.conv == state;
+    const bool attends = last.kind == StepKind::attention && last.attention.k_cache == state;
+    if (scans || gates || attends) add(operation(StepKind::pause, 1), {});
   }
 
   Device device() const { return device_; }
@@ -137,13 +149,6 @@ bool linear_fits(int64_t rows, int64_t n, int64_t k) {
          n < (int64_t{1} << 24);
 }
 
-StepOp operation(StepKind kind, int64_t rows) {
-  StepOp op{};
-  op.kind = kind;
-  op.rows = static_cast<int>(rows);
-  return op;
-}
-
 // y (rows, k), made of what the operation names elsewhere.
 LinearStep rows_of(StepInput input, const Tensor& y) {
   LinearStep l{};
@@ -166,8 +171,8 @@ bool gather_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rst
                  const Tensor& w, const Tensor& b, double eps) {
   StepQueue* const queue = current_queue(x.device());
   const int64_t k = x.size(-1), rows = x.numel() / k;
-  if (queue == nullptr || x.dtype() != DType::bf16 || (residual.defined() && residual.dtype() != DType::bf16) || rows > kMaxStepRows ||
-      k % 8 != 0 || k > kStepNormWidth || !all_aligned(y, sum, x, residual, w, b))
+  if (queue == nullptr || x.dtype() != DType::bf16 || (residual.defined() && residual.dtype() != DType::bf16) || !norm_fits(rows, k) ||
+      !all_aligned(y, sum, x, residual, w, b))
     return false;
   StepOp op = operation(StepKind::input, rows);
   op.linear = rows_of(StepInput::norm, y);
@@ -199,12 +204,12 @@ bool gather_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, con
   project.linear = {nullptr, w.x_proj.data<bf16>(), nullptr, dbc.data<bf16>(), e, outputs,
                     static_cast<int>(outputs), static_cast<int>(e), Epilogue::none, StepInput::convolved};
   project.convolved = {xz.data<bf16>(), conv.data<bf16>(), w.conv_weight.data<bf16>(), pointer<bf16>(w.conv_bias)};
-  if (queue->just_scanned(conv.data<bf16>())) queue->add(operation(StepKind::pause, rows), {});
+  queue->apart_from(conv.data<bf16>());
   queue->add(project, {xz, conv, dbc});
   StepOp scan = operation(StepKind::mamba_scan, rows);
   scan.scan = {y.data<bf16>(), conv.data<bf16>(), h.data<float>(), xz.data<bf16>(), dbc.data<bf16>(), w.conv_weight.data<bf16>(),
                pointer<bf16>(w.conv_bias), w.dt_proj.data<bf16>(), w.dt_bias.data<float>(), w.A_log.data<float>(), w.D.data<float>(),
-               static_cast<int>(e), static_cast<int>(n), static_cast<int>(r), 4};
+               static_cast<int>(e), static_cast<int>(n), static_cast<int>(r)};
   queue->add(scan, {y, conv, h, xz, dbc});
   return true;
 }
@@ -213,23 +218,23 @@ bool gather_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt
   StepQueue* const queue = current_queue(zxbcdt.device());
   const int64_t rows = h.size(0), heads = h.size(1), p = h.size(2), n = h.size(3), e = heads * p;
   const int64_t channels = w.conv_weight.size(0), groups = (channels - e) / (2 * n), input = zxbcdt.size(1);
-  if (queue == nullptr || zxbcdt.dtype() != DType::bf16 || rows > kMaxStepRows || groups != 1 || n % 4 != 0 || n > 128 * kStateQuads ||
-      e % 8 != 0 || e > kStepNormWidth || (rows > 1 && input % 8 != 0) || rows * 2 * n * 4 > kStepRowBytes ||
-      !all_aligned(zxbcdt, h, w.norm_weight))
+  if (queue == nullptr || zxbcdt.dtype() != DType::bf16 || !norm_fits(rows, e) || groups != 1 || w.conv_weight.size(1) != 4 || n % 4 != 0 || n > 128 * kStateQuads ||
+      (rows > 1 && input % 8 != 0) || rows * 2 * n * 4 > kStepRowBytes ||
+      !all_aligned(zxbcdt, h, w.norm_weight, w.conv_weight))
     return false;
-  const int taps = static_cast<int>(w.conv_weight.size(1));
   Tensor u = empty({rows, e}, zxbcdt.dtype(), zxbcdt.device());
   StepOp state = operation(StepKind::mamba2_state, rows);
   state.state = {u.data<bf16>(), h.data<float>(), conv.data<bf16>(), zxbcdt.data<bf16>(), w.conv_weight.data<bf16>(),
                  pointer<bf16>(w.conv_bias), w.dt_bias.data<float>(), w.A_log.data<float>(), w.D.data<float>(),
                  static_cast<float>(w.dt_low), static_cast<float>(w.dt_high), static_cast<int>(heads), static_cast<int>(p),
-                 static_cast<int>(n), static_cast<int>(groups), taps, static_cast<int>(channels), static_cast<int>(input),
+                 static_cast<int>(n), static_cast<int>(groups), static_cast<int>(channels), static_cast<int>(input),
                  w.D.ndim() == 1 ? 1 : static_cast<int>(p)};
+  queue->apart_from(conv.data<bf16>());
   queue->add(state, {u, h, conv, zxbcdt});
   StepOp gate = operation(StepKind::input, rows);
   gate.linear = rows_of(StepInput::gated, y);
   gate.gated = {u.data<bf16>(), zxbcdt.data<bf16>(), y.data<bf16>(), conv.data<bf16>(), w.norm_weight.data<float>(),
-                static_cast<float>(w.eps), w.norm_first ? 1 : 0, static_cast<int>(channels), taps, static_cast<int>(input)};
+                static_cast<float>(w.eps), w.norm_first ? 1 : 0, static_cast<int>(channels), static_cast<int>(input)};
   queue->add(gate, {y, u, zxbcdt, conv});
   return true;
 }
@@ -248,6 +253,7 @@ bool gather_attention_append(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tens
                   static_cast<int>(k_cache.size(1)), static_cast<int>(a.hq), static_cast<int>(a.hkv), static_cast<int>(d),
                   a.cos.defined() ? static_cast<int>(a.cos.size(1)) : 0, a.style == RopeStyle::interleaved ? 1 : 0, lanes,
                   static_cast<float>(a.scale)};
+  queue->apart_from(k_cache.data<bf16>());
   queue->add(op, {o, qkv, k_cache, v_cache, position});
   return true;
 }

@@ -8,19 +8,17 @@
 // ring of shared memory between them, and the barrier of all blocks.
 namespace krait::kernels::cuda::step {
 
-inline constexpr int kWarps = 16, kWorkers = 32 * kWarps;
-inline constexpr int kStages = 5;
+inline constexpr int kWarps = 12, kWorkers = 32 * kWarps;
+inline constexpr int kStages = 6;
 
 struct Shared {
   alignas(128) unsigned char stages[kStages][kStepStageBytes];
   alignas(16) unsigned char rows[kStepRowBytes];
-  alignas(16) float weight[kStepNormWidth];  // of a norm, and its bias
-  alignas(16) float bias[kStepNormWidth];
   alignas(16) unsigned char ops[kMaxStepOps * sizeof(StepOp)];
   unsigned long long* counter;  // of arrivals of all blocks, and how many there are when the last operation is done; 0: none
   unsigned long long target;
   long long* trace;
-  float part[2][kWarps];
+  float part[2][2][16];
   alignas(8) uint64_t full[kStages];
   alignas(8) uint64_t empty[kStages];
 };
@@ -117,21 +115,22 @@ __device__ __forceinline__ void arrive(Shared& shared) {
   sync_workers();
   mark(shared);
   if (worker() != 0) return;
-  __threadfence();
   if (shared.target == 0) {
     unsigned long long before;
-    asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(shared.counter) : "memory");
+    asm volatile("atom.release.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(shared.counter) : "memory");
     shared.target = before - before % gridDim.x;
   } else {
-    asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(shared.counter) : "memory");
+    asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(shared.counter) : "memory");
   }
   shared.target += gridDim.x;
 }
 __device__ __forceinline__ void wait(Shared& shared) {
   if (worker() == 0 && shared.target != 0) {
     unsigned long long now;
-    do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(shared.counter) : "memory");
-    while (now < shared.target);
+    const unsigned long long target = shared.target;
+    do asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(shared.counter) : "memory");
+    while (now < target);
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(shared.counter) : "memory");
   }
   sync_workers();
   mark(shared);
@@ -162,23 +161,20 @@ __device__ __forceinline__ float lanes_sum(float v, int width) {
   return v;
 }
 
-/// Sums of N values over neighbouring groups of `warps` warps (a power of two); all workers call it.
+/// Sums of N values over neighbouring groups of `warps` warps (a power of two); all workers call it. Two calls in a row
+/// take different buffers.
 template <int N>
-__device__ __forceinline__ void warps_sum(float (&v)[N], int warps, Shared& shared) {
+__device__ __forceinline__ void warps_sum(float (&v)[N], int warps, int buffer, Shared& shared) {
   static_assert(N <= 2);
 #pragma unroll
   for (int n = 0; n < N; ++n) v[n] = lanes_sum(v[n], 32);
   if (lane_of() == 0)
 #pragma unroll
-    for (int n = 0; n < N; ++n) shared.part[n][warp_of()] = v[n];
+    for (int n = 0; n < N; ++n) shared.part[buffer][n][warp_of()] = v[n];
   sync_workers();
-  const int first = warp_of() / warps * warps;
+  const int at = warp_of() / warps * warps + lane_of() % warps;
 #pragma unroll
-  for (int n = 0; n < N; ++n) {
-    v[n] = shared.part[n][first];
-    for (int w = 1; w < warps; ++w) v[n] += shared.part[n][first + w];
-  }
-  sync_workers();
+  for (int n = 0; n < N; ++n) v[n] = lanes_sum(shared.part[buffer][n][at], warps);
 }
 
 #endif

@@ -48,26 +48,28 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias = {}, Epilogu
 }  // namespace
 
 TEST_CASE("a step in one launch: norms and linear maps equal the cpu's", "[cuda]") {
-  for (const int64_t rows : {1, 2, 3, 8})
-    for (const auto& [k, n] : std::vector<std::pair<int64_t, int64_t>>{{8, 1}, {768, 33}, {768, 3072}, {1032, 70}, {2048, 131}, {768, 5003}})
-      for (const bool centred : {false, true}) {
-        INFO("rows " << rows << " k " << k << " n " << n << " centred " << centred);
-        check_gathered([&](Maker m) {
-          const Tensor x = m.narrow({rows, k}), residual = m.narrow({rows, k}), w = m.wide({k}, 1, 0.2), b = m.wide({k}, 0, 0.2);
-          const Tensor up = m.narrow({n, k}, 0.05), bias = m.narrow({n}), down = m.narrow({k, k}, 0.05);
-          Tensor sum, y;
-          if (centred) {
-            const auto out = kernels::add_layer_norm_forward(x, residual, w, b, 1e-5);
-            sum = out.residual, y = out.y;
-          } else {
-            const auto out = kernels::add_rms_norm_forward(x, residual, w, 1e-5);
-            sum = out.residual, y = out.y;
-          }
-          const Tensor wide = linear(y, up, bias, centred ? Epilogue::gelu_tanh : Epilogue::none), same = linear(y, down);
-          const auto alone = kernels::rms_norm_forward(same, w, 1e-5);  // followed by no linear map
-          return std::vector<Tensor>{sum, y, wide, same, alone.y, alone.rstd};
-        });
+  struct Sizes { int64_t rows, k, n; bool centred; };
+  for (const auto& [rows, k, n, centred] :
+       {Sizes{1, 8, 1, false}, Sizes{1, 768, 33, true}, Sizes{1, 768, 3072, false}, Sizes{1, 1032, 70, true}, Sizes{1, 1536, 40, false},
+        Sizes{1, 2048, 131, true}, Sizes{1, 768, 5003, false}, Sizes{2, 768, 300, true}, Sizes{2, 8, 7, false}, Sizes{3, 1032, 70, false},
+        Sizes{3, 264, 19, true}, Sizes{8, 768, 300, false}, Sizes{8, 2048, 131, true}}) {
+    INFO("rows " << rows << " k " << k << " n " << n << " centred " << centred);
+    check_gathered([&, rows = rows, k = k, n = n, centred = centred](Maker m) {
+      const Tensor x = m.narrow({rows, k}), residual = m.narrow({rows, k}), w = m.wide({k}, 1, 0.2), b = m.wide({k}, 0, 0.2);
+      const Tensor up = m.narrow({n, k}, 0.05), bias = m.narrow({n}), down = m.narrow({k, k}, 0.05);
+      Tensor sum, y;
+      if (centred) {
+        const auto out = kernels::add_layer_norm_forward(x, residual, w, b, 1e-5);
+        sum = out.residual, y = out.y;
+      } else {
+        const auto out = kernels::add_rms_norm_forward(x, residual, w, 1e-5);
+        sum = out.residual, y = out.y;
       }
+      const Tensor wide = linear(y, up, bias, centred ? Epilogue::gelu_tanh : Epilogue::none), same = linear(y, down);
+      const auto alone = kernels::rms_norm_forward(same, w, 1e-5);  // followed by no linear map
+      return std::vector<Tensor>{sum, y, wide, same, alone.y, alone.rstd};
+    });
+  }
 }
 
 TEST_CASE("a step in one launch: wide inputs, and more operations than a launch holds", "[cuda]") {
