@@ -1,5 +1,3 @@
-#include <cstdlib>
-
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/step_inputs.cuh"
 #include "kernels/cuda/step_mixers.cuh"
@@ -23,8 +21,11 @@ __device__ __forceinline__ float activate_as(Epilogue e, float x) {
   return e == Epilogue::relu ? activate<Functions, Epilogue::relu>(x) : x;
 }
 
-/// Columns of y whose weights fill a stage.
-__device__ __forceinline__ int columns_of_stage(const LinearStep& l) { return kStepStageBytes / (2 * l.k); }
+/// Columns of y whose weights fill a stage: as many for every warp, where a stage has so many.
+__device__ __forceinline__ int columns_of_stage(const LinearStep& l) {
+  const int fit = kStepStageBytes / (2 * l.k);
+  return fit < kWarps ? fit : fit / kWarps * kWarps;
+}
 
 // One warp a column, as its weights come; `one` makes the column of a stage.
 template <class F>
@@ -181,7 +182,6 @@ __global__ void __launch_bounds__(kWorkers + 32, 1) step_kernel(const __grid_con
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     shared.counter = program.counter;
     shared.target = 0;
-    shared.trace = program.trace != nullptr && (blockIdx.x == 0 || blockIdx.x == 77) ? program.trace + (blockIdx.x == 0 ? 0 : 512) : nullptr;
   }
   // Read as ordinary memory, all at once: as constants they would come line by line.
   const uint4* from = reinterpret_cast<const uint4*>(program.ops);
@@ -216,7 +216,7 @@ void run_steps(const StepProgram& program, Device device) {
   config.dynamicSmemBytes = kShared;
   config.stream = native(current_stream(device));
   config.attrs = &attribute;
-  config.numAttrs = std::getenv("KRAIT_STEP_PLAIN") != nullptr ? 0 : 1;
+  config.numAttrs = 1;
   check(cudaLaunchKernelEx(&config, step::step_kernel, program));
 }
 

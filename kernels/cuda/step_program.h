@@ -106,7 +106,6 @@ struct alignas(16) StepOp {
 };
 
 struct StepProgram {
-  long long* trace;
   unsigned long long* counter;  // of arrivals; a multiple of the blocks between launches
   int count;
   StepOp ops[kMaxStepOps];

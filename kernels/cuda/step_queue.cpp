@@ -1,7 +1,5 @@
 #include "kernels/cuda/step_queue.h"
 
-#include <cstdlib>
-#include <array>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -43,33 +41,7 @@ class StepQueue final : public GatheredSteps {
     program_.count = std::exchange(count_, 0);  // the launch itself asks for the stream
     operations += program_.count;
     ++launches;
-    const char* tracing = std::getenv("KRAIT_STEP_TRACE");
-    Tensor trace;
-    const bool traced = tracing != nullptr && program_.count > 40 && !is_capturing(device_);
-    if (traced) {
-      trace = zeros({1024}, DType::i64, device_);
-      program_.trace = reinterpret_cast<long long*>(trace.data<int64_t>());
-    }
     run_steps(program_, device_);
-    if (traced) {
-      program_.trace = nullptr;
-      const auto t = trace.cpu().to_vector<int64_t>();
-      for (int block = 0; block < 2; ++block) {
-        const int64_t* m = t.data() + 512 * block;  // per operation: begun, done, all done
-        std::map<std::string, std::array<int64_t, 4>> sums;
-        for (int i = 1; i + 1 < program_.count; ++i) {
-          const StepOp& op = program_.ops[i];
-          auto& s = sums[fmt::format("{}.{} n {} k {}", static_cast<int>(op.kind), static_cast<int>(op.linear.input), op.linear.n, op.linear.k)];
-          s[0] += 1;
-          s[1] += m[3 * i] - m[3 * i - 1];
-          s[2] += m[3 * i + 1] - m[3 * i];
-          s[3] += m[3 * i + 2] - m[3 * i + 1];
-        }
-        fmt::print(stderr, "trace {} block {} ops {} total {} first {}\n", launches, block * 77, program_.count, m[3 * program_.count - 4] - m[0], m[2] - m[0]);
-        for (const auto& [name, s] : sums)
-          fmt::print(stderr, "   {:30} x{:3}: wait {:6.0f} work {:6.0f} others {:6.0f} clocks\n", name, s[0], double(s[1]) / s[0], double(s[2]) / s[0], double(s[3]) / s[0]);
-      }
-    }
     held_.clear();
   }
 
@@ -163,7 +135,7 @@ LinearStep rows_of(StepInput input, const Tensor& y) {
 
 void gather_steps(std::unique_ptr<GatheredSteps>& steps, Device device) {
   static const bool able = device_info(device).compute_capability >= 90;
-  if (!able || std::getenv("KRAIT_NO_STEPS") != nullptr) return;
+  if (!able) return;
   if (Tensor counter = counter_of(device); counter.defined()) steps = std::make_unique<StepQueue>(device, std::move(counter));
 }
 

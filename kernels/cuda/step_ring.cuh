@@ -17,7 +17,6 @@ struct Shared {
   alignas(16) unsigned char ops[kMaxStepOps * sizeof(StepOp)];
   unsigned long long* counter;  // of arrivals of all blocks, and how many there are when the last operation is done; 0: none
   unsigned long long target;
-  long long* trace;
   float part[2][2][16];
   alignas(8) uint64_t full[kStages];
   alignas(8) uint64_t empty[kStages];
@@ -107,13 +106,8 @@ struct Turn {
 };
 
 /// All blocks, between operations: arrive() once the own part is done, wait() before the others' results are read.
-__device__ __forceinline__ void mark(Shared& shared) {
-  if (shared.trace != nullptr && worker() == 0) *shared.trace++ = clock64();
-}
 __device__ __forceinline__ void arrive(Shared& shared) {
-  mark(shared);
   sync_workers();
-  mark(shared);
   if (worker() != 0) return;
   if (shared.target == 0) {
     unsigned long long before;
@@ -133,7 +127,6 @@ __device__ __forceinline__ void wait(Shared& shared) {
     asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(shared.counter) : "memory");
   }
   sync_workers();
-  mark(shared);
 }
 
 // What the launch itself writes is read past the L1 cache.

@@ -129,8 +129,11 @@ struct Head {
 __global__ void __launch_bounds__(32 * kHeadWarps) state_rows_kernel(bf16* u, float* h, Head a) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t head = blockIdx.x, row = blockIdx.y, e = a.heads * a.p, group = head / (a.heads / a.groups);
-  h += (row * a.heads + head) * a.p * kHeadStates + 4 * lane;
-  take_over();
+  h += (row * a.heads + head) * a.p * kHeadStates;
+  let_next_begin();
+  if (threadIdx.x == 0) bring_into_l2(h, a.p * kHeadStates * int64_t{4});  // while short kernels leave the memory idle
+  wait_for_previous();
+  h += 4 * lane;
   const bf16* const mixed = a.mixed + row * a.channels;
   const float raw = static_cast<float>(a.zxbcdt[row * a.input + e + a.channels + head]) + a.dt_bias[head], rate = a.A_log[head];
   float B[4], C[4];
