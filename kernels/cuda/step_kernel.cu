@@ -200,6 +200,7 @@ __global__ void __launch_bounds__(kWorkers + 32, 1) step_kernel(const __grid_con
 
 void run_steps(const StepProgram& program, Device device) {
   constexpr int kShared = static_cast<int>(sizeof(step::Shared));
+  static_assert(kShared <= 227 * 1024 && sizeof(StepProgram) <= 32764, "more than a block, or a launch, may have");
   static const bool ready = [] {
     check(cudaFuncSetAttribute(step::step_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
     return true;
