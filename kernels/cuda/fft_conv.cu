@@ -217,7 +217,7 @@ void fft_conv_kernel_name(std::string& name, int64_t length, DType dtype, bool h
   if (has_segments)
     name = length > 4096 ? "own sums inside documents (slow: quadratic in their length)" : "own sums inside documents";
   else if (serves_registers(log2n, accum_dtype(dtype)))
-    name = "own fused FFT of 1024 points in registers";
+    name = fmt::format("own fused FFT of {} points in registers", int64_t{1} << log2n);
   else if (log2n <= max_shared_log2(accum_dtype(dtype)))
     name = fmt::format("own fused FFT of {} points in shared memory", int64_t{1} << log2n);
   else

@@ -25,8 +25,8 @@ void fft_conv_long_forward(Tensor& y, const Tensor& u, const Tensor& K, const Te
 void fft_conv_long_backward(Tensor& du, Tensor& dK, Tensor& dK1, const Tensor& dy, const Tensor& u, const Tensor& K,
                             const Tensor& K1, const Tensor& D);
 
-// 513 to 1024 positions, sums in fp32: transforms in registers.
-inline bool serves_registers(int log2n, DType sums) { return log2n == 10 && sums == DType::f32; }
+// Transforms of 1024 and 4096 points with sums in fp32: in registers.
+inline bool serves_registers(int log2n, DType sums) { return (log2n == 10 || log2n == 12) && sums == DType::f32; }
 void fft_conv_registers_forward(Tensor& y, const Tensor& u, const Tensor& K, const Tensor& K1, const Tensor& D);
 void fft_conv_registers_backward(Tensor& du, Tensor& dK, Tensor& dK1, const Tensor& dy, const Tensor& u,
                                  const Tensor& K, const Tensor& K1, const Tensor& D);

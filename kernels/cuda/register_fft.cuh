@@ -1,16 +1,10 @@
 #pragma once
-// The transform modulo x^n - i of kernels/fft_conv.h with n = 1024 = 32 x 32, in registers: a sequence lies over 32
-// threads of 32 values. Thread i first holds the coefficients i + 32 j and splits them into 32 blocks x^32 - w at
-// nodes that are the same for all threads (constants); after one exchange thread m holds block m and splits it into
-// its 32 points.
-#include <cmath>
-
+// The transform modulo x^n - i of kernels/fft_conv.h in registers: a sequence lies over n / 32 threads of 32 values.
+// A pass splits (or joins) log2(size) levels of the tree of factors without an exchange; the first pass is at nodes
+// that are the same for all threads (constants), later ones read the nodes of their blocks from a table.
 #include "kernels/complex.h"
 
 namespace krait::kernels::cuda {
-
-constexpr int kRegisterLog2 = 10;
-constexpr int kSide = 32;
 
 // sin and cos of 2 pi turns by their series, |turns| < 1.
 constexpr double turn_series(double x, double term, int k) {
@@ -37,7 +31,7 @@ KRAIT_HOST_DEVICE constexpr double node_turns(int q) {
   return own + turns;
 }
 
-/// The upper nodes 1..31.
+/// The nodes from the root down.
 struct FirstRoots {
   template <int q>
   struct Root {
@@ -50,21 +44,22 @@ struct FirstRoots {
   }
 };
 
-/// The nodes below block m: node q of its own subtree (1..31) is node (32 + m) 2^j + s of the tree, q = 2^j + s.
-/// table (32, 32): [q][m].
+/// The nodes below block m of `blocks`: node q of its own subtree is node (blocks + m) 2^j + s of the tree,
+/// q = 2^j + s. table (size, blocks): [q][m]. Not read through __ldg or a pointer known to be global: such loads move
+/// up past the exchange, and all of a subtree's roots at once do not fit in registers.
+template <int blocks>
 struct BlockRoots {
   const Complex<float>* of_block;  // table + m
   template <int q>
   __device__ __forceinline__ Complex<float> at() const {
-    const float2 v = __ldg(reinterpret_cast<const float2*>(of_block + q * kSide));
-    return {v.x, v.y};
+    return of_block[q * blocks];
   }
 };
-/// Entry i of BlockRoots' table.
-KRAIT_HOST_DEVICE constexpr int node_of_entry(int i) {
-  int q = i / kSide, high = 1;
+/// The tree's node of entry i of that table.
+KRAIT_HOST_DEVICE constexpr int node_of_entry(int i, int blocks) {
+  int q = i / blocks, high = 1;
   while (2 * high <= q) high *= 2;
-  return (kSide + i % kSide) * high + (q - high);
+  return (blocks + i % blocks) * high + (q - high);
 }
 
 /// Coefficients to values, from node q down; six multiply-adds for a pair.
@@ -85,9 +80,10 @@ __device__ __forceinline__ void register_split(Complex<float>* p, const Roots& r
   }
 }
 
-/// Of real coefficients (imaginary parts are not read): the first 32 blocks.
+/// The first pass of real coefficients: imaginary parts are not read.
+template <int size>
 __device__ __forceinline__ void register_split_real(Complex<float>* p) {
-  constexpr int half = kSide / 2;
+  constexpr int half = size / 2;
   constexpr FirstRoots roots;
   const Complex<float> w = roots.at<1>();
 #pragma unroll
@@ -117,9 +113,10 @@ __device__ __forceinline__ void register_join(Complex<float>* p, const Roots& ro
   }
 }
 
-/// The upper 32 blocks joined; only the real parts of the coefficients are made.
+/// Undoes the first pass; only the real parts of the coefficients are made.
+template <int size>
 __device__ __forceinline__ void register_join_real(Complex<float>* p) {
-  constexpr int half = kSide / 2;
+  constexpr int half = size / 2;
   constexpr FirstRoots roots;
   register_join<2, half>(p, roots);
   register_join<3, half>(p + half, roots);
@@ -131,5 +128,70 @@ __device__ __forceinline__ void register_join_real(Complex<float>* p) {
     p[k + half].re = fmaf(w.im, a.im - b.im, w.re * (a.re - b.re));
   }
 }
+
+// How a transform lies over its threads. Before the first pass value kRadix s + j of thread i is coefficient
+// i + kThreads s + kStep j; behind the last one its points are the thread's own.
+constexpr int kValues = 32;  // of a thread
+
+/// 1024 = 32 x 32. Block m of 32 coefficients lies in a line of 33 in shared memory.
+struct Plan1024 {
+  static constexpr int kLog2 = 10, kPoints = 1024, kThreads = 32, kRadix = 32, kStep = 32;
+  static constexpr int kChannels = 8;            // of a block of threads: a sector of each position
+  static constexpr int kShared = 32 * 33 + 4;    // floats of a channel: 8 channels x 4 coefficients in 32 banks
+  static constexpr int kTable = 32 * 32;
+  KRAIT_HOST_DEVICE static int node(int entry) { return node_of_entry(entry, 32); }
+
+  /// Where element e of thread i lies in the exchange: before (coefficients) and behind it.
+  KRAIT_HOST_DEVICE static int upper(int i, int e) { return e * 33 + i; }
+  KRAIT_HOST_DEVICE static int lower(int i, int e) { return i * 33 + e; }
+  template <class Exchange>
+  __device__ __forceinline__ static void split_rest(Complex<float>* v, const Complex<float>* table, int i, Exchange) {
+    register_split<1, 32>(v, BlockRoots<32>{table + i});
+  }
+  template <class Exchange>
+  __device__ __forceinline__ static void join_rest(Complex<float>* v, const Complex<float>* table, int i, Exchange) {
+    register_join<1, 32>(v, BlockRoots<32>{table + i});
+  }
+};
+
+/// 4096 = 16 x 16 x 16, two columns a thread. Block m of 256 coefficients lies in 272 places, its blocks of 16 in lines
+/// of 17 after the second pass, which 16 neighbouring threads exchange among themselves.
+struct Plan4096 {
+  static constexpr int kLog2 = 12, kPoints = 4096, kThreads = 128, kRadix = 16, kStep = 256;
+  static constexpr int kChannels = 4;
+  static constexpr int kShared = 16 * 272 + 8;  // 4 channels x 8 coefficients in 32 banks
+  static constexpr int kTable = 16 * 16 + 16 * 256;
+  KRAIT_HOST_DEVICE static int node(int entry) {
+    return entry < 16 * 16 ? node_of_entry(entry, 16) : node_of_entry(entry - 16 * 16, 256);
+  }
+  KRAIT_HOST_DEVICE static int upper(int i, int e) { return e % 16 * 272 + i + 128 * (e / 16); }
+  KRAIT_HOST_DEVICE static int lower(int i, int e) { return (i / 16 + 8 * (e / 16)) * 272 + i % 16 + 16 * (e % 16); }
+  // The second exchange, as types.
+  struct Columns {
+    KRAIT_HOST_DEVICE int operator()(int i, int e) const { return (i / 16 + 8 * (e / 16)) * 272 + e % 16 * 17 + i % 16; }
+  };
+  struct Lines {
+    KRAIT_HOST_DEVICE int operator()(int i, int e) const { return (i / 16 + 8 * (e / 16)) * 272 + i % 16 * 17 + e % 16; }
+  };
+  /// exchange(from, to) moves element e of thread i from place from(i, e) to its element at to(i, e), inside warps.
+  template <class Exchange>
+  __device__ __forceinline__ static void split_rest(Complex<float>* v, const Complex<float>* table, int i,
+                                                    Exchange exchange) {
+    register_split<1, 16>(v, BlockRoots<16>{table + i / 16});
+    register_split<1, 16>(v + 16, BlockRoots<16>{table + i / 16 + 8});
+    exchange(Columns{}, Lines{});
+    register_split<1, 16>(v, BlockRoots<256>{table + 256 + i});
+    register_split<1, 16>(v + 16, BlockRoots<256>{table + 256 + i + 128});
+  }
+  template <class Exchange>
+  __device__ __forceinline__ static void join_rest(Complex<float>* v, const Complex<float>* table, int i,
+                                                   Exchange exchange) {
+    register_join<1, 16>(v, BlockRoots<256>{table + 256 + i});
+    register_join<1, 16>(v + 16, BlockRoots<256>{table + 256 + i + 128});
+    exchange(Lines{}, Columns{});
+    register_join<1, 16>(v, BlockRoots<16>{table + i / 16});
+    register_join<1, 16>(v + 16, BlockRoots<16>{table + i / 16 + 8});
+  }
+};
 
 }  // namespace krait::kernels::cuda

@@ -11,7 +11,7 @@ namespace krait::kernels::cuda {
 namespace {
 
 constexpr int kStates = 32;  // of a chunk
-constexpr int kNear = 8;     // of the forward: neighbouring threads that share one far power
+constexpr int kNear = 16;    // of the forward: neighbouring threads that share one far power
 constexpr int kStep = 16;    // of the backward: positions between two steps of the outer recurrence
 constexpr int kSpan = 128;   // positions that a warp stages at a time
 constexpr int kWarps = 8;    // of the backward: a piece of the positions each
@@ -67,35 +67,48 @@ __device__ __forceinline__ void load_two(Complex<double>& a, Complex<double>& b,
   b = from[1];
 }
 
+// A state's part of K: K_l = sum Re(w A_bar^l).
+struct Term {
+  Polar a;
+  Complex64 w;
+};
+
+// One thread a state: their long chains in double run side by side here, once a channel.
+template <class T>
+__global__ void terms_kernel(Term* terms, Channels<T> channels, int64_t h) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= h * channels.n) return;
+  const int64_t c = i / channels.n, j = i % channels.n;
+  const S4dState s = channels.state(c, j);
+  terms[i] = {polar(s.A_bar), 2.0 * (load_complex(channels.C, i) * (s.f * load_complex(channels.B, channels.at(c, j))))};
+}
+
 // Block (channel, piece of the positions); thread p makes kTile positions from base + p kTile on. With p = kNear q + r
-// the power at its first position is A_bar^(base + kTile kNear q) A_bar^(kTile r), and 2 C B_bar lies in the first of
-// the two. Bound by the multiply-adds: 2 h n l.
+// the power at its first position is A_bar^(base + kTile kNear q) A_bar^(kTile r), and w lies in the first of the two.
+// Bound by the multiply-adds: 2 h n l.
 template <class T, int kTile, int kThreads>
-__global__ void __launch_bounds__(kThreads) forward_kernel(T* K, Channels<T> channels, int64_t length) {
+__global__ void __launch_bounds__(kThreads) forward_kernel(T* K, const Term* __restrict__ all, int64_t n, int64_t length) {
   constexpr int kFar = kThreads / kNear, kPowers = kFar + kNear + kTile;
   __shared__ __align__(16) Complex<T> table[kStates][kTile];
-  __shared__ Complex<T> far[kStates][kFar], near[kStates][kNear], coefficient[kStates];
-  __shared__ Polar polars[kStates];
+  __shared__ Complex<T> far[kStates][kFar], near[kStates][kNear];
+  __shared__ Term terms[kStates];
   const int64_t c = blockIdx.x, base = int64_t{blockIdx.y} * kThreads * kTile, first = base + threadIdx.x * kTile;
   T sum[kTile] = {};
-  for (int64_t j0 = 0; j0 < channels.n; j0 += kStates) {
-    const int count = static_cast<int>(min(int64_t{kStates}, channels.n - j0));
-    for (int j = threadIdx.x; j < count; j += kThreads) {
-      const S4dState s = channels.state(c, j0 + j);
-      const Complex64 B = load_complex(channels.B, channels.at(c, j0 + j));
-      const Complex64 w = 2.0 * (load_complex(channels.C, c * channels.n + j0 + j) * (s.f * B));
-      coefficient[j] = {static_cast<T>(w.re), static_cast<T>(w.im)};
-      polars[j] = polar(s.A_bar);
-    }
+  for (int64_t j0 = 0; j0 < n; j0 += kStates) {
+    const int count = static_cast<int>(min(int64_t{kStates}, n - j0));
+    for (int j = threadIdx.x; j < count; j += kThreads) terms[j] = all[c * n + j0 + j];
     __syncthreads();
     for (int i = threadIdx.x; i < count * kPowers; i += kThreads) {
       const int j = i / kPowers, k = i % kPowers;
-      if (k < kFar)
-        far[j][k] = coefficient[j] * power<T>(polars[j], base + int64_t{k} * kNear * kTile);
-      else if (k < kFar + kNear)
-        near[j][k - kFar] = power<T>(polars[j], (k - kFar) * kTile);
+      const bool is_far = k < kFar, is_near = k < kFar + kNear;
+      const int64_t l = is_far ? base + k * kNear * kTile : is_near ? (k - kFar) * kTile : k - kFar - kNear;
+      const Complex<T> power_of_l = power<T>(terms[j].a, l);
+      if (is_far)
+        far[j][k] = Complex<T>{static_cast<T>(terms[j].w.re), static_cast<T>(terms[j].w.im)} * power_of_l;
+      else if (is_near)
+        near[j][k - kFar] = power_of_l;
       else
-        table[j][k - kFar - kNear] = power<T>(polars[j], k - kFar - kNear);
+        table[j][k - kFar - kNear] = power_of_l;
     }
     __syncthreads();
     if (first < length) {
@@ -105,12 +118,18 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(T* K, Channels<T> cha
         for (int t = 0; t < kTile; t += 2) {
           Complex<T> p, q;
           load_two(p, q, &table[j][t]);
-          sum[t] += w.re * p.re - w.im * p.im;
-          sum[t + 1] += w.re * q.re - w.im * q.im;
+          sum[t] += w.re * p.re;
+          sum[t + 1] += w.re * q.re;
+          sum[t] -= w.im * p.im;
+          sum[t + 1] -= w.im * q.im;
         }
       }
     }
     __syncthreads();
+  }
+  if (first + kTile <= length && length * sizeof(T) % 16 == 0) {
+    store_values(K + c * length + first, sum);
+    return;
   }
 #pragma unroll
   for (int t = 0; t < kTile; ++t)
@@ -193,10 +212,14 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
 
 template <class T, int kTile, int kThreads>
 void forward(Tensor& K, const S4dParameters& p, bool zoh) {
+  const int64_t h = K.size(0), length = K.size(1), n = p.log_A_re.size(1);
+  const Stream stream = current_stream(K.device());
+  const Tensor room = empty({h, n, static_cast<int64_t>(sizeof(Term) / sizeof(double))}, DType::f64, K.device());
+  Term* terms = reinterpret_cast<Term*>(room.data<double>());
+  launch(terms_kernel<T>, {.grid = ceil_div(h * n, 64), .block = 64, .stream = stream}, terms, channels_of<T>(p, zoh), h);
   launch(forward_kernel<T, kTile, kThreads>,
-         {.grid = K.size(0), .grid_y = ceil_div(K.size(1), kThreads * kTile), .block = kThreads,
-          .stream = current_stream(K.device())},
-         K.data<T>(), channels_of<T>(p, zoh), K.size(1));
+         {.grid = h, .grid_y = ceil_div(length, kThreads * kTile), .block = kThreads, .stream = stream}, K.data<T>(),
+         terms, n, length);
 }
 
 }  // namespace
@@ -204,8 +227,8 @@ void forward(Tensor& K, const S4dParameters& p, bool zoh) {
 void s4d_kernel_forward(Tensor& K, const S4dParameters& p, bool zoh) {
   if (K.dtype() == DType::f64)
     forward<double, 8, 128>(K, p, zoh);
-  else if (K.size(1) > 4096)
-    forward<float, 32, 64>(K, p, zoh);
+  else if (K.size(1) > 2048)
+    forward<float, 16, 256>(K, p, zoh);
   else
     forward<float, 8, 128>(K, p, zoh);  // short: more threads
 }

@@ -110,8 +110,9 @@ TEST_CASE("fft_conv: cuda equals cpu", "[cuda]") {
       shapes[1] = shapes[1].with(1, l);
       c.shapes.push_back(shapes);
     }
-    // 1024 points in registers: whole, just above half; more sequences and tiles of channels than blocks at once.
-    for (const auto& [b, l, h] : {std::tuple<int64_t, int64_t, int64_t>{2, 1024, 8}, {1, 513, 1}, {9, 700, 300}}) {
+    // In registers: whole, just above a smaller transform; more sequences and tiles of channels than blocks at once.
+    for (const auto& [b, l, h] : {std::tuple<int64_t, int64_t, int64_t>{2, 1024, 8}, {1, 513, 1}, {3, 520, 530},
+                                  {1, 4096, 4}, {2, 2100, 270}}) {
       std::vector<Shape> shapes = c.shapes[3];
       shapes[0] = {b, l, h};
       for (size_t i = 1; i < shapes.size(); ++i) shapes[i] = shapes[i].with(0, h);
