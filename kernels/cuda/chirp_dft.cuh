@@ -1,5 +1,5 @@
 #pragma once
-// Discrete Fourier transforms of any length in fp64: powers of two that fit in shared memory there, others by Bluestein's identity 2 i j = i^2 + j^2 - (j - i)^2: a
+// Discrete Fourier transforms of any length in fp64: powers of two as they are, others by Bluestein's identity 2 i j = i^2 + j^2 - (j - i)^2: a
 // convolution of power-of-two length M = M1 M2, made by column and row transforms in shared memory. Between the two
 // passes data stays in bit-reversed order, which the convolution does not notice.
 #include "core/cuda/launch.cuh"
@@ -174,13 +174,70 @@ __global__ void __launch_bounds__(512)
     store(row, j, x[inverse ? j : static_cast<int>(bit_reversed(static_cast<uint32_t>(j), log2n))]);
 }
 
+// Longer ones in two passes, n = M1 M2. in_i, or its conjugate, and zeros.
+template <class Load>
+struct Padded {
+  Load load;
+  ChirpShape shape;
+  __device__ Complex64 operator()(int64_t row, int64_t i) const {
+    if (i >= shape.n_in) return {0, 0};
+    const Complex64 value = load(row, i);
+    return shape.sign > 0 ? conj(value) : value;
+  }
+};
+
+// Block (row of M2, row of the batch), behind chirp_columns_kernel: out_j of j = k1 + M1 k2.
+template <class Store>
+__global__ void __launch_bounds__(kChirpThreads)
+    split_rows_kernel(const Complex64* y, ChirpShape shape, Store store) {
+  extern __shared__ __align__(16) unsigned char chirp_shared[];
+  const int64_t m1 = shape.m1(), m2 = shape.m2(), at = blockIdx.x, row = blockIdx.y;
+  auto* x = reinterpret_cast<Complex64*>(chirp_shared);
+  Complex64* twiddles = x + m2;
+  const Complex64* values = y + (row * m1 + at) * m2;
+  for (int64_t i = threadIdx.x; i < m2; i += kChirpThreads) x[i] = values[i];
+  fft_twiddles(twiddles, shape.log2m2);
+  fft_forward(x, twiddles, shape.log2m2);
+  const int64_t k1 = bit_reversed(static_cast<uint32_t>(at), shape.log2m1);
+  for (int64_t k2 = threadIdx.x; k2 < m2; k2 += kChirpThreads) {
+    const int64_t j = k1 + m1 * k2;
+    if (j >= shape.n_out) continue;
+    const Complex64 value = x[bit_reversed(static_cast<uint32_t>(k2), shape.log2m2)];
+    store(row, j, shape.sign > 0 ? conj(value) : value);
+  }
+}
+
+template <class Load, class Store>
+void split_dft(const ChirpShape& shape, int64_t rows, Load load, Store store, Device device) {
+  const Stream stream = current_stream(device);
+  constexpr int64_t kSize = sizeof(Complex64);
+  const int64_t m1 = shape.m1(), m2 = shape.m2(), columns = shape.columns();
+  const Tensor work = empty({rows, shape.m(), 2}, DType::f64, device);
+  auto* y = reinterpret_cast<Complex64*>(work.data<double>());
+  launch(chirp_columns_kernel<Padded<Load>>,
+         {.grid = m2 / columns, .grid_y = rows, .block = kChirpThreads, .shared = (columns * m1 + m1 / 2) * kSize,
+          .stream = stream},
+         y, shape, Padded<Load>{load, shape});
+  launch(split_rows_kernel<Store>,
+         {.grid = m1, .grid_y = rows, .block = kChirpThreads, .shared = (m2 + m2 / 2) * kSize, .stream = stream},
+         static_cast<const Complex64*>(y), shape, store);
+}
+
+inline bool is_power_of_two(int64_t n) { return (n & (n - 1)) == 0; }
+inline int log2_of(int64_t n) {
+  int log2n = 0;
+  while ((int64_t{1} << log2n) < n) ++log2n;
+  return log2n;
+}
+
 /// chirp_dft by the transform that suits the length.
 template <class Load, class Store>
 void any_dft(int64_t n, int64_t n_in, int64_t n_out, int sign, int64_t rows, Load load, Store store, Device device) {
-  if (n > kMaxPowerDft || (n & (n - 1)) != 0)
+  if (!is_power_of_two(n) || n > int64_t{1} << 22)
     return chirp_dft(chirp_shape(n, n_in, n_out, sign), rows, load, store, device);
-  int log2n = 0;
-  while ((int64_t{1} << log2n) < n) ++log2n;
+  const int log2n = log2_of(n);
+  if (n > kMaxPowerDft)
+    return split_dft(ChirpShape{n, n_in, n_out, sign, log2n / 2, log2n - log2n / 2}, rows, load, store, device);
   launch(power_dft_kernel<Load, Store>,
          {.grid = rows, .block = static_cast<int>(std::clamp<int64_t>(n / 4, 32, 512)),
           .shared = (n + n / 2) * static_cast<int64_t>(sizeof(Complex64)), .stream = current_stream(device)},
@@ -188,7 +245,8 @@ void any_dft(int64_t n, int64_t n_in, int64_t n_out, int sign, int64_t rows, Loa
 }
 /// Complex values of workspace for a row of it.
 inline int64_t any_dft_workspace(int64_t n, int64_t n_in, int64_t n_out) {
-  return n > kMaxPowerDft || (n & (n - 1)) != 0 ? chirp_shape(n, n_in, n_out, 1).m() : 0;
+  if (!is_power_of_two(n) || n > int64_t{1} << 22) return chirp_shape(n, n_in, n_out, 1).m();
+  return n > kMaxPowerDft ? n : 0;
 }
 
 }  // namespace krait::kernels::cuda

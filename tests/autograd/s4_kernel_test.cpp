@@ -187,6 +187,9 @@ TEST_CASE("the S4 kernel passes gradcheck") {
 }
 TEST_CASE("the S4 kernel: cuda equals cpu", "[cuda]") {
   for (const OpCase& c : s4_cases()) check_twin(c);
+  // Transforms of powers of two: one and two passes.
+  check_twin(s4_case(1024, {s4_shapes(2, 1, 3)}));
+  check_twin(s4_case(8192, {s4_shapes(3, 1, 2)}));
 }
 TEST_CASE("the dense kernel matches powers of its state matrix") {
   for (const OpCase& c : dense_cases()) check_reference(c);
