@@ -17,13 +17,7 @@ using Value = Complex<float>;
 // Tensors (b, l, h).
 struct Sequences {
   int64_t b, l, h;
-  uint32_t neighbours;
 };
-
-int64_t tuned(const char* name, int64_t standard) {
-  const char* text = getenv(name);
-  return text ? atoll(text) : standard;
-}
 
 // Threads of a block, and blocks of a multiprocessor with 128 registers a thread.
 template <class P>
@@ -35,23 +29,23 @@ constexpr int64_t kExchange = int64_t{sizeof(float)} * P::kChannels * P::kShared
 
 // Tiles of a sequence that lie side by side in the grid: together whole lines of 128 bytes.
 template <class P>
-constexpr int kNeighbours = 32 / P::kChannels;
+constexpr uint32_t kNeighbours = 32 / P::kChannels;
 template <class P>
 int64_t tiles_of(const Sequences& x) {
   return ceil_div(x.h, P::kChannels);
 }
 template <class P>
 int64_t grid_of(const Sequences& x, int64_t count) {
-  return ceil_div(tiles_of<P>(x), x.neighbours) * x.neighbours * count;
+  return ceil_div(tiles_of<P>(x), kNeighbours<P>) * kNeighbours<P> * count;
 }
 
 // Which tile and which of `count` sequences (or groups of them) a block serves; tiles beyond the last one are idle.
 template <class P>
 struct Work {
   int64_t c0, index;
-  __device__ Work(const Sequences& x, int64_t count) {
-    const uint32_t side = x.neighbours, along = static_cast<uint32_t>(count), place = blockIdx.x / side;
-    c0 = int64_t{place / along * side + blockIdx.x % side} * P::kChannels;
+  __device__ explicit Work(int64_t count) {
+    const uint32_t along = static_cast<uint32_t>(count), place = blockIdx.x / kNeighbours<P>;
+    c0 = int64_t{place / along * kNeighbours<P> + blockIdx.x % kNeighbours<P>} * P::kChannels;
     index = place % along;
   }
 };
@@ -213,7 +207,7 @@ __global__ void __launch_bounds__(kBlock<P>, kBlocks<P>)
     forward_kernel(T* y, const T* __restrict__ u, const Value* __restrict__ w, const Value* __restrict__ table,
                    Sequences x) {
   extern __shared__ __align__(16) float shared[];
-  const Work<P> work(x, x.b);
+  const Work<P> work(x.b);
   if (work.c0 >= x.h) return;
   const Part coefficients = Part::of_coefficients<P>(), points = Part::of_points<P>();
   const int64_t base = work.index * x.l * x.h, c = work.c0 + coefficients.channel;
@@ -232,21 +226,15 @@ __global__ void __launch_bounds__(kBlock<P>, kBlocks<P>)
 }
 
 // Block (tile, group of sequences): it walks over its group, so that the sum of spectra for dK has a fixed order.
-// sums like spectra (groups, h). The spectrum of u waits for that of dy: in shared memory, or, where that is too small,
-// in the block's piece of `scratch`.
-template <class P>
-constexpr bool kKeepsInShared = P::kLog2 <= 10;
-template <class P>
-constexpr int64_t kBackwardShared = kExchange<P> + (kKeepsInShared<P> ? int64_t{sizeof(Value)} * kBlock<P> * kValues : 0);
+// sums like spectra (groups, h), in global memory as the walk goes on. The spectrum of u waits for that of dy in the
+// block's piece of `scratch`.
 template <class P, class T>
 __global__ void __launch_bounds__(kBlock<P>, kBlocks<P>)
     backward_kernel(T* du, Value* sums, Value* scratch, const T* __restrict__ dy, const T* __restrict__ u,
                     const Value* __restrict__ w, const Value* __restrict__ table, int64_t groups, Sequences x) {
   extern __shared__ __align__(16) float shared[];
-  Value* kept = kKeepsInShared<P> ? reinterpret_cast<Value*>(shared + P::kChannels * P::kShared)
-                                  : scratch + int64_t{blockIdx.x} * kBlock<P> * kValues;
-  kept += threadIdx.x;
-  const Work<P> work(x, groups);
+  Value* kept = scratch + int64_t{blockIdx.x} * kBlock<P> * kValues + threadIdx.x;
+  const Work<P> work(groups);
   if (work.c0 >= x.h) return;
   const Part coefficients = Part::of_coefficients<P>(), points = Part::of_points<P>();
   const int64_t c = work.c0 + coefficients.channel, own = work.c0 + points.channel;
@@ -280,8 +268,10 @@ __global__ void __launch_bounds__(kBlock<P>, kBlocks<P>)
   }
 }
 
-// The same with the sums in registers and the kernel's spectrum in shared memory: one block of 8 warps a
-// multiprocessor, which reads the next sequence while it works on one.
+// The same with the sums in registers, the spectra of u and of the kernel in shared memory: one block of 8 warps a
+// multiprocessor, which reads the next sequence while it works on one. Bound by the instructions: about 5600 a thread.
+template <class P>
+constexpr bool kSumsInRegisters = kBlock<P> <= 256;
 template <class P>
 constexpr int64_t kRegisterShared = kExchange<P> + int64_t{2 * sizeof(Value)} * kBlock<P> * kValues;
 template <class P, class T>
@@ -292,7 +282,7 @@ __global__ void __launch_bounds__(kBlock<P>, 1)
   extern __shared__ __align__(16) float shared[];
   Value* kept = reinterpret_cast<Value*>(shared + P::kChannels * P::kShared) + threadIdx.x;
   Value* weight = kept + kBlock<P> * kValues;
-  const Work<P> work(x, groups);
+  const Work<P> work(groups);
   if (work.c0 >= x.h) return;
   const Part coefficients = Part::of_coefficients<P>(), points = Part::of_points<P>();
   const int64_t c = work.c0 + coefficients.channel, own = work.c0 + points.channel;
@@ -447,7 +437,7 @@ void visit_plan(const Tensor& u, F f) {
 
 void fft_conv_registers_forward(Tensor& y, const Tensor& u, const Tensor& K, const Tensor& K1, const Tensor& D) {
   visit_plan(u, [&]<class P, class T>() {
-    const Sequences x{u.size(0), u.size(1), u.size(2), static_cast<uint32_t>(tuned("KRAIT_FFT_NEIGHBOURS", kNeighbours<P>))};
+    const Sequences x{u.size(0), u.size(1), u.size(2)};
     const Tensor table = block_table<P>(u.device()), w = spectrum<P>(K, K1, D, table);
     launch(forward_kernel<P, T>,
            {.grid = grid_of<P>(x, x.b), .block = kBlock<P>, .shared = kExchange<P>, .stream = current_stream(u.device())},
@@ -459,22 +449,22 @@ void fft_conv_registers_backward(Tensor& du, Tensor& dK, Tensor& dK1, const Tens
                                  const Tensor& K, const Tensor& K1, const Tensor& D) {
   const Stream stream = current_stream(u.device());
   visit_plan(u, [&]<class P, class T>() {
-    const Sequences x{u.size(0), u.size(1), u.size(2), static_cast<uint32_t>(tuned("KRAIT_FFT_NEIGHBOURS", kNeighbours<P>))};
-    const bool in_registers = kKeepsInShared<P> && tuned("KRAIT_FFT_REGISTERS", 1);
-    const int64_t at_once = 132 * (in_registers ? 1 : kBlocks<P>);
+    const Sequences x{u.size(0), u.size(1), u.size(2)};
+    const int64_t at_once = 132 * (kSumsInRegisters<P> ? 1 : kBlocks<P>);  // of 132 multiprocessors
     const int64_t groups = std::clamp<int64_t>(at_once / tiles_of<P>(x), 1, x.b);
     const int64_t grid = grid_of<P>(x, groups);
     const Tensor table = block_table<P>(u.device()), w = spectrum<P>(K, K1, D, table);
     const Tensor sums = empty({groups, x.h, P::kPoints, 2}, DType::f32, u.device());
-    const Tensor scratch = kKeepsInShared<P> ? Tensor() : empty({grid, kBlock<P>, kValues, 2}, DType::f32, u.device());
-    if constexpr (kKeepsInShared<P>)
-      if (in_registers)
-        launch(backward_in_registers_kernel<P, T>,
-               {.grid = grid, .block = kBlock<P>, .shared = kRegisterShared<P>, .stream = stream}, du.data<T>(),
-               values_of(sums), dy.data<T>(), u.data<T>(), values_of(w), values_of(table), groups, x);
-    if (!in_registers) launch(backward_kernel<P, T>, {.grid = grid, .block = kBlock<P>, .shared = kBackwardShared<P>, .stream = stream},
-           du.data<T>(), values_of(sums), scratch.defined() ? values_of(scratch) : nullptr, dy.data<T>(), u.data<T>(),
-           values_of(w), values_of(table), groups, x);
+    if constexpr (kSumsInRegisters<P>) {
+      launch(backward_in_registers_kernel<P, T>,
+             {.grid = grid, .block = kBlock<P>, .shared = kRegisterShared<P>, .stream = stream}, du.data<T>(),
+             values_of(sums), dy.data<T>(), u.data<T>(), values_of(w), values_of(table), groups, x);
+    } else {
+      const Tensor scratch = empty({grid, kBlock<P>, kValues, 2}, DType::f32, u.device());
+      launch(backward_kernel<P, T>, {.grid = grid, .block = kBlock<P>, .shared = kExchange<P>, .stream = stream},
+             du.data<T>(), values_of(sums), values_of(scratch), dy.data<T>(), u.data<T>(), values_of(w),
+             values_of(table), groups, x);
+    }
     launch(gradient_kernel<P>,
            {.grid = x.h, .block = kSumThreads,
             .shared = static_cast<int64_t>(sizeof(float)) * (2 * P::kPoints + P::kShared), .stream = stream},
