@@ -207,7 +207,7 @@ cudnnHandle_t handle_of(Device device) {
 // Streams that parts of one job run on side by side: what one part leaves idle at its end, another fills.
 class Lanes {
  public:
-  static constexpr size_t kCount = 1;
+  static constexpr size_t kCount = 2;
   static Lanes& of(Device device) {
     static std::map<int, std::unique_ptr<Lanes>> all;  // live as long as the process
     std::unique_ptr<Lanes>& lanes = all[device.index];
