@@ -257,7 +257,7 @@ GroupPtr MpiGroup::split(int color, const std::string& name) {
 }
 
 GroupPtr background_group(const GroupPtr& group, int multiprocessors) {
-  if (group->size() == 1) return group;
+  if (group->size() == 1 || multiprocessors == 0) return group;
   GroupPtr second = group->split(0, group->name() + ", beside computation");
   dynamic_cast<MpiGroup&>(*second).limit_multiprocessors(multiprocessors);
   return second;
