@@ -103,20 +103,20 @@ __device__ __forceinline__ V forgotten(V v) {
 }
 
 // The transform behind its first pass, and what undoes it.
-template <class P, Scope scope = Scope::block>
+template <class P, Scope scope = Scope::block, bool early = false>
 __device__ __forceinline__ void to_points(Value (&v)[kValues], float* shared, const Value* table, Part from, Part to) {
   const auto upper = [](int i, int e) { return P::upper(i, e); };
   const auto lower = [](int i, int e) { return P::lower(i, e); };
   exchange<P, scope>(v, shared, from, upper, to, lower);
-  P::split_rest(v, forgotten(table), to.thread,
+  P::template split_rest<early>(v, forgotten(table), to.thread,
                 [&](auto place, auto next) { exchange<P, Scope::warp>(v, shared, to, place, to, next); });
 }
-template <class P, Scope scope = Scope::block>
+template <class P, Scope scope = Scope::block, bool early = false>
 __device__ __forceinline__ void to_coefficients(Value (&v)[kValues], float* shared, const Value* table, Part from,
                                                 Part to) {
   const auto upper = [](int i, int e) { return P::upper(i, e); };
   const auto lower = [](int i, int e) { return P::lower(i, e); };
-  P::join_rest(v, forgotten(table), from.thread,
+  P::template join_rest<early>(v, forgotten(table), from.thread,
                [&](auto place, auto next) { exchange<P, Scope::warp>(v, shared, from, place, from, next); });
   exchange<P, scope>(v, shared, from, lower, to, upper);
 }
@@ -147,6 +147,12 @@ __device__ __forceinline__ constexpr int coefficient(int thread, int e) {
   return thread + P::kThreads * (e / P::kRadix) + P::kStep * (e % P::kRadix);
 }
 
+// Its length forgotten: of the comparisons with it the compiler would keep 32 results.
+__device__ __forceinline__ Sequences renewed(Sequences x) {
+  x.l = forgotten(x.l);
+  return x;
+}
+
 // A thread's coefficients in a sequence (l, h) of channels; position n-1-t instead of t when reversed. Addresses are
 // one multiply-add each: a 32-bit step in bytes times a constant, added to 64 bits.
 template <class P, bool reversed, class T>
@@ -157,7 +163,7 @@ struct Positions {
       : first((reversed ? P::kPoints - 1 - i : i) * x.h + c),
         step(static_cast<int>(forgotten((reversed ? -x.h : x.h) * static_cast<int64_t>(sizeof(T))))),
         thread(i),
-        length(c < x.h ? static_cast<int>(forgotten(x.l)) : 0) {}
+        length(c < x.h ? static_cast<int>(x.l) : 0) {}
   __device__ bool has(int e) const {
     const int t = coefficient<P>(thread, e);
     return (reversed ? P::kPoints - 1 - t : t) < length;
@@ -214,13 +220,13 @@ __global__ void __launch_bounds__(kBlock<P>, kBlocks<P>)
   Value v[kValues];
   load<P, false>(v, u + base, x, c, coefficients.thread);
   first_split_real<P>(v);
-  to_points<P>(v, shared, table, coefficients, points);
+  to_points<P, Scope::block, true>(v, shared, table, coefficients, points);
   if (work.c0 + points.channel < x.h) {
     w += spectrum_at<P>(work.c0 + points.channel, points.thread);
 #pragma unroll
     for (int e = 0; e < kValues; ++e) v[e] = v[e] * w[e * P::kThreads];
   }
-  to_coefficients<P>(v, shared, table, points, coefficients);
+  to_coefficients<P, Scope::block, true>(v, shared, table, points, coefficients);
   last_join_real<P>(v);
   store<P, false>(y + base, v, x, c, coefficients.thread);
 }
@@ -246,12 +252,12 @@ __global__ void __launch_bounds__(kBlock<P>, kBlocks<P>)
   for (int row = first; row < last; ++row) {
     const int64_t base = row * x.l * x.h;
     Value v[kValues];
-    load<P, false>(v, u + base, x, c, coefficients.thread);
+    load<P, false>(v, u + base, renewed(x), c, coefficients.thread);
     first_split_real<P>(v);
     to_points<P>(v, shared, table, coefficients, points);
 #pragma unroll
     for (int e = 0; e < kValues; ++e) kept[e * kBlock<P>] = v[e];  // the thread's own
-    load<P, true>(v, dy + base, x, c, coefficients.thread);
+    load<P, true>(v, dy + base, renewed(x), c, coefficients.thread);
     first_split_real<P>(v);
     to_points<P>(v, shared, table, coefficients, points);
     if (inside) {
@@ -264,7 +270,7 @@ __global__ void __launch_bounds__(kBlock<P>, kBlocks<P>)
     }
     to_coefficients<P>(v, shared, table, points, coefficients);
     last_join_real<P>(v);
-    store<P, true>(du + base, v, x, c, coefficients.thread);
+    store<P, true>(du + base, v, renewed(x), c, coefficients.thread);
   }
 }
 
@@ -293,14 +299,14 @@ __global__ void __launch_bounds__(kBlock<P>, 1)
   const int first = static_cast<int>(x.b * work.index / groups), last = static_cast<int>(x.b * (work.index + 1) / groups);
   Value sum[kValues] = {};
   float ahead[kValues];
-  load<P, false>(ahead, u + first * x.l * x.h, x, c, coefficients.thread);
+  load<P, false>(ahead, u + first * x.l * x.h, renewed(x), c, coefficients.thread);
 #pragma unroll 1
   for (int row = first; row < last; ++row) {
     const int64_t base = row * x.l * x.h;
     Value v[kValues];
 #pragma unroll
     for (int e = 0; e < kValues; ++e) v[e].re = ahead[e];
-    load<P, true>(ahead, dy + base, x, c, coefficients.thread);
+    load<P, true>(ahead, dy + base, renewed(x), c, coefficients.thread);
     first_split_real<P>(v);
     to_points<P>(v, shared, table, coefficients, points);
 #pragma unroll
@@ -308,7 +314,7 @@ __global__ void __launch_bounds__(kBlock<P>, 1)
       kept[e * kBlock<P>] = v[e];  // the thread's own
       v[e].re = ahead[e];
     }
-    if (row + 1 < last) load<P, false>(ahead, u + base + x.l * x.h, x, c, coefficients.thread);
+    if (row + 1 < last) load<P, false>(ahead, u + base + x.l * x.h, renewed(x), c, coefficients.thread);
     first_split_real<P>(v);
     to_points<P>(v, shared, table, coefficients, points);
 #pragma unroll
@@ -318,7 +324,7 @@ __global__ void __launch_bounds__(kBlock<P>, 1)
     }
     to_coefficients<P>(v, shared, table, points, coefficients);
     last_join_real<P>(v);
-    store<P, true>(du + base, v, x, c, coefficients.thread);
+    store<P, true>(du + base, v, renewed(x), c, coefficients.thread);
   }
   if (!inside) return;
 #pragma unroll

@@ -45,14 +45,19 @@ struct FirstRoots {
 };
 
 /// The nodes below block m of `blocks`: node q of its own subtree is node (blocks + m) 2^j + s of the tree,
-/// q = 2^j + s. table (size, blocks): [q][m]. Not read through __ldg or a pointer known to be global: such loads move
-/// up past the exchange, and all of a subtree's roots at once do not fit in registers.
-template <int blocks>
+/// q = 2^j + s. table (size, blocks): [q][m]. Early: the loads may move up past the exchange, which hides them where all
+/// of a subtree's roots at once fit in registers; else they stay behind it.
+template <int blocks, bool early>
 struct BlockRoots {
   const Complex<float>* of_block;  // table + m
   template <int q>
   __device__ __forceinline__ Complex<float> at() const {
-    return of_block[q * blocks];
+    if constexpr (early) {
+      const float2 v = __ldg(reinterpret_cast<const float2*>(of_block + q * blocks));
+      return {v.x, v.y};
+    } else {
+      return of_block[q * blocks];
+    }
   }
 };
 /// The tree's node of entry i of that table.
@@ -144,13 +149,13 @@ struct Plan1024 {
   /// Where element e of thread i lies in the exchange: before (coefficients) and behind it.
   KRAIT_HOST_DEVICE static int upper(int i, int e) { return e * 33 + i; }
   KRAIT_HOST_DEVICE static int lower(int i, int e) { return i * 33 + e; }
-  template <class Exchange>
+  template <bool early, class Exchange>
   __device__ __forceinline__ static void split_rest(Complex<float>* v, const Complex<float>* table, int i, Exchange) {
-    register_split<1, 32>(v, BlockRoots<32>{table + i});
+    register_split<1, 32>(v, BlockRoots<32, early>{table + i});
   }
-  template <class Exchange>
+  template <bool early, class Exchange>
   __device__ __forceinline__ static void join_rest(Complex<float>* v, const Complex<float>* table, int i, Exchange) {
-    register_join<1, 32>(v, BlockRoots<32>{table + i});
+    register_join<1, 32>(v, BlockRoots<32, early>{table + i});
   }
 };
 
@@ -174,23 +179,23 @@ struct Plan4096 {
     KRAIT_HOST_DEVICE int operator()(int i, int e) const { return (i / 16 + 8 * (e / 16)) * 272 + i % 16 * 17 + e % 16; }
   };
   /// exchange(from, to) moves element e of thread i from place from(i, e) to its element at to(i, e), inside warps.
-  template <class Exchange>
+  template <bool early, class Exchange>
   __device__ __forceinline__ static void split_rest(Complex<float>* v, const Complex<float>* table, int i,
                                                     Exchange exchange) {
-    register_split<1, 16>(v, BlockRoots<16>{table + i / 16});
-    register_split<1, 16>(v + 16, BlockRoots<16>{table + i / 16 + 8});
+    register_split<1, 16>(v, BlockRoots<16, early>{table + i / 16});
+    register_split<1, 16>(v + 16, BlockRoots<16, early>{table + i / 16 + 8});
     exchange(Columns{}, Lines{});
-    register_split<1, 16>(v, BlockRoots<256>{table + 256 + i});
-    register_split<1, 16>(v + 16, BlockRoots<256>{table + 256 + i + 128});
+    register_split<1, 16>(v, BlockRoots<256, early>{table + 256 + i});
+    register_split<1, 16>(v + 16, BlockRoots<256, early>{table + 256 + i + 128});
   }
-  template <class Exchange>
+  template <bool early, class Exchange>
   __device__ __forceinline__ static void join_rest(Complex<float>* v, const Complex<float>* table, int i,
                                                    Exchange exchange) {
-    register_join<1, 16>(v, BlockRoots<256>{table + 256 + i});
-    register_join<1, 16>(v + 16, BlockRoots<256>{table + 256 + i + 128});
+    register_join<1, 16>(v, BlockRoots<256, early>{table + 256 + i});
+    register_join<1, 16>(v + 16, BlockRoots<256, early>{table + 256 + i + 128});
     exchange(Lines{}, Columns{});
-    register_join<1, 16>(v, BlockRoots<16>{table + i / 16});
-    register_join<1, 16>(v + 16, BlockRoots<16>{table + i / 16 + 8});
+    register_join<1, 16>(v, BlockRoots<16, early>{table + i / 16});
+    register_join<1, 16>(v + 16, BlockRoots<16, early>{table + i / 16 + 8});
   }
 };
 
