@@ -1,5 +1,6 @@
 #include "autograd/mamba2_inner.h"
 
+#include "autograd/conv_filter.h"
 #include "kernels/causal_conv1d.h"
 #include "kernels/gated_rms_norm.h"
 #include "kernels/linear.h"
@@ -33,9 +34,9 @@ struct Sizes {
   int64_t h, g, n, e;
 };
 
-kernels::CausalConv1dOut convolve(const Mamba2InnerArguments& in) {
-  return kernels::causal_conv1d_forward(Sizes(in).xbc(in.zxbcdt.data()), in.conv_weight.data(), in.conv_bias.data(),
-                                        in.conv_state.data(), true, in.options.segments);
+kernels::CausalConv1dOut convolve(const Mamba2InnerArguments& in, const ConvFilter& filter) {
+  return kernels::causal_conv1d_forward(Sizes(in).xbc(in.zxbcdt.data()), filter.weight, filter.bias, in.conv_state.data(),
+                                        true, in.options.segments);
 }
 
 kernels::SsdInput scan_input(const Mamba2InnerArguments& in, const Tensor& xbc, const Tensor& initial_state) {
@@ -46,8 +47,8 @@ kernels::SsdInput scan_input(const Mamba2InnerArguments& in, const Tensor& xbc, 
           in.options.segments, in.options.chunk};
 }
 
-Grads differentiate(const Mamba2InnerArguments& in, const SsdPiece& piece, const Tensor& y, const Tensor& rstd,
-                    const Tensor& dout, const Tensor& dconv_state, const Tensor& dssm_state) {
+Grads differentiate(const Mamba2InnerArguments& in, const ConvFilter& filter, const SsdPiece& piece, const Tensor& y,
+                    const Tensor& rstd, const Tensor& dout, const Tensor& dconv_state, const Tensor& dssm_state) {
   const Sizes sizes(in);
   const Tensor& zxbcdt = in.zxbcdt.data();
   // Tensors go as soon as they have served: the peak of a training step is here.
@@ -77,7 +78,7 @@ Grads differentiate(const Mamba2InnerArguments& in, const SsdPiece& piece, const
   Tensor dxbc;
   kernels::SsdGrad scan;
   {
-    const Tensor xbc = convolve(in).y;
+    const Tensor xbc = convolve(in, filter).y;
     dxbc = empty_like(xbc);
     scan.dx = sizes.x(dxbc);
     scan.dB = sizes.B(dxbc);
@@ -90,10 +91,19 @@ Grads differentiate(const Mamba2InnerArguments& in, const SsdPiece& piece, const
   const auto time = kernels::ssd_time_step_backward(scan.ddt, scan.da, sizes.dt(zxbcdt), in.dt_bias.data(),
                                                     in.A_log.data(), in.dt_low, in.dt_high, sizes.dt(dzxbcdt));
   const auto conv = kernels::causal_conv1d_backward(
-      dxbc, dconv_state, sizes.xbc(zxbcdt), in.conv_weight.data(), in.conv_bias.data(), in.conv_state.data(), true,
-      in.options.segments, buffer_of(in.conv_weight), buffer_of(in.conv_bias), sizes.xbc(dzxbcdt));
-  return {dzxbcdt, conv.dweight, conv.dbias, time.dbias.to(in.dt_bias.dtype()), time.dA_log.to(in.A_log.dtype()), scan.dD,
-          dnorm, dweight, dbias, conv.dinitial, piece.gradient_before(scan.dinitial_state)};
+      dxbc, dconv_state, sizes.xbc(zxbcdt), filter.weight, filter.bias, in.conv_state.data(), true, in.options.segments,
+      buffer_of(in.conv_weight), buffer_of(in.conv_bias), sizes.xbc(dzxbcdt));
+  return {dzxbcdt,
+          in_dtype_of(in.conv_weight, conv.dweight),
+          in_dtype_of(in.conv_bias, conv.dbias),
+          time.dbias.to(in.dt_bias.dtype()),
+          time.dA_log.to(in.A_log.dtype()),
+          scan.dD,
+          dnorm,
+          dweight,
+          dbias,
+          conv.dinitial,
+          piece.gradient_before(scan.dinitial_state)};
 }
 
 }  // namespace
@@ -101,7 +111,8 @@ Grads differentiate(const Mamba2InnerArguments& in, const SsdPiece& piece, const
 Mamba2InnerOut mamba2_inner(const Mamba2InnerArguments& in) {
   const Sizes sizes(in);
   const Tensor& zxbcdt = in.zxbcdt.data();
-  kernels::CausalConv1dOut conv = convolve(in);
+  const ConvFilter filter(in.conv_weight, in.conv_bias, zxbcdt.dtype());
+  kernels::CausalConv1dOut conv = convolve(in, filter);
   check_carried("mamba2_inner", in.options.pieces, in.ssm_state);
   kernels::SsdInput scan = scan_input(in, conv.y, in.ssm_state.data());
   const SsdPiece piece(scan, in.options.pieces);
@@ -120,8 +131,8 @@ Mamba2InnerOut mamba2_inner(const Mamba2InnerArguments& in) {
       record("mamba2_inner",
              {in.zxbcdt, in.conv_weight, in.conv_bias, in.dt_bias, in.A_log, in.D, in.norm_weight, in.out_weight,
               in.out_bias, in.conv_state, in.ssm_state},
-             {out, conv.final_state, final_state}, [in, piece, y, rstd = norm.rstd](const std::vector<Tensor>& d) -> Grads {
-               return differentiate(in, piece, y, rstd, d[0], d[1], d[2]);
+             {out, conv.final_state, final_state}, [in, filter, piece, y, rstd = norm.rstd](const std::vector<Tensor>& d) -> Grads {
+               return differentiate(in, filter, piece, y, rstd, d[0], d[1], d[2]);
              });
   return {results[0], results[1], results[2]};
 }

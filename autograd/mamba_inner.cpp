@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "autograd/conv_filter.h"
 #include "kernels/causal_conv1d.h"
 #include "kernels/elementwise.h"
 #include "kernels/linear.h"
@@ -50,9 +51,9 @@ struct Sizes {
   int64_t e, n, r;
 };
 
-kernels::CausalConv1dOut convolve(const MambaInnerArguments& in) {
-  return kernels::causal_conv1d_forward(Sizes(in).x(in.xz.data()), in.conv_weight.data(), in.conv_bias.data(),
-                                        in.conv_state.data(), true, in.segments);
+kernels::CausalConv1dOut convolve(const MambaInnerArguments& in, const ConvFilter& filter) {
+  return kernels::causal_conv1d_forward(Sizes(in).x(in.xz.data()), filter.weight, filter.bias, in.conv_state.data(), true,
+                                        in.segments);
 }
 
 // h0: the state that enters; with several pieces not in.ssm_state but what the pieces before this one leave.
@@ -99,11 +100,11 @@ kernels::SelectiveScanGrad scan_gradient(const MambaInnerArguments& in, const ke
   return grad;
 }
 
-Grads differentiate(const MambaInnerArguments& in, const Entered& entered, const Tensor& dbc, const Tensor& states,
-                    const Tensor& dout, const Tensor& dconv_state, const Tensor& dssm_state) {
+Grads differentiate(const MambaInnerArguments& in, const ConvFilter& filter, const Entered& entered, const Tensor& dbc,
+                    const Tensor& states, const Tensor& dout, const Tensor& dconv_state, const Tensor& dssm_state) {
   const Sizes sizes(in);
   // Tensors go as soon as they have served: the peak of a training step is here.
-  Tensor again = convolve(in).y, dxz = empty_like(in.xz.data()), dw_out;
+  Tensor again = convolve(in, filter).y, dxz = empty_like(in.xz.data()), dw_out;
   kernels::SelectiveScanGrad scan;
   {
     const Tensor dy = dout.defined() ? kernels::matmul(dout, in.out_proj.data()) : Tensor{};
@@ -122,11 +123,20 @@ Grads differentiate(const MambaInnerArguments& in, const Entered& entered, const
   kernels::matmul_out(scan.dx, ddbc, in.x_proj.data(), false, false, 1.0, 1.0);
   const Tensor dw_x = weight_gradient(ddbc, again, in.x_proj);
   again = {};
-  const auto conv = kernels::causal_conv1d_backward(scan.dx, dconv_state, sizes.x(in.xz.data()), in.conv_weight.data(),
-                                                    in.conv_bias.data(), in.conv_state.data(), true, in.segments,
+  const auto conv = kernels::causal_conv1d_backward(scan.dx, dconv_state, sizes.x(in.xz.data()), filter.weight,
+                                                    filter.bias, in.conv_state.data(), true, in.segments,
                                                     buffer_of(in.conv_weight), buffer_of(in.conv_bias), sizes.x(dxz));
-  return {dxz,     conv.dweight, conv.dbias, dw_x,          dw_dt,   scan.ddt_bias,
-          scan.dA, scan.dD,      dw_out,     conv.dinitial, scan.dh0};
+  return {dxz,
+          in_dtype_of(in.conv_weight, conv.dweight),
+          in_dtype_of(in.conv_bias, conv.dbias),
+          dw_x,
+          dw_dt,
+          scan.ddt_bias,
+          scan.dA,
+          scan.dD,
+          dw_out,
+          conv.dinitial,
+          scan.dh0};
 }
 
 }  // namespace
@@ -136,15 +146,16 @@ MambaInnerOut mamba_inner(const MambaInnerArguments& in) {
                     in.A,  in.D,           in.out_proj,  in.conv_state, in.ssm_state};
   const bool tape =
       recording() && std::any_of(inputs.begin(), inputs.end(), [](const Variable& v) { return v.requires_grad(); });
-  auto [x, conv_state] = convolve(in);
+  const ConvFilter filter(in.conv_weight, in.conv_bias, in.xz.dtype());
+  auto [x, conv_state] = convolve(in, filter);
   const Tensor dbc = linear_of(x, in.x_proj.data());
   sum_members(dbc, in.tensor);
   const Entered entered = enter(in, x, dbc);
   auto [y, ssm_state, states] = kernels::selective_scan_forward(scan_inputs(in, x, dbc, entered.h0), tape);
   if (in.pieces.several()) ssm_state = entered.last;
   const Vars out = record("mamba_inner", inputs, {linear_of(y, in.out_proj.data()), conv_state, ssm_state},
-                          [in, entered, dbc, states = states](const std::vector<Tensor>& d) -> Grads {
-                            return differentiate(in, entered, dbc, states, d[0], d[1], d[2]);
+                          [in, filter, entered, dbc, states = states](const std::vector<Tensor>& d) -> Grads {
+                            return differentiate(in, filter, entered, dbc, states, d[0], d[1], d[2]);
                           });
   return {out[0], out[1], out[2]};
 }

@@ -31,8 +31,12 @@ SsdTimeStepGrad ssd_time_step_backward(const Tensor& dstep, const Tensor& da, co
   check(dt, bias, A_log);
   const DType sums = accum_dtype(dt.dtype());
   SsdTimeStepGrad out{ddt_into.defined() ? ddt_into : empty(dt.shape(), dt.dtype(), dt.device()),
-                      zeros(bias.shape(), sums, dt.device()), zeros(bias.shape(), sums, dt.device())};
-  if (dt.numel() == 0) return out;
+                      empty(bias.shape(), sums, dt.device()), empty(bias.shape(), sums, dt.device())};
+  if (dt.numel() == 0) {
+    zero_(out.dbias);
+    zero_(out.dA_log);
+    return out;
+  }
   const Tensor rows = dense_rows(dt);
   KRAIT_CHECK(out.ddt.shape() == dt.shape() && out.ddt.dtype() == dt.dtype() && out.ddt.can_view(rows.shape()) &&
                   (out.ddt.stride(-1) == 1 || out.ddt.size(-1) == 1),

@@ -69,6 +69,8 @@ void ssd_time_step_backward(Tensor& ddt_out, Tensor& dbias_out, Tensor& dA_log_o
       }
     });
     A *dbias = dbias_out.data<A>(), *dA_log = dA_log_out.data<A>();
+    std::fill(dbias, dbias + h, A(0));
+    std::fill(dA_log, dA_log + h, A(0));
     for (int64_t c = 0; c < chunks; ++c)
       for (int64_t k = 0; k < h; ++k) {
         dbias[k] += parts[static_cast<size_t>(2 * c * h + k)];

@@ -298,13 +298,22 @@ __global__ void __launch_bounds__(kStates == 4 ? 256 : 512)
   }
 }
 
-// to (e, n) = the sum over parts of from (parts, stride), whose first n e values are (n, e), in a fixed order.
-// Block (32, 16) for 32 values.
+// to (e, n) = the sum over parts of from (parts, stride), whose first n e values are (n, e). to may be null.
 template <class A>
-__global__ void sum_scan_parts_kernel(A* to, const A* from, int64_t parts, int64_t stride, int64_t e, int64_t n) {
+struct PartSum {
+  A* to;
+  const A* from;
+  int64_t parts, stride, n;
+};
+
+// Three such sums, in a fixed order; blockIdx.y: which. Block (32, 16) for 32 values.
+template <class A>
+__global__ void sum_scan_parts_kernel(const PartSum<A> first, const PartSum<A> second, const PartSum<A> third, int64_t e) {
   __shared__ A part[16][33];
+  const auto [to, from, parts, stride, n] = blockIdx.y == 0 ? first : blockIdx.y == 1 ? second : third;
   const int tx = static_cast<int>(threadIdx.x) % 32, ty = static_cast<int>(threadIdx.x) / 32;
   const int64_t at = int64_t{blockIdx.x} * 32 + tx;
+  if (to == nullptr || int64_t{blockIdx.x} * 32 >= n * e) return;  // a whole block
   A s = 0;
   if (at < n * e)
     for (int64_t p = ty; p < parts; p += 16) s += from[p * stride + at];
@@ -358,18 +367,16 @@ void run_backward(const ScanOutputs<T>& out, const Upstream<T>& up, const Tensor
 }  // namespace
 
 void sum_scan_parts(SelectiveScanGrad& grad, const Tensor& da, const Tensor& rows, const Tensor& bc) {
-  const int64_t e = grad.dA.size(0), n = grad.dA.size(1), parts = rows.size(0);
+  const int64_t e = grad.dA.size(0), n = grad.dA.size(1);
   const Stream stream = current_stream(da.device());
   visit_float(grad.dx.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     const auto sum = [&](const Tensor& to, const A* from, int64_t stride, int64_t width) {
-      if (!to.defined()) return;
-      launch(sum_scan_parts_kernel<A>, {.grid = ceil_div(e * width, 32), .block = 512, .stream = stream}, to.data<A>(),
-             from, parts, stride, e, width);
+      return PartSum<A>{to.defined() ? to.data<A>() : nullptr, from, rows.size(0), stride, width};
     };
-    sum(grad.dA, da.data<A>(), n * e, n);
-    sum(grad.dD, rows.data<A>(), 2 * e, 1);
-    sum(grad.ddt_bias, rows.data<A>() + e, 2 * e, 1);
+    launch(sum_scan_parts_kernel<A>, {.grid = ceil_div(e * n, 32), .grid_y = 3, .block = 512, .stream = stream},
+           sum(grad.dA, da.data<A>(), n * e, n), sum(grad.dD, rows.data<A>(), 2 * e, 1),
+           sum(grad.ddt_bias, rows.data<A>() + e, 2 * e, 1), e);
     const int64_t positions = grad.dB.numel() / n;
     launch(split_scan_sums_kernel<T>, {.grid = ceil_div(positions * 2 * n, 256), .block = 256, .stream = stream},
            grad.dB.data<T>(), grad.dC.data<T>(), bc.data<A>(), bc.size(0), positions, n);

@@ -1,7 +1,6 @@
 #include "kernels/ssd_time_step.h"
 
 #include "core/cuda/launch.cuh"
-#include "kernels/reduce.h"
 
 // Bound by memory, and small: 2 + 8 bytes for each position and head in bf16.
 namespace krait::kernels::cuda {
@@ -44,6 +43,7 @@ __global__ void __launch_bounds__(kThreads)
   A of_bias = 0, of_A = 0;
   if (k < h) {
     const A b = bias[k], scale = -exp(A_log[k]);
+#pragma unroll 4
     for (int64_t i = first + threadIdx.x / kHeads; i < end; i += kThreads / kHeads) {
       const Step<A> of(static_cast<A>(dt[i * row + k]) + b, low, high);
       const A up = da != nullptr ? da[i * h + k] : A(0);
@@ -63,6 +63,24 @@ __global__ void __launch_bounds__(kThreads)
   A sum = 0;
   for (int y = 0; y < kThreads / kHeads; ++y) sum += sums[which][y * kHeads + x];
   if (to < h) partial[(which * int64_t{gridDim.x} + blockIdx.x) * h + to] = sum;
+}
+
+// The sums over blocks of partial (2, blocks, h), in a fixed order. Block (32, 16) for 32 heads; blockIdx.y: which of the
+// two.
+template <class A>
+__global__ void sum_steps_kernel(A* dbias, A* dA_log, const A* partial, int64_t blocks, int64_t h) {
+  __shared__ A part[16][kHeads];
+  const int x = static_cast<int>(threadIdx.x) % kHeads, y = static_cast<int>(threadIdx.x) / kHeads;
+  const int64_t k = int64_t{blockIdx.x} * kHeads + x;
+  A s = 0;
+  if (k < h)
+#pragma unroll 8
+    for (int64_t i = y; i < blocks; i += 16) s += partial[(blockIdx.y * blocks + i) * h + k];
+  part[y][x] = s;
+  __syncthreads();
+  if (y != 0 || k >= h) return;
+  for (int i = 1; i < 16; ++i) s += part[i][x];
+  (blockIdx.y == 0 ? dbias : dA_log)[k] = s;
 }
 
 template <class A>
@@ -94,9 +112,9 @@ void ssd_time_step_backward(Tensor& ddt, Tensor& dbias, Tensor& dA_log, const Te
            {.grid = blocks, .grid_y = ceil_div(h, kHeads), .block = kThreads, .stream = current_stream(dt.device())},
            ddt.data<T>(), partial.data<A>(), data_or_null<A>(dstep), data_or_null<A>(da), dt.data<T>(), bias.data<A>(),
            A_log.data<A>(), r, h, dt.stride(0), ddt.stride(0), rows, low, high);
-    const Tensor sums = kernels::sum(partial, {1});
-    copy_(dbias, sums.select(0, 0));
-    copy_(dA_log, sums.select(0, 1));
+    launch(sum_steps_kernel<A>,
+           {.grid = ceil_div(h, kHeads), .grid_y = 2, .block = 16 * kHeads, .stream = current_stream(dt.device())},
+           dbias.data<A>(), dA_log.data<A>(), partial.data<A>(), blocks, h);
   });
 }
 
