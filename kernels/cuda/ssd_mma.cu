@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kMaxBundle * 128, 1)
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ float skip[kMaxBundle * kRows];
   const Sizes& d = in.d;
-  const int tid = threadIdx.x, threads = blockDim.x, slot = tid / 128, w = tid / 32 % 4;
+  const int tid = threadIdx.x, threads = blockDim.x, slot = uniform(tid / 128), w = uniform(tid / 32 % 4);
   const int lane = tid % 32, g = lane / 4, t = lane % 4, n = static_cast<int>(d.n), p = static_cast<int>(d.p);
   const int64_t group = blockIdx.x / in.bundles % d.g, piece = blockIdx.x / in.bundles / d.g % in.pieces;
   const int64_t b = blockIdx.x / in.bundles / d.g / in.pieces, h0 = group * d.group + blockIdx.x % in.bundles * in.bundle;

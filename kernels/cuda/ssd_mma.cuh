@@ -57,6 +57,9 @@ struct Prepared {
   Tensor states(const Tensor& rows, const Tensor& columns, const Tensor& start, const Tensor& last, bool reverse) const;
 };
 
+/// A value that all lanes of a warp share, so that the compiler knows it.
+__device__ inline int uniform(int v) { return __shfl_sync(0xFFFFFFFFu, v, 0); }
+
 /// 2^x; nothing at all below -126.
 __device__ inline float exp2_of(float x) {
   float y;

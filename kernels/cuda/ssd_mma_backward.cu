@@ -130,20 +130,33 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kernel(const Grads grad, co
   const int64_t group = blockIdx.x % d.g, c = blockIdx.x / d.g % d.chunks, b = blockIdx.x / d.g / d.chunks;
   const int64_t t0 = c * kRows, h0 = group * d.group;
   const int heads = static_cast<int>(d.group), rows = d.valid(c), p = static_cast<int>(d.p), n = static_cast<int>(d.n);
-  const int tid = threadIdx.x, warp = tid / 32, w = warp % 4, part = warp / 4, lane = tid % 32, g = lane / 4, t = lane % 4;
+  const int tid = threadIdx.x, warp = uniform(tid / 32), w = warp % 4, part = warp / 4;
+  const int lane = tid % 32, g = lane / 4, t = lane % 4;
   const int i = 16 * w + g;          // the lane's rows are i and i + 8
   const int first = part * kColumns;  // of the warp's columns of states
 
+  // One piece of x and dy a thread, and one or two of the states: fetch()'s loops would take twice the instructions.
+  static_assert(kThreads == kRows * kRows / 8 && kRows * N / 8 % kThreads == 0);
+  const int own_row = tid / 8, own_column = tid % 8 * 8;
+  const bool own_inside = own_row < rows && own_column < p;
   const auto fetch_head = [&](int k) {
     if (k < heads) {
       bf16* to = stages + k % 2 * kStage;
-      fetch<kRows>(to, in.x.at(b, t0, h0 + k), in.x.row, rows, p, tid, kThreads);
-      fetch<kRows>(to + kSquare, in.dy.at(b, t0, h0 + k), in.dy.row, rows, p, tid, kThreads);
-      const int64_t unit = d.unit(b, c, h0 + k);
-      fetch<N>(to + 2 * kSquare, in.states + unit * (kRows * N), N, kRows, N, tid, kThreads);
-      fetch<N>(to + 2 * kSquare + kWide<N>, in.dstates + unit * (kRows * N), N, kRows, N, tid, kThreads);
-      fetch_line(reinterpret_cast<float*>(to + 2 * kSquare + 2 * kWide<N>), in.decays + unit * kDecays, kDecays, tid,
-                 kThreads);
+      const bf16 *from_x = in.x.at(b, t0, h0 + k), *from_dy = in.dy.at(b, t0, h0 + k);
+      bf16* place = to + own_row * kNarrow + own_column;
+      copy_async(place, own_inside ? from_x + own_row * in.x.row + own_column : from_x, own_inside);
+      copy_async(place + kSquare, own_inside ? from_dy + own_row * in.dy.row + own_column : from_dy, own_inside);
+      const int64_t unit = d.unit(b, c, h0 + k), begin = unit * (kRows * N) + tid * 8;
+      bf16* states = to + 2 * kSquare + tid / (N / 8) * kPitch<N> + tid % (N / 8) * 8;
+#pragma unroll
+      for (int i = 0; i < kRows * N / 8 / kThreads; ++i) {
+        const int later = i * (kThreads / (N / 8)) * kPitch<N>;
+        copy_async(states + later, in.states + begin + i * kThreads * 8, true);
+        copy_async(states + kWide<N> + later, in.dstates + begin + i * kThreads * 8, true);
+      }
+      if (tid < kDecays / 4)
+        copy_async(reinterpret_cast<float*>(to + 2 * kSquare + 2 * kWide<N>) + tid * 4,
+                   in.decays + unit * kDecays + tid * 4, true);
     }
     copy_commit();
   };
@@ -162,7 +175,8 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kernel(const Grads grad, co
     copy_wait<0>();
     __syncthreads();
     fetch_head(k + 1);
-    if (k > 0 && warp == static_cast<int>(kSpareWarps >> k % 6 * 4 & 15)) put_together(all_parts[(k - 1) % 2], grad, d, b, c, h0 + k - 1);
+    if (k > 0 && warp == static_cast<int>(kSpareWarps >> k % 6 * 4 & 15))
+      put_together(all_parts[(k - 1) % 2], grad, d, b, c, h0 + k - 1);
     if (k == heads) break;
     Parts& parts = all_parts[k % 2];
     const bf16 *x = stages + k % 2 * kStage, *dy = x + kSquare, *state = dy + kSquare, *dstate = state + kWide<N>;
