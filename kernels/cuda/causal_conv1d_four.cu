@@ -330,7 +330,8 @@ bool conv_four_forward(Tensor& y, Tensor& final_state, const CausalConv1dInputs&
   return visit_four(in.x.dtype(), [&]<class T>() {
     constexpr int V = 16 / sizeof(T);
     if (in.x.size(2) % V != 0 || !vectors<T>(in.x, V) || !vectors<T>(y, V)) return false;
-    launch_four(in, V, kForwardBlocks, [&](const LaunchConfig& config, int64_t groups, int64_t pieces, int64_t tiles, int64_t tile) {
+    launch_four(in, V, kForwardBlocks, [&](const LaunchConfig& config, int64_t groups, int64_t pieces, int64_t tiles,
+                                           int64_t tile) {
       const auto kernel =
           in.segments.defined() ? conv_four_forward_kernel<T, V, true> : conv_four_forward_kernel<T, V, false>;
       launch(kernel, config, y.data<T>(), conv_pointer<T>(final_state), conv_inputs<T>(in),
@@ -347,7 +348,8 @@ bool conv_four_backward(Tensor& dx, Tensor& dinitial, Tensor& dweight, bool add_
     constexpr int V = 2;  // with more the gradients' registers would leave too few threads
     if (in.x.size(2) % V != 0 || !vectors<T>(in.x, V) || !vectors<T>(dx, V) || !vectors<T>(dy, V)) return false;
     if (dy.stride(1) >= int64_t{1} << 28) return false;
-    launch_four(in, V, kBackwardBlocks, [&](const LaunchConfig& config, int64_t groups, int64_t pieces, int64_t tiles, int64_t tile) {
+    launch_four(in, V, kBackwardBlocks, [&](const LaunchConfig& config, int64_t groups, int64_t pieces, int64_t tiles,
+                                            int64_t tile) {
       const Tensor partial = empty({pieces, 5, in.x.size(2)}, DType::f32, in.x.device());
       const auto kernel =
           in.segments.defined() ? conv_four_backward_kernel<T, V, true> : conv_four_backward_kernel<T, V, false>;
