@@ -169,11 +169,11 @@ __device__ __forceinline__ void gate(const StepOp& op, Shared& shared) {
   }
 }
 
-// The state of Mamba-2's convolution moves on by one position, when all have read it.
+// A warp: the state of Mamba-2's convolution moves on by one position, when all have read it.
 __device__ __forceinline__ void shift(const StepOp& op) {
   const GatedStep& a = op.gated;
   const Range own = share(int64_t{op.rows} * a.channels);
-  for (int at = own.begin + worker(); at < own.end; at += kWorkers) {
+  for (int at = own.begin + lane_of(); at < own.end; at += 32) {
     const int row = at / a.channels, c = at % a.channels;
     bf16* const conv = a.conv + int64_t{row} * 3 * a.channels + c;
     const float second = fresh(conv + a.channels), third = fresh(conv + 2 * a.channels);
@@ -193,10 +193,9 @@ __device__ __noinline__ void prepare(int operation_at, bool needs) {
   switch (l.input) {
     case StepInput::plain: {
       wait(shared);
-      const int pieces = l.k / 8;
-      if (needs)
-        for (int at = worker(); at < op.rows * pieces; at += kWorkers)
-          reinterpret_cast<uint4*>(out)[at] = __ldcg(reinterpret_cast<const uint4*>(l.x + at / pieces * l.x_row) + at % pieces);
+      for (int r = 0; needs && r < op.rows; ++r)
+        for (int c = worker() * 8; c < l.k; c += kWorkers * 8)
+          *reinterpret_cast<uint4*>(out + r * l.k + c) = __ldcg(reinterpret_cast<const uint4*>(l.x + r * l.x_row + c));
       break;
     }
     case StepInput::norm:
@@ -208,15 +207,15 @@ __device__ __noinline__ void prepare(int operation_at, bool needs) {
         normalise<kStepVectors>(op, shared);
       break;
     case StepInput::convolved: {
-      const int vectors = l.k / 8, count = op.rows * vectors;
+      const int first = worker() * 8;
       Taps taps;
-      if (needs && worker() < count) fetch_taps(taps, op.convolved, l.k, worker() / vectors, worker() % vectors * 8);
+      if (needs && first < l.k) fetch_taps(taps, op.convolved, l.k, 0, first);
       wait(shared);
-      for (int at = worker(); needs && at < count; at += kWorkers) {
-        const int row = at / vectors, c = at % vectors * 8;
-        if (at >= kWorkers) fetch_taps(taps, op.convolved, l.k, row, c);
-        convolve(taps, op.convolved, l.k, row, c, out);
-      }
+      for (int r = 0; needs && r < op.rows; ++r)
+        for (int c = first; c < l.k; c += kWorkers * 8) {
+          if (r > 0 || c > first) fetch_taps(taps, op.convolved, l.k, r, c);
+          convolve(taps, op.convolved, l.k, r, c, out);
+        }
       break;
     }
     case StepInput::gated:
@@ -226,10 +225,10 @@ __device__ __noinline__ void prepare(int operation_at, bool needs) {
         gate<1>(op, shared);
       else
         gate<kStepVectors>(op, shared);
-      shift(op);
       break;
   }
   sync_workers();
+  if (l.input == StepInput::gated && warp_of() == kWarps - 1) shift(op);  // the others go on
 }
 
 /// The same, as far as it can be asked for in advance.

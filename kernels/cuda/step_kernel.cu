@@ -29,9 +29,7 @@ __device__ __forceinline__ int columns_of_stage(const LinearStep& l) {
 
 // One warp a column, as its weights come; `one` makes the column of a stage.
 template <class F>
-__device__ __forceinline__ Turn each_column(const LinearStep& l, Shared& shared, Turn turn, F one) {
-  const Range own = share(l.n);
-  const int per = columns_of_stage(l);
+__device__ __forceinline__ Turn each_column(const LinearStep& l, Range own, int per, Shared& shared, Turn turn, F one) {
   for (int first = own.begin; first < own.end; first += per, turn.next()) {
     const int count = min(per, own.end - first);
     const bf16* const stage = reinterpret_cast<const bf16*>(shared.stages[turn.stage]);
@@ -56,7 +54,7 @@ __device__ __forceinline__ float joined(const float (&sum)[4]) { return lanes_su
 
 // One row of up to 256 kHeld values, which stays in registers.
 template <int kHeld>
-__device__ __noinline__ Turn multiply_held(int operation_at, Turn turn) {
+__device__ __noinline__ Turn multiply_held(int operation_at, Range own, int per, Turn turn) {
   Shared& shared = here();
   const LinearStep& l = operation(operation_at).linear;
   const int lane = lane_of(), k = l.k;
@@ -68,7 +66,7 @@ __device__ __noinline__ Turn multiply_held(int operation_at, Turn turn) {
     if (at < k) four = *reinterpret_cast<const uint4*>(reinterpret_cast<const bf16*>(shared.rows) + at);
     unpack8(x[q], four);
   }
-  return each_column(l, shared, turn, [&](const bf16* w, int column, float bias) {
+  return each_column(l, own, per, shared, turn, [&](const bf16* w, int column, float bias) {
     float sum[4] = {};
 #pragma unroll
     for (int q = 0; q < kHeld; ++q) {
@@ -84,12 +82,12 @@ __device__ __noinline__ Turn multiply_held(int operation_at, Turn turn) {
 }
 
 // Any few rows, read again for every column.
-__device__ __noinline__ Turn multiply(int operation_at, Turn turn) {
+__device__ __noinline__ Turn multiply(int operation_at, Range own, int per, Turn turn) {
   Shared& shared = here();
   const StepOp& op = operation(operation_at);
   const LinearStep& l = op.linear;
   const int lane = lane_of(), rows = op.rows;
-  return each_column(l, shared, turn, [&](const bf16* w, int column, float bias) {
+  return each_column(l, own, per, shared, turn, [&](const bf16* w, int column, float bias) {
     for (int r = 0; r < rows; ++r) {
       const bf16* const x = reinterpret_cast<const bf16*>(shared.rows) + r * l.k;
       float sum[4] = {};
@@ -106,11 +104,11 @@ __device__ __noinline__ Turn multiply(int operation_at, Turn turn) {
   });
 }
 
-__device__ __forceinline__ Turn multiply_any(int at, Turn turn) {
+__device__ __forceinline__ Turn multiply_any(int at, Range own, int per, Turn turn) {
   const int k = operation(at).linear.k, rows = operation(at).rows;
-  if (rows == 1 && k <= 256 * 3) return multiply_held<3>(at, turn);
-  if (rows == 1 && k <= 256 * 6) return multiply_held<6>(at, turn);
-  return multiply(at, turn);
+  if (rows == 1 && k <= 256 * 3) return multiply_held<3>(at, own, per, turn);
+  if (rows == 1 && k <= 256 * 6) return multiply_held<6>(at, own, per, turn);
+  return multiply(at, own, per, turn);
 }
 
 __device__ __forceinline__ void work(int count) {
@@ -119,8 +117,9 @@ __device__ __forceinline__ void work(int count) {
     switch (operation(i).kind) {
       case StepKind::linear: {
         const Range own = share(operation(i).linear.n);
+        const int per = columns_of_stage(operation(i).linear);
         prepare(i, own.begin < own.end);
-        turn = multiply_any(i, turn);
+        turn = multiply_any(i, own, per, turn);
         break;
       }
       case StepKind::input: prepare(i, blockIdx.x == 0); break;

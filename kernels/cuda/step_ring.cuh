@@ -35,8 +35,9 @@ struct Range {
   int begin, end;
 };
 __device__ __forceinline__ Range share(int64_t total) {
-  const int64_t blocks = gridDim.x, at = blockIdx.x;
-  return {static_cast<int>((at * total + blocks - 1) / blocks), static_cast<int>(((at + 1) * total + blocks - 1) / blocks)};
+  const unsigned all = static_cast<unsigned>(total), each = (all + gridDim.x - 1) / gridDim.x;  // 64 bits divide slowly
+  const unsigned begin = min(blockIdx.x * each, all);
+  return {static_cast<int>(begin), static_cast<int>(min(begin + each, all))};
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
