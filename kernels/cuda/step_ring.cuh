@@ -146,7 +146,7 @@ __device__ __forceinline__ void fresh8(float (&out)[8], const bf16* p) { unpack8
 __device__ __forceinline__ void read8(float (&out)[8], const bf16* p) { unpack8(out, *reinterpret_cast<const uint4*>(p)); }
 __device__ __forceinline__ void write8(bf16* p, const float (&in)[8]) { store_values(p, in); }
 
-__device__ __forceinline__ float silu(float v) { return v / (1.0f + __expf(-v)); }
+__device__ __forceinline__ float silu(float v) { return __fdividef(v, 1.0f + __expf(-v)); }
 __device__ __forceinline__ float rounded(float v) { return static_cast<float>(static_cast<bf16>(v)); }
 
 /// Sums over groups of 2^k lanes; all lanes get them.
