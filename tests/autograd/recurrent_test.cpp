@@ -240,6 +240,26 @@ TEST_CASE("large heads: cuda equals cpu", "[cuda]") {
   }
 }
 
+// A cluster of blocks for each head, in bf16: rows and heads that fill it and that do not.
+TEST_CASE("slstm heads of 64 to 256 units: cuda equals cpu", "[cuda]") {
+  for (const Form& f : kForms)
+    for (const bool differentiable : {false, true}) {
+      OpCase c = slstm_case(f, differentiable);
+      c.fills[1] = Normal{0, 0.05};
+      c.shapes.clear();
+      for (const auto& [b, l, h, p] : std::vector<std::array<int64_t, 4>>{
+               {9, 1, 2, 64}, {3, 37, 2, 64}, {8, 21, 1, 128}, {17, 19, 2, 192}, {2, 20, 1, 256}}) {
+        std::vector<Shape> s{{b, l, 4, h, p}, {h, 4, p, p}, {4, h, p}};
+        if (f.state) {
+          s.push_back({3, b, h, p});
+          s.push_back({1, b, h, p});
+        }
+        c.shapes.push_back(s);
+      }
+      check_twin(c);
+    }
+}
+
 TEST_CASE("slstm_gates matches plain loops") { check_reference(kGates); }
 TEST_CASE("slstm_gates passes gradcheck") { check_grad(kGates); }
 TEST_CASE("slstm_gates: cuda equals cpu", "[cuda]") { check_twin(kGates); }

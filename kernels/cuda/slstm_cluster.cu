@@ -1,0 +1,557 @@
+// sLSTM over whole sequences in bf16 with a cluster of 8 blocks for each head of 8 rows of the batch. The head's
+// recurrent weights stay in the registers of the cluster's warps, the states in those of their threads; a step's
+// exchange goes from shared memory to shared memory. A head has p = 64 W units, a block W warps, a warp 8 units: its
+// lane 4 g + t has unit g of rows 2t and 2t + 1, all gates.
+//   forward   a warp multiplies R of its units with y_{t-1} of all units, and sends y_t to the 8 blocks.
+//   backward  a warp multiplies R^T, all units by the gates of its block, with dr_t of the block; the 8 blocks' parts of
+//             dy_{t-1} go to the block whose units they are and are summed there in the order of the blocks.
+// Bound by latency: product, cell and exchange of a step follow one another. What comes from global memory is asked for
+// kStages steps before.
+// Nothing tells a block that its neighbours have read what it sent at a step before, two steps later, it sends to the
+// same place; but it has what they sent at the step between, which they made of it.
+#include "kernels/cuda/slstm_cluster.h"
+
+#include "core/cuda/launch.cuh"
+#include "kernels/cuda/cluster.cuh"
+#include "kernels/recurrent_cells.h"
+
+namespace krait::kernels::cuda {
+
+namespace {
+
+constexpr int kBlocks = 8, kTile = 8;  // blocks of a cluster, rows of the batch
+constexpr int kStages = 8;             // steps of input under way, a power of two
+
+// Good to a few units of fp32's last place around 1: the results are rounded to bf16.
+struct FastMath {
+  static __device__ __forceinline__ float exp(float x) { return __expf(x); }
+  static __device__ __forceinline__ float tanh(float x) { return 1.0f - __fdividef(2.0f, 1.0f + __expf(2.0f * x)); }
+  static __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+  static __device__ __forceinline__ float softplus(float x) {
+    return fmaxf(x, 0.0f) + __logf(1.0f + __expf(-fabsf(x)));
+  }
+};
+
+// As in RecurrenceForward and RecurrenceBackward; null where undefined.
+struct Forward {
+  int64_t b, l, h;
+  const bf16 *x, *weights;
+  const float *bias, *state0;
+  const int32_t* segments;
+  bf16 *y, *y_prev;
+  float *state, *saved;
+};
+struct Backward {
+  int64_t b, l, h;
+  const bf16 *dy, *weights;
+  const float *dstate, *saved;
+  const int32_t* segments;
+  bf16* dx;
+  float* dstate0;
+};
+
+// Shared memory of W warps, in bytes.
+template <int W>
+struct ForwardLayout {
+  static constexpr int kUnits = 64 * W, kPitch = kUnits + 8;     // of y_{t-1}: (8 rows, units) bf16, twice
+  static constexpr int kVector = kTile * kPitch * 2;
+  static constexpr int kRow = 80, kStage = kTile * kRow;         // a warp's x: (8 rows, 4 gates, 8 units) bf16, padded
+  static constexpr int kInputs = 2 * kVector, kBarriers = kInputs + W * kStages * kStage, kBytes = kBarriers + 16;
+  static constexpr uint32_t kSent = kTile * kUnits * 2;          // to each block at a step
+};
+template <int W>
+struct BackwardLayout {
+  static constexpr int kGates = 32 * W, kPitch = kGates + 8;     // of a block: dr as (8 rows, gates) bf16, twice
+  static constexpr int kVector = kTile * kPitch * 2;
+  static constexpr int kPart = kTile * 8 * W * 4;                // dy of a block's units from one block, fp32
+  static constexpr int kParts = 2 * kVector;                     // (2, 8 blocks, W, 8 units, 8 rows)
+  static constexpr int kRow = 240, kSaved = kTile * kRow;        // a warp's (8 rows, 7, 8 units) fp32, padded
+  static constexpr int kStage = kSaved + kTile * 16;             // and dy (8 rows, 8 units) bf16
+  static constexpr int kInputs = kParts + 2 * kBlocks * kPart, kBarriers = kInputs + W * kStages * kStage;
+  static constexpr int kBytes = kBarriers + 16;
+  static constexpr uint32_t kSent = kBlocks * kPart;
+};
+
+// Fragments of B (16 k, 8 n) for the k from 16 x and 16 (x + 1) on, from rows n of shared memory.
+__device__ inline void load_vector(uint32_t (&r)[4], const bf16* vector, int pitch, int x) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  load_matrices(r, vector + lane % 8 * pitch + x * 16 + lane / 8 * 8);
+}
+
+// A lane's four words of its row, from the lanes that share it.
+__device__ inline uint4 gathered(uint32_t word) {
+  const unsigned first = threadIdx.x % 32 & ~3u;
+  return {__shfl_sync(0xffffffffu, word, static_cast<int>(first)), __shfl_sync(0xffffffffu, word, static_cast<int>(first + 1)),
+          __shfl_sync(0xffffffffu, word, static_cast<int>(first + 2)),
+          __shfl_sync(0xffffffffu, word, static_cast<int>(first + 3))};
+}
+
+template <class Cell, int W>
+__global__ void __launch_bounds__(32 * W, 1) forward_kernel(const Forward a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  using Layout = ForwardLayout<W>;
+  constexpr int P = Layout::kUnits, kDepth = P / 16;
+  extern __shared__ __align__(128) unsigned char shared[];
+  bf16* const vectors = reinterpret_cast<bf16*>(shared);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4, t4 = lane % 4;
+  const int rank = static_cast<int>(cluster_rank()), unit0 = (rank * W + warp) * 8;
+  const int64_t group = blockIdx.x / kBlocks, head = group % a.h, row0 = group / a.h * kTile, c = a.h * P;
+  unsigned char* const inputs = shared + Layout::kInputs + warp * kStages * Layout::kStage;
+  const uint32_t barriers = shared_address(shared + Layout::kBarriers);
+
+  // A: rows g and g + 8 of two tiles are the gates 0 to 3 of unit g.
+  uint32_t weights[2][kDepth][4];
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+    for (int x = 0; x < kDepth; ++x)
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const int gate = 2 * tile + part % 2, k = x * 16 + 2 * t4 + part / 2 * 8;
+        weights[tile][x][part] =
+            *reinterpret_cast<const uint32_t*>(a.weights + ((head * 4 + gate) * P + unit0 + g) * P + k);
+      }
+  const int64_t column = head * P + unit0;  // of the warp
+  float bias[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) bias[k] = a.bias[k * c + column + g];
+
+  // The lane's two rows.
+  int64_t row[2];
+  bool real[2];
+  float s[2][Cell::kStates];
+  const int32_t* segments[2] = {};
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    row[j] = row0 + 2 * t4 + j;
+    real[j] = row[j] < a.b;
+    if (!real[j]) row[j] = row0;
+#pragma unroll
+    for (int k = 0; k < Cell::kStates; ++k)
+      s[j][k] = a.state0 != nullptr && real[j] ? a.state0[(k * a.b + row[j]) * c + column + g] : 0.0f;
+    if (a.segments != nullptr) segments[j] = a.segments + row[j] * a.l;
+  }
+  // The row that it stores y of, and that it loads x of (a chunk of 8 units of one gate).
+  const int64_t out_row = row0 + g;
+  const bool stores = out_row < a.b;
+  const int32_t* out_segments = a.segments != nullptr && stores ? a.segments + out_row * a.l : nullptr;
+  const bf16* x_from = a.x + ((stores ? out_row : row0) * a.l * 4 + t4) * c + column;
+  const auto load_x = [&](int64_t t) {
+    const int stage = static_cast<int>(t % kStages);
+    copy_async(inputs + stage * Layout::kStage + g * Layout::kRow + t4 * 16, x_from + (t < a.l ? t : 0) * 4 * c,
+               stores && t < a.l);
+    copy_commit();
+  };
+  for (int64_t t = 0; t < kStages - 1; ++t) load_x(t);
+
+  // y before the first step, rounded: to the first vector and to y_prev.
+  for (int i = static_cast<int>(threadIdx.x); i < kTile * P; i += 32 * W) {
+    const int n = i / P, k = i % P;
+    const bool known = a.state0 != nullptr && row0 + n < a.b;
+    vectors[n * Layout::kPitch + k] = static_cast<bf16>(known ? a.state0[(row0 + n) * c + head * P + k] : 0.0f);
+  }
+  if (threadIdx.x == 0)
+    for (uint32_t i = 0; i < 2; ++i) {
+      arrivals_init(barriers + 8 * i);
+      arrivals_expect(barriers + 8 * i, Layout::kSent);
+    }
+  __syncthreads();
+  if (a.y_prev != nullptr && stores && t4 == 0)
+    *reinterpret_cast<uint4*>(a.y_prev + out_row * a.l * c + column) =
+        *reinterpret_cast<const uint4*>(vectors + g * Layout::kPitch + unit0);
+  cluster_barrier();
+
+  // A lane sends its row to blocks t4 and t4 + 4.
+  uint32_t there[2], barrier_there[2];
+#pragma unroll
+  for (uint32_t i = 0; i < 2; ++i) {
+    there[i] = of_block(shared_address(vectors + g * Layout::kPitch + unit0), static_cast<uint32_t>(t4) + 4 * i);
+    barrier_there[i] = of_block(barriers, static_cast<uint32_t>(t4) + 4 * i);
+  }
+
+  const Cell cell;
+  for (int64_t t = 0; t < a.l; ++t) {
+    copy_wait<kStages - 2>();
+    __syncwarp();
+    const unsigned char* x_here = inputs + t % kStages * Layout::kStage;
+    float x[2][4];
+    bool starts[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      starts[j] = segments[j] != nullptr && t > 0 && segments[j][t] != segments[j][t - 1];
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        x[j][k] = bias[k] + static_cast<float>(*reinterpret_cast<const bf16*>(
+                                x_here + (2 * t4 + j) * Layout::kRow + k * 16 + 2 * g));
+    }
+    __syncwarp();
+    load_x(t + kStages - 1);
+
+    float acc[2][2][4] = {};  // [tile][parity of x]
+    if (t > 0 || a.state0 != nullptr) {
+      const uint32_t buffer = static_cast<uint32_t>(t & 1);
+      if (t > 0) {
+        arrivals_wait(barriers + 8 * buffer, static_cast<uint32_t>((t - 1) >> 1) & 1u);
+        if (threadIdx.x == 0) arrivals_expect(barriers + 8 * buffer, Layout::kSent);
+      }
+      const bf16* vector = vectors + static_cast<int>(buffer) * kTile * Layout::kPitch;
+#pragma unroll
+      for (int k = 0; k < kDepth; k += 2) {
+        uint32_t y[4];
+        load_vector(y, vector, Layout::kPitch, k);
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+          mma(acc[tile][0], weights[tile][k], y[0], y[1]);
+          mma(acc[tile][1], weights[tile][k + 1], y[2], y[3]);
+        }
+      }
+    }
+
+    float saved[2][Cell::kSaved];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float r[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        r[k] = starts[j] ? 0.0f : acc[k / 2][0][k % 2 * 2 + j] + acc[k / 2][1][k % 2 * 2 + j];
+      if (starts[j])
+#pragma unroll
+        for (int k = 0; k < Cell::kStates; ++k) s[j][k] = 0.0f;
+      cell.template forward<FastMath>(x[j], r, s[j], saved[j]);
+    }
+
+    const uint4 y = gathered(transposed(pack(s[0][0], s[1][0])));  // 8 units of row g
+    if (t + 1 < a.l) {
+      const uint32_t buffer = static_cast<uint32_t>((t + 1) & 1);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) send(there[i] + buffer * Layout::kVector, barrier_there[i] + 8 * buffer, y);
+    }
+    if (stores && t4 == 0) *reinterpret_cast<uint4*>(a.y + (out_row * a.l + t) * c + column) = y;
+    if (a.saved == nullptr) continue;
+    if (stores && t4 == 1 && t + 1 < a.l) {
+      const bool ends = out_segments != nullptr && out_segments[t] != out_segments[t + 1];
+      *reinterpret_cast<uint4*>(a.y_prev + (out_row * a.l + t + 1) * c + column) = ends ? uint4{0, 0, 0, 0} : y;
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (!real[j]) continue;
+      float* to = a.saved + (row[j] * a.l + t) * Cell::kSaved * c + column + g;
+#pragma unroll
+      for (int k = 0; k < Cell::kSaved; ++k) to[k * c] = saved[j][k];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    if (!real[j]) continue;
+#pragma unroll
+    for (int k = 0; k < Cell::kStates; ++k) a.state[(k * a.b + row[j]) * c + column + g] = s[j][k];
+  }
+  cluster_barrier();  // nobody leaves while others may send to it
+#endif
+}
+
+// What SlstmCell::backward needs of a position and does not depend on what comes back, and the rest of it: see there.
+struct BackwardCell {
+  float i, z, o, by_f, c0, n0, f, inverse, y, by_z, by_o;
+
+  __device__ __forceinline__ explicit BackwardCell(const float (&saved)[7])
+      : i(saved[0]), z(saved[2]), o(saved[3]), by_f(saved[1] * saved[4]), c0(saved[5]), n0(saved[6]), f(saved[1]) {
+    inverse = __fdividef(1.0f, f * n0 + i);
+    y = o * (f * c0 + i * z) * inverse;
+    by_z = i * (1.0f - z * z);
+    by_o = y * (1.0f - o);
+  }
+  // dc and dn come back for the position before.
+  __device__ __forceinline__ void operator()(float dy, float& dc_carry, float& dn_carry, float (&dr)[4]) const {
+    const float q = dy * inverse, dc = dc_carry + q * o, dn = dn_carry - q * y;
+    dr[0] = i * (z * dc + dn);
+    dr[1] = by_f * (dc * c0 + dn * n0);
+    dr[2] = dc * by_z;
+    dr[3] = dy * by_o;
+    dc_carry = f * dc;
+    dn_carry = f * dn;
+  }
+};
+
+template <int W>
+__global__ void __launch_bounds__(32 * W, 1) backward_kernel(const Backward a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  using Layout = BackwardLayout<W>;
+  constexpr int P = 64 * W, kDepth = 2 * W, kSaved = 7;
+  extern __shared__ __align__(128) unsigned char shared[];
+  bf16* const vectors = reinterpret_cast<bf16*>(shared);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4, t4 = lane % 4;
+  const int rank = static_cast<int>(cluster_rank()), block_unit0 = rank * W * 8, unit0 = block_unit0 + warp * 8;
+  const int64_t group = blockIdx.x / kBlocks, head = group % a.h, row0 = group / a.h * kTile, c = a.h * P;
+  unsigned char* const inputs = shared + Layout::kInputs + warp * kStages * Layout::kStage;
+  const uint32_t barriers = shared_address(shared + Layout::kBarriers);
+  const int64_t column = head * P + unit0;
+
+  // The lane's two rows.
+  int64_t row[2];
+  bool real[2];
+  float dy0[2], dc[2], dn[2];
+  const int32_t* segments[2] = {};
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    row[j] = row0 + 2 * t4 + j;
+    real[j] = row[j] < a.b;
+    if (!real[j]) row[j] = row0;
+    const auto of = [&](int64_t k) {
+      return a.dstate != nullptr && real[j] ? a.dstate[(k * a.b + row[j]) * c + column + g] : 0.0f;
+    };
+    dy0[j] = of(0);
+    dc[j] = of(1);
+    dn[j] = of(2);
+    if (a.segments != nullptr) segments[j] = a.segments + row[j] * a.l;
+  }
+
+  // A lane brings four pieces of 16 bytes of each step: 112 of what was saved, 8 of dy.
+  const unsigned char* from[4];
+  int64_t stride[4];
+  int to[4];
+  bool wanted[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int piece = lane + 32 * i;
+    from[i] = reinterpret_cast<const unsigned char*>(a.saved);
+    stride[i] = 0;
+    to[i] = 0;
+    wanted[i] = false;
+    if (piece < 112) {
+      const int n = piece / 14, k = piece % 14 / 2, half = piece % 2;
+      wanted[i] = row0 + n < a.b;
+      to[i] = n * Layout::kRow + k * 32 + half * 16;
+      stride[i] = kSaved * c * 4;
+      if (wanted[i])
+        from[i] = reinterpret_cast<const unsigned char*>(a.saved + ((row0 + n) * a.l * kSaved + k) * c + column + half * 4);
+    } else if (piece < 120) {
+      const int n = piece - 112;
+      wanted[i] = row0 + n < a.b && a.dy != nullptr;
+      to[i] = Layout::kSaved + n * 16;
+      stride[i] = c * 2;
+      if (wanted[i]) from[i] = reinterpret_cast<const unsigned char*>(a.dy + (row0 + n) * a.l * c + column);
+    }
+  }
+  const auto load_step = [&](int64_t step) {
+    const int64_t t = a.l - 1 - step;
+    unsigned char* stage = inputs + step % kStages * Layout::kStage;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < 3 || lane < 24) copy_async(stage + to[i], from[i] + (t > 0 ? t : 0) * stride[i], wanted[i] && t >= 0);
+    copy_commit();
+  };
+  for (int64_t step = 0; step < kStages - 1; ++step) load_step(step);
+
+  // A: rows are units, 64 of them from 64 warp on; columns the block's gates, (gate, unit of the block).
+  uint32_t weights[4][kDepth][4];
+#pragma unroll
+  for (int tile = 0; tile < 4; ++tile)
+#pragma unroll
+    for (int x = 0; x < kDepth; ++x)
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const int in = (warp * 4 + tile) * 16 + g + part % 2 * 8, k = x * 16 + 2 * t4 + part / 2 * 8;
+        const int gate = k / (8 * W), out = block_unit0 + k % (8 * W);  // k is even: k + 1 is the same gate's next unit
+        const bf16* w = a.weights + ((head * 4 + gate) * P + out) * P + in;
+        weights[tile][x][part] = uint32_t{*reinterpret_cast<const uint16_t*>(w)} |
+                                 uint32_t{*reinterpret_cast<const uint16_t*>(w + P)} << 16;
+      }
+
+  if (threadIdx.x == 0)
+    for (uint32_t i = 0; i < 2; ++i) {
+      arrivals_init(barriers + 8 * i);
+      arrivals_expect(barriers + 8 * i, Layout::kSent);
+    }
+  cluster_barrier();
+  // Rows g of half a tile, 8 units, belong to one warp of one block.
+  uint32_t there[4][2], barrier_there[4][2];
+#pragma unroll
+  for (int tile = 0; tile < 4; ++tile)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int eight = (warp * 4 + tile) * 2 + half;
+      const uint32_t block = static_cast<uint32_t>(eight / W);
+      const int place = Layout::kParts + rank * Layout::kPart + ((eight % W * 8 + g) * kTile + 2 * t4) * 4;
+      there[tile][half] = of_block(shared_address(shared + place), block);
+      barrier_there[tile][half] = of_block(barriers, block);
+    }
+
+  const int64_t steps = a.l + (a.dstate0 != nullptr ? 1 : 0);
+  for (int64_t step = 0; step < steps; ++step) {
+    const int64_t t = a.l - 1 - step;
+    const bool last = t < 0;  // only what comes back to the state at the start
+    copy_wait<kStages - 2>();
+    __syncwarp();
+    const unsigned char* stage = inputs + step % kStages * Layout::kStage;
+    float saved[2][kSaved], dy[2];
+    bool ends[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      ends[j] = segments[j] != nullptr && !last && t + 1 < a.l && segments[j][t] != segments[j][t + 1];
+      const int n = 2 * t4 + j;
+#pragma unroll
+      for (int k = 0; k < kSaved; ++k)
+        saved[j][k] = *reinterpret_cast<const float*>(stage + n * Layout::kRow + k * 32 + g * 4);
+      dy[j] = static_cast<float>(*reinterpret_cast<const bf16*>(stage + Layout::kSaved + n * 16 + g * 2));
+      if (!real[j]) saved[j][0] = 1.0f;  // not 0 / 0
+    }
+    __syncwarp();
+    load_step(step + kStages - 1);
+    const BackwardCell cell[2] = {BackwardCell(saved[0]), BackwardCell(saved[1])};
+
+    float sum[2] = {0.0f, 0.0f};
+    if (step > 0) {
+      const uint32_t buffer = static_cast<uint32_t>(step & 1);
+      arrivals_wait(barriers + 8 * buffer, static_cast<uint32_t>((step - 1) >> 1) & 1u);
+      if (threadIdx.x == 0) arrivals_expect(barriers + 8 * buffer, Layout::kSent);
+      const unsigned char* parts = shared + Layout::kParts + buffer * kBlocks * Layout::kPart;
+      float2 part[kBlocks];
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i)
+        part[i] = *reinterpret_cast<const float2*>(parts + i * Layout::kPart + ((warp * 8 + g) * kTile + 2 * t4) * 4);
+#pragma unroll
+      for (int width = kBlocks / 2; width > 0; width /= 2)
+#pragma unroll
+        for (int i = 0; i < width; ++i) {
+          part[i].x += part[i + width].x;
+          part[i].y += part[i + width].y;
+        }
+      sum[0] = part[0].x;
+      sum[1] = part[0].y;
+    }
+    if (last) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (!real[j]) continue;
+        const auto at = [&](int64_t k) -> float& { return a.dstate0[(k * a.b + row[j]) * c + column + g]; };
+        at(0) = dy0[j] + sum[j];
+        at(1) = dc[j];
+        at(2) = dn[j];
+        at(3) = 0.0f;
+      }
+      break;
+    }
+
+    float dr[2][4];
+    bf16* const vector = vectors + (step & 1) * kTile * Layout::kPitch;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (ends[j]) sum[j] = dy0[j] = dc[j] = dn[j] = 0.0f;  // nothing comes back from another document
+      cell[j](dy[j] + sum[j] + dy0[j], dc[j], dn[j], dr[j]);
+      dy0[j] = 0.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k)  // row g, units 2 t4 and 2 t4 + 1
+      *reinterpret_cast<uint32_t*>(vector + g * Layout::kPitch + k * 8 * W + warp * 8 + 2 * t4) =
+          transposed(pack(dr[0][k], dr[1][k]));
+    __syncthreads();
+
+    if (step + 1 < steps) {
+      float acc[4][4] = {};
+#pragma unroll
+      for (int x = 0; x < kDepth; x += 2) {
+        uint32_t d[4];
+        load_vector(d, vector, Layout::kPitch, x);
+#pragma unroll
+        for (int tile = 0; tile < 4; ++tile) mma(acc[tile], weights[tile][x], d[0], d[1]);
+#pragma unroll
+        for (int tile = 0; tile < 4; ++tile) mma(acc[tile], weights[tile][x + 1], d[2], d[3]);
+      }
+      const uint32_t buffer = static_cast<uint32_t>((step + 1) & 1);
+#pragma unroll
+      for (int tile = 0; tile < 4; ++tile)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          send(there[tile][half] + buffer * kBlocks * Layout::kPart, barrier_there[tile][half] + 8 * buffer,
+               acc[tile][2 * half], acc[tile][2 * half + 1]);
+    }
+    if (row0 + g < a.b)  // gate t4 of row g, of the warp's 8 units
+      *reinterpret_cast<uint4*>(a.dx + (((row0 + g) * a.l + t) * 4 + t4) * c + column) =
+          *reinterpret_cast<const uint4*>(vector + g * Layout::kPitch + t4 * 8 * W + warp * 8);
+  }
+  cluster_barrier();
+#endif
+}
+
+bool aligned(const Tensor& t) { return !t.defined() || reinterpret_cast<uintptr_t>(t.raw_data()) % 16 == 0; }
+
+// The units of a head over 64, or 0 where the cluster kernels do not serve.
+int64_t warps_for(const Tensor& x, std::initializer_list<const Tensor*> tensors) {
+  const int64_t p = x.size(4);
+  if (x.dtype() != DType::bf16 || p % 64 != 0 || p > 256) return 0;
+  for (const Tensor* t : tensors)
+    if (!aligned(*t)) return 0;
+  int major = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.device().index));
+  return major == 9 || major == 10 ? p / 64 : 0;
+}
+
+// False where the kernel was not compiled for clusters.
+template <class Arguments>
+bool launch_clusters(void (*kernel)(Arguments), const Arguments& a, int64_t warps, int64_t shared, Stream stream) {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel));
+  if (attributes.ptxVersion < 90) return false;
+  const int64_t blocks = a.h * ceil_div(a.b, kTile) * kBlocks;
+  KRAIT_CHECK(blocks < (int64_t{1} << 31), "slstm: {} blocks are too many; use a smaller batch", blocks);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kBlocks;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(32 * warps));
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = native(stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, a));
+  return true;
+}
+
+template <class F>
+bool with_warps(int64_t warps, F&& f) {
+  switch (warps) {
+    case 1: return f.template operator()<1>();
+    case 2: return f.template operator()<2>();
+    case 3: return f.template operator()<3>();
+    case 4: return f.template operator()<4>();
+    default: return false;
+  }
+}
+
+template <class P>
+P* pointer_or_null(const Tensor& t) {
+  return t.defined() ? t.data<P>() : nullptr;
+}
+
+}  // namespace
+
+bool slstm_cluster_forward(RecurrenceForward& r, SlstmForget forget) {
+  const int64_t warps = warps_for(r.x, {&r.x, &r.w, &r.out.y, &r.out.y_prev, &r.out.saved});
+  if (warps == 0) return false;
+  const Forward a{r.x.size(0), r.x.size(1), r.x.size(3), r.x.data<bf16>(), r.w.data<bf16>(), r.bias.data<float>(),
+                  pointer_or_null<float>(r.state0), pointer_or_null<int32_t>(r.segments), r.out.y.data<bf16>(),
+                  pointer_or_null<bf16>(r.out.y_prev), r.out.state.data<float>(), pointer_or_null<float>(r.out.saved)};
+  const Stream stream = current_stream(r.x.device());
+  return with_warps(warps, [&]<int W>() {
+    const auto kernel = forget == SlstmForget::exp ? forward_kernel<SlstmCell<true>, W> : forward_kernel<SlstmCell<false>, W>;
+    return launch_clusters(kernel, a, W, ForwardLayout<W>::kBytes, stream);
+  });
+}
+
+bool slstm_cluster_backward(RecurrenceBackward& r) {
+  const int64_t warps = warps_for(r.dx, {&r.dx, &r.dy, &r.w, &r.saved});
+  if (warps == 0) return false;
+  const Backward a{r.dx.size(0), r.dx.size(1), r.dx.size(3), pointer_or_null<bf16>(r.dy), r.w.data<bf16>(),
+                   pointer_or_null<float>(r.dstate), r.saved.data<float>(), pointer_or_null<int32_t>(r.segments),
+                   r.dx.data<bf16>(), pointer_or_null<float>(r.dstate0)};
+  const Stream stream = current_stream(r.dx.device());
+  return with_warps(warps, [&]<int W>() {
+    return launch_clusters(backward_kernel<W>, a, W, BackwardLayout<W>::kBytes, stream);
+  });
+}
+
+}  // namespace krait::kernels::cuda
