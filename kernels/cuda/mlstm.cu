@@ -13,11 +13,11 @@ __device__ inline double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-f
 template <class A>
 __global__ void local_gates_kernel(MlstmGates<A> gates, A* b_out, A* alpha, A* beta, const A* i, const A* f,
                                    const int32_t* segments, MlstmShape shape) {
-  __shared__ A lf[kChunk], c[kChunk];
-  __shared__ int begins[kChunk];
-  const int64_t unit = blockIdx.x / shape.chunks, x = blockIdx.x % shape.chunks, t0 = x * kChunk;
+  __shared__ A lf[kMmaChunk], c[kMmaChunk];
+  __shared__ int begins[kMmaChunk];
+  const int64_t unit = blockIdx.x / shape.chunks, x = blockIdx.x % shape.chunks, t0 = x * shape.chunk;
   const int64_t b = unit / shape.heads, h = unit % shape.heads;
-  const int t = threadIdx.x, n = static_cast<int>(min(int64_t{kChunk}, shape.l - t0));
+  const int t = threadIdx.x, n = static_cast<int>(min(int64_t{shape.chunk}, shape.l - t0));
   const int64_t at = (b * shape.l + t0 + t) * shape.heads + h;
   if (t < n) {
     lf[t] = -softplus(-f[at]);
@@ -76,8 +76,8 @@ template <class A>
 __global__ void finish_gates_kernel(MlstmGates<A> gates, A* m, const A* b, const A* m_before, MlstmShape shape) {
   __shared__ A u_last;
   __shared__ int first_last;
-  const int64_t unit = blockIdx.x / shape.chunks, t0 = blockIdx.x % shape.chunks * kChunk;
-  const int t = threadIdx.x, n = static_cast<int>(min(int64_t{kChunk}, shape.l - t0));
+  const int64_t unit = blockIdx.x / shape.chunks, t0 = blockIdx.x % shape.chunks * shape.chunk;
+  const int t = threadIdx.x, n = static_cast<int>(min(int64_t{shape.chunk}, shape.l - t0));
   const int64_t row = unit * shape.l + t0 + t;
   const A before = m_before[blockIdx.x];
   if (t < n) {
@@ -129,11 +129,11 @@ template <class A>
 __global__ void gate_gradients_kernel(A* di, A* df, const A* f, MlstmGates<A> gates, const A* q_dots, const A* k_dots,
                                       int64_t dot_tiles, const A* flow, int64_t flow_tiles, MlstmShape shape,
                                       bool from_zero) {
-  __shared__ A change[kChunk];
-  __shared__ int first[kChunk];
-  const int64_t unit = blockIdx.x / shape.chunks, t0 = blockIdx.x % shape.chunks * kChunk;
+  __shared__ A change[kMmaChunk];
+  __shared__ int first[kMmaChunk];
+  const int64_t unit = blockIdx.x / shape.chunks, t0 = blockIdx.x % shape.chunks * shape.chunk;
   const int64_t b = unit / shape.heads, h = unit % shape.heads, row = unit * shape.l + t0 + threadIdx.x;
-  const int t = threadIdx.x, n = static_cast<int>(min(int64_t{kChunk}, shape.l - t0));
+  const int t = threadIdx.x, n = static_cast<int>(min(int64_t{shape.chunk}, shape.l - t0));
   A dk = 0;
   if (t < n) {
     A dq = 0;
@@ -201,11 +201,11 @@ struct GateArrays {
   Tensor values, chunks, first;
   MlstmGates<A> gates{};
 
-  GateArrays(const MlstmInputs& in, const MlstmShape& s, A* m, A* m_last, bool backward) {
+  GateArrays(const MlstmInputs& in, const MlstmShape& s, A* m, A* m_last) {
     const Device device = in.q.device();
     const Stream stream = current_stream(device);
     const int64_t n = s.units * s.l, nc = s.units * s.chunks;
-    values = empty({backward ? 9 : 5, n}, dtype_of<A>, device);
+    values = empty({9, n}, dtype_of<A>, device);
     chunks = empty({4, nc}, dtype_of<A>, device);
     first = empty({n}, DType::i32, device);
     A* p = values.data<A>();
@@ -215,20 +215,18 @@ struct GateArrays {
     gates.u = p + n;
     gates.inter = p + 2 * n;
     gates.w = p + 3 * n;
-    if (backward) {
-      gates.inverse = p + 5 * n;
-      gates.dr = p + 6 * n;
-      gates.wc = p + 7 * n;
-      gates.wn = p + 8 * n;
-    }
+    gates.inverse = p + 5 * n;
+    gates.dr = p + 6 * n;
+    gates.wc = p + 7 * n;
+    gates.wn = p + 8 * n;
     gates.decay = per_chunk;
     gates.first = first.data<int32_t>();
     A *m_before = per_chunk + nc, *alpha = per_chunk + 2 * nc, *beta = per_chunk + 3 * nc;
-    launch(local_gates_kernel<A>, {.grid = nc, .block = kChunk, .stream = stream}, gates, b, alpha, beta,
+    launch(local_gates_kernel<A>, {.grid = nc, .block = s.chunk, .stream = stream}, gates, b, alpha, beta,
            in.i.data<A>(), in.f.data<A>(), in.segments.defined() ? in.segments.data<int32_t>() : nullptr, s);
     launch(scan_m_kernel<A>, {.grid = s.units, .block = 32, .stream = stream}, m_before, m_last, alpha, beta,
            in.initial.m.defined() ? in.initial.m.data<A>() : nullptr, s.chunks);
-    launch(finish_gates_kernel<A>, {.grid = nc, .block = kChunk, .stream = stream}, gates, m, b, m_before, s);
+    launch(finish_gates_kernel<A>, {.grid = nc, .block = s.chunk, .stream = stream}, gates, m, b, m_before, s);
   }
 };
 
@@ -237,34 +235,43 @@ bool use_mma(const MlstmInputs& in) {
 }
 
 template <class T>
-void states(const MlstmStateJob<T>& job, bool mma, Stream stream) {
+void states(const MlstmStateJob<T>& job, Stream stream) {
   if constexpr (std::is_same_v<T, bf16>)
-    if (mma) return mlstm_states_mma(job, stream);
+    if (job.shape.mma) return mlstm_states_mma(job, stream);
   mlstm_states_simt(job, stream);
 }
 template <class T>
-void mix(Mix what, const MlstmMixJob<T>& job, bool mma, Stream stream) {
+void coefficients(Mix what, const MlstmMixJob<T>& job, Stream stream) {
   if constexpr (std::is_same_v<T, bf16>)
-    if (mma) return mlstm_mix_mma(what, job, stream);
+    if (job.shape.mma) mlstm_coefficients_mma(what, job, stream);
+}
+template <class T>
+void mix(Mix what, const MlstmMixJob<T>& job, Stream stream) {
+  if constexpr (std::is_same_v<T, bf16>)
+    if (job.shape.mma) return mlstm_mix_mma(what, job, stream);
   mlstm_mix_simt(what, job, stream);
 }
 
-template <class A> const A* optional(const Tensor& t) { return t.defined() ? t.data<A>() : nullptr; }
-int64_t state_tiles(const MlstmShape& s) { return ceil_div(s.dq, kStateTile) * ceil_div(s.dv, kStateTile); }
+// Where tensor cores keep them; undefined elsewhere.
+template <class T>
+Tensor coefficient_buffer(const MlstmShape& s, Device device) {
+  return s.mma ? empty({s.units, s.chunks, kMmaChunk, kMmaChunk}, dtype_of<T>, device) : Tensor();
+}
+template <class A> A* optional(const Tensor& t) { return t.defined() ? const_cast<A*>(t.data<A>()) : nullptr; }
 
 // The states before every chunk into `c` and `n`.
 template <class T>
 void forward_states(Tensor& c, Tensor& n, const MlstmInputs& in, const MlstmGates<accum_t<T>>& gates,
-                    const MlstmShape& s, Tensor c_last, Tensor n_last, bool mma) {
+                    const MlstmShape& s, const Tensor& c_last, const Tensor& n_last) {
   using A = accum_t<T>;
   const Device device = in.q.device();
   c = empty({s.units, s.chunks, s.dq, s.dv}, dtype_of<T>, device);
   n = empty({s.units, s.chunks, s.dq}, dtype_of<A>, device);
   const MlstmStateJob<T> job{c.data<T>(), n.data<A>(), Strided<const T>(in.k), Strided<const T>(in.v),
                              gates.w, gates.w, gates.decay, optional<A>(in.initial.c), optional<A>(in.initial.n),
-                             const_cast<A*>(optional<A>(c_last)), const_cast<A*>(optional<A>(n_last)), false,
-                             nullptr, nullptr, nullptr, nullptr, nullptr, s, state_tiles(s)};
-  states(job, mma, current_stream(device));
+                             optional<A>(c_last), optional<A>(n_last), false,
+                             nullptr, nullptr, nullptr, nullptr, nullptr, s, state_tiles(s), mlstm_state_tile(s)};
+  states(job, current_stream(device));
 }
 
 // What of dh the backward kernels need, and dh in the dtype of the products.
@@ -284,90 +291,93 @@ Tensor weigh_upstream(const MlstmGates<accum_t<T>>& gates, const Tensor& dh, con
 }  // namespace
 
 void mlstm_forward(MlstmOut& out, const MlstmInputs& in, const MlstmOptions& options) {
-  const MlstmShape s(in);
+  const MlstmShape s(in, use_mma(in));
   const Stream stream = current_stream(in.q.device());
-  const bool mma = use_mma(in);
   visit_float(in.q.dtype(), [&]<class T>() {
     using A = accum_t<T>;
-    const GateArrays<A> arrays(in, s, out.m.data<A>(), out.last.m.data<A>(), false);
+    const GateArrays<A> arrays(in, s, out.m.data<A>(), out.last.m.data<A>());
     Tensor c, n;
-    forward_states<T>(c, n, in, arrays.gates, s, out.last.c, out.last.n, mma);
-    const int64_t tiles = ceil_div(s.dv, mlstm_tile_width(mma, s.dv));
+    forward_states<T>(c, n, in, arrays.gates, s, out.last.c, out.last.n);
+    const Tensor products = coefficient_buffer<T>(s, in.q.device());
     const MlstmMixJob<T> job{out.h.data<A>(), nullptr, Strided<const T>(in.q), Strided<const T>(in.k), Strided<const T>(in.v),
                              c.data<T>(), n.data<A>(), arrays.gates, static_cast<A>(1 / std::sqrt(static_cast<double>(s.dq))),
                              static_cast<A>(options.eps), out.m.data<A>(), out.r.data<A>(), Strided<const T>(in.q),
-                             nullptr, s, tiles};
-    mix(Mix::read, job, mma, stream);
+                             nullptr, s, mlstm_tiles(s.mma, s.dv), optional<T>(products)};
+    coefficients(Mix::read, job, stream);
+    mix(Mix::read, job, stream);
   });
 }
 
 void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& up, const MlstmInputs& in, const MlstmOut& out,
                     const MlstmOptions& options) {
-  const MlstmShape s(in);
+  const MlstmShape s(in, use_mma(in));
   const Device device = in.q.device();
   const Stream stream = current_stream(device);
-  const bool mma = use_mma(in);
   visit_float(in.q.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     const A scale = static_cast<A>(1 / std::sqrt(static_cast<double>(s.dq)));
-    const GateArrays<A> arrays(in, s, nullptr, nullptr, true);
+    const GateArrays<A> arrays(in, s, nullptr, nullptr);
     const Tensor dh_rows = weigh_upstream<T>(arrays.gates, up.dh, out, s, options);
     Tensor c, n;
-    forward_states<T>(c, n, in, arrays.gates, s, {}, {}, mma);
+    forward_states<T>(c, n, in, arrays.gates, s, {}, {});
 
-    const int64_t flow_tiles = state_tiles(s), dot_tiles = ceil_div(s.dq, mlstm_tile_width(mma, s.dq));
     Tensor dc = empty(c.shape(), c.dtype(), device), dn = empty(n.shape(), n.dtype(), device);
-    Tensor flow = empty({s.units, s.chunks, flow_tiles}, dtype_of<A>, device);
-    Tensor dots = empty({2, s.units, s.l, dot_tiles}, dtype_of<A>, device);
+    Tensor flow = empty({s.units, s.chunks, flow_parts(s)}, dtype_of<A>, device);
+    Tensor dots = empty({2, s.units, s.l, dot_parts(s)}, dtype_of<A>, device);
     const MlstmStateJob<T> reverse{dc.data<T>(), dn.data<A>(), Strided<const T>(in.q), Strided<const T>(dh_rows),
                                    arrays.gates.wc, arrays.gates.wn, arrays.gates.decay, optional<A>(up.dc_last),
-                                   optional<A>(up.dn_last), const_cast<A*>(optional<A>(grad.dc0)),
-                                   const_cast<A*>(optional<A>(grad.dn0)), true, flow.data<A>(), c.data<T>(),
-                                   n.data<A>(), out.last.c.data<A>(), out.last.n.data<A>(), s, flow_tiles};
-    states(reverse, mma, stream);
+                                   optional<A>(up.dn_last), optional<A>(grad.dc0), optional<A>(grad.dn0), true,
+                                   flow.data<A>(), c.data<T>(), n.data<A>(), out.last.c.data<A>(), out.last.n.data<A>(),
+                                   s, state_tiles(s), mlstm_state_tile(s)};
+    states(reverse, stream);
 
     const Strided<const T> q(in.q), k(in.k), v(in.v), dh(dh_rows);
     A* q_dots = dots.data<A>();
-    A* k_dots = q_dots + s.units * s.l * dot_tiles;
+    A* k_dots = q_dots + s.units * s.l * dot_parts(s);
     const A eps = 0;
-    const int64_t dv_tiles = ceil_div(s.dv, mlstm_tile_width(mma, s.dv));
-    mix(Mix::dq, MlstmMixJob<T>{nullptr, grad.dq.data<T>(), dh, v, k, c.data<T>(), n.data<A>(), arrays.gates, scale, eps,
-                                nullptr, nullptr, q, q_dots, s, dot_tiles}, mma, stream);
+    const int64_t q_tiles = mlstm_tiles(s.mma, s.dq), v_tiles = mlstm_tiles(s.mma, s.dv);
+    const Tensor of_scores = coefficient_buffer<T>(s, device), of_values = coefficient_buffer<T>(s, device);
+    const MlstmMixJob<T> dq{nullptr, grad.dq.data<T>(), dh, v, k, c.data<T>(), n.data<A>(), arrays.gates, scale, eps,
+                            nullptr, nullptr, q, q_dots, s, q_tiles, optional<T>(of_scores)};
+    coefficients(Mix::dq, dq, stream);
+    mix(Mix::dq, dq, stream);
     mix(Mix::dk, MlstmMixJob<T>{nullptr, grad.dk.data<T>(), v, dh, q, dc.data<T>(), dn.data<A>(), arrays.gates, scale, eps,
-                                nullptr, nullptr, k, k_dots, s, dot_tiles}, mma, stream);
-    mix(Mix::dv, MlstmMixJob<T>{nullptr, grad.dv.data<T>(), k, q, dh, dc.data<T>(), dn.data<A>(), arrays.gates, scale, eps,
-                                nullptr, nullptr, k, nullptr, s, dv_tiles}, mma, stream);
-    launch(gate_gradients_kernel<A>, {.grid = s.units * s.chunks, .block = kChunk, .stream = stream},
-           grad.di.data<A>(), grad.df.data<A>(), in.f.data<A>(), arrays.gates, q_dots, k_dots, dot_tiles,
-           flow.data<A>(), flow_tiles, s, !in.initial.c.defined());
+                                nullptr, nullptr, k, k_dots, s, q_tiles, optional<T>(of_scores)}, stream);
+    const MlstmMixJob<T> dv{nullptr, grad.dv.data<T>(), k, q, dh, dc.data<T>(), dn.data<A>(), arrays.gates, scale, eps,
+                            nullptr, nullptr, k, nullptr, s, v_tiles, optional<T>(of_values)};
+    coefficients(Mix::dv, dv, stream);
+    mix(Mix::dv, dv, stream);
+    launch(gate_gradients_kernel<A>, {.grid = s.units * s.chunks, .block = s.chunk, .stream = stream},
+           grad.di.data<A>(), grad.df.data<A>(), in.f.data<A>(), arrays.gates, q_dots, k_dots, dot_parts(s),
+           flow.data<A>(), flow_parts(s), s, !in.initial.c.defined());
   });
 }
 
 void mlstm_last_state(MlstmState& last, const MlstmInputs& in, const MlstmOptions&) {
-  const MlstmShape s(in);
+  const MlstmShape s(in, use_mma(in));
   visit_float(in.q.dtype(), [&]<class T>() {
     using A = accum_t<T>;
-    const GateArrays<A> arrays(in, s, nullptr, last.m.data<A>(), false);
+    const GateArrays<A> arrays(in, s, nullptr, last.m.data<A>());
     Tensor c, n;
-    forward_states<T>(c, n, in, arrays.gates, s, last.c, last.n, use_mma(in));
+    forward_states<T>(c, n, in, arrays.gates, s, last.c, last.n);
   });
 }
 
 void mlstm_initial_gradient(MlstmInitialGradient& grad, const Tensor& dh, const MlstmInputs& in, const MlstmOut& out,
                             const MlstmOptions& options) {
-  const MlstmShape s(in);
+  const MlstmShape s(in, use_mma(in));
   const Device device = in.q.device();
   visit_float(in.q.dtype(), [&]<class T>() {
     using A = accum_t<T>;
-    const GateArrays<A> arrays(in, s, nullptr, nullptr, true);
+    const GateArrays<A> arrays(in, s, nullptr, nullptr);
     const Tensor dh_rows = weigh_upstream<T>(arrays.gates, dh, out, s, options);
     const Tensor dc = empty({s.units, s.chunks, s.dq, s.dv}, dtype_of<T>, device);
     const Tensor dn = empty({s.units, s.chunks, s.dq}, dtype_of<A>, device);
     const MlstmStateJob<T> reverse{dc.data<T>(), dn.data<A>(), Strided<const T>(in.q), Strided<const T>(dh_rows),
                                    arrays.gates.wc, arrays.gates.wn, arrays.gates.decay, nullptr, nullptr,
                                    grad.dc0.data<A>(), grad.dn0.data<A>(), true, nullptr, nullptr, nullptr, nullptr,
-                                   nullptr, s, state_tiles(s)};
-    states(reverse, use_mma(in), current_stream(device));
+                                   nullptr, s, state_tiles(s), mlstm_state_tile(s)};
+    states(reverse, current_stream(device));
   });
 }
 

@@ -1,6 +1,6 @@
 #pragma once
-// What the mLSTM kernels for CUDA share. A chunk is 64 positions; a unit is one (batch entry, head); per-position
-// arrays are (unit, l), per-chunk arrays (unit, chunk).
+// What the mLSTM kernels for CUDA share. A chunk is 128 positions on tensor cores and 64 elsewhere; a unit is one
+// (batch entry, head); per-position arrays are (unit, l), per-chunk arrays (unit, chunk).
 //
 // Forward: gates, the state before every chunk (one pass over the chunks for each tile of a state, in registers),
 // then all chunks at once. Backward: the same states again, the gradients of the state behind every chunk in a pass
@@ -11,15 +11,17 @@
 
 namespace krait::kernels::cuda {
 
-inline constexpr int kChunk = 64;
-inline constexpr int kStateTile = 64;  // a block of the state kernels has 64 x 64 of C
+inline constexpr int kChunk = 64, kMmaChunk = 128;  // on CUDA cores, on tensor cores
 
 struct MlstmShape {
   int64_t l, heads, units, chunks;
-  int dq, dv;
-  explicit MlstmShape(const MlstmInputs& in)
-      : l(in.q.size(1)), heads(in.q.size(2)), units(in.q.size(0) * heads), chunks(ceil_div(l, kChunk)),
-        dq(static_cast<int>(in.q.size(3))), dv(static_cast<int>(in.v.size(3))) {}
+  int dq, dv, chunk;
+  bool mma;
+  MlstmShape(const MlstmInputs& in, bool on_tensor_cores)
+      : l(in.q.size(1)), heads(in.q.size(2)), units(in.q.size(0) * heads), dq(static_cast<int>(in.q.size(3))),
+        dv(static_cast<int>(in.v.size(3))), chunk(on_tensor_cores ? kMmaChunk : kChunk), mma(on_tensor_cores) {
+    chunks = ceil_div(l, chunk);
+  }
 };
 
 /// Names as in kernels/mlstm.h; t and j count from the chunk's start.
@@ -30,9 +32,10 @@ struct MlstmGates {
   A* w;        // weight of position j in the state behind the chunk
   A* decay;    // of the state before it there
   int* first;  // where the document begins in the chunk; -1: before it
+  A* wc;       // weight of C^T q in h; of q dh^T in the gradient of C
   // Backward only.
   A *inverse, *dr;  // 1 / den and dr
-  A *wc, *wn;       // weights of q dh^T and q in the gradients of C and n
+  A* wn;            // weight of q in the gradient of n
 };
 
 /// What the state carried from chunk to chunk is made of: C += wc a b^T, n += wn a.
@@ -46,12 +49,13 @@ struct MlstmStateJob {
   const A *c_begin, *n_begin;  // null: zero
   A *c_end, *n_end;            // null: not wanted
   bool reverse;
-  // Going backwards: <dC, C> + <dn, n> behind the chunk, one partial sum per tile (unit, chunk, tile).
+  // Going backwards: <dC, C> + <dn, n> behind the chunk in partial sums (unit, chunk, flow_parts of the shape).
   A* flow;
   const T* forward_states;
   const A *forward_n, *c_last, *n_last;
   MlstmShape shape;
   int64_t tiles;  // of a state, those of dv fastest
+  int tile;       // their side
 };
 
 /// Products of one chunk: out_i = row_i State + sum_k coefficient(row_i . col_k) value_k.
@@ -77,9 +81,10 @@ struct MlstmMixJob {
   const A* m;            // read
   A* r;                  // read
   Strided<const T> own;  // dq, dk: q and k, whose products with the result the gates need
-  A* dots;               // (unit, l, tile)
+  A* dots;               // (unit, l, dot_parts)
   MlstmShape shape;
   int64_t tiles;  // of the result's width
+  T* coefficients;  // tensor cores: (unit, chunk, 128, 128), that of key j in position t at (t, j)
 };
 
 /// e^(c_j - u_t) where t sees j.
@@ -97,11 +102,30 @@ __device__ inline A mlstm_denominator(A r, A m, A eps) {
 // bf16 on tensor cores: rows 16-byte aligned, widths multiples of 8.
 bool mlstm_mma_serves(const Tensor& t);
 void mlstm_states_mma(const MlstmStateJob<bf16>& job, Stream stream);
+/// Makes the coefficients: those of read (with r and the denominator: wc as well), of dv, or of dq, which are dk's too.
+void mlstm_coefficients_mma(Mix mix, const MlstmMixJob<bf16>& job, Stream stream);
+/// With coefficients.
 void mlstm_mix_mma(Mix mix, const MlstmMixJob<bf16>& job, Stream stream);
 // Anything else.
 template <class T> void mlstm_states_simt(const MlstmStateJob<T>& job, Stream stream);
 template <class T> void mlstm_mix_simt(Mix mix, const MlstmMixJob<T>& job, Stream stream);
+
 /// Columns of a result that one block makes.
 inline int64_t mlstm_tile_width(bool mma, int64_t width) { return mma && width > 64 ? 128 : 64; }
+inline int64_t mlstm_tiles(bool mma, int64_t width) { return ceil_div(width, mlstm_tile_width(mma, width)); }
+inline int64_t dot_parts(const MlstmShape& s) { return mlstm_tiles(s.mma, s.dq) * (s.mma ? 2 : 1); }
+/// A block of the state kernels has a square of C with this side: large ones read a and b less often, but there must be
+/// enough of them.
+inline int mlstm_state_tile(const MlstmShape& s) {
+  if (!s.mma) return 64;
+  const auto blocks = [&](int64_t tile) { return s.units * ceil_div(s.dq, tile) * ceil_div(s.dv, tile); };
+  if (s.dq % 192 == 0 && s.dv % 192 == 0 && blocks(192) >= 96) return 192;
+  return s.dq > 64 && s.dv > 64 && blocks(128) >= 96 ? 128 : 64;
+}
+inline int64_t state_tiles(const MlstmShape& s) {
+  const int64_t tile = mlstm_state_tile(s);
+  return ceil_div(s.dq, tile) * ceil_div(s.dv, tile);
+}
+inline int64_t flow_parts(const MlstmShape& s) { return state_tiles(s) * (s.mma ? 8 : 1); }
 
 }  // namespace krait::kernels::cuda

@@ -6,7 +6,7 @@ namespace krait::kernels::cuda {
 
 namespace {
 
-constexpr int kSlice = 16, kTileRows = 64;
+constexpr int kSlice = 16, kTileRows = 64, kStateTile = 64;
 
 template <class T>
 __global__ void __launch_bounds__(256, 1) states_kernel(MlstmStateJob<T> job) {
