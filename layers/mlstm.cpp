@@ -3,11 +3,11 @@
 #include <cmath>
 
 #include "autograd/activation.h"
-#include "autograd/block_linear.h"
 #include "autograd/causal_conv1d.h"
 #include "autograd/elementwise.h"
 #include "autograd/gate_linear.h"
 #include "autograd/head_norm.h"
+#include "autograd/mlstm_block.h"
 #include "autograd/shape.h"
 #include "layers/sequence_history.h"
 #include "layers/xlstm_init.h"
@@ -123,15 +123,13 @@ Variable Mlstm::mix(const Variable& x, const SequenceInfo& info, LayerState* sta
   const Variable history = convolution_history(up[0], config_.conv - 1, sequence, info.segments, carried);
   const ConvOut conv = causal_conv1d(up[0], conv_weight_, conv_bias_, history, true, info.segments);
   if (state) state->tensors["conv"] = from_last_piece(conv.final_state.data(), sequence);
-  const Variable& x_c = conv.y;
-  const Variable q = block_linear(x_c, q_), k = block_linear(x_c, k_), v = block_linear(up[0], v_);
+  const MlstmMapped in = mlstm_maps(conv.y, up[0], q_, k_, v_, gate_weight_);
   // The gates look at all channels: every member's part of every head's, then each head's sum where the head is.
-  const Variable partial = reshape(gate_linear({q, k, v}, gate_weight_), {x.size(0), x.size(1), 2, heads_ * tensor_->size()});
+  const Variable partial = reshape(in.gates, {x.size(0), x.size(1), 2, heads_ * tensor_->size()});
   const Variable gates =
       reshape(reduce_scatter_to_group(partial, -1, tensor_), {x.size(0), x.size(1), 2 * heads_}) + gate_bias_;
-  const Variable h = cell(q, k, v, gates, info, state, recurrent);
-  const Variable normed = cast(head_norm(h, norm_.variable() + 1.0, config_.norm_eps), x.dtype());
-  return down_->forward(swiglu(up[1], reshape(normed, x_c.shape()) + skip_ * x_c));
+  const Variable h = cell(in.q, in.k, in.v, gates, info, state, recurrent);
+  return down_->forward(mlstm_output(h, norm_.variable() + 1.0, skip_, in.x_c, up[1], config_.norm_eps));
 }
 
 LayerState Mlstm::initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const {

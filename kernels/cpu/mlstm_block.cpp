@@ -1,0 +1,207 @@
+#include "kernels/mlstm_block.h"
+
+#include <cmath>
+#include <vector>
+
+#include "core/parallel.h"
+#include "kernels/cpu/vector_math.h"
+
+namespace krait::kernels::cpu {
+
+namespace {
+
+constexpr int64_t kChunk = 256;  // rows whose part of a weight's gradient is made in one go
+
+template <class T>
+void map_row(T* __restrict y, const T* __restrict x, const T* __restrict w, int64_t e) {
+  using A = accum_t<T>;
+  for (int64_t n = 0; n < e; n += 4)
+    for (int64_t o = 0; o < 4; ++o) {
+      A sum = A(0);
+      for (int64_t i = 0; i < 4; ++i) sum += static_cast<A>(w[(n + o) * 4 + i]) * static_cast<A>(x[n + i]);
+      y[n + o] = static_cast<T>(sum);
+    }
+}
+
+// dx += W^T t and dw += t x^T.
+template <class T, class A>
+void map_row_backward(A* __restrict dx, A* __restrict dw, const A* __restrict t, const T* __restrict x,
+                      const T* __restrict w, int64_t e) {
+  for (int64_t n = 0; n < e; n += 4)
+    for (int64_t o = 0; o < 4; ++o)
+      for (int64_t i = 0; i < 4; ++i) {
+        dx[n + i] += static_cast<A>(w[(n + o) * 4 + i]) * t[n + o];
+        dw[(n + o) * 4 + i] += t[n + o] * static_cast<A>(x[n + i]);
+      }
+}
+
+// The chunks' sums in order; into (or onto) the total.
+template <class A>
+void add_up(Tensor& total, bool add, const A* partial, int64_t chunks, int64_t stride) {
+  A* to = total.data<A>();
+  parallel_for(0, total.numel(), 4096, [&](int64_t first, int64_t last) {
+    for (int64_t j = first; j < last; ++j) {
+      A sum = add ? to[j] : A(0);
+      for (int64_t q = 0; q < chunks; ++q) sum += partial[q * stride + j];
+      to[j] = sum;
+    }
+  });
+}
+
+}  // namespace
+
+void mlstm_maps_forward(MlstmMaps& out, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w) {
+  const int64_t e = x_c.size(1), gates = w.g.size(0);
+  visit_float(x_c.dtype(), [&]<class T>() {
+    using A = accum_t<T>;
+    parallel_for(0, x_c.size(0), 1 + 4096 / e, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        T* to[3] = {out.q.data<T>() + r * e, out.k.data<T>() + r * e, out.v.data<T>() + r * e};
+        const T* x = x_c.data<T>() + r * x_c.stride(0);
+        map_row(to[0], x, w.w_q.data<T>(), e);
+        map_row(to[1], x, w.w_k.data<T>(), e);
+        map_row(to[2], x_m.data<T>() + r * x_m.stride(0), w.w_v.data<T>(), e);
+        for (int64_t g = 0; g < gates; ++g) {
+          A sum = A(0);
+          for (int64_t part = 0; part < 3; ++part) {
+            const T* weight = w.g.data<T>() + (g * 3 + part) * e;
+            const T* y = to[part];
+            A own = A(0);
+#pragma omp simd reduction(+ : own)
+            for (int64_t c = 0; c < e; ++c) own += static_cast<A>(weight[c]) * static_cast<A>(y[c]);
+            sum += own;
+          }
+          out.gates.data<A>()[r * gates + g] = sum;
+        }
+      }
+    });
+  });
+}
+
+void mlstm_maps_backward(Tensor& dx_c, Tensor& dx_m, MlstmMapsWeights& dw, MlstmMapsAdds adds,
+                         const MlstmMapsUpstream& up, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w) {
+  const int64_t rows = x_c.size(0), e = x_c.size(1), gates = w.g.size(0), chunks = (rows + kChunk - 1) / kChunk;
+  const int64_t size = 12 * e + gates * 3 * e;  // dWq, dWk, dWv, dG of a chunk
+  visit_float(x_c.dtype(), [&]<class T>() {
+    using A = accum_t<T>;
+    const Tensor partial = zeros({chunks, size}, dtype_of<A>, kCpu);
+    const Tensor* weights[3] = {&w.w_q, &w.w_k, &w.w_v};
+    const Tensor* upstream[3] = {&up.dq, &up.dk, &up.dv};
+    parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+      std::vector<A> t(static_cast<size_t>(e)), dx(static_cast<size_t>(2 * e));
+      std::vector<T> y(static_cast<size_t>(e));
+      for (int64_t r = first * kChunk; r < std::min(rows, last * kChunk); ++r) {
+        A* sums = partial.data<A>() + r / kChunk * size;
+        const A* d = up.dgates.data<A>() + r * gates;
+        const T* x[2] = {x_c.data<T>() + r * x_c.stride(0), x_m.data<T>() + r * x_m.stride(0)};
+        for (int64_t c = 0; c < 2 * e; ++c) dx[static_cast<size_t>(c)] = A(0);
+        if (up.dx_more.defined())
+          for (int64_t c = 0; c < e; ++c) dx[static_cast<size_t>(c)] = static_cast<A>(up.dx_more.data<T>()[r * e + c]);
+        for (int64_t part = 0; part < 3; ++part) {
+          const T* of_cell = upstream[part]->data<T>() + r * e;
+          const T* weight = weights[part]->data<T>();
+          map_row(y.data(), x[part / 2], weight, e);
+          for (int64_t c = 0; c < e; ++c) t[static_cast<size_t>(c)] = static_cast<A>(of_cell[c]);
+          for (int64_t g = 0; g < gates; ++g) {
+            const T* by = w.g.data<T>() + (g * 3 + part) * e;
+            A* dg = sums + 12 * e + (g * 3 + part) * e;
+            A* to = t.data();
+            const T* from = y.data();
+            const A dgate = d[g];
+#pragma omp simd
+            for (int64_t c = 0; c < e; ++c) {
+              to[c] += dgate * static_cast<A>(by[c]);
+              dg[c] += dgate * static_cast<A>(from[c]);
+            }
+          }
+          map_row_backward(dx.data() + part / 2 * e, sums + part * 4 * e, t.data(), x[part / 2], weight, e);
+        }
+        for (int64_t c = 0; c < e; ++c) {
+          dx_c.data<T>()[r * e + c] = static_cast<T>(dx[static_cast<size_t>(c)]);
+          dx_m.data<T>()[r * e + c] = static_cast<T>(dx[static_cast<size_t>(e + c)]);
+        }
+      }
+    });
+    const A* sums = partial.data<A>();
+    add_up(dw.w_q, adds.q, sums, chunks, size);
+    add_up(dw.w_k, adds.k, sums + 4 * e, chunks, size);
+    add_up(dw.w_v, adds.v, sums + 8 * e, chunks, size);
+    add_up(dw.g, adds.g, sums + 12 * e, chunks, size);
+  });
+}
+
+void mlstm_output_forward(MlstmOutput& out, const Tensor& h, const Tensor& w, const Tensor& skip, const Tensor& x_c,
+                          const Tensor& z, double eps) {
+  const int64_t p = h.size(-1), heads = h.size(-2), e = heads * p;
+  visit_float(x_c.dtype(), [&]<class T>() {
+    using A = accum_t<T>;
+    parallel_for(0, x_c.size(0) * heads, 1 + 4096 / p, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t r = i / heads, c0 = i % heads * p;
+        const A* v = h.data<A>() + i * p;
+        A mean = A(0), square = A(0);
+#pragma omp simd reduction(+ : mean)
+        for (int64_t j = 0; j < p; ++j) mean += v[j];
+        mean /= static_cast<A>(p);
+#pragma omp simd reduction(+ : square)
+        for (int64_t j = 0; j < p; ++j) square += (v[j] - mean) * (v[j] - mean);
+        const A rstd = A(1) / std::sqrt(square / static_cast<A>(p) + static_cast<A>(eps));
+        out.mean.data<A>()[i] = mean;
+        out.rstd.data<A>()[i] = rstd;
+        const A* weight = w.data<A>() + c0;
+        const T *by = skip.data<T>() + c0, *x = x_c.data<T>() + r * e + c0, *gate = z.data<T>() + r * z.stride(0) + c0;
+        T* y = out.y.data<T>() + r * e + c0;
+#pragma omp simd
+        for (int64_t j = 0; j < p; ++j) {
+          const A u = (v[j] - mean) * rstd * weight[j] + static_cast<A>(by[j]) * static_cast<A>(x[j]);
+          y[j] = static_cast<T>(u * vsilu(static_cast<A>(gate[j])));
+        }
+      }
+    });
+  });
+}
+
+void mlstm_output_backward(MlstmOutputGrad& grad, bool add_dw, bool add_dskip, const Tensor& dy, const Tensor& h,
+                           const Tensor& w, const Tensor& skip, const Tensor& x_c, const Tensor& z, const Tensor& mean,
+                           const Tensor& rstd) {
+  const int64_t p = h.size(-1), heads = h.size(-2), e = heads * p, rows = x_c.size(0), chunks = (rows + kChunk - 1) / kChunk;
+  visit_float(x_c.dtype(), [&]<class T>() {
+    using A = accum_t<T>;
+    const Tensor partial = zeros({chunks, 2 * e}, dtype_of<A>, kCpu);
+    parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+      std::vector<A> buffer(static_cast<size_t>(p));
+      A* g = buffer.data();
+      for (int64_t i = first * kChunk * heads; i < std::min(rows, last * kChunk) * heads; ++i) {
+        const int64_t r = i / heads, c0 = i % heads * p, at = r * e + c0;
+        A *dw = partial.data<A>() + r / kChunk * 2 * e + c0, *dskip = dw + e;
+        const A mu = mean.data<A>()[i], scale = rstd.data<A>()[i];
+        const A *v = h.data<A>() + i * p, *weight = w.data<A>() + c0;
+        const T *by = skip.data<T>() + c0, *x = x_c.data<T>() + at, *gate = z.data<T>() + r * z.stride(0) + c0;
+        const T* up = dy.data<T>() + at;
+        T *dz = grad.dz.data<T>() + at, *dx = grad.dx_c.data<T>() + at;
+        A sum = A(0), sum_x = A(0);
+#pragma omp simd reduction(+ : sum, sum_x)
+        for (int64_t j = 0; j < p; ++j) {
+          const A xhat = (v[j] - mu) * scale, xv = static_cast<A>(x[j]), zv = static_cast<A>(gate[j]);
+          const A sigmoid = vsigmoid(zv), d = static_cast<A>(up[j]), b = static_cast<A>(by[j]);
+          const A u = xhat * weight[j] + b * xv, du = d * zv * sigmoid;
+          dz[j] = static_cast<T>(d * u * sigmoid * (A(1) + zv * (A(1) - sigmoid)));
+          dx[j] = static_cast<T>(du * b);
+          dskip[j] += du * xv;
+          dw[j] += du * xhat;
+          g[j] = du * weight[j];
+          sum += g[j];
+          sum_x += g[j] * xhat;
+        }
+        const A mean_g = sum / static_cast<A>(p), mean_gx = sum_x / static_cast<A>(p);
+        A* dh = grad.dh.data<A>() + i * p;
+#pragma omp simd
+        for (int64_t j = 0; j < p; ++j) dh[j] = scale * (g[j] - mean_g - (v[j] - mu) * scale * mean_gx);
+      }
+    });
+    add_up(grad.dw, add_dw, partial.data<A>(), chunks, 2 * e);
+    add_up(grad.dskip, add_dskip, partial.data<A>() + e, chunks, 2 * e);
+  });
+}
+
+}  // namespace krait::kernels::cpu

@@ -1,0 +1,132 @@
+#include "kernels/mlstm_block.h"
+
+#include "kernels/norm.h"
+#include "kernels/rows.h"
+
+namespace krait::kernels {
+
+namespace {
+
+constexpr int64_t kMaxHead = 1024;  // channels of a head that a warp of mlstm_output keeps
+
+// Elements of a row side by side, and four of them in one load.
+Tensor rows_of(const Tensor& t) {
+  const Tensor r = dense_rows(t);
+  const bool fours = reinterpret_cast<uintptr_t>(r.raw_data()) % static_cast<uintptr_t>(4 * size_of(r.dtype())) == 0;
+  return fours && r.stride(0) % 4 == 0 ? r : r.clone();
+}
+Tensor dense(const Tensor& t) {
+  const Tensor c = t.contiguous();
+  return reinterpret_cast<uintptr_t>(c.raw_data()) % static_cast<uintptr_t>(4 * size_of(c.dtype())) == 0 ? c : c.clone();
+}
+MlstmMapsWeights dense(const MlstmMapsWeights& w) { return {dense(w.w_q), dense(w.w_k), dense(w.w_v), dense(w.g)}; }
+
+void check_maps(const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w) {
+  const int64_t e = x_c.size(-1);
+  check_same("mlstm_maps", x_c, x_m);
+  for (const Tensor* t : {&w.w_q, &w.w_k, &w.w_v, &w.g}) check_same("mlstm_maps", x_c, *t);
+  KRAIT_CHECK(x_m.shape() == x_c.shape(), "mlstm_maps: x_c is {}, x_m {}", x_c.shape(), x_m.shape());
+  for (const Tensor* t : {&w.w_q, &w.w_k, &w.w_v})
+    KRAIT_CHECK(t->shape() == (Shape{e / 4, 4, 4}) && e % 4 == 0, "mlstm_maps: a map is {}, x_c {}", t->shape(), x_c.shape());
+  KRAIT_CHECK(w.g.ndim() == 2 && w.g.size(1) == 3 * e, "mlstm_maps: the gates' weight is {}, x_c {}", w.g.shape(), x_c.shape());
+}
+
+}  // namespace
+
+bool mlstm_maps_serve(const Tensor& x_c, const MlstmMapsWeights& w) {
+  if (w.w_q.size(1) != 4 || w.w_q.size(2) != 4) return false;
+  return x_c.device().is_cpu() || w.g.size(0) == 8;
+}
+
+MlstmMaps mlstm_maps_forward(const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w) {
+  check_maps(x_c, x_m, w);
+  const auto like = [&] { return empty(x_c.shape(), x_c.dtype(), x_c.device()); };
+  MlstmMaps out{like(), like(), like(), empty(x_c.shape().with(-1, w.g.size(0)), accum_dtype(x_c.dtype()), x_c.device())};
+  if (x_c.numel() == 0) {
+    zero_(out.gates);
+    return out;
+  }
+  MlstmMaps rows{out.q.flatten_leading(), out.k.flatten_leading(), out.v.flatten_leading(), out.gates.flatten_leading()};
+  KRAIT_DISPATCH(x_c.device(), mlstm_maps_forward(rows, dense(x_c).flatten_leading(), rows_of(x_m), dense(w)));
+  return out;
+}
+
+MlstmMapsGrad mlstm_maps_backward(const MlstmMapsUpstream& up, const Tensor& x_c, const Tensor& x_m,
+                                  const MlstmMapsWeights& w, const MlstmMapsWeights& into) {
+  check_maps(x_c, x_m, w);
+  const auto rows = [](const Tensor& t) { return dense(t).flatten_leading(); };
+  const auto or_zero = [&](const Tensor& t) { return rows(t.defined() ? t : zeros(x_c.shape(), x_c.dtype(), x_c.device())); };
+  const DType a = accum_dtype(x_c.dtype());
+  MlstmMapsGrad out{empty(x_c.shape(), x_c.dtype(), x_c.device()), empty(x_c.shape(), x_c.dtype(), x_c.device()), {}};
+  WeightGrad q(w.w_q, x_c.dtype(), into.w_q), k(w.w_k, x_c.dtype(), into.w_k), v(w.w_v, x_c.dtype(), into.w_v),
+      g(w.g, x_c.dtype(), into.g);
+  if (x_c.numel() > 0) {
+    const Tensor dgates = up.dgates.defined() ? up.dgates.to(a) : zeros(x_c.shape().with(-1, w.g.size(0)), a, x_c.device());
+    const MlstmMapsUpstream all{or_zero(up.dq), or_zero(up.dk), or_zero(up.dv), rows(dgates),
+                                up.dx_more.defined() ? rows(up.dx_more) : Tensor()};
+    Tensor dx_c = out.dx_c.flatten_leading(), dx_m = out.dx_m.flatten_leading();
+    MlstmMapsWeights dw{q.sum(), k.sum(), v.sum(), g.sum()};
+    KRAIT_DISPATCH(x_c.device(), mlstm_maps_backward(dx_c, dx_m, dw, {q.adds(), k.adds(), v.adds(), g.adds()}, all,
+                                                     rows(x_c), rows_of(x_m), dense(w)));
+  } else {
+    for (WeightGrad* grad : {&q, &k, &v, &g})
+      if (!grad->adds()) zero_(grad->sum());
+  }
+  out.dw = {q.finish(), k.finish(), v.finish(), g.finish()};
+  return out;
+}
+
+bool mlstm_output_serves(const Tensor& h) {
+  return h.device().is_cpu() || (h.size(-1) % 4 == 0 && h.size(-1) <= kMaxHead);
+}
+
+namespace {
+
+void check_output(const Tensor& h, const Tensor& w, const Tensor& skip, const Tensor& x_c, const Tensor& z) {
+  check_same("mlstm_output", x_c, z);
+  check_same("mlstm_output", x_c, skip);
+  check_same("mlstm_output", h, w);
+  KRAIT_CHECK(h.ndim() >= 2 && h.dtype() == accum_dtype(x_c.dtype()) && h.device() == x_c.device(),
+              "mlstm_output: h is {}, x_c {}", describe(h), describe(x_c));
+  const Shape c{h.size(-2) * h.size(-1)};
+  KRAIT_CHECK(x_c.shape() == h.shape().drop_last().with(-1, c[0]) && z.shape() == x_c.shape() && w.shape() == c && skip.shape() == c,
+              "mlstm_output: h is {}, x_c {}, z {}, w {}, skip {}", h.shape(), x_c.shape(), z.shape(), w.shape(), skip.shape());
+}
+
+}  // namespace
+
+MlstmOutput mlstm_output_forward(const Tensor& h, const Tensor& w, const Tensor& skip, const Tensor& x_c,
+                                 const Tensor& z, double eps) {
+  check_output(h, w, skip, x_c, z);
+  const Shape heads = h.shape().drop_last();
+  MlstmOutput out{empty(x_c.shape(), x_c.dtype(), x_c.device()), empty(heads, h.dtype(), h.device()),
+                  empty(heads, h.dtype(), h.device())};
+  if (h.numel() > 0)
+    KRAIT_DISPATCH(h.device(), mlstm_output_forward(out, dense(h), dense(w), dense(skip), dense(x_c).flatten_leading(),
+                                                    rows_of(z), eps));
+  return out;
+}
+
+MlstmOutputGrad mlstm_output_backward(const Tensor& dy, const Tensor& h, const Tensor& w, const Tensor& skip,
+                                      const Tensor& x_c, const Tensor& z, const Tensor& mean, const Tensor& rstd,
+                                      const Tensor& dw_into, const Tensor& dskip_into) {
+  check_output(h, w, skip, x_c, z);
+  KRAIT_CHECK(dy.shape() == x_c.shape(), "mlstm_output: dy is {}, x_c {}", dy.shape(), x_c.shape());
+  const auto like = [](const Tensor& t) { return empty(t.shape(), t.dtype(), t.device()); };
+  MlstmOutputGrad out{like(h), {}, {}, like(x_c), like(z)};
+  WeightGrad dw(w, x_c.dtype(), dw_into), dskip(skip, x_c.dtype(), dskip_into);
+  if (h.numel() > 0) {
+    MlstmOutputGrad rows{out.dh, dw.sum(), dskip.sum(), out.dx_c.flatten_leading(), out.dz.flatten_leading()};
+    KRAIT_DISPATCH(h.device(), mlstm_output_backward(rows, dw.adds(), dskip.adds(), dense(dy).flatten_leading(),
+                                                     dense(h), dense(w), dense(skip), dense(x_c).flatten_leading(),
+                                                     rows_of(z), mean, rstd));
+  } else {
+    for (WeightGrad* grad : {&dw, &dskip})
+      if (!grad->adds()) zero_(grad->sum());
+  }
+  out.dw = dw.finish();
+  out.dskip = dskip.finish();
+  return out;
+}
+
+}  // namespace krait::kernels

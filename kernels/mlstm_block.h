@@ -1,0 +1,58 @@
+#pragma once
+#include "core/dispatch.h"
+#include "core/tensor.h"
+
+namespace krait {
+namespace kernels {
+
+/// What the block of the mLSTM (Beck et al. 2024, figure 11) does around its cell, in one pass over the positions each.
+///
+/// Maps: with the block-diagonal matrices Wq, Wk, Wv (blocks of 4 x 4) and the gates' matrix G = [Gq, Gk, Gv]
+///   q = Wq x_c     k = Wk x_c     v = Wv x_m     gates = Gq q + Gk k + Gv v
+/// Backward, with t_q = dq + Gq^T dgates and so on:
+///   dx_c = Wq^T t_q + Wk^T t_k     dx_m = Wv^T t_v     dWq = sum t_q x_c^T, ..     dG = sum dgates [q; k; v]^T
+/// x_c, x_m (.., e), w_* (e / 4, 4, 4), g (n, 3 e): fp32, fp64 or bf16. q, k, v (.., e); gates (.., n) in the dtype of
+/// sums, not rounded.
+struct MlstmMaps { Tensor q, k, v, gates; };
+struct MlstmMapsWeights { Tensor w_q, w_k, w_v, g; };
+/// dx_more (undefined: zero) is added to dx_c. The gradients of weights are added to `into` where that is defined (a
+/// gradient buffer) and returned undefined.
+struct MlstmMapsUpstream { Tensor dq, dk, dv, dgates, dx_more; };
+struct MlstmMapsGrad { Tensor dx_c, dx_m; MlstmMapsWeights dw; };
+
+/// Whether the two functions below take these: else the maps are block_linear and gate_linear.
+bool mlstm_maps_serve(const Tensor& x_c, const MlstmMapsWeights& w);
+MlstmMaps mlstm_maps_forward(const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w);
+MlstmMapsGrad mlstm_maps_backward(const MlstmMapsUpstream& up, const Tensor& x_c, const Tensor& x_m,
+                                  const MlstmMapsWeights& w, const MlstmMapsWeights& into);
+
+/// Output: the norm of each head (kernels/head_norm.h), the skip connection and the gate
+///   u = head_norm(h) w + skip x_c     y = u silu(z)
+/// Backward, with du = dy silu(z): dz = dy u silu'(z), dx_c = du skip, dskip = sum du x_c, and the norm's of du.
+/// h (.., heads, p), w (heads p) and the statistics are fp32 (fp64 for fp64); x_c, z, y (.., heads p) and skip (heads p):
+/// fp32, fp64 or bf16.
+struct MlstmOutput { Tensor y, mean, rstd; };
+struct MlstmOutputGrad { Tensor dh, dw, dskip, dx_c, dz; };
+bool mlstm_output_serves(const Tensor& h);
+MlstmOutput mlstm_output_forward(const Tensor& h, const Tensor& w, const Tensor& skip, const Tensor& x_c,
+                                 const Tensor& z, double eps);
+/// dw and dskip are added to the buffers where those are defined, and returned undefined.
+MlstmOutputGrad mlstm_output_backward(const Tensor& dy, const Tensor& h, const Tensor& w, const Tensor& skip,
+                                      const Tensor& x_c, const Tensor& z, const Tensor& mean, const Tensor& rstd,
+                                      const Tensor& dw_into, const Tensor& dskip_into);
+
+// Backends: (r, e) with elements of a row side by side, rows of x_m and z may lie apart; r > 0; groups of four elements
+// aligned as a whole. Sums in a fixed order, written, or added where asked for.
+struct MlstmMapsAdds { bool q, k, v, g; };
+KRAIT_BACKENDS(
+    void mlstm_maps_forward(MlstmMaps& out, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w);
+    void mlstm_maps_backward(Tensor& dx_c, Tensor& dx_m, MlstmMapsWeights& dw, MlstmMapsAdds adds,
+                             const MlstmMapsUpstream& up, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w);
+    void mlstm_output_forward(MlstmOutput& out, const Tensor& h, const Tensor& w, const Tensor& skip, const Tensor& x_c,
+                              const Tensor& z, double eps);
+    void mlstm_output_backward(MlstmOutputGrad& grad, bool add_dw, bool add_dskip, const Tensor& dy, const Tensor& h,
+                               const Tensor& w, const Tensor& skip, const Tensor& x_c, const Tensor& z,
+                               const Tensor& mean, const Tensor& rstd))
+
+}  // namespace kernels
+}  // namespace krait

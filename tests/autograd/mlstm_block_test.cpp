@@ -1,0 +1,124 @@
+#include "autograd/mlstm_block.h"
+
+#include <cmath>
+
+#include "tests/testing/op_case.h"
+
+using namespace krait;
+
+namespace {
+
+constexpr double kEps = 1e-3;
+
+// y (rows, e) of blocks of 4 x 4.
+Tensor mapped(const Tensor& x_in, const Tensor& w_in) {
+  const Tensor x = x_in.contiguous(), w = w_in.contiguous();
+  Tensor y = zeros(x.shape(), DType::f64, kCpu);
+  const int64_t e = x.size(-1), rows = x.numel() / e;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < e; ++c)
+      for (int64_t i = 0; i < 4; ++i)
+        y.data<double>()[r * e + c] += w.data<double>()[c * 4 + i] * x.data<double>()[r * e + c / 4 * 4 + i];
+  return y;
+}
+
+std::vector<Shape> map_shapes(int64_t b, int64_t l, int64_t e, int64_t gates) {
+  return {{b, l, e}, {b, l, e}, {e / 4, 4, 4}, {e / 4, 4, 4}, {e / 4, 4, 4}, {gates, 3 * e}};
+}
+
+const OpCase kMaps{.name = "mlstm_maps",
+                   .run =
+                       [](const Vars& in) {
+                         const MlstmMapped out = mlstm_maps(in[0], in[1], in[2], in[3], in[4], in[5]);
+                         return Vars{out.q, out.k, out.v, out.gates, out.x_c};
+                       },
+                   .reference =
+                       [](const Vars& in) {
+                         const Tensor parts[3] = {mapped(in[0].data(), in[2].data()), mapped(in[0].data(), in[3].data()),
+                                                  mapped(in[1].data(), in[4].data())};
+                         const Tensor g = in[5].data().contiguous();
+                         const int64_t e = in[0].size(-1), n = g.size(0), rows = parts[0].numel() / e;
+                         Tensor gates = zeros(in[0].shape().with(-1, n), DType::f64, kCpu);
+                         for (int64_t r = 0; r < rows; ++r)
+                           for (int64_t k = 0; k < n; ++k)
+                             for (int64_t p = 0; p < 3; ++p)
+                               for (int64_t c = 0; c < e; ++c)
+                                 gates.data<double>()[r * n + k] +=
+                                     g.data<double>()[(k * 3 + p) * e + c] * parts[p].data<double>()[r * e + c];
+                         return Vars{Variable(parts[0]), Variable(parts[1]), Variable(parts[2]), Variable(gates),
+                                     in[0].detach()};
+                       },
+                   .shapes = {map_shapes(1, 1, 4, 8), map_shapes(2, 3, 24, 8), map_shapes(3, 100, 12, 8),
+                              map_shapes(1, 5, 532, 8), map_shapes(2, 3, 8, 3), map_shapes(0, 2, 8, 8)},
+                   .tolerance = {{DType::f32, 2e-5}, {DType::bf16, 2e-2}},
+                   .fills = {{5, Normal{0, 0.3}}}};
+
+std::vector<Shape> output_shapes(int64_t b, int64_t l, int64_t heads, int64_t p) {
+  return {{b, l, heads, p}, {heads * p}, {heads * p}, {b, l, heads * p}, {b, l, heads * p}};
+}
+
+// h and w are in the dtype of sums.
+const OpCase kOutput{.name = "mlstm_output",
+                     .run =
+                         [](const Vars& in) {
+                           const DType a = accum_dtype(in[3].dtype());
+                           return mlstm_output(cast(in[0], a), cast(in[1], a), in[2], in[3], in[4], kEps);
+                         },
+                     .reference =
+                         [](const Vars& in) {
+                           const Tensor h = in[0].data().contiguous(), w = in[1].data().contiguous(),
+                                        skip = in[2].data().contiguous(), x = in[3].data().contiguous(),
+                                        z = in[4].data().contiguous();
+                           const int64_t p = h.size(-1), e = w.numel(), n = h.numel() / p;
+                           Tensor y = empty_like(x);
+                           for (int64_t i = 0; i < n; ++i) {
+                             const double* v = h.data<double>() + i * p;
+                             double mean = 0, variance = 0;
+                             for (int64_t j = 0; j < p; ++j) mean += v[j] / static_cast<double>(p);
+                             for (int64_t j = 0; j < p; ++j)
+                               variance += (v[j] - mean) * (v[j] - mean) / static_cast<double>(p);
+                             for (int64_t j = 0; j < p; ++j) {
+                               const int64_t at = i * p + j, c = at % e;
+                               const double gate = z.data<double>()[at];
+                               y.data<double>()[at] = ((v[j] - mean) / std::sqrt(variance + kEps) * w.data<double>()[c] +
+                                                       skip.data<double>()[c] * x.data<double>()[at]) *
+                                                      gate / (1 + std::exp(-gate));
+                             }
+                           }
+                           return Variable(y);
+                         },
+                     .shapes = {output_shapes(1, 1, 1, 1), output_shapes(2, 3, 4, 16), output_shapes(1, 7, 3, 5),
+                                output_shapes(2, 150, 2, 12), output_shapes(2, 2, 4, 132), output_shapes(1, 3, 1, 384),
+                                output_shapes(1, 2, 2, 700), output_shapes(1, 2, 1, 1028), output_shapes(0, 2, 2, 8)},
+                     .inputs = {Normal{}, Normal{.mean = 3}, Constant{0}},
+                     .tolerance = {{DType::f32, 2e-5}, {DType::bf16, 2e-2}}};
+
+}  // namespace
+
+TEST_CASE("the maps of an mLSTM block match plain loops") { check_reference(kMaps); }
+TEST_CASE("the maps of an mLSTM block pass gradcheck") { check_grad(kMaps); }
+TEST_CASE("the maps of an mLSTM block: cuda equals cpu", "[cuda]") { check_twin(kMaps); }
+
+TEST_CASE("the output of an mLSTM block matches plain loops") { check_reference(kOutput); }
+TEST_CASE("the output of an mLSTM block passes gradcheck") { check_grad(kOutput); }
+TEST_CASE("the output of an mLSTM block: cuda equals cpu", "[cuda]") { check_twin(kOutput); }
+
+TEST_CASE("the maps of an mLSTM block add into the buffers of bf16 weights") {
+  const int64_t e = 12;
+  const auto make = [](const Shape& s, uint64_t seed) { return random_tensor(s, Normal{}, seed, DType::bf16); };
+  const std::vector<Shape> shapes = map_shapes(1, 300, e, 8);
+  Vars rough, exact;
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const Tensor t = make(shapes[i], i + 1);
+    rough.emplace_back(t, i >= 2);
+    exact.emplace_back(t.to(DType::f64), i >= 2);
+    if (i >= 2) rough.back().set_grad(zeros(shapes[i], DType::f32, kCpu));
+  }
+  const Tensor seed = make({1, 300, e}, 9);
+  for (int i = 0; i < 2; ++i) {
+    const auto loss = [](const Vars& v) { return mlstm_maps(v[0], v[1], v[2], v[3], v[4], v[5]); };
+    backward(loss(rough).q, seed);
+    backward(loss(exact).q, seed.to(DType::f64));
+  }
+  CHECK(relative_error(rough[2].grad(), exact[2].grad()) < 1e-5);
+}
