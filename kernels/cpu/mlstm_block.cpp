@@ -179,8 +179,7 @@ void mlstm_output_backward(MlstmOutputGrad& grad, bool add_dw, bool add_dskip, c
         const T *by = skip.data<T>() + c0, *x = x_c.data<T>() + at, *gate = z.data<T>() + r * z.stride(0) + c0;
         const T* up = dy.data<T>() + at;
         T *dz = grad.dz.data<T>() + at, *dx = grad.dx_c.data<T>() + at;
-        A sum = A(0), sum_x = A(0);
-#pragma omp simd reduction(+ : sum, sum_x)
+#pragma omp simd
         for (int64_t j = 0; j < p; ++j) {
           const A xhat = (v[j] - mu) * scale, xv = static_cast<A>(x[j]), zv = static_cast<A>(gate[j]);
           const A sigmoid = vsigmoid(zv), d = static_cast<A>(up[j]), b = static_cast<A>(by[j]);
@@ -190,8 +189,12 @@ void mlstm_output_backward(MlstmOutputGrad& grad, bool add_dw, bool add_dskip, c
           dskip[j] += du * xv;
           dw[j] += du * xhat;
           g[j] = du * weight[j];
+        }
+        A sum = A(0), sum_x = A(0);  // of the rounded g, so that g - mean_g is 0 for a single channel
+#pragma omp simd reduction(+ : sum, sum_x)
+        for (int64_t j = 0; j < p; ++j) {
           sum += g[j];
-          sum_x += g[j] * xhat;
+          sum_x += g[j] * (v[j] - mu) * scale;
         }
         const A mean_g = sum / static_cast<A>(p), mean_gx = sum_x / static_cast<A>(p);
         A* dh = grad.dh.data<A>() + i * p;

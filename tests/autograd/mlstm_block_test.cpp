@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "autograd/shape.h"
 #include "tests/testing/op_case.h"
 
 using namespace krait;
