@@ -20,6 +20,7 @@ __device__ inline uint32_t of_block(uint32_t shared, uint32_t rank) {
 }
 /// All threads of all blocks of the cluster.
 __device__ inline void cluster_barrier() {
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
 
