@@ -16,7 +16,7 @@ namespace kernels {
 struct RecurrenceOut {
   Tensor y;       // (b, l, h, p)
   Tensor state;   // after the last position
-  Tensor saved;   // (b, l, K, h, p) what the cell's backward needs; undefined unless asked for
+  Tensor saved;   // (b, l, K, h, p), or as the backend lays it out: what its backward needs; undefined unless asked for
   Tensor y_prev;  // (b, l, h, p) y_{t-1}, 0 where a document starts: for dW; undefined unless asked for
 };
 struct RecurrenceGrad {

@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(32 * kWarps)
       const A xhat = (static_cast<A>(x[at + j]) - mu) * scale;
       A g = static_cast<A>(dy[at + j]) * w[j];  // rounded, so that g - mean_g is 0 for a single channel
       if constexpr (std::is_same_v<A, float>) g = __fmul_rn(static_cast<A>(dy[at + j]), w[j]);
+      if constexpr (std::is_same_v<A, double>) g = __dmul_rn(static_cast<A>(dy[at + j]), w[j]);
       dx[at + j] = static_cast<X>(scale * (g - mean_g - xhat * mean_gx));
     }
   }

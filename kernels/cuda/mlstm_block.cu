@@ -359,8 +359,7 @@ __global__ void __launch_bounds__(32 * kWarps)
         dx_out[q] = du * b;
         dskip[k].at[q] += du * xv;
         dw[k].at[q] += du * xhat[k].at[q];
-        A of_norm = du * weight[k].at[q];  // rounded, so that g - mean_g is 0 for a single channel
-        if constexpr (std::is_same_v<A, float>) of_norm = __fmul_rn(du, weight[k].at[q]);
+        const A of_norm = du * weight[k].at[q];
         g[k].at[q] = of_norm;
         s[0] += of_norm;
         s[1] += of_norm * xhat[k].at[q];
@@ -458,8 +457,8 @@ void mlstm_output_backward(MlstmOutputGrad& grad, bool add_dw, bool add_dskip, c
                            const Tensor& w, const Tensor& skip, const Tensor& x_c, const Tensor& z, const Tensor& mean,
                            const Tensor& rstd) {
   const int64_t p = h.size(-1), heads = h.size(-2), c = heads * p, rows = x_c.size(0), groups = ceil_div(heads, kWarps);
-  // A number that depends on the shape alone, so that every GPU gives the same bits.
-  const int64_t chunks = std::min<int64_t>(rows, std::max<int64_t>(1, 660 / groups));
+  // A number that depends on the shape alone, so that every GPU gives the same bits: three blocks of a multiprocessor.
+  const int64_t chunks = std::min<int64_t>(rows, std::max<int64_t>(1, 396 / groups));
   const Stream stream = current_stream(h.device());
   visit_float(x_c.dtype(), [&]<class T>() {
     using A = accum_t<T>;

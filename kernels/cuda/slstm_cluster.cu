@@ -7,6 +7,7 @@
 //             dy_{t-1} go to the block whose units they are and are summed there in the order of the blocks.
 // Bound by latency: product, cell and exchange of a step follow one another. What comes from global memory is asked for
 // kStages steps before.
+// What the backward needs is kept as the threads have it: (group, l, warp of the cluster, 14 values of 32 lanes).
 // Nothing tells a block that its neighbours have read what it sent at a step before, two steps later, it sends to the
 // same place; but it has what they sent at the step between, which they made of it.
 #include "kernels/cuda/slstm_cluster.h"
@@ -21,6 +22,7 @@ namespace {
 
 constexpr int kBlocks = 8, kTile = 8;  // blocks of a cluster, rows of the batch
 constexpr int kStages = 8;             // steps of input under way, a power of two
+constexpr int kKept = 7, kKeptOfWarp = 2 * kKept * 32;  // values for the backward, of a (unit, row) and of a warp
 
 // Good to a few units of fp32's last place around 1: the results are rounded to bf16.
 struct FastMath {
@@ -65,12 +67,16 @@ struct BackwardLayout {
   static constexpr int kVector = kTile * kPitch * 2;
   static constexpr int kPart = kTile * 8 * W * 4;                // dy of a block's units from one block, fp32
   static constexpr int kParts = 2 * kVector;                     // (2, 8 blocks, W, 8 units, 8 rows)
-  static constexpr int kRow = 240, kSaved = kTile * kRow;        // a warp's (8 rows, 7, 8 units) fp32, padded
-  static constexpr int kStage = kSaved + kTile * 16;             // and dy (8 rows, 8 units) bf16
+  static constexpr int kSaved = kKeptOfWarp * 4;                 // what a warp kept,
+  static constexpr int kStage = kSaved + kTile * 16;             // and its dy (8 rows, 8 units) bf16
   static constexpr int kInputs = kParts + 2 * kBlocks * kPart, kBarriers = kInputs + W * kStages * kStage;
   static constexpr int kBytes = kBarriers + 16;
   static constexpr uint32_t kSent = kBlocks * kPart;
 };
+
+__device__ inline void copy_async_8(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;\n" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
 
 // Fragments of B (16 k, 8 n) for the k from 16 x and 16 (x + 1) on, from rows n of shared memory.
 __device__ inline void load_vector(uint32_t (&r)[4], const bf16* vector, int pitch, int x) {
@@ -89,6 +95,7 @@ __device__ inline uint4 gathered(uint32_t word) {
 template <class Cell, int W>
 __global__ void __launch_bounds__(32 * W, 1) forward_kernel(const Forward a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  static_assert(Cell::kSaved == kKept && Cell::kGates == 4);
   using Layout = ForwardLayout<W>;
   constexpr int P = Layout::kUnits, kDepth = P / 16;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -169,6 +176,7 @@ __global__ void __launch_bounds__(32 * W, 1) forward_kernel(const Forward a) {
     barrier_there[i] = of_block(barriers, static_cast<uint32_t>(t4) + 4 * i);
   }
 
+  float* kept = a.saved != nullptr ? a.saved + (group * a.l * kBlocks * W + rank * W + warp) * kKeptOfWarp : nullptr;
   const Cell cell;
   for (int64_t t = 0; t < a.l; ++t) {
     copy_wait<kStages - 2>();
@@ -207,7 +215,7 @@ __global__ void __launch_bounds__(32 * W, 1) forward_kernel(const Forward a) {
       }
     }
 
-    float saved[2][Cell::kSaved];
+    float saved[2][kKept];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       float r[4];
@@ -227,18 +235,17 @@ __global__ void __launch_bounds__(32 * W, 1) forward_kernel(const Forward a) {
       for (int i = 0; i < 2; ++i) send(there[i] + buffer * Layout::kVector, barrier_there[i] + 8 * buffer, y);
     }
     if (stores && t4 == 0) *reinterpret_cast<uint4*>(a.y + (out_row * a.l + t) * c + column) = y;
-    if (a.saved == nullptr) continue;
+    if (kept == nullptr) continue;
     if (stores && t4 == 1 && t + 1 < a.l) {
       const bool ends = out_segments != nullptr && out_segments[t] != out_segments[t + 1];
       *reinterpret_cast<uint4*>(a.y_prev + (out_row * a.l + t + 1) * c + column) = ends ? uint4{0, 0, 0, 0} : y;
     }
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (!real[j]) continue;
-      float* to = a.saved + (row[j] * a.l + t) * Cell::kSaved * c + column + g;
-#pragma unroll
-      for (int k = 0; k < Cell::kSaved; ++k) to[k * c] = saved[j][k];
-    }
+    float4* fours = reinterpret_cast<float4*>(kept) + lane;
+    fours[0] = make_float4(saved[0][0], saved[0][1], saved[0][2], saved[0][3]);
+    fours[32] = make_float4(saved[0][4], saved[0][5], saved[0][6], saved[1][0]);
+    fours[64] = make_float4(saved[1][1], saved[1][2], saved[1][3], saved[1][4]);
+    reinterpret_cast<float2*>(kept + 384)[lane] = make_float2(saved[1][5], saved[1][6]);
+    kept += int64_t{kBlocks} * W * kKeptOfWarp;
   }
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -277,7 +284,7 @@ template <int W>
 __global__ void __launch_bounds__(32 * W, 1) backward_kernel(const Backward a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   using Layout = BackwardLayout<W>;
-  constexpr int P = 64 * W, kDepth = 2 * W, kSaved = 7;
+  constexpr int P = 64 * W, kDepth = 2 * W;
   extern __shared__ __align__(128) unsigned char shared[];
   bf16* const vectors = reinterpret_cast<bf16*>(shared);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32, g = lane / 4, t4 = lane % 4;
@@ -306,39 +313,21 @@ __global__ void __launch_bounds__(32 * W, 1) backward_kernel(const Backward a) {
     if (a.segments != nullptr) segments[j] = a.segments + row[j] * a.l;
   }
 
-  // A lane brings four pieces of 16 bytes of each step: 112 of what was saved, 8 of dy.
-  const unsigned char* from[4];
-  int64_t stride[4];
-  int to[4];
-  bool wanted[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int piece = lane + 32 * i;
-    from[i] = reinterpret_cast<const unsigned char*>(a.saved);
-    stride[i] = 0;
-    to[i] = 0;
-    wanted[i] = false;
-    if (piece < 112) {
-      const int n = piece / 14, k = piece % 14 / 2, half = piece % 2;
-      wanted[i] = row0 + n < a.b;
-      to[i] = n * Layout::kRow + k * 32 + half * 16;
-      stride[i] = kSaved * c * 4;
-      if (wanted[i])
-        from[i] = reinterpret_cast<const unsigned char*>(a.saved + ((row0 + n) * a.l * kSaved + k) * c + column + half * 4);
-    } else if (piece < 120) {
-      const int n = piece - 112;
-      wanted[i] = row0 + n < a.b && a.dy != nullptr;
-      to[i] = Layout::kSaved + n * 16;
-      stride[i] = c * 2;
-      if (wanted[i]) from[i] = reinterpret_cast<const unsigned char*>(a.dy + (row0 + n) * a.l * c + column);
-    }
-  }
+  // A lane brings what it kept itself, and the first 8 lanes a row of dy each.
+  const float* const kept = a.saved + (group * a.l * kBlocks * W + rank * W + warp) * kKeptOfWarp;
+  const bool has_dy = lane < kTile && row0 + lane < a.b && a.dy != nullptr;
+  const bf16* const dy_from = has_dy ? a.dy + (row0 + lane) * a.l * c + column : nullptr;
   const auto load_step = [&](int64_t step) {
     const int64_t t = a.l - 1 - step;
-    unsigned char* stage = inputs + step % kStages * Layout::kStage;
+    if (t >= 0) {
+      unsigned char* stage = inputs + step % kStages * Layout::kStage;
+      const float* from = kept + t * kBlocks * W * kKeptOfWarp;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (i < 3 || lane < 24) copy_async(stage + to[i], from[i] + (t > 0 ? t : 0) * stride[i], wanted[i] && t >= 0);
+      for (int i = 0; i < 3; ++i) copy_async(stage + (i * 32 + lane) * 16, from + (i * 32 + lane) * 4, true);
+      copy_async_8(stage + 1536 + lane * 8, from + 384 + lane * 2);
+      if (lane < kTile)
+        copy_async(stage + Layout::kSaved + lane * 16, has_dy ? static_cast<const void*>(dy_from + t * c) : kept, has_dy);
+    }
     copy_commit();
   };
   for (int64_t step = 0; step < kStages - 1; ++step) load_step(step);
@@ -384,18 +373,17 @@ __global__ void __launch_bounds__(32 * W, 1) backward_kernel(const Backward a) {
     copy_wait<kStages - 2>();
     __syncwarp();
     const unsigned char* stage = inputs + step % kStages * Layout::kStage;
-    float saved[2][kSaved], dy[2];
+    float dy[2];
     bool ends[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       ends[j] = segments[j] != nullptr && !last && t + 1 < a.l && segments[j][t] != segments[j][t + 1];
-      const int n = 2 * t4 + j;
-#pragma unroll
-      for (int k = 0; k < kSaved; ++k)
-        saved[j][k] = *reinterpret_cast<const float*>(stage + n * Layout::kRow + k * 32 + g * 4);
-      dy[j] = static_cast<float>(*reinterpret_cast<const bf16*>(stage + Layout::kSaved + n * 16 + g * 2));
-      if (!real[j]) saved[j][0] = 1.0f;  // not 0 / 0
+      dy[j] = static_cast<float>(*reinterpret_cast<const bf16*>(stage + Layout::kSaved + (2 * t4 + j) * 16 + g * 2));
     }
+    const float4* fours = reinterpret_cast<const float4*>(stage) + lane;
+    const float4 v0 = fours[0], v1 = fours[32], v2 = fours[64];
+    const float2 v3 = reinterpret_cast<const float2*>(stage + 1536)[lane];
+    const float saved[2][kKept] = {{v0.x, v0.y, v0.z, v0.w, v1.x, v1.y, v1.z}, {v1.w, v2.x, v2.y, v2.z, v2.w, v3.x, v3.y}};
     __syncwarp();
     load_step(step + kStages - 1);
     const BackwardCell cell[2] = {BackwardCell(saved[0]), BackwardCell(saved[1])};
@@ -530,22 +518,32 @@ P* pointer_or_null(const Tensor& t) {
 }  // namespace
 
 bool slstm_cluster_forward(RecurrenceForward& r, SlstmForget forget) {
-  const int64_t warps = warps_for(r.x, {&r.x, &r.w, &r.out.y, &r.out.y_prev, &r.out.saved});
+  const int64_t warps = warps_for(r.x, {&r.x, &r.w, &r.out.y, &r.out.y_prev});
   if (warps == 0) return false;
-  const Forward a{r.x.size(0), r.x.size(1), r.x.size(3), r.x.data<bf16>(), r.w.data<bf16>(), r.bias.data<float>(),
-                  pointer_or_null<float>(r.state0), pointer_or_null<int32_t>(r.segments), r.out.y.data<bf16>(),
-                  pointer_or_null<bf16>(r.out.y_prev), r.out.state.data<float>(), pointer_or_null<float>(r.out.saved)};
+  const int64_t b = r.x.size(0), l = r.x.size(1), h = r.x.size(3);
+  Tensor kept;
+  if (r.out.saved.defined()) {
+    r.out.saved = {};  // of a layout that other kernels share
+    kept = empty({h * ceil_div(b, kTile), l, kBlocks * warps, kKeptOfWarp}, DType::f32, r.x.device());
+  }
+  const Forward a{b, l, h, r.x.data<bf16>(), r.w.data<bf16>(), r.bias.data<float>(), pointer_or_null<float>(r.state0),
+                  pointer_or_null<int32_t>(r.segments), r.out.y.data<bf16>(), pointer_or_null<bf16>(r.out.y_prev),
+                  r.out.state.data<float>(), pointer_or_null<float>(kept)};
   const Stream stream = current_stream(r.x.device());
-  return with_warps(warps, [&]<int W>() {
+  const bool served = with_warps(warps, [&]<int W>() {
     const auto kernel = forget == SlstmForget::exp ? forward_kernel<SlstmCell<true>, W> : forward_kernel<SlstmCell<false>, W>;
     return launch_clusters(kernel, a, W, ForwardLayout<W>::kBytes, stream);
   });
+  if (kept.defined())
+    r.out.saved = served ? kept : empty({b, l, kKept, h, r.x.size(4)}, DType::f32, r.x.device());
+  return served;
 }
 
 bool slstm_cluster_backward(RecurrenceBackward& r) {
-  const int64_t warps = warps_for(r.dx, {&r.dx, &r.dy, &r.w, &r.saved});
-  if (warps == 0) return false;
-  const Backward a{r.dx.size(0), r.dx.size(1), r.dx.size(3), pointer_or_null<bf16>(r.dy), r.w.data<bf16>(),
+  if (r.saved.ndim() != 4) return false;  // another kernel kept it
+  const int64_t warps = r.dx.size(4) / 64;
+  const Tensor dy = aligned(r.dy) ? r.dy : r.dy.clone();
+  const Backward a{r.dx.size(0), r.dx.size(1), r.dx.size(3), pointer_or_null<bf16>(dy), r.w.data<bf16>(),
                    pointer_or_null<float>(r.dstate), r.saved.data<float>(), pointer_or_null<int32_t>(r.segments),
                    r.dx.data<bf16>(), pointer_or_null<float>(r.dstate0)};
   const Stream stream = current_stream(r.dx.device());
