@@ -40,10 +40,10 @@ Variable mlstm_output(const Variable& h, const Variable& w, const Variable& skip
     return swiglu(z, reshape(cast(head_norm(h, w, eps), x_c.dtype()), x_c.shape()) + skip * x_c);
   const auto out = kernels::mlstm_output_forward(h.data(), w.data(), skip.data(), x_c.data(), z.data(), eps);
   return record("mlstm_output", {h, w, skip, x_c, z}, out.y,
-                [w, skip, out, h = h.data(), c = x_c.data(), z = z.data()](const Tensor& dy) -> Grads {
-                  auto g = kernels::mlstm_output_backward(dy, h, w.data(), skip.data(), c, z, out.mean, out.rstd,
+                [w, skip, out, eps, h = h.data(), c = x_c.data(), z = z.data()](const Tensor& dy) -> Grads {
+                  auto g = kernels::mlstm_output_backward(dy, h, w.data(), skip.data(), c, z, out.mean, out.rstd, eps,
                                                           buffer_of(w), buffer_of(skip));
-                  return {g.dh, g.dw, g.dskip, g.dx_c, g.dz};
+                  return {g.dh.to(h.dtype()), g.dw, g.dskip, g.dx_c, g.dz};
                 });
 }
 

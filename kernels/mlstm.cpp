@@ -81,7 +81,12 @@ MlstmGrad mlstm_backward(const MlstmUpstream& up, const MlstmInputs& in, const M
   const Shape c = state_shape(in);
   MlstmUpstream upstream = up;
   if (!up.dh.defined()) upstream.dh = zeros_like(out.h);
-  check_same("mlstm_backward", upstream.dh, out.h);
+  if (!up.dots.defined()) check_same("mlstm_backward", upstream.dh, out.h);
+  if (up.dots.defined()) {
+    KRAIT_CHECK(up.dots.shape() == out.h.shape().drop_last() && up.dots.dtype() == out.h.dtype(),
+                "mlstm_backward: dots are {}, h is {}", describe(up.dots), describe(out.h));
+    upstream.dots = up.dots.contiguous();
+  }
   KRAIT_CHECK(upstream.dh.shape() == out.h.shape(), "mlstm_backward: dh is {}, expected {}", upstream.dh.shape(),
               out.h.shape());
   upstream.dh = upstream.dh.contiguous();
@@ -127,15 +132,15 @@ MlstmSummary mlstm_summary(const MlstmInputs& in, const MlstmOptions& options) {
 }
 
 MlstmInitialGradient mlstm_initial_gradient(const Tensor& dh, const MlstmInputs& in, const MlstmOut& out,
-                                            const MlstmOptions& options) {
+                                            const MlstmOptions& options, const Tensor& dots) {
   const MlstmInputs whole = complete(in, options);
-  check_same("mlstm_initial_gradient", dh, out.h);
+  if (!dots.defined()) check_same("mlstm_initial_gradient", dh, out.h);
   KRAIT_CHECK(dh.shape() == out.h.shape(), "mlstm_initial_gradient: dh is {}, expected {}", dh.shape(), out.h.shape());
   const DType a = accum_dtype(in.q.dtype());
   const Shape c = state_shape(in);
   MlstmInitialGradient grad{zeros(c, a, dh.device()), zeros(c.drop_last(), a, dh.device())};
   if (dh.numel() == 0) return grad;
-  KRAIT_DISPATCH(dh.device(), mlstm_initial_gradient(grad, dh.contiguous(), whole, out, options));
+  KRAIT_DISPATCH(dh.device(), mlstm_initial_gradient(grad, dh.contiguous(), whole, out, options, dots));
   return grad;
 }
 

@@ -26,6 +26,7 @@ struct MlstmOptions {
   double eps = 1e-6;
   bool denominator_gradient = true;  // false: dr = 0, what public kernels do; meant for a norm of h behind it
   int64_t chunk = 64;                // positions of a chunk on the CPU; CUDA has its own
+  bool keep_states = false;          // of the forward, for the backward (CUDA): else they are made again there
 };
 
 /// c (b, heads, dq, dv), n (b, heads, dq), m (b, heads), fp32 (fp64 for fp64). Undefined: the zero state.
@@ -42,18 +43,20 @@ struct MlstmInputs {
 
 /// h (b, l, heads, dv) and its gradient are fp32 (fp64 for fp64): the norm behind the cell leaves dh . h = 0, and at a
 /// document's first positions the gradients of q, k and i are what remains of that cancellation. Also the state
-/// after the last position; m and r of every position (b, heads, l), for the backward. States between chunks are made
-/// again there: memory beyond inputs and outputs is dq dv l / chunk.
+/// after the last position; m and r of every position (b, heads, l), for the backward. The states between chunks,
+/// dq dv l / chunk values, are kept where asked for (by a backend that can).
 struct MlstmOut {
   Tensor h;
   MlstmState last;
   Tensor m, r;
+  Tensor states, n_states;
 };
 MlstmOut mlstm_forward(const MlstmInputs& in, const MlstmOptions& options = {});
 
-/// dh, dc_last and dn_last may be undefined (zero). dc0 and dn0 are undefined without an initial state.
+/// dh, dc_last and dn_last may be undefined (zero). dc0 and dn0 are undefined without an initial state. With `dots`,
+/// dh . h (b, l, heads) before any rounding, dh may be in the dtype of q.
 struct MlstmGrad { Tensor dq, dk, dv, di, df, dc0, dn0; };
-struct MlstmUpstream { Tensor dh, dc_last, dn_last; };
+struct MlstmUpstream { Tensor dh, dc_last, dn_last, dots = {}; };
 MlstmGrad mlstm_backward(const MlstmUpstream& upstream, const MlstmInputs& in, const MlstmOut& out,
                          const MlstmOptions& options = {});
 
@@ -63,11 +66,11 @@ MlstmGrad mlstm_backward(const MlstmUpstream& upstream, const MlstmInputs& in, c
 /// and `own` otherwise. log_decay (b, heads) = sum_t lf_t. Costs the states of the forward pass alone; reads no q.
 struct MlstmSummary { MlstmState own; Tensor log_decay; };
 MlstmSummary mlstm_summary(const MlstmInputs& in, const MlstmOptions& options = {});
-/// Gradients of the initial c and n from dh alone (the last state's left out); `out` is the forward pass's, of which h,
-/// m and r are read.
+/// Gradients of the initial c and n from dh (and dots: MlstmUpstream) alone, the last state's left out; `out` is the
+/// forward pass's, of which h, m and r are read.
 struct MlstmInitialGradient { Tensor dc0, dn0; };
 MlstmInitialGradient mlstm_initial_gradient(const Tensor& dh, const MlstmInputs& in, const MlstmOut& out,
-                                            const MlstmOptions& options = {});
+                                            const MlstmOptions& options = {}, const Tensor& dots = {});
 
 /// One position of the recurrent form: q, k (b, heads, dq), v (b, heads, dv), i, f (b, heads). Advances the state in
 /// place (contiguous) and returns h (b, heads, dv), fp32 (fp64 for fp64).
@@ -84,7 +87,7 @@ KRAIT_BACKENDS(void mlstm_forward(MlstmOut& out, const MlstmInputs& in, const Ml
                                    const MlstmOut& out, const MlstmOptions& options);
                void mlstm_last_state(MlstmState& last, const MlstmInputs& in, const MlstmOptions& options);
                void mlstm_initial_gradient(MlstmInitialGradient& grad, const Tensor& dh, const MlstmInputs& in,
-                                           const MlstmOut& out, const MlstmOptions& options);
+                                           const MlstmOut& out, const MlstmOptions& options, const Tensor& dots);
                void mlstm_step(Tensor& h, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i,
                                const Tensor& f, MlstmState& state, double eps);
                void mlstm_kernel_name(std::string& name, DType dtype, int64_t dq, int64_t dv))

@@ -109,17 +109,19 @@ MlstmOutput mlstm_output_forward(const Tensor& h, const Tensor& w, const Tensor&
 
 MlstmOutputGrad mlstm_output_backward(const Tensor& dy, const Tensor& h, const Tensor& w, const Tensor& skip,
                                       const Tensor& x_c, const Tensor& z, const Tensor& mean, const Tensor& rstd,
-                                      const Tensor& dw_into, const Tensor& dskip_into) {
+                                      double eps, const Tensor& dw_into, const Tensor& dskip_into) {
   check_output(h, w, skip, x_c, z);
   KRAIT_CHECK(dy.shape() == x_c.shape(), "mlstm_output: dy is {}, x_c {}", dy.shape(), x_c.shape());
   const auto like = [](const Tensor& t) { return empty(t.shape(), t.dtype(), t.device()); };
-  MlstmOutputGrad out{like(h), {}, {}, like(x_c), like(z)};
+  const bool cuda = h.device().is_cuda();
+  MlstmOutputGrad out{empty(h.shape(), cuda ? x_c.dtype() : h.dtype(), h.device()), cuda ? like(mean) : Tensor(), {}, {},
+                      like(x_c), like(z)};
   WeightGrad dw(w, x_c.dtype(), dw_into), dskip(skip, x_c.dtype(), dskip_into);
   if (h.numel() > 0) {
-    MlstmOutputGrad rows{out.dh, dw.sum(), dskip.sum(), out.dx_c.flatten_leading(), out.dz.flatten_leading()};
+    MlstmOutputGrad rows{out.dh, out.dots, dw.sum(), dskip.sum(), out.dx_c.flatten_leading(), out.dz.flatten_leading()};
     KRAIT_DISPATCH(h.device(), mlstm_output_backward(rows, dw.adds(), dskip.adds(), dense(dy).flatten_leading(),
                                                      dense(h), dense(w), dense(skip), dense(x_c).flatten_leading(),
-                                                     rows_of(z), mean, rstd));
+                                                     rows_of(z), mean, rstd, eps));
   } else {
     for (WeightGrad* grad : {&dw, &dskip})
       if (!grad->adds()) zero_(grad->sum());

@@ -32,14 +32,16 @@ MlstmMapsGrad mlstm_maps_backward(const MlstmMapsUpstream& up, const Tensor& x_c
 /// h (.., heads, p), w (heads p) and the statistics are fp32 (fp64 for fp64); x_c, z, y (.., heads p) and skip (heads p):
 /// fp32, fp64 or bf16.
 struct MlstmOutput { Tensor y, mean, rstd; };
-struct MlstmOutputGrad { Tensor dh, dw, dskip, dx_c, dz; };
+/// On CUDA dh is rounded to x_c's dtype and dots = dh . h (.., heads) come with it, which are not: both as the backward of
+/// the cell takes them. dh . h is what eps leaves of it: p mean_p(g xhat) eps rstd^2.
+struct MlstmOutputGrad { Tensor dh, dots, dw, dskip, dx_c, dz; };
 bool mlstm_output_serves(const Tensor& h);
 MlstmOutput mlstm_output_forward(const Tensor& h, const Tensor& w, const Tensor& skip, const Tensor& x_c,
                                  const Tensor& z, double eps);
 /// dw and dskip are added to the buffers where those are defined, and returned undefined.
 MlstmOutputGrad mlstm_output_backward(const Tensor& dy, const Tensor& h, const Tensor& w, const Tensor& skip,
                                       const Tensor& x_c, const Tensor& z, const Tensor& mean, const Tensor& rstd,
-                                      const Tensor& dw_into, const Tensor& dskip_into);
+                                      double eps, const Tensor& dw_into, const Tensor& dskip_into);
 
 // Backends: (r, e) with elements of a row side by side, rows of x_m and z may lie apart; r > 0; groups of four elements
 // aligned as a whole. Sums in a fixed order, written, or added where asked for.
@@ -52,7 +54,7 @@ KRAIT_BACKENDS(
                               const Tensor& z, double eps);
     void mlstm_output_backward(MlstmOutputGrad& grad, bool add_dw, bool add_dskip, const Tensor& dy, const Tensor& h,
                                const Tensor& w, const Tensor& skip, const Tensor& x_c, const Tensor& z,
-                               const Tensor& mean, const Tensor& rstd))
+                               const Tensor& mean, const Tensor& rstd, double eps))
 
 }  // namespace kernels
 }  // namespace krait

@@ -44,7 +44,8 @@ Tensor MlstmMixer::step(const Tensor& x, LayerState& state) {
 }
 
 Variable MlstmMixer::cell(const Variable& q, const Variable& k, const Variable& v, const Variable& gates,
-                          const SequenceInfo& info, LayerState* state, bool recurrent) const {
+                          const SequenceInfo& info, LayerState* state, bool recurrent,
+                          const MlstmHeadOutput& output) const {
   const int64_t b = q.size(0), l = q.size(1);
   const Vars g = chunk(gates, 2, -1);
   if (recurrent) {
@@ -52,14 +53,15 @@ Variable MlstmMixer::cell(const Variable& q, const Variable& k, const Variable& 
     const auto heads = [&](const Variable& x, int64_t d) { return x.data().reshape({b, heads_, d}); };
     const Tensor h = kernels::mlstm_step(heads(q, dq_), heads(k, dq_), heads(v, dv_), g[0].data().select(1, 0),
                                          g[1].data().select(1, 0), memory, options_.eps);
-    return Variable(h.view({b, 1, heads_, dv_}));
+    const Variable y(h.view({b, 1, heads_, dv_}));
+    return output.w.defined() ? mlstm_output(y, output.w, output.skip, output.x_c, output.z, output.eps) : y;
   }
   MlstmMemory memory;
   if (state)
     memory = {Variable(state->tensors.at("c")), Variable(state->tensors.at("n")), state->tensors.at("m")};
   const MlstmResult r = mlstm(reshape(q, {b, l, heads_, dq_}), reshape(k, {b, l, heads_, dq_}),
                               reshape(v, {b, l, heads_, dv_}), g[0], g[1], memory, info.segments, options_,
-                              sequence_pieces(sequence_, info.segments));
+                              sequence_pieces(sequence_, info.segments), output);
   if (state) {
     state->tensors["c"] = r.last.c.data();
     state->tensors["n"] = r.last.n.data();
@@ -128,8 +130,8 @@ Variable Mlstm::mix(const Variable& x, const SequenceInfo& info, LayerState* sta
   const Variable partial = reshape(in.gates, {x.size(0), x.size(1), 2, heads_ * tensor_->size()});
   const Variable gates =
       reshape(reduce_scatter_to_group(partial, -1, tensor_), {x.size(0), x.size(1), 2 * heads_}) + gate_bias_;
-  const Variable h = cell(in.q, in.k, in.v, gates, info, state, recurrent);
-  return down_->forward(mlstm_output(h, norm_.variable() + 1.0, skip_, in.x_c, up[1], config_.norm_eps));
+  const MlstmHeadOutput output{norm_.variable() + 1.0, skip_, in.x_c, up[1], config_.norm_eps};
+  return down_->forward(cell(in.q, in.k, in.v, gates, info, state, recurrent, output));
 }
 
 LayerState Mlstm::initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const {

@@ -25,9 +25,10 @@ class MlstmMixer : public Mixer {
         heads_(own_.count()), dq_(dq), dv_(dv), options_(options) {}
   /// x (b, l, d) to the same; `recurrent`: a single position that advances the state.
   virtual Variable mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) = 0;
-  /// q, k (b, l, h dq), v (b, l, h dv), gates (b, l, 2 h) = [i, f] to the heads' outputs (b, l, h, dv).
+  /// q, k (b, l, h dq), v (b, l, h dv), gates (b, l, 2 h) = [i, f] to the heads' outputs (b, l, h, dv), or to what
+  /// `output` makes of them.
   Variable cell(const Variable& q, const Variable& k, const Variable& v, const Variable& gates,
-                const SequenceInfo& info, LayerState* state, bool recurrent) const;
+                const SequenceInfo& info, LayerState* state, bool recurrent, const MlstmHeadOutput& output = {}) const;
   comm::GroupPtr tensor_, sequence_;  // share the heads, and each sequence
   Owned own_;                         // heads
   int64_t heads_, dq_, dv_;

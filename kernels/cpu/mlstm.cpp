@@ -364,7 +364,7 @@ void mlstm_last_state(MlstmState& last, const MlstmInputs& in, const MlstmOption
 }
 
 void mlstm_initial_gradient(MlstmInitialGradient& grad, const Tensor& dh, const MlstmInputs& in, const MlstmOut& out,
-                            const MlstmOptions& options) {
+                            const MlstmOptions& options, const Tensor&) {
   const int64_t heads = in.q.size(2);
   visit_float(in.q.dtype(), [&]<class T>() {
     parallel_for(0, in.q.size(0) * heads, 1, [&](int64_t first, int64_t end) {

@@ -163,7 +163,7 @@ void mlstm_output_forward(MlstmOutput& out, const Tensor& h, const Tensor& w, co
 
 void mlstm_output_backward(MlstmOutputGrad& grad, bool add_dw, bool add_dskip, const Tensor& dy, const Tensor& h,
                            const Tensor& w, const Tensor& skip, const Tensor& x_c, const Tensor& z, const Tensor& mean,
-                           const Tensor& rstd) {
+                           const Tensor& rstd, double) {
   const int64_t p = h.size(-1), heads = h.size(-2), e = heads * p, rows = x_c.size(0), chunks = (rows + kChunk - 1) / kChunk;
   visit_float(x_c.dtype(), [&]<class T>() {
     using A = accum_t<T>;

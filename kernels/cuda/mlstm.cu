@@ -98,11 +98,23 @@ __global__ void finish_gates_kernel(MlstmGates<A> gates, A* m, const A* b, const
   if (t < n) gates.w[row] = t >= first_last ? exp_of(gates.c[row] - u_last) : A{0};
 }
 
-// 1 / den, dr and the weights of the state's gradient, and dh in the dtype of the products: one warp a position.
+// 1 / den, dr and the weights of the state's gradient of a position (row).
+template <class A>
+__device__ void weigh(const MlstmGates<A>& gates, int64_t row, A dot, A r, A m, A scale, A eps, bool full) {
+  const A inverse = A{1} / mlstm_denominator(r, m, eps);
+  const A magnitude = r < 0 ? -r : r, floor_ = exp_of(-(m > A{-80} ? m : A{-80}));
+  const A dr = full && magnitude >= floor_ ? -dot * inverse * (r < 0 ? A{-1} : A{1}) : A{0};
+  gates.inverse[row] = inverse;
+  gates.dr[row] = dr;
+  gates.wc[row] = scale * gates.inter[row] * inverse;
+  gates.wn[row] = scale * gates.inter[row] * dr;
+}
+
+// From dh, which it rounds to the dtype of the products: one warp a position.
 template <class T>
 __global__ void upstream_kernel(MlstmGates<accum_t<T>> gates, T* rounded, const accum_t<T>* dh,
                                 const accum_t<T>* h, const accum_t<T>* m,
-                                const accum_t<T>* r_, MlstmShape shape, accum_t<T> scale, accum_t<T> eps, bool full) {
+                                const accum_t<T>* r, MlstmShape shape, accum_t<T> scale, accum_t<T> eps, bool full) {
   using A = accum_t<T>;
   const int64_t row = int64_t{blockIdx.x} * 8 + threadIdx.x / 32;  // (unit, l)
   if (row >= shape.units * shape.l) return;
@@ -114,14 +126,16 @@ __global__ void upstream_kernel(MlstmGates<accum_t<T>> gates, T* rounded, const 
     if (rounded) rounded[at + e] = static_cast<T>(dh[at + e]);
   }
   for (int w = 16; w > 0; w /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, w);
-  if (threadIdx.x % 32 != 0) return;
-  const A r = r_[row], inverse = A{1} / mlstm_denominator(r, m[row], eps);
-  const A magnitude = r < 0 ? -r : r, floor_ = exp_of(-(m[row] > A{-80} ? m[row] : A{-80}));
-  const A dr = full && magnitude >= floor_ ? -dot * inverse * (r < 0 ? A{-1} : A{1}) : A{0};
-  gates.inverse[row] = inverse;
-  gates.dr[row] = dr;
-  gates.wc[row] = scale * gates.inter[row] * inverse;
-  gates.wn[row] = scale * gates.inter[row] * dr;
+  if (threadIdx.x % 32 == 0) weigh(gates, row, dot, r[row], m[row], scale, eps, full);
+}
+// From dh . h: one thread a position.
+template <class A>
+__global__ void weigh_kernel(MlstmGates<A> gates, const A* dots, const A* m, const A* r, MlstmShape shape, A scale, A eps,
+                             bool full) {
+  const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (row >= shape.units * shape.l) return;
+  const int64_t unit = row / shape.l, t = row % shape.l, b = unit / shape.heads, head = unit % shape.heads;
+  weigh(gates, row, dots[(b * shape.l + t) * shape.heads + head], r[row], m[row], scale, eps, full);
 }
 
 // di and df from q . dq and k . dk: one thread a position, its sum over the rest of its document in the chunk.
@@ -274,17 +288,23 @@ void forward_states(Tensor& c, Tensor& n, const MlstmInputs& in, const MlstmGate
   states(job, current_stream(device));
 }
 
-// What of dh the backward kernels need, and dh in the dtype of the products.
+// What of dh the backward kernels need, and dh in the dtype of the products. dots may be undefined.
 template <class T>
-Tensor weigh_upstream(const MlstmGates<accum_t<T>>& gates, const Tensor& dh, const MlstmOut& out, const MlstmShape& s,
-                      const MlstmOptions& options) {
+Tensor weigh_upstream(const MlstmGates<accum_t<T>>& gates, const Tensor& dh, const Tensor& dots, const MlstmOut& out,
+                      const MlstmShape& s, const MlstmOptions& options) {
   using A = accum_t<T>;
   constexpr bool kSame = std::is_same_v<T, A>;
+  const A scale = static_cast<A>(1 / std::sqrt(static_cast<double>(s.dq))), eps = static_cast<A>(options.eps);
+  const Stream stream = current_stream(dh.device());
+  if (dots.defined()) {
+    launch(weigh_kernel<A>, {.grid = ceil_div(s.units * s.l, 256), .stream = stream}, gates, dots.data<A>(),
+           out.m.data<A>(), out.r.data<A>(), s, scale, eps, options.denominator_gradient);
+    return dh.to(dtype_of<T>);
+  }
   const Tensor rows = kSame ? dh : empty(dh.shape(), dtype_of<T>, dh.device());
-  launch(upstream_kernel<T>, {.grid = ceil_div(s.units * s.l, 8), .stream = current_stream(dh.device())}, gates,
+  launch(upstream_kernel<T>, {.grid = ceil_div(s.units * s.l, 8), .stream = stream}, gates,
          kSame ? nullptr : rows.template data<T>(), dh.data<A>(), out.h.data<A>(), out.m.data<A>(), out.r.data<A>(), s,
-         static_cast<A>(1 / std::sqrt(static_cast<double>(s.dq))), static_cast<A>(options.eps),
-         options.denominator_gradient);
+         scale, eps, options.denominator_gradient);
   return rows;
 }
 
@@ -305,6 +325,10 @@ void mlstm_forward(MlstmOut& out, const MlstmInputs& in, const MlstmOptions& opt
                              nullptr, s, mlstm_tiles(s.mma, s.dv), optional<T>(products)};
     coefficients(Mix::read, job, stream);
     mix(Mix::read, job, stream);
+    if (options.keep_states) {
+      out.states = c;
+      out.n_states = n;
+    }
   });
 }
 
@@ -317,9 +341,9 @@ void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& up, const MlstmInputs&
     using A = accum_t<T>;
     const A scale = static_cast<A>(1 / std::sqrt(static_cast<double>(s.dq)));
     const GateArrays<A> arrays(in, s, nullptr, nullptr);
-    const Tensor dh_rows = weigh_upstream<T>(arrays.gates, up.dh, out, s, options);
-    Tensor c, n;
-    forward_states<T>(c, n, in, arrays.gates, s, {}, {});
+    const Tensor dh_rows = weigh_upstream<T>(arrays.gates, up.dh, up.dots, out, s, options);
+    Tensor c = out.states, n = out.n_states;
+    if (!c.defined()) forward_states<T>(c, n, in, arrays.gates, s, {}, {});
 
     Tensor dc = empty(c.shape(), c.dtype(), device), dn = empty(n.shape(), n.dtype(), device);
     Tensor flow = empty({s.units, s.chunks, flow_parts(s)}, dtype_of<A>, device);
@@ -364,13 +388,13 @@ void mlstm_last_state(MlstmState& last, const MlstmInputs& in, const MlstmOption
 }
 
 void mlstm_initial_gradient(MlstmInitialGradient& grad, const Tensor& dh, const MlstmInputs& in, const MlstmOut& out,
-                            const MlstmOptions& options) {
+                            const MlstmOptions& options, const Tensor& dots) {
   const MlstmShape s(in, use_mma(in));
   const Device device = in.q.device();
   visit_float(in.q.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     const GateArrays<A> arrays(in, s, nullptr, nullptr);
-    const Tensor dh_rows = weigh_upstream<T>(arrays.gates, dh, out, s, options);
+    const Tensor dh_rows = weigh_upstream<T>(arrays.gates, dh, dots, out, s, options);
     const Tensor dc = empty({s.units, s.chunks, s.dq, s.dv}, dtype_of<T>, device);
     const Tensor dn = empty({s.units, s.chunks, s.dq}, dtype_of<A>, device);
     const MlstmStateJob<T> reverse{dc.data<T>(), dn.data<A>(), Strided<const T>(in.q), Strided<const T>(dh_rows),

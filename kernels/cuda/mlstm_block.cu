@@ -307,14 +307,14 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 // Grid (chunks of rows, heads over warps). A warp walks down its head's rows with the sums of dw and dskip in registers:
-// partial (2, chunks, heads p). Bound by memory: 2 r c sizeof(A) + 5 r c sizeof(T) bytes.
+// partial (2, chunks, heads p). Bound by memory: r c sizeof(A) + 6 r c sizeof(T) bytes.
 template <class T, int kSteps>
 __global__ void __launch_bounds__(32 * kWarps)
-    output_backward_kernel(accum_t<T>* __restrict__ dh, T* __restrict__ dx_c, T* __restrict__ dz,
+    output_backward_kernel(T* __restrict__ dh, accum_t<T>* __restrict__ dots, T* __restrict__ dx_c, T* __restrict__ dz,
                            accum_t<T>* __restrict__ partial, const T* __restrict__ dy, const accum_t<T>* __restrict__ h,
                            const accum_t<T>* __restrict__ w, const T* __restrict__ skip, const T* __restrict__ x_c,
                            const T* __restrict__ z, int64_t z_stride, const accum_t<T>* __restrict__ mean,
-                           const accum_t<T>* __restrict__ rstd, int64_t rows, int heads, int p) {
+                           const accum_t<T>* __restrict__ rstd, int64_t rows, int heads, int p, accum_t<T> eps) {
   using A = accum_t<T>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int head = static_cast<int>(blockIdx.y) * kWarps + static_cast<int>(threadIdx.x) / 32;
@@ -378,6 +378,7 @@ __global__ void __launch_bounds__(32 * kWarps)
       for (int q = 0; q < 4; ++q) out[q] = scale * (g[k].at[q] - mean_g - xhat[k].at[q] * mean_gx);
       store_four(dh + at + j, out);
     }
+    if (lane == 0) dots[i] = s[1] * eps * scale * scale;
   }
   A* to = partial + blockIdx.x * c + c0;
 #pragma unroll
@@ -455,7 +456,7 @@ void mlstm_output_forward(MlstmOutput& out, const Tensor& h, const Tensor& w, co
 
 void mlstm_output_backward(MlstmOutputGrad& grad, bool add_dw, bool add_dskip, const Tensor& dy, const Tensor& h,
                            const Tensor& w, const Tensor& skip, const Tensor& x_c, const Tensor& z, const Tensor& mean,
-                           const Tensor& rstd) {
+                           const Tensor& rstd, double eps) {
   const int64_t p = h.size(-1), heads = h.size(-2), c = heads * p, rows = x_c.size(0), groups = ceil_div(heads, kWarps);
   // A number that depends on the shape alone, so that every GPU gives the same bits: three blocks of a multiprocessor.
   const int64_t chunks = std::min<int64_t>(rows, std::max<int64_t>(1, 396 / groups));
@@ -465,9 +466,9 @@ void mlstm_output_backward(MlstmOutputGrad& grad, bool add_dw, bool add_dskip, c
     const Tensor partial = empty({2, chunks, c}, dtype_of<A>, h.device());
     with_steps(p, [&]<int kSteps>() {
       launch(output_backward_kernel<T, kSteps>, {.grid = chunks, .grid_y = groups, .block = 32 * kWarps, .stream = stream},
-             grad.dh.data<A>(), grad.dx_c.data<T>(), grad.dz.data<T>(), partial.data<A>(), dy.data<T>(), h.data<A>(),
+             grad.dh.data<T>(), grad.dots.data<A>(), grad.dx_c.data<T>(), grad.dz.data<T>(), partial.data<A>(), dy.data<T>(), h.data<A>(),
              w.data<A>(), skip.data<T>(), x_c.data<T>(), z.data<T>(), z.stride(0), mean.data<A>(), rstd.data<A>(), rows,
-             heads, p);
+             heads, p, eps);
     });
     launch(sum_partials_kernel<A>, {.grid = ceil_div(c, 32), .grid_y = 2, .block = 512, .stream = stream}, grad.dw.data<A>(), add_dw,
            grad.dskip.data<A>(), add_dskip, partial.data<A>(), partial.data<A>() + chunks * c, chunks, c);
