@@ -16,6 +16,18 @@ Tensor buffer_of(const Variable& v) { return v.accumulates_in_place() ? v.grad()
 
 }  // namespace
 
+MlstmHalves mlstm_halves(const Variable& up) {
+  KRAIT_CHECK(up.ndim() >= 1 && up.size(-1) % 2 == 0, "mlstm_halves: {} has no halves", up.shape());
+  const int64_t e = up.size(-1) / 2, last = up.ndim() - 1;
+  const Tensor x = up.data().slice(last, 0, e), z = up.data().slice(last, e, 2 * e);
+  const Vars y = record("mlstm_halves", {up}, {x, x, z},
+                        [shape = x.shape(), dtype = up.dtype(), device = up.device()](const std::vector<Tensor>& d) -> Grads {
+                          const auto or_zero = [&](const Tensor& t) { return t.defined() ? t : zeros(shape, dtype, device); };
+                          return {kernels::mlstm_join(or_zero(d[0]), or_zero(d[1]), or_zero(d[2]))};
+                        });
+  return {y[0], y[1], y[2]};
+}
+
 MlstmMapped mlstm_maps(const Variable& x_c, const Variable& x_m, const Variable& w_q, const Variable& w_k,
                        const Variable& w_v, const Variable& gates) {
   const kernels::MlstmMapsWeights w{w_q.data(), w_k.data(), w_v.data(), gates.data()};

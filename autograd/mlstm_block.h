@@ -4,6 +4,10 @@
 namespace krait {
 inline namespace autograd {
 
+/// The halves of [x_m; z] (.., 2 e), x_m for two readers: their gradients are joined in one pass.
+struct MlstmHalves { Variable x_m, x_m_again, z; };
+MlstmHalves mlstm_halves(const Variable& up);
+
 /// q = Wq x_c, k = Wk x_c, v = Wv x_m with block-diagonal maps (blocks, side, side), and gates = G [q; k; v] (n, 3 e), in
 /// the dtype of sums; see kernels/mlstm_block.h. x_c and x_m (.., e). `x_c` of the result is x_c again: what reads it
 /// there has its gradient added in the same pass.

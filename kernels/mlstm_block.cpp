@@ -33,6 +33,18 @@ void check_maps(const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w)
 
 }  // namespace
 
+Tensor mlstm_join(const Tensor& a, const Tensor& b, const Tensor& z) {
+  check_same("mlstm_join", a, b);
+  check_same("mlstm_join", a, z);
+  KRAIT_CHECK(a.ndim() >= 1 && b.shape() == a.shape() && z.shape() == a.shape(), "mlstm_join: gradients of {}, {} and {}",
+              a.shape(), b.shape(), z.shape());
+  Tensor out = empty(a.shape().with(-1, 2 * a.size(-1)), a.dtype(), a.device());
+  if (out.numel() == 0) return out;
+  Tensor rows = out.flatten_leading();
+  KRAIT_DISPATCH(a.device(), mlstm_join(rows, a.contiguous(), b.contiguous(), z.contiguous()));
+  return out;
+}
+
 bool mlstm_maps_serve(const Tensor& x_c, const MlstmMapsWeights& w) {
   if (w.w_q.size(1) != 4 || w.w_q.size(2) != 4) return false;
   return x_c.device().is_cpu() || w.g.size(0) == 8;

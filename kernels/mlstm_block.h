@@ -7,6 +7,9 @@ namespace kernels {
 
 /// What the block of the mLSTM (Beck et al. 2024, figure 11) does around its cell, in one pass over the positions each.
 ///
+/// Join: the gradient [a + b; z] (.., 2 e) of [x_m; z], whose first half has two readers. a, b, z (.., e) alike.
+Tensor mlstm_join(const Tensor& a, const Tensor& b, const Tensor& z);
+
 /// Maps: with the block-diagonal matrices Wq, Wk, Wv (blocks of 4 x 4) and the gates' matrix G = [Gq, Gk, Gv]
 ///   q = Wq x_c     k = Wk x_c     v = Wv x_m     gates = Gq q + Gk k + Gv v
 /// Backward, with t_q = dq + Gq^T dgates and so on:
@@ -47,6 +50,7 @@ MlstmOutputGrad mlstm_output_backward(const Tensor& dy, const Tensor& h, const T
 // aligned as a whole. Sums in a fixed order, written, or added where asked for.
 struct MlstmMapsAdds { bool q, k, v, g; };
 KRAIT_BACKENDS(
+    void mlstm_join(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& z);
     void mlstm_maps_forward(MlstmMaps& out, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w);
     void mlstm_maps_backward(Tensor& dx_c, Tensor& dx_m, MlstmMapsWeights& dw, MlstmMapsAdds adds,
                              const MlstmMapsUpstream& up, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w);

@@ -119,18 +119,18 @@ Mlstm::Mlstm(const MlstmConfig& c, const LayerContext& context)
 }
 
 Variable Mlstm::mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) {
-  const Vars up = chunk(up_->forward(x), 2, -1);  // x_m, z
+  const MlstmHalves up = mlstm_halves(up_->forward(x));
   const Variable carried = state ? Variable(state->tensors.at("conv")) : Variable();
   const comm::GroupPtr sequence = recurrent ? comm::single_group("sequence") : sequence_;
-  const Variable history = convolution_history(up[0], config_.conv - 1, sequence, info.segments, carried);
-  const ConvOut conv = causal_conv1d(up[0], conv_weight_, conv_bias_, history, true, info.segments);
+  const Variable history = convolution_history(up.x_m, config_.conv - 1, sequence, info.segments, carried);
+  const ConvOut conv = causal_conv1d(up.x_m, conv_weight_, conv_bias_, history, true, info.segments);
   if (state) state->tensors["conv"] = from_last_piece(conv.final_state.data(), sequence);
-  const MlstmMapped in = mlstm_maps(conv.y, up[0], q_, k_, v_, gate_weight_);
+  const MlstmMapped in = mlstm_maps(conv.y, up.x_m_again, q_, k_, v_, gate_weight_);
   // The gates look at all channels: every member's part of every head's, then each head's sum where the head is.
   const Variable partial = reshape(in.gates, {x.size(0), x.size(1), 2, heads_ * tensor_->size()});
   const Variable gates =
       reshape(reduce_scatter_to_group(partial, -1, tensor_), {x.size(0), x.size(1), 2 * heads_}) + gate_bias_;
-  const MlstmHeadOutput output{norm_.variable() + 1.0, skip_, in.x_c, up[1], config_.norm_eps};
+  const MlstmHeadOutput output{norm_.variable() + 1.0, skip_, in.x_c, up.z, config_.norm_eps};
   return down_->forward(cell(in.q, in.k, in.v, gates, info, state, recurrent, output));
 }
 

@@ -1,5 +1,6 @@
 #include "kernels/mlstm_block.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -49,6 +50,22 @@ void add_up(Tensor& total, bool add, const A* partial, int64_t chunks, int64_t s
 }
 
 }  // namespace
+
+void mlstm_join(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& z) {
+  const int64_t e = out.size(1) / 2;
+  visit_float(out.dtype(), [&]<class T>() {
+    using A = accum_t<T>;
+    parallel_for(0, out.size(0), 1 + 8192 / e, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        T* to = out.data<T>() + r * 2 * e;
+        const T *x = a.data<T>() + r * e, *y = b.data<T>() + r * e;
+#pragma omp simd
+        for (int64_t c = 0; c < e; ++c) to[c] = static_cast<T>(static_cast<A>(x[c]) + static_cast<A>(y[c]));
+        std::copy_n(z.data<T>() + r * e, e, to + e);
+      }
+    });
+  });
+}
 
 void mlstm_maps_forward(MlstmMaps& out, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w) {
   const int64_t e = x_c.size(1), gates = w.g.size(0);

@@ -2,6 +2,7 @@
 
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/norm_backward.cuh"
+#include "kernels/cuda/packed.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -247,6 +248,24 @@ Maps<T> maps_of(const MlstmMapsWeights& w) {
   return {{w.w_q.data<T>(), w.w_k.data<T>(), w.w_v.data<T>()}, w.g.data<T>(), static_cast<int>(w.w_q.size(0))};
 }
 
+// V neighbouring elements a thread. Bound by memory: 5 r e sizeof(T) bytes.
+template <class T, int V>
+__global__ void join_kernel(T* out, const T* a, const T* b, const T* z, int64_t pieces, int64_t e) {
+  using A = accum_t<T>;
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= pieces) return;
+  const int64_t at = i * V, to = at + at / e * e;  // rows of e become rows of 2 e
+  A sum[V], more[V];
+  load_values(sum, a + at);
+  load_values(more, b + at);
+#pragma unroll
+  for (int k = 0; k < V; ++k) sum[k] += more[k];
+  store_values(out + to, sum);
+  Packed<T, V> gate;
+  gate.load(z + at);
+  gate.store(out + to + e);
+}
+
 constexpr int kWarps = 4, kFour = 4;  // a warp takes one head of a row; a lane 4 channels of every 128
 
 template <class T, int kSteps>
@@ -401,6 +420,21 @@ void with_steps(int64_t p, F&& f) {
 }
 
 }  // namespace
+
+void mlstm_join(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& z) {
+  const int64_t e = out.size(1) / 2, n = a.numel();
+  visit_float(out.dtype(), [&]<class T>() {
+    const auto with = [&]<int V>() {
+      launch(join_kernel<T, V>, {.grid = ceil_div(n / V, 256), .stream = current_stream(out.device())}, out.data<T>(),
+             a.data<T>(), b.data<T>(), z.data<T>(), n / V, e);
+    };
+    constexpr int kWide = 16 / sizeof(T);
+    if (e % kWide == 0 && aligned16(out.raw_data(), a.raw_data(), b.raw_data(), z.raw_data()))
+      with.template operator()<kWide>();
+    else
+      with.template operator()<1>();
+  });
+}
 
 void mlstm_maps_forward(MlstmMaps& out, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w) {
   const int64_t rows = x_c.size(0), blocks = w.w_q.size(0), warps = ceil_div(blocks, 32);

@@ -94,7 +94,27 @@ const OpCase kOutput{.name = "mlstm_output",
                      .inputs = {Normal{}, Normal{.mean = 3}, Constant{0}},
                      .tolerance = {{DType::f32, 2e-5}, {DType::bf16, 2e-2}}};
 
+// Three results with gradients of their own.
+const OpCase kHalves{.name = "mlstm_halves",
+                     .run =
+                         [](const Vars& in) {
+                           const MlstmHalves h = mlstm_halves(in[0]);
+                           return Vars{h.x_m, h.x_m_again, h.z};
+                         },
+                     .reference =
+                         [](const Vars& in) {
+                           const Vars h = chunk(in[0], 2, -1);
+                           return Vars{h[0], h[0], h[1]};
+                         },
+                     .shapes = {{{1, 2}}, {{2, 3, 10}}, {{5, 48}}, {{3, 70, 16}}, {{0, 4}}}};
+
 }  // namespace
+
+TEST_CASE("halves with two readers of the first: gradients are added") {
+  check_reference(kHalves);
+  check_grad(kHalves);
+}
+TEST_CASE("halves with two readers of the first: cuda equals cpu", "[cuda]") { check_twin(kHalves); }
 
 TEST_CASE("the maps of an mLSTM block match plain loops") { check_reference(kMaps); }
 TEST_CASE("the maps of an mLSTM block pass gradcheck") { check_grad(kMaps); }
