@@ -55,7 +55,7 @@ machines:
     network_gb_s: 1
     network_latency_us: 50
 layer_bandwidth_gb_s: 3030
-layer_ns: {attention: 23, mlp: 23, head: 90, mamba: 88, mamba2: 64, mlstm: 340, slstm: 1200, s4: 150, s4d: 150,
+layer_ns: {attention: 23, mlp: 23, head: 90, mamba: 70, mamba2: 58, mlstm: 141, slstm: 275, s4: 150, s4d: 150,
            linear_attention: 150, gated_cnn: 40, rnn: 900, lstm: 900, gru: 900, kan: 200}
 )";
 
