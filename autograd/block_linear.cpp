@@ -17,7 +17,7 @@ Variable block_linear(const Variable& x, const Variable& w) {
   }
   return record("block_linear", {x, w}, kernels::block_linear_forward(x.data(), w.data()),
                 [x, w, xt = x.data(), wt = w.data()](const Tensor& dy) -> Grads {
-                  const Tensor sum = w.accumulates_in_place() ? w.grad() : Tensor{};
+                  const Tensor sum = w.grad_in_place();
                   auto [dx, dw] = kernels::block_linear_backward(dy, xt, wt, x.requires_grad(), w.requires_grad(), sum);
                   return {dx, sum.defined() ? Tensor{} : dw};
                 });

@@ -12,9 +12,8 @@ ConvOut causal_conv1d(const Variable& x, const Variable& weight, const Variable&
       record("causal_conv1d", {x, weight, bias, initial_state}, {y, final_state},
              [x = x.data(), weight, bias, initial = initial_state.data(), silu,
               segments](const std::vector<Tensor>& d) -> Grads {
-               const auto buffer = [](const Variable& v) { return v.accumulates_in_place() ? v.grad() : Tensor(); };
                auto grad = kernels::causal_conv1d_backward(d[0], d[1], x, weight.data(), bias.data(), initial, silu,
-                                                           segments, buffer(weight), buffer(bias));
+                                                           segments, weight.grad_in_place(), bias.grad_in_place());
                return {grad.dx, grad.dweight, grad.dbias, grad.dinitial};
              });
   return {out[0], out[1]};

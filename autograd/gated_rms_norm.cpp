@@ -15,7 +15,7 @@ Variable gated_rms_norm(const Variable& x, const Variable& z, const Variable& w,
   return record("gated_rms_norm", {x, z, w}, y,
                 [x = x.data(), z = z.data(), w, rstd = rstd, norm_first](const Tensor& dy) -> Grads {
                   auto grad = kernels::gated_rms_norm_backward(dy, x, z, w.data(), rstd, norm_first,
-                                                               w.accumulates_in_place() ? w.grad() : Tensor());
+                                                               w.grad_in_place());
                   return {grad.dx, grad.dz, grad.dw};
                 });
 }

@@ -7,15 +7,13 @@ namespace krait::autograd {
 namespace {
 
 // The gradient buffer of a leaf that has one.
-Tensor buffer_of(const Variable& v) { return v.accumulates_in_place() ? v.grad() : Tensor(); }
-
 }  // namespace
 
 Variable layer_norm(const Variable& x, const Variable& w, const Variable& b, double eps) {
   auto [y, mean, rstd] = kernels::layer_norm_forward(x.data(), w.data(), b.data(), eps);
   return record("layer_norm", {x, w, b}, y, [x = x.data(), w, b, mean = mean, rstd = rstd](const Tensor& dy) -> Grads {
     auto grad =
-        kernels::layer_norm_backward(dy, {}, x, w.data(), b.data(), mean, rstd, buffer_of(w), buffer_of(b));
+        kernels::layer_norm_backward(dy, {}, x, w.data(), b.data(), mean, rstd, w.grad_in_place(), b.grad_in_place());
     return {grad.dx, grad.dw, grad.db};
   });
 }
@@ -26,8 +24,8 @@ AddNorm add_layer_norm(const Variable& x, const Variable& residual, const Variab
       "add_layer_norm", {x, residual, w, b}, {sum, y},
       [sum = sum, w, b, mean = mean, rstd = rstd, dtype = x.dtype()](const std::vector<Tensor>& d) -> Grads {
         if (!d[1].defined()) return {d[0].to(dtype), d[0], {}, {}};
-        auto grad = kernels::layer_norm_backward(d[1], d[0], sum, w.data(), b.data(), mean, rstd, buffer_of(w),
-                                                 buffer_of(b));
+        auto grad = kernels::layer_norm_backward(d[1], d[0], sum, w.data(), b.data(), mean, rstd, w.grad_in_place(),
+                                                 b.grad_in_place());
         return {grad.dx, grad.dresidual, grad.dw, grad.db};
       });
   return {out[0], out[1]};

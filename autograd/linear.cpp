@@ -7,17 +7,15 @@ namespace {
 // A gradient that went straight into the leaf's buffer is reported as undefined.
 Tensor unless_summed(const Tensor& gradient, const Tensor& buffer) { return buffer.defined() ? Tensor{} : gradient; }
 
-Tensor buffer_of(const Variable& v) { return v.accumulates_in_place() ? v.grad() : Tensor{}; }
-
 }  // namespace
 
 Variable linear(const Variable& x, const Variable& w, const Variable& bias, Epilogue epilogue) {
-  const bool tape = recording() && (x.requires_grad() || w.requires_grad() || bias.requires_grad());
+  const bool tape = wants_grad({x, w, bias});
   const auto [y, pre] = kernels::linear_forward(x.data(), w.data(), bias.data(), epilogue, tape);
   const kernels::LinearWants wants{x.requires_grad(), w.requires_grad(), bias.requires_grad()};
   return record("linear", {x, w, bias}, y,
                 [x = x.data(), w, weight = w.data(), bias, pre = pre, epilogue, wants](const Tensor& dy) -> Grads {
-                  const Tensor dw_sum = buffer_of(w), db_sum = buffer_of(bias);
+                  const Tensor dw_sum = w.grad_in_place(), db_sum = bias.grad_in_place();
                   auto [dx, dw, db] =
                       kernels::linear_backward(dy, x, weight, pre, epilogue, wants, dw_sum, db_sum);
                   return {dx, unless_summed(dw, dw_sum), unless_summed(db, db_sum)};
@@ -31,7 +29,7 @@ Variable matmul(const Variable& a, const Variable& b, bool trans_a, bool trans_b
                   // d op(a) = dc op(b)^T and d op(b) = op(a)^T dc, transposed back; broadcast dimensions are summed.
                   const auto gradient = [](const Variable& v, const auto& product) {
                     if (!v.requires_grad()) return Tensor{};
-                    const Tensor sum = buffer_of(v);
+                    const Tensor sum = v.grad_in_place();
                     Tensor g = sum.defined() ? sum : empty_like(v.data());
                     product(g, sum.defined() ? 1.0 : 0.0);
                     return unless_summed(g, sum);

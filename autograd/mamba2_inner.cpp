@@ -13,8 +13,6 @@ namespace {
 
 using kernels::Epilogue;
 
-Tensor buffer_of(const Variable& v) { return v.accumulates_in_place() ? v.grad() : Tensor{}; }
-
 // The parts of zxbcdt and of [x; B; C], as views.
 struct Sizes {
   explicit Sizes(const Mamba2InnerArguments& in)
@@ -58,12 +56,12 @@ Grads differentiate(const Mamba2InnerArguments& in, const ConvFilter& filter, co
     Tensor up = !project ? dout
                          : kernels::linear_backward(dout, y, in.out_weight.data(), {}, Epilogue::none, {true, false, false}).dx;
     auto norm = kernels::gated_rms_norm_backward(up, y, sizes.z(zxbcdt), in.norm_weight.data(), rstd, in.norm_first,
-                                                 buffer_of(in.norm_weight), sizes.z(dzxbcdt), project);
+                                                 in.norm_weight.grad_in_place(), sizes.z(dzxbcdt), project);
     up = {};
     dy = norm.dx;
     dnorm = norm.dw;
     if (project) {
-      const Tensor weight_sum = buffer_of(in.out_weight), bias_sum = buffer_of(in.out_bias);
+      const Tensor weight_sum = in.out_weight.grad_in_place(), bias_sum = in.out_bias.grad_in_place();
       auto out = kernels::linear_backward(dout, norm.y, in.out_weight.data(), {}, Epilogue::none,
                                           {false, in.out_weight.requires_grad(), in.out_bias.requires_grad()}, weight_sum,
                                           bias_sum);
@@ -92,7 +90,7 @@ Grads differentiate(const Mamba2InnerArguments& in, const ConvFilter& filter, co
                                                     in.A_log.data(), in.dt_low, in.dt_high, sizes.dt(dzxbcdt));
   const auto conv = kernels::causal_conv1d_backward(
       dxbc, dconv_state, sizes.xbc(zxbcdt), filter.weight, filter.bias, in.conv_state.data(), true, in.options.segments,
-      buffer_of(in.conv_weight), buffer_of(in.conv_bias), sizes.xbc(dzxbcdt));
+      in.conv_weight.grad_in_place(), in.conv_bias.grad_in_place(), sizes.xbc(dzxbcdt));
   return {dzxbcdt,
           in_dtype_of(in.conv_weight, conv.dweight),
           in_dtype_of(in.conv_bias, conv.dbias),

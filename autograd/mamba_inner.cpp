@@ -1,7 +1,5 @@
 #include "autograd/mamba_inner.h"
 
-#include <algorithm>
-
 #include "autograd/conv_filter.h"
 #include "kernels/causal_conv1d.h"
 #include "kernels/elementwise.h"
@@ -19,12 +17,10 @@ Tensor linear_of(const Tensor& x, const Tensor& w) {
   return kernels::linear_forward(x, w, {}, Epilogue::none, false).y;
 }
 
-Tensor buffer_of(const Variable& v) { return v.accumulates_in_place() ? v.grad() : Tensor{}; }
-
 // Gradient of w in y = x w^T; undefined when it went into w's buffer.
 Tensor weight_gradient(const Tensor& dy, const Tensor& x, const Variable& w) {
   if (!w.requires_grad()) return {};
-  const Tensor buffer = buffer_of(w);
+  const Tensor buffer = w.grad_in_place();
   Tensor dw = buffer.defined() ? buffer : empty_like(w.data());
   kernels::matmul_out(dw, dy.flatten_leading(), x.flatten_leading(), true, false, 1.0, buffer.defined() ? 1.0 : 0.0);
   return buffer.defined() ? Tensor{} : dw;
@@ -125,7 +121,7 @@ Grads differentiate(const MambaInnerArguments& in, const ConvFilter& filter, con
   again = {};
   const auto conv = kernels::causal_conv1d_backward(scan.dx, dconv_state, sizes.x(in.xz.data()), filter.weight,
                                                     filter.bias, in.conv_state.data(), true, in.segments,
-                                                    buffer_of(in.conv_weight), buffer_of(in.conv_bias), sizes.x(dxz));
+                                                    in.conv_weight.grad_in_place(), in.conv_bias.grad_in_place(), sizes.x(dxz));
   return {dxz,
           in_dtype_of(in.conv_weight, conv.dweight),
           in_dtype_of(in.conv_bias, conv.dbias),
@@ -144,8 +140,7 @@ Grads differentiate(const MambaInnerArguments& in, const ConvFilter& filter, con
 MambaInnerOut mamba_inner(const MambaInnerArguments& in) {
   const Vars inputs{in.xz, in.conv_weight, in.conv_bias, in.x_proj,     in.dt_proj,  in.dt_bias,
                     in.A,  in.D,           in.out_proj,  in.conv_state, in.ssm_state};
-  const bool tape =
-      recording() && std::any_of(inputs.begin(), inputs.end(), [](const Variable& v) { return v.requires_grad(); });
+  const bool tape = wants_grad(inputs);
   const ConvFilter filter(in.conv_weight, in.conv_bias, in.xz.dtype());
   auto [x, conv_state] = convolve(in, filter);
   const Tensor dbc = linear_of(x, in.x_proj.data());

@@ -31,25 +31,16 @@ struct Upstream {
   kernels::MlstmOutputGrad output;
 };
 
-Tensor buffer_of(const Variable& v) { return v.accumulates_in_place() ? v.grad() : Tensor(); }
-
 Upstream through_output(const std::vector<Tensor>& d, const MlstmHeadOutput& output, const kernels::MlstmOut& out,
                         const kernels::MlstmOutput& normed) {
   Upstream up{{d[0], d[1], d[2], {}}, {}};
   if (!output.w.defined() || !d[0].defined()) return up;
   up.output = kernels::mlstm_output_backward(d[0], out.h, output.w.data(), output.skip.data(), output.x_c.data(),
-                                             output.z.data(), normed.mean, normed.rstd, output.eps, buffer_of(output.w),
-                                             buffer_of(output.skip));
+                                             output.z.data(), normed.mean, normed.rstd, output.eps, output.w.grad_in_place(),
+                                             output.skip.grad_in_place());
   up.cell.dh = up.output.dh;
   up.cell.dots = up.output.dots;
   return up;
-}
-
-bool recorded(const Vars& inputs) {
-  if (!recording()) return false;
-  for (const Variable& v : inputs)
-    if (v.requires_grad()) return true;
-  return false;
 }
 
 }  // namespace
@@ -67,7 +58,7 @@ MlstmResult mlstm(const Variable& q, const Variable& k, const Variable& v, const
   Vars inputs{q, k, v, i, f, initial.c, initial.n};
   if (output.w.defined()) inputs.insert(inputs.end(), {output.w, output.skip, output.x_c, output.z});
   MlstmOptions options = wanted;
-  options.keep_states = recorded(inputs);
+  options.keep_states = wants_grad(inputs);
   Piece piece{{q.data(), k.data(), v.data(), i.data(), f.data(), {initial.c.data(), initial.n.data(), initial.m}, segments},
               {}, {}};
   if (pieces.several()) piece = enter(piece.in, options, pieces);

@@ -10,12 +10,6 @@
 
 namespace krait::autograd {
 
-namespace {
-
-Tensor buffer_of(const Variable& v) { return v.accumulates_in_place() ? v.grad() : Tensor(); }
-
-}  // namespace
-
 MlstmHalves mlstm_halves(const Variable& up) {
   KRAIT_CHECK(up.ndim() >= 1 && up.size(-1) % 2 == 0, "mlstm_halves: {} has no halves", up.shape());
   const int64_t e = up.size(-1) / 2, last = up.ndim() - 1;
@@ -40,7 +34,7 @@ MlstmMapped mlstm_maps(const Variable& x_c, const Variable& x_m, const Variable&
                         [w_q, w_k, w_v, gates, w, c = x_c.data(), m = x_m.data()](const std::vector<Tensor>& d) -> Grads {
                           auto g = kernels::mlstm_maps_backward(
                               {d[0], d[1], d[2], d[3], d[4]}, c, m, w,
-                              {buffer_of(w_q), buffer_of(w_k), buffer_of(w_v), buffer_of(gates)});
+                              {w_q.grad_in_place(), w_k.grad_in_place(), w_v.grad_in_place(), gates.grad_in_place()});
                           return {g.dx_c, g.dx_m, g.dw.w_q, g.dw.w_k, g.dw.w_v, g.dw.g};
                         });
   return {y[0], y[1], y[2], y[3], y[4]};
@@ -54,7 +48,7 @@ Variable mlstm_output(const Variable& h, const Variable& w, const Variable& skip
   return record("mlstm_output", {h, w, skip, x_c, z}, out.y,
                 [w, skip, out, eps, h = h.data(), c = x_c.data(), z = z.data()](const Tensor& dy) -> Grads {
                   auto g = kernels::mlstm_output_backward(dy, h, w.data(), skip.data(), c, z, out.mean, out.rstd, eps,
-                                                          buffer_of(w), buffer_of(skip));
+                                                          w.grad_in_place(), skip.grad_in_place());
                   return {g.dh.to(h.dtype()), g.dw, g.dskip, g.dx_c, g.dz};
                 });
 }

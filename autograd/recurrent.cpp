@@ -18,8 +18,7 @@ RecurrentOut recurrent(kernels::RecurrentCell cell, const Variable& x, const Var
   const Variable pre = reshape(linear(x, w_ih, b_ih), {x.size(0), x.size(1), gates, 1, p});
   const Shape w_shape{1, gates, p, p}, b_shape{gates, 1, p};
   const Tensor weight = w_hh.data().contiguous().view(w_shape);
-  const bool save = recording() && (pre.requires_grad() || w_hh.requires_grad() || b_hh.requires_grad() ||
-                                    state.requires_grad());
+  const bool save = wants_grad({pre, w_hh, b_hh, state});
   const auto out = kernels::recurrent_forward(cell, pre.data(), weight, b_hh.data().reshape(b_shape), state.data(),
                                               segments, save);
   const Vars y = record(name, {pre, w_hh, b_hh, state}, {out.y, out.state},

@@ -7,7 +7,7 @@ namespace krait::autograd {
 Variable rms_norm(const Variable& x, const Variable& w, double eps) {
   auto [y, rstd] = kernels::rms_norm_forward(x.data(), w.data(), eps);
   return record("rms_norm", {x, w}, y, [x = x.data(), w, rstd = rstd](const Tensor& dy) -> Grads {
-    auto grad = kernels::rms_norm_backward(dy, {}, x, w.data(), rstd, w.accumulates_in_place() ? w.grad() : Tensor());
+    auto grad = kernels::rms_norm_backward(dy, {}, x, w.data(), rstd, w.grad_in_place());
     return {grad.dx, grad.dw};
   });
 }
@@ -18,7 +18,7 @@ AddNorm add_rms_norm(const Variable& x, const Variable& residual, const Variable
                           [sum = sum, w, rstd = rstd, dtype = x.dtype()](const std::vector<Tensor>& d) -> Grads {
                             if (!d[1].defined()) return {d[0].to(dtype), d[0], {}};
                             auto grad = kernels::rms_norm_backward(d[1], d[0], sum, w.data(), rstd,
-                                                                   w.accumulates_in_place() ? w.grad() : Tensor());
+                                                                   w.grad_in_place());
                             return {grad.dx, grad.dresidual, grad.dw};
                           });
   return {out[0], out[1]};

@@ -1,7 +1,5 @@
 #include "autograd/selective_scan.h"
 
-#include <algorithm>
-
 #include "kernels/selective_scan.h"
 
 namespace krait::autograd {
@@ -20,8 +18,7 @@ ScanOut selective_scan(const SelectiveScanArguments& in) {
   values.segments = in.segments;
   values.softplus = in.softplus;
   const Vars inputs{in.x, in.dt, in.A, in.B, in.C, in.D, in.z, in.dt_bias, in.h0};
-  const bool differentiable =
-      recording() && std::any_of(inputs.begin(), inputs.end(), [](const Variable& v) { return v.requires_grad(); });
+  const bool differentiable = wants_grad(inputs);
   auto [y, final_state, states] = kernels::selective_scan_forward(values, differentiable);
   const Vars out = record("selective_scan", inputs, {y, final_state},
                           [values, states = states](const std::vector<Tensor>& d) -> Grads {

@@ -6,28 +6,15 @@
 
 namespace krait::autograd {
 
-namespace {
-
-Tensor buffer_of(const Variable& v) { return v.accumulates_in_place() ? v.grad() : Tensor(); }
-
-bool wanted(const Vars& inputs) {
-  if (!recording()) return false;
-  for (const Variable& v : inputs)
-    if (v.requires_grad()) return true;
-  return false;
-}
-
-}  // namespace
-
 RecurrentOut slstm(const Variable& wx, const Variable& R, const Variable& bias, const Variable& state,
                    const Tensor& segments, SlstmForget forget) {
   const auto out = kernels::slstm_forward(wx.data(), R.data(), bias.data(), state.data(), segments, forget,
-                                          wanted({wx, R, bias, state}));
+                                          wants_grad({wx, R, bias, state}));
   const Vars y = record("slstm", {wx, R, bias, state}, {out.y, out.state},
                         [out, R, weight = R.data(), bias, segments,
                          want = state.requires_grad()](const std::vector<Tensor>& d) -> Grads {
                           auto g = kernels::slstm_backward(d[0], d[1], weight, out, segments, want,
-                                                           buffer_of(R), buffer_of(bias));
+                                                           R.grad_in_place(), bias.grad_in_place());
                           return {g.dx, g.dw, g.dbias.defined() ? g.dbias.to(bias.dtype()) : g.dbias, g.dstate};
                         });
   return {y[0], y[1]};
@@ -70,7 +57,7 @@ Variable slstm_gates(const Variable& x_if, const Variable& x_zo, const Variable&
       Tensor to = by_head(dx, h);
       kernels::matmul_out(to, dg, w[g].data(), false, false, 1.0, g % 2 == 1 ? 1.0 : 0.0);
       if (!w[g].requires_grad()) continue;
-      const Tensor sum = buffer_of(w[g]);
+      const Tensor sum = w[g].grad_in_place();
       Tensor dw = sum.defined() ? sum : empty_like(w[g].data());
       kernels::matmul_out(dw, dg, by_head(x[g / 2], h), true, false, 1.0, sum.defined() ? 1.0 : 0.0);
       if (!sum.defined()) grads[2 + g] = dw;

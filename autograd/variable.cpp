@@ -100,17 +100,12 @@ Variable make_output(Tensor data, std::shared_ptr<Variable::Node> node, size_t i
 NoGrad::NoGrad() : previous_(tl_recording) { tl_recording = false; }
 NoGrad::~NoGrad() { tl_recording = previous_; }
 bool recording() { return tl_recording; }
-
-namespace {
-
 bool wants_grad(const Vars& inputs) {
   if (!tl_recording) return false;
   for (const Variable& v : inputs)
     if (v.requires_grad()) return true;
   return false;
 }
-
-}  // namespace
 
 Vars record(std::string_view name, const Vars& inputs, const std::vector<Tensor>& outputs, BackwardMany backward) {
   Vars result;

@@ -46,6 +46,8 @@ class Variable {
   /// True when this is a leaf whose gradient buffer is set: a backward function may then add its part to grad()
   /// itself (a matrix product with beta = 1, a scatter) and return an undefined tensor for this input.
   bool accumulates_in_place() const;
+  /// grad() where accumulates_in_place(), else undefined.
+  Tensor grad_in_place() const { return accumulates_in_place() ? grad() : Tensor(); }
   /// Called after a leaf's gradient received its last contribution of a backward pass (reduction overlap).
   void on_grad_ready(std::function<void()> hook);
 
@@ -92,6 +94,8 @@ class NoGrad {
   bool previous_;
 };
 bool recording();
+/// Whether a function of these inputs goes on the tape, so that what its backward needs is worth keeping.
+bool wants_grad(const Vars& inputs);
 
 /// Activation checkpointing (Chen et al. 2016): runs f without recording and again, recorded, in backward.
 /// f must depend on its inputs and parameters alone; random numbers repeat because they are counter-based.
