@@ -11,11 +11,10 @@ namespace krait::kernels::cuda {
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 /// 16 bytes from global to shared memory; zeros when not `valid` (nothing is read then).
-__device__ inline void copy_async(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
+__device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
+__device__ inline void copy_async(void* to, const void* from, bool valid) { copy_async(shared_address(to), from, valid); }
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 /// Waits until at most N of the committed groups are still under way.
 template <int N>
@@ -23,6 +22,8 @@ __device__ inline void copy_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
 }
 
+/// Four matrices (8, 8) of 16-byte rows; lane i gives the address of row i % 8 of matrix i / 8. Lane 4 g + t receives of
+/// each the two values from column 2 t of row g; transposed: from row 2 t on of column g.
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -36,6 +37,7 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* p)
                : "memory");
 }
 
+/// c (16, 8) += a (16, 16) b (16, 8).
 __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

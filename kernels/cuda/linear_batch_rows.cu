@@ -1,8 +1,9 @@
 #include "kernels/cuda/linear_rows.h"
 
+#include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
-#include "kernels/epilogue.h"
 
 namespace krait::kernels::cuda {
 
@@ -11,26 +12,6 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kColumns = 16;  // of y that a block makes
 constexpr int kPiece = 32;    // values of k that a warp takes at a time: 8 a lane, for two products
-
-struct Functions {
-  static __device__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
-  static __device__ float erf(float x) { return erff(x); }
-  static __device__ float exp(float x) { return __expf(x); }
-};
-
-__device__ float activate_as(Epilogue e, float x) {
-  if (e == Epilogue::gelu_tanh) return activate<Functions, Epilogue::gelu_tanh>(x);
-  if (e == Epilogue::gelu_erf) return activate<Functions, Epilogue::gelu_erf>(x);
-  return e == Epilogue::relu ? activate<Functions, Epilogue::relu>(x) : x;
-}
-
-// c (16 x 8) += a (16 x 16) b (16 x 8)
-__device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 __device__ __forceinline__ uint4 read_or_zero(const bf16* p, bool inside) {
   return inside ? *reinterpret_cast<const uint4*>(p) : uint4{0, 0, 0, 0};
@@ -63,8 +44,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int q = 0; q < kTiles; ++q) v[q] = read_or_zero(x_row + 8 * q * ldx + at, first_row + 8 * q + g < rows);
 #pragma unroll
     for (int q = 0; q < kTiles; ++q) {
-      multiply(sum[q], a.x, b.x, a.y, b.y, v[q].x, v[q].y);
-      multiply(sum[q], a.z, b.z, a.w, b.w, v[q].z, v[q].w);
+      mma(sum[q], {a.x, b.x, a.y, b.y}, v[q].x, v[q].y);
+      mma(sum[q], {a.z, b.z, a.w, b.w}, v[q].z, v[q].w);
     }
   }
 #pragma unroll

@@ -1,9 +1,9 @@
 #include "kernels/cuda/linear_rows.h"
 
+#include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
 #include "kernels/cuda/step_queue.h"
-#include "kernels/epilogue.h"
 
 namespace krait::kernels::cuda {
 
@@ -11,18 +11,6 @@ namespace {
 
 constexpr int kWarps = 4, kColumns = 2;  // columns of y a warp makes
 constexpr int kAhead = 4;                // 16-byte pieces of a column's weights in flight at a time
-
-struct Functions {
-  static __device__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
-  static __device__ float erf(float x) { return erff(x); }
-  static __device__ float exp(float x) { return __expf(x); }
-};
-
-__device__ float activate_as(Epilogue e, float x) {
-  if (e == Epilogue::gelu_tanh) return activate<Functions, Epilogue::gelu_tanh>(x);
-  if (e == Epilogue::gelu_erf) return activate<Functions, Epilogue::gelu_erf>(x);
-  return e == Epilogue::relu ? activate<Functions, Epilogue::relu>(x) : x;
-}
 
 // One warp: kColumns columns of y for all rows. Lanes take 16-byte pieces of k in turn.
 template <class T, int kRows>

@@ -20,11 +20,6 @@ __device__ inline int place(int row, int column) {
   return row * D + (column / 8 ^ (row & 7)) * 8;
 }
 
-/// 16 bytes; zeros when not `valid` (nothing is read then).
-__device__ inline void copy_async_to(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-
 /// Rows [0, N) and columns [0, D) from `from` on into shared memory; zeros for rows from `rows` and columns from
 /// `columns` (a multiple of 8) on.
 template <int N, int D>
@@ -39,14 +34,14 @@ __device__ inline void load_part(bf16* to, const bf16* from, int64_t row, int ro
     const int valid = c < columns ? rows - r : 0;
 #pragma unroll
     for (int i = 0; i < N / kStep; ++i) {
-      copy_async_to(target + i * kStep * D * 2, source, i * kStep < valid);
+      copy_async(target + i * kStep * D * 2, source, i * kStep < valid);
       source += kStep * row;
     }
   } else {
 #pragma unroll 2
     for (int i = 0; i < N * kPieces / kThreads; ++i) {
       const int at = i * kThreads + static_cast<int>(threadIdx.x), r = at / kPieces, c = at % kPieces * 8;
-      copy_async_to(shared_address(to + place<D>(r, c)), from + r * row + c, r < rows && c < columns);
+      copy_async(to + place<D>(r, c), from + r * row + c, r < rows && c < columns);
     }
   }
 }

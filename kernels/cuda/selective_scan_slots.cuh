@@ -7,31 +7,6 @@ namespace krait::kernels::cuda {
 
 inline constexpr int kSumRow = 36;  // a position's dB and dC, padded
 
-// Four matrices (8, 8) of 16-byte rows; lane i gives the address of row i % 8 of matrix i / 8. Lane 4 g + t receives of
-// each the two values from column 2 t of row g; transposed: from row 2 t on of column g.
-template <bool kTransposed>
-__device__ __forceinline__ void load_slot_matrices(uint32_t (&to)[4], const void* row) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  if constexpr (kTransposed)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address)
-                 : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// c (16, 8) += a (16, 16) b (16, 8), bf16.
-__device__ __forceinline__ void multiply_slot(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // Sums over a warp's channels of one quantity (dB or dC), as products on the tensor cores: for each position the states
 // (channels, 16) of a slot times a factor of each channel. The products hold the factors of eight positions as columns;
 // of each product one column counts.
@@ -41,18 +16,18 @@ struct ChannelSums {
 
   // rows: this warp's factors (kWalkKept, 32); half: positions 0 to 7 or 8 to 15 of the chunk.
   __device__ __forceinline__ void load_factors(const char* rows, int half, uint32_t flip, int lane) {
-    load_slot_matrices<false>(factors, rows + ((half * 512 + lane % 8 * 64) ^ flip) + lane / 8 * 16);
+    load_matrices(factors, rows + ((half * 512 + lane % 8 * 64) ^ flip) + lane / 8 * 16);
   }
   // kOdd: the position's last bit; mine: whether this lane has the position's column.
   template <bool kOdd>
   __device__ __forceinline__ void add(const char* slot, int lane, bool mine) {
     const char* row = slot + lane / 8 % 2 * 512 + (lane / 16 * 8 + lane % 8) * 16;
     uint32_t states[2][4];
-    load_slot_matrices<true>(states[0], row);
-    load_slot_matrices<true>(states[1], row + 256);
+    load_matrices_transposed(states[0], row);
+    load_matrices_transposed(states[1], row + 256);
     float sums[4] = {};
-    multiply_slot(sums, states[0], factors[0], factors[1]);
-    multiply_slot(sums, states[1], factors[2], factors[3]);
+    mma(sums, states[0], factors[0], factors[1]);
+    mma(sums, states[1], factors[2], factors[3]);
     now[kOdd] = mine ? sums[kOdd] : now[kOdd];
     now[2 + kOdd] = mine ? sums[2 + kOdd] : now[2 + kOdd];
   }
@@ -75,9 +50,9 @@ struct ChannelSums {
 // The states of one channel, packed.
 struct StatePair {
   uint4 low, high;
-  __device__ __forceinline__ static StatePair pack(const float (&h)[kWalkStates]) {
-    return {{pack_pair(h[0], h[1]), pack_pair(h[2], h[3]), pack_pair(h[4], h[5]), pack_pair(h[6], h[7])},
-            {pack_pair(h[8], h[9]), pack_pair(h[10], h[11]), pack_pair(h[12], h[13]), pack_pair(h[14], h[15])}};
+  __device__ __forceinline__ static StatePair of(const float (&h)[kWalkStates]) {
+    return {{pack(h[0], h[1]), pack(h[2], h[3]), pack(h[4], h[5]), pack(h[6], h[7])},
+            {pack(h[8], h[9]), pack(h[10], h[11]), pack(h[12], h[13]), pack(h[14], h[15])}};
   }
   __device__ __forceinline__ void store(char* slot, int lane) const {
     uint4* to = reinterpret_cast<uint4*>(slot) + lane;

@@ -39,10 +39,10 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
     const uint32_t t = static_cast<uint32_t>(from + lane / 4);
     const bool valid = copied < e && from + lane / 4 < t1;
     bf16* to = stage[buffer][warp][0][lane / 4] + lane % 4 * 8;
-    walk_copy(to, at_place(in.x + begin, t * e + copied), valid);
-    walk_copy(to + kCopied * 32, at_place(in.dt + begin, t * e + copied), valid);
-    if (gated) walk_copy(to + 2 * kCopied * 32, at_place(in.z + at.row * in.z_batch, t * z_row + copied), valid);
-    walk_commit();
+    copy_async(to, at_place(in.x + begin, t * e + copied), valid);
+    copy_async(to + kCopied * 32, at_place(in.dt + begin, t * e + copied), valid);
+    if (gated) copy_async(to + 2 * kCopied * 32, at_place(in.z + at.row * in.z_batch, t * z_row + copied), valid);
+    copy_commit();
   };
 
   float a[kWalkStates], h[kWalkStates];
@@ -72,13 +72,13 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
         const int64_t chunks = (in.l + kWalkKept - 1) / kWalkKept;
         uint4* to = out.states + (at.row * chunks + t / kWalkKept) * 2 * in.e + channel;
         const auto four = [&](int i) {
-          return uint4{pack_pair(h[i], h[i + 1]), pack_pair(h[i + 2], h[i + 3]), pack_pair(h[i + 4], h[i + 5]),
-                       pack_pair(h[i + 6], h[i + 7])};
+          return uint4{pack(h[i], h[i + 1]), pack(h[i + 2], h[i + 3]), pack(h[i + 4], h[i + 5]),
+                       pack(h[i + 6], h[i + 7])};
         };
         to[0] = four(0);
         to[in.e] = four(8);
       }
-      walk_wait<1>();
+      copy_wait<1>();
       __syncwarp();
       const bf16* mine = stage[buffer][warp][0][0] + lane;
 #pragma unroll 1
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
       __syncwarp();
     }
   }
-  walk_wait<0>();
+  copy_wait<0>();
 
   if (!at.active) return;
 #pragma unroll

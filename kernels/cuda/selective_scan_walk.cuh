@@ -1,6 +1,7 @@
 #pragma once
 #include <algorithm>
 
+#include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/selective_scan.cuh"
 
 // The selective scan in bf16 with 16 states: a thread owns a channel with all its states in registers and walks along a
@@ -63,30 +64,12 @@ __device__ __forceinline__ uint4 fetch_state_rows(const ScanView<bf16>& in, int6
 __device__ __forceinline__ float low_half(uint32_t v) { return __uint_as_float(v << 16); }
 __device__ __forceinline__ float high_half(uint32_t v) { return __uint_as_float(v & 0xFFFF0000u); }
 
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&v);
-}
-
 // base + place, in one instruction.
 template <class T>
 __device__ __forceinline__ T* at_place(T* base, uint32_t place) {
   T* p;
   asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(p) : "r"(place), "n"(sizeof(T)), "l"(base));
   return p;
-}
-
-// 16 bytes from global to shared memory in the background; zeros where not `valid`.
-__device__ __forceinline__ void walk_copy(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(valid ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void walk_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kLater>
-__device__ __forceinline__ void walk_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
 }
 
 __device__ __forceinline__ float staged(const bf16* p) {

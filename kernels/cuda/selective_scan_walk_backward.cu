@@ -149,9 +149,9 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
     const uint32_t t = static_cast<uint32_t>(chunk_first + tile * kTile) + copied_row;
     const bool valid = copied < e && static_cast<int>(t) < t1;
     char* to = copy_to + ((tile * 256 + copied_row * 64) ^ flip);
-    walk_copy(to, at_place(copy_first, t * e + copied), valid);
-    walk_copy(to + 2 * kSlotBytes, at_place(copy_second, t * second_row + copied), valid);
-    walk_commit();
+    copy_async(to, at_place(copy_first, t * e + copied), valid);
+    copy_async(to + 2 * kSlotBytes, at_place(copy_second, t * second_row + copied), valid);
+    copy_commit();
   };
   char* mine = stage + lane * 2;  // x; dt, dy and z each kSlotBytes on
   const auto value_at = [&](uint32_t place, int tensor) {
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
       for (int tile = 0; tile < kTiles; ++tile) {
         const int from = first + tile * kTile;
         const uint32_t tile_place = (tile * 256) ^ flip;
-        walk_wait<3>();
+        copy_wait<3>();
         __syncwarp();
         float delta[kTile], dx[kTile], skip[kTile], silu[kTile], of_u[kTile], g[kTile];
 #pragma unroll
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
           if (gated) store_if(real, at_place(dz_out, t * dz_row + channel), of_u[s] * pre);
           store_if(real && out.y != nullptr, at_place(y_out, t * e + channel), silu[s] * pre);
 
-          const StatePair packed = StatePair::pack(h);
+          const StatePair packed = StatePair::of(h);
           char* slot = s >= 2 && tile == kTiles - 1 ? spare : slots + (tile * kTile + s) * kSlotBytes;
           if (s == 3) __syncwarp();  // the spare slot's last reader
           packed.store(slot, lane);
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
         advance.template operator()<2>();
         advance.template operator()<3>();
         dc.turn(tile == 1);
-        walk_commit();  // an empty group, so that the next tile's is always the fourth last
+        copy_commit();  // an empty group, so that the next tile's is always the fourth last
       }
     }
 
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
             da[i] = fmaf(of_exponent, delta[s], da[i]);
           }
         }
-        StatePair::pack(lambda).store(slot, lane);
+        StatePair::of(lambda).store(slot, lane);
         __syncwarp();
         db.template add<s % 2 == 1>(slot, lane, lane % 4 == tile % 2 * 2 + s / 2);
 
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kWalkThreads, 3)
     }
     flip ^= 15 * 64;
   }
-  walk_wait<0>();
+  copy_wait<0>();
 
   if (!at.active) return;
   const int64_t place = at.row * spans + at.span;

@@ -1,25 +1,13 @@
 #include "core/cuda/launch.cuh"
+#include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/step_inputs.cuh"
 #include "kernels/cuda/step_mixers.cuh"
-#include "kernels/epilogue.h"
 
 namespace krait::kernels::cuda {
 
 namespace step {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-
-struct Functions {
-  static __device__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
-  static __device__ float erf(float x) { return erff(x); }
-  static __device__ float exp(float x) { return __expf(x); }
-};
-
-__device__ __forceinline__ float activate_as(Epilogue e, float x) {
-  if (e == Epilogue::gelu_tanh) return activate<Functions, Epilogue::gelu_tanh>(x);
-  if (e == Epilogue::gelu_erf) return activate<Functions, Epilogue::gelu_erf>(x);
-  return e == Epilogue::relu ? activate<Functions, Epilogue::relu>(x) : x;
-}
 
 /// Columns of y whose weights fill a stage: as many for every warp, where a stage has so many.
 __device__ __forceinline__ int columns_of_stage(const LinearStep& l) {
