@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "core/parallel.h"
+#include "kernels/cpu/chunk_sums.h"
 
 namespace krait::kernels::cpu {
 
@@ -84,15 +85,7 @@ void block_linear_backward(Tensor& dx, Tensor& dw, bool add_dw, const Tensor& dy
                               dy.data<T>() + r * dy.stride(0), x.data<T>() + r * x.stride(0), w.data<T>(), s);
       });
     });
-    if (!dw.defined()) return;
-    A* total = dw.data<A>();
-    parallel_for(0, n, 4096, [&](int64_t first, int64_t last) {
-      for (int64_t j = first; j < last; ++j) {
-        A sum = add_dw ? total[j] : A(0);
-        for (int64_t q = 0; q < chunks; ++q) sum += sums[q * n + j];
-        total[j] = sum;
-      }
-    });
+    if (dw.defined()) add_in_order(dw, add_dw, sums, chunks, n);
   });
 }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/parallel.h"
+#include "kernels/cpu/chunk_sums.h"
 #include "kernels/cpu/vector_math.h"
 
 namespace krait::kernels::cpu {
@@ -34,19 +35,6 @@ void map_row_backward(A* __restrict dx, A* __restrict dw, const A* __restrict t,
         dx[n + i] += static_cast<A>(w[(n + o) * 4 + i]) * t[n + o];
         dw[(n + o) * 4 + i] += t[n + o] * static_cast<A>(x[n + i]);
       }
-}
-
-// The chunks' sums in order; into (or onto) the total.
-template <class A>
-void add_up(Tensor& total, bool add, const A* partial, int64_t chunks, int64_t stride) {
-  A* to = total.data<A>();
-  parallel_for(0, total.numel(), 4096, [&](int64_t first, int64_t last) {
-    for (int64_t j = first; j < last; ++j) {
-      A sum = add ? to[j] : A(0);
-      for (int64_t q = 0; q < chunks; ++q) sum += partial[q * stride + j];
-      to[j] = sum;
-    }
-  });
 }
 
 }  // namespace
@@ -140,10 +128,10 @@ void mlstm_maps_backward(Tensor& dx_c, Tensor& dx_m, MlstmMapsWeights& dw, Mlstm
       }
     });
     const A* sums = partial.data<A>();
-    add_up(dw.w_q, adds.q, sums, chunks, size);
-    add_up(dw.w_k, adds.k, sums + 4 * e, chunks, size);
-    add_up(dw.w_v, adds.v, sums + 8 * e, chunks, size);
-    add_up(dw.g, adds.g, sums + 12 * e, chunks, size);
+    add_in_order(dw.w_q, adds.q, sums, chunks, size);
+    add_in_order(dw.w_k, adds.k, sums + 4 * e, chunks, size);
+    add_in_order(dw.w_v, adds.v, sums + 8 * e, chunks, size);
+    add_in_order(dw.g, adds.g, sums + 12 * e, chunks, size);
   });
 }
 
@@ -219,8 +207,8 @@ void mlstm_output_backward(MlstmOutputGrad& grad, bool add_dw, bool add_dskip, c
         for (int64_t j = 0; j < p; ++j) dh[j] = scale * (g[j] - mean_g - (v[j] - mu) * scale * mean_gx);
       }
     });
-    add_up(grad.dw, add_dw, partial.data<A>(), chunks, 2 * e);
-    add_up(grad.dskip, add_dskip, partial.data<A>() + e, chunks, 2 * e);
+    add_in_order(grad.dw, add_dw, partial.data<A>(), chunks, 2 * e);
+    add_in_order(grad.dskip, add_dskip, partial.data<A>() + e, chunks, 2 * e);
   });
 }
 

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "core/cuda/launch.cuh"
+#include "kernels/cuda/aligned.h"
 
 namespace krait::kernels::cuda {
 
@@ -323,8 +324,6 @@ __global__ void scale_kernel(T* t, const accum_t<T>* factor, bool must_be_one, i
     t[i] = static_cast<T>(static_cast<A>(t[i]) * f);
 }
 
-bool aligned(const Tensor& t) { return !t.defined() || reinterpret_cast<uintptr_t>(t.raw_data()) % 16 == 0; }
-
 // Dtypes, vector width and the cap's presence as compile-time values: 16-byte accesses when every row begins on such
 // a boundary.
 template <class F>
@@ -332,7 +331,7 @@ void visit(const Tensor& logits, const Tensor& dlogits, const Tensor& targets, d
   visit_float(logits.dtype(), [&]<class T>() {
     visit_index(targets.dtype(), [&]<class I>() {
       constexpr int kWidth = 16 / sizeof(T);
-      const bool wide = logits.size(1) % kWidth == 0 && aligned(logits) && aligned(dlogits);
+      const bool wide = logits.size(1) % kWidth == 0 && aligned(logits, dlogits);
       if (cap > 0)
         wide ? f.template operator()<T, I, kWidth, true>() : f.template operator()<T, I, 1, true>();
       else

@@ -2,6 +2,7 @@
 #include "kernels/linear.h"
 
 #include "core/cuda/launch.cuh"
+#include "kernels/cuda/aligned.h"
 #include "kernels/cuda/blas.h"
 #include "kernels/epilogue.h"
 
@@ -112,8 +113,6 @@ __global__ void __launch_bounds__(32 * kWarps)
   db[c] = static_cast<D>(total);
 }
 
-bool aligned(const Tensor& t) { return !t.defined() || reinterpret_cast<uintptr_t>(t.raw_data()) % 16 == 0; }
-
 // Calls f with the vector width that n and the addresses allow.
 template <class T, class F>
 void visit_width(bool wide, F&& f) {
@@ -147,7 +146,7 @@ template <Epilogue e>
 void finish(Tensor& y, Tensor& pre, const Tensor& bias) {
   const int64_t n = y.size(1);
   visit_float(y.dtype(), [&]<class T>() {
-    visit_width<T>(n % (16 / sizeof(T)) == 0 && aligned(y) && aligned(pre), [&]<int V>() {
+    visit_width<T>(n % (16 / sizeof(T)) == 0 && aligned(y, pre), [&]<int V>() {
       const int64_t count = y.numel() / V;
       launch(finish_kernel<T, e, V>,
              {.grid = std::min<int64_t>(ceil_div(count, 256), 132 * 16), .stream = current_stream(y.device())},
@@ -174,7 +173,7 @@ void linear_gradient(Tensor& g, Tensor& db, const Tensor& dy, const Tensor& pre,
     using A = accum_t<T>;
     const Tensor partial = db.defined() ? empty({chunks, n}, dtype_of<A>, dy.device()) : Tensor{};
     A* sums = db.defined() ? partial.data<A>() : nullptr;
-    const bool wide = n % (16 / sizeof(T)) == 0 && aligned(dy) && aligned(pre) && aligned(g);
+    const bool wide = n % (16 / sizeof(T)) == 0 && aligned(dy, pre, g);
     visit_epilogue(epilogue, [&]<Epilogue e>() {
       visit_width<T>(wide, [&]<int V>() {
         launch(gradient_kernel<T, e, V>,

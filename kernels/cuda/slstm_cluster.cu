@@ -10,6 +10,7 @@
 // What the backward needs is kept as the threads have it: (group, l, warp of the cluster, 14 values of 32 lanes).
 // Nothing tells a block that its neighbours have read what it sent at a step before, two steps later, it sends to the
 // same place; but it has what they sent at the step between, which they made of it.
+#include "kernels/cuda/aligned.h"
 #include "kernels/cuda/slstm_cluster.h"
 
 #include "core/cuda/launch.cuh"
@@ -461,8 +462,6 @@ __global__ void __launch_bounds__(32 * W, 1) backward_kernel(const Backward a) {
   cluster_barrier();
 #endif
 }
-
-bool aligned(const Tensor& t) { return !t.defined() || reinterpret_cast<uintptr_t>(t.raw_data()) % 16 == 0; }
 
 // The units of a head over 64, or 0 where the cluster kernels do not serve.
 int64_t warps_for(const Tensor& x, std::initializer_list<const Tensor*> tensors) {

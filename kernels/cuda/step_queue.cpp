@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/stream.h"
+#include "kernels/cuda/aligned.h"
 #include "kernels/cuda/step_program.h"
 #include "kernels/step_scope.h"
 
@@ -105,11 +106,6 @@ StepQueue* current_queue(Device device) {
   return queue != nullptr && queue->device() == device ? queue : nullptr;
 }
 
-template <class... T>
-bool all_aligned(const T&... tensors) {
-  return ((!tensors.defined() || reinterpret_cast<uintptr_t>(tensors.raw_data()) % 16 == 0) && ...);
-}
-
 template <class T>
 T* pointer(const Tensor& t) {
   return t.defined() ? t.data<T>() : nullptr;
@@ -144,7 +140,7 @@ bool gather_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rst
   StepQueue* const queue = current_queue(x.device());
   const int64_t k = x.size(-1), rows = x.numel() / k;
   if (queue == nullptr || x.dtype() != DType::bf16 || (residual.defined() && residual.dtype() != DType::bf16) || !norm_fits(rows, k) ||
-      !all_aligned(y, sum, x, residual, w, b))
+      !aligned(y, sum, x, residual, w, b))
     return false;
   StepOp op = operation(StepKind::input, rows);
   op.linear = rows_of(StepInput::norm, y);
@@ -169,7 +165,7 @@ bool gather_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, con
   StepQueue* const queue = current_queue(xz.device());
   const int64_t rows = xz.size(0), e = w.A_log.size(0), n = w.A_log.size(1), r = w.dt_proj.size(1), outputs = r + 2 * n;
   if (queue == nullptr || xz.dtype() != DType::bf16 || w.conv_weight.size(1) != 4 || n > kScanLanes || r > kScanLanes * kScanRanks ||
-      e % 8 != 0 || !linear_fits(rows, outputs, e) || !all_aligned(xz, conv, w.conv_weight, w.conv_bias, w.x_proj))
+      e % 8 != 0 || !linear_fits(rows, outputs, e) || !aligned(xz, conv, w.conv_weight, w.conv_bias, w.x_proj))
     return false;
   Tensor dbc = empty({rows, outputs}, xz.dtype(), xz.device());
   StepOp project = operation(StepKind::linear, rows);
@@ -192,7 +188,7 @@ bool gather_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt
   const int64_t channels = w.conv_weight.size(0), groups = (channels - e) / (2 * n), input = zxbcdt.size(1);
   if (queue == nullptr || zxbcdt.dtype() != DType::bf16 || !norm_fits(rows, e) || groups != 1 || w.conv_weight.size(1) != 4 || n % 4 != 0 || n > 128 * kStateQuads ||
       (rows > 1 && input % 8 != 0) || rows * 2 * n * 4 > kStepRowBytes ||
-      !all_aligned(zxbcdt, h, w.norm_weight, w.conv_weight))
+      !aligned(zxbcdt, h, w.norm_weight, w.conv_weight))
     return false;
   Tensor u = empty({rows, e}, zxbcdt.dtype(), zxbcdt.device());
   StepOp state = operation(StepKind::mamba2_state, rows);
@@ -215,7 +211,7 @@ bool gather_attention_append(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tens
                              const AttentionAppend& a) {
   StepQueue* const queue = current_queue(qkv.device());
   const int64_t rows = qkv.size(0), d = qkv.size(2);
-  if (queue == nullptr || qkv.dtype() != DType::bf16 || rows > kMaxStepRows || d % 8 != 0 || d > 256 || !all_aligned(k_cache, v_cache))
+  if (queue == nullptr || qkv.dtype() != DType::bf16 || rows > kMaxStepRows || d % 8 != 0 || d > 256 || !aligned(k_cache, v_cache))
     return false;
   int lanes = 1;
   while (lanes * 8 < d) lanes *= 2;
