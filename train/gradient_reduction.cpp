@@ -58,20 +58,29 @@ class BucketOrder {
   bool active_ = false;
 };
 
-/// Buckets up to this one are complete when the backward pass has ended, with the embedding's gradient, and nothing is
-/// left to compute beside. Decided by the layout alone, because all ranks must use one group for a bucket.
-size_t last_of_tail(const layers::ParameterStore& store) {
-  for (size_t b = 0; b < store.buckets().size(); ++b)
-    for (size_t e = store.buckets()[b].first_entry; e < store.buckets()[b].first_entry + store.buckets()[b].entries; ++e)
-      if (store.entries()[e].options.embedding) return b;
-  return 0;
-}
+/// Which group sums a bucket. What is complete only when the backward pass has ended, with the embedding's gradient, has
+/// nothing left to compute beside. Decided by the layout alone, because all ranks must use one group for a bucket.
+class BucketGroups {
+ public:
+  BucketGroups(const layers::ParameterStore& store, const Replicas& replicas) : replicas_(replicas), last_of_tail_(last_of_tail(store)) {}
+  comm::ProcessGroup& of(size_t bucket) const { return bucket <= last_of_tail_ ? *replicas_.group : *replicas_.background; }
+
+ private:
+  static size_t last_of_tail(const layers::ParameterStore& store) {
+    for (size_t b = 0; b < store.buckets().size(); ++b)
+      for (size_t e = store.buckets()[b].first_entry; e < store.buckets()[b].first_entry + store.buckets()[b].entries; ++e)
+        if (store.entries()[e].options.embedding) return b;
+    return 0;
+  }
+
+  Replicas replicas_;
+  size_t last_of_tail_;
+};
 
 class OverlappedReduction final : public GradientReduction {
  public:
   OverlappedReduction(layers::ParameterStore& store, ParameterShards& shards, const Replicas& replicas)
-      : store_(store), shards_(shards), replicas_(replicas), last_of_tail_(last_of_tail(store)),
-        order_(store, [this](size_t b) { start(b); }) {}
+      : store_(store), shards_(shards), groups_(store, replicas), order_(store, [this](size_t b) { start(b); }) {}
 
   void begin(bool last) override {
     if (last) order_.begin();
@@ -88,15 +97,14 @@ class OverlappedReduction final : public GradientReduction {
   void start(size_t b) {
     const auto& bucket = store_.buckets()[b];
     const Tensor whole = store_.grad().slice(0, bucket.begin, bucket.end);
-    comm::ProcessGroup& group = b <= last_of_tail_ ? *replicas_.group : *replicas_.background;
+    comm::ProcessGroup& group = groups_.of(b);
     works_.push_back(shards_.sharded() ? group.reduce_scatter(whole, shards_.piece_of(shards_.grad(), b))
                                        : group.all_reduce(whole));
   }
 
   layers::ParameterStore& store_;
   ParameterShards& shards_;
-  Replicas replicas_;
-  size_t last_of_tail_;
+  BucketGroups groups_;
   std::vector<comm::Work> works_;
   BucketOrder order_;
 };
@@ -104,9 +112,8 @@ class OverlappedReduction final : public GradientReduction {
 class BucketReduction final : public GradientReduction {
  public:
   BucketReduction(layers::ParameterStore& store, ParameterShards& shards, const Replicas& replicas)
-      : store_(store), shards_(shards), replicas_(replicas), dtype_(shards.grad().dtype()),
-        device_(shards.grad().device()), buffers_(store.buckets().size()),
-        last_of_tail_(last_of_tail(store)), order_(store, [this](size_t b) { start(b); }) {
+      : store_(store), shards_(shards), groups_(store, replicas), dtype_(shards.grad().dtype()),
+        device_(shards.grad().device()), buffers_(store.buckets().size()), order_(store, [this](size_t b) { start(b); }) {
     bucket_of_.resize(store.entries().size());
     for (size_t b = 0; b < buffers_.size(); ++b)
       for (size_t i = 0; i < store.buckets()[b].entries; ++i) bucket_of_[store.buckets()[b].first_entry + i] = b;
@@ -130,7 +137,7 @@ class BucketReduction final : public GradientReduction {
   }
   void start(size_t b) {
     const auto& bucket = store_.buckets()[b];
-    comm::ProcessGroup& group = b <= last_of_tail_ ? *replicas_.group : *replicas_.background;
+    comm::ProcessGroup& group = groups_.of(b);
     const Tensor piece = empty({(bucket.end - bucket.begin) / group.size()}, dtype_, device_);
     under_way_.push_back({b, piece, group.reduce_scatter(buffer(b), piece)});
     buffers_[b] = {};
@@ -152,13 +159,12 @@ class BucketReduction final : public GradientReduction {
   };
   layers::ParameterStore& store_;
   ParameterShards& shards_;
-  Replicas replicas_;
+  BucketGroups groups_;
   DType dtype_;
   Device device_;
   std::vector<Tensor> buffers_;  // by bucket; undefined: no contribution yet
   std::vector<size_t> bucket_of_;
   std::deque<Sum> under_way_;
-  size_t last_of_tail_;
   BucketOrder order_;
 };
 
