@@ -99,9 +99,8 @@ std::vector<Tensor> KanNetwork::layer_inputs(const ModelInput& samples) const {
 }
 
 std::string KanNetwork::before_step(int64_t step, const ModelInput& samples, ParameterStore& store) {
-  const auto& u = options_.grid_update;
-  if (u.interval > 0 && step < u.until && step % u.interval == 0) update_grids(samples, store);
-  return step > 0 && step == options_.prune.step ? mask_weak(samples, store) : "";
+  if (grids_due(step)) update_grids(samples, store);
+  return pruning_due(step) ? mask_weak(samples, store) : "";
 }
 
 void KanNetwork::update_grids(const ModelInput& samples, ParameterStore& store) {

@@ -23,6 +23,7 @@ class KanNetwork final : public Model {
   Variable predict(const ModelInput& input) override { return forward(input, nullptr); }
 
   bool adapts() const override { return true; }
+  bool adapts_at(int64_t step) const override { return resize_due(step) || grids_due(step) || pruning_due(step); }
   std::string before_step(int64_t step, const ModelInput& samples, ParameterStore& store) override;
   bool resize_due(int64_t step) const override { return options_.grid_at(step) != options_.grid; }
   Resized resize(int64_t step, const ModelInput& samples, const ParameterStore& store) override;
@@ -56,6 +57,11 @@ class KanNetwork final : public Model {
     std::vector<std::vector<int64_t>> nodes;  // as in Pruned
     std::vector<Tensor> masks;
   };
+  bool grids_due(int64_t step) const {
+    const auto& u = options_.grid_update;
+    return u.interval > 0 && step < u.until && step % u.interval == 0;
+  }
+  bool pruning_due(int64_t step) const { return step > 0 && step == options_.prune.step; }
   Kept strong_part(const ModelInput& samples) const;
   /// With `penalty`, also lambda (l1 |Phi|_1 + entropy S), a scalar; left undefined when lambda is 0.
   Variable forward(const ModelInput& input, Variable* penalty) const;

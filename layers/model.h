@@ -82,8 +82,11 @@ class Model : public Module {
   /// A layer kind that cannot stream with a state of constant size; empty when all can.
   virtual std::string kind_without_stream() const = 0;
 
-  /// Whether the model ever changes itself; the three functions below matter only then.
+  /// Whether the model ever changes itself; the functions below matter only then.
   virtual bool adapts() const { return false; }
+  /// Whether resize() or before_step() would change anything before the step runs. Asked before samples are brought to
+  /// the device, for which every step would wait.
+  virtual bool adapts_at(int64_t /*step*/) const { return adapts(); }
   /// Changes parameter values in place where the model wants to at this step; says what the log should tell of it.
   virtual std::string before_step(int64_t /*step*/, const ModelInput& /*samples*/, ParameterStore& /*store*/) {
     return {};

@@ -116,7 +116,8 @@ void TrainStep::build_optimizer() {
 
 // What the model wants to change between steps: values, or its shapes, with the optimizer's state kept by name.
 void TrainStep::adapt_model(const data::Batch& batch, int64_t step) {
-  if (!session_.model->adapts()) return;
+  note_.clear();
+  if (!session_.model->adapts_at(step)) return;
   layers::ModelInput samples = model_input(batch, session_.device, *session_.mesh.sequence);
   // All ranks change alike: after the step's first micro-batch.
   for (Tensor* t : {&samples.tokens, &samples.inputs, &samples.targets, &samples.lengths})
