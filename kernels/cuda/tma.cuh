@@ -19,11 +19,12 @@ __device__ __forceinline__ void barriers_visible() { asm volatile("fence.mbarrie
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-/// At the same barrier of block `rank` of the cluster.
+/// At the same barrier of block `rank` of the cluster. Tells that what was read may be overwritten; it does not publish
+/// writes to the other block: a release there becomes a fence of the whole GPU, which waits for all stores under way.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n .reg .b32 there;\n mapa.shared::cluster.u32 there, %0, %1;\n"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      " mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
