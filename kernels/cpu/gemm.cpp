@@ -25,6 +25,7 @@ constexpr int kNR = 2 * kLanes;
 constexpr int64_t kRows = 8 * kMR;         // rows of a that stay in the second-level cache
 constexpr int64_t kDepth = 768;            // k is cut into pieces of at most this
 constexpr int64_t kPacked = 1 << 20;       // floats of packed b: 4 MiB, third-level cache
+constexpr int64_t kPanels = 8;             // of b, packed together
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef float VecUnaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
@@ -58,6 +59,10 @@ void micro(const Tile& t) {
   const float* b = t.b;
   const int64_t a_row = kRowA ? t.a_row : 1;
   const int64_t a_col = kRowA ? 1 : t.a_col;
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) __builtin_prefetch(t.c + i * t.ldc + v * kLanes, 1);  // there when the sums are
 #pragma GCC unroll 2
   for (int64_t p = 0; p < t.k; ++p) {
     Vec bv[NV];
@@ -144,24 +149,28 @@ void transpose_block(float* to, int64_t to_stride, const float* from, int64_t fr
   for (int i = 0; i < kLanes; ++i) store(to + i * to_stride, r[i]);
 }
 
-// k rows of `columns` <= width values to k rows of `width`, zeros behind.
-void pack_panel(float* to, const float* b, int64_t row_stride, int64_t col_stride, int64_t k, int64_t columns,
-                int64_t width) {
-  int64_t j = 0;
-  if (col_stride == 1) {
-    for (int64_t p = 0; p < k; ++p) {
-      const float* from = b + p * row_stride;
-      float* row = to + p * width;
-      if (columns == kNR) {
-        store(row, load(from));
-        store(row + kLanes, load(from + kLanes));
-      } else {
-        for (int64_t q = 0; q < columns; ++q) row[q] = from[q];
-        for (int64_t q = columns; q < width; ++q) row[q] = 0.0f;
-      }
+// Contiguous rows of b to `panels` panels of kNR columns, `apart` floats from one to the next: k rows of `columns`
+// values in all. Neighbouring panels are filled together, since a row of one alone is two cache lines of a page.
+void pack_panels(float* to, int64_t apart, const float* b, int64_t row_stride, int64_t k, int64_t columns) {
+  const int64_t full = columns / kNR, rest = columns % kNR, width = rest > kLanes ? kNR : kLanes;
+  for (int64_t p = 0; p < k; ++p) {
+    const float* from = b + p * row_stride;
+    for (int64_t q = 0; q < full; ++q) {
+      float* row = to + q * apart + p * kNR;
+      store(row, load(from + q * kNR));
+      store(row + kLanes, load(from + q * kNR + kLanes));
     }
-    return;
+    if (rest == 0) continue;
+    float* row = to + full * apart + p * width;
+    for (int64_t j = 0; j < rest; ++j) row[j] = from[full * kNR + j];
+    for (int64_t j = rest; j < width; ++j) row[j] = 0.0f;
   }
+}
+
+// Contiguous columns of b to k rows of `columns` <= kNR values, zeros behind.
+void pack_transposed(float* to, const float* b, int64_t col_stride, int64_t k, int64_t columns) {
+  const int64_t width = columns > kLanes ? kNR : kLanes;
+  int64_t j = 0;
   for (; j + kLanes <= columns; j += kLanes) {
     const float* from = b + j * col_stride;
     int64_t p = 0;
@@ -173,16 +182,17 @@ void pack_panel(float* to, const float* b, int64_t row_stride, int64_t col_strid
     for (int64_t p = 0; p < k; ++p) to[p * width + j] = j < columns ? b[j * col_stride + p] : 0.0f;
 }
 
-// Columns of a to tiles of kMR rows that are contiguous for each k.
-void pack_rows(float* to, const float* a, int64_t a_col, int64_t k, int64_t rows) {
-  for (int64_t i = 0; i < rows; i += kMR) {
-    const int64_t n = std::min<int64_t>(kMR, rows - i);
-    if (n == kMR)
-      for (int64_t p = 0; p < k; ++p) std::memcpy(to + p * kMR, a + p * a_col + i, kMR * sizeof(float));
-    else
-      for (int64_t p = 0; p < k; ++p)
-        for (int64_t r = 0; r < n; ++r) to[p * kMR + r] = a[p * a_col + i + r];
-    to += k * kMR;
+// Rows whose addresses are a multiple of 4 KiB apart fall into one set of the first cache, which holds fewer than kMR.
+bool rows_collide(int64_t row_stride) { return row_stride % 1024 == 0; }
+
+// Columns of a to tiles of kMR rows that are contiguous for each k. All tiles of a column together: they share lines.
+void pack_columns(float* to, const float* a, int64_t a_col, int64_t k, int64_t rows) {
+  for (int64_t p = 0; p < k; ++p) {
+    const float* from = a + p * a_col;
+    float* tile = to + p * kMR;
+    int64_t i = 0;
+    for (; i + kMR <= rows; i += kMR, tile += k * kMR) std::memcpy(tile, from + i, kMR * sizeof(float));
+    for (int64_t r = i; r < rows; ++r) tile[r - i] = from[r];
   }
 }
 
@@ -211,7 +221,7 @@ Grid thread_grid(int64_t row_tiles, int64_t column_tiles, int64_t threads) {
 void sgemm(int64_t m, int64_t n, int64_t k, float alpha, MatrixRef a, MatrixRef b, float beta, float* c, int64_t ldc,
            const BlockDone& done) {
   if (m == 0 || n == 0) return;
-  const bool row_a = a.col_stride == 1;
+  const bool row_a = a.col_stride == 1, spread_a = row_a && rows_collide(a.row_stride) && m >= kMR && n > kNR;
   const int64_t pieces = std::max<int64_t>(1, divide_up(k, kDepth));
   const int64_t depth = divide_up(divide_up(k, pieces), kLanes) * kLanes;
   const int64_t width = std::max<int64_t>(kNR, std::min(divide_up(n, kNR) * kNR, kPacked / std::max<int64_t>(depth, 1) / kNR * kNR));
@@ -219,7 +229,8 @@ void sgemm(int64_t m, int64_t n, int64_t k, float alpha, MatrixRef a, MatrixRef 
   const int64_t threads = omp_in_parallel() || flops < 4e5 ? 1 : num_threads();
   const Grid grid = thread_grid(divide_up(m, kMR), divide_up(std::min(n, width), kNR), threads);
   const int64_t team = grid.rows * grid.columns;
-  const int64_t own = row_a ? 0 : kRows * depth;  // floats of packed a per thread
+  const int64_t a_row = spread_a ? depth + kLanes : a.row_stride;
+  const int64_t own = spread_a ? kRows * a_row : row_a ? 0 : kRows * depth;  // floats of copied a per thread
   const Tensor buffer = empty({depth * width + team * own}, DType::f32, kCpu);
   float* packed = buffer.data<float>();
 
@@ -229,10 +240,14 @@ void sgemm(int64_t m, int64_t n, int64_t k, float alpha, MatrixRef a, MatrixRef 
       const int64_t nj = std::min(width, n - j0), panels = divide_up(nj, kNR);
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t p0 = piece * depth, np = std::max<int64_t>(0, std::min(depth, k - p0));
-        for (int64_t q = panels * id / team; q < panels * (id + 1) / team; ++q) {
-          const int64_t columns = std::min<int64_t>(kNR, nj - q * kNR);
-          pack_panel(packed + q * kNR * depth, b.data + p0 * b.row_stride + (j0 + q * kNR) * b.col_stride,
-                     b.row_stride, b.col_stride, np, columns, columns > kLanes ? kNR : kLanes);
+        const int64_t pack_end = panels * (id + 1) / team, together = b.col_stride == 1 ? kPanels : 1;
+        for (int64_t q = panels * id / team; q < pack_end; q += together) {
+          const int64_t columns = std::min(nj, std::min(q + together, pack_end) * kNR) - q * kNR;
+          const float* from = b.data + p0 * b.row_stride + (j0 + q * kNR) * b.col_stride;
+          if (b.col_stride == 1)
+            pack_panels(packed + q * kNR * depth, kNR * depth, from, b.row_stride, np, columns);
+          else
+            pack_transposed(packed + q * kNR * depth, from, b.col_stride, np, columns);
         }
         if (team > 1) {
 #pragma omp barrier
@@ -243,13 +258,17 @@ void sgemm(int64_t m, int64_t n, int64_t k, float alpha, MatrixRef a, MatrixRef 
         const bool idle = gr >= grid.rows || q_begin == q_end;
         for (int64_t i0 = i_begin; !idle && i0 < i_end; i0 += kRows) {
           const int64_t i1 = std::min(i_end, i0 + kRows);
-          if (!row_a) pack_rows(packed_a, a.data + i0 + p0 * a.col_stride, a.col_stride, np, i1 - i0);
+          if (!row_a) pack_columns(packed_a, a.data + i0 + p0 * a.col_stride, a.col_stride, np, i1 - i0);
+          for (int64_t i = i0; spread_a && i < i1; ++i)
+            std::memcpy(packed_a + (i - i0) * a_row, a.data + i * a.row_stride + p0, static_cast<size_t>(np) * sizeof(float));
           for (int64_t q = q_begin; q < q_end; ++q) {
             const int64_t columns = std::min<int64_t>(kNR, nj - q * kNR);
-            Tile t{np, nullptr, a.row_stride, kMR, packed + q * kNR * depth, nullptr, ldc, columns, alpha,
+            Tile t{np, nullptr, a_row, kMR, packed + q * kNR * depth, nullptr, ldc, columns, alpha,
                    piece == 0 ? beta : 1.0f};
             for (int64_t i = i0; i < i1; i += kMR) {
-              t.a = row_a ? a.data + i * a.row_stride + p0 : packed_a + (i - i0) * np;
+              t.a = spread_a ? packed_a + (i - i0) * a_row
+                    : row_a  ? a.data + i * a.row_stride + p0
+                             : packed_a + (i - i0) * np;
               t.c = c + i * ldc + j0 + q * kNR;
               micro_of(std::min<int64_t>(kMR, i1 - i), columns > kLanes ? 2 : 1, row_a)(t);
             }

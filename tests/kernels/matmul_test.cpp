@@ -32,7 +32,7 @@ Tensor reference(const Tensor& a_in, const Tensor& b_in, bool ta, bool tb) {
 Tensor normal(const Shape& shape, uint64_t seed, DType dtype) { return random_tensor(shape, Normal{}, seed, dtype); }
 
 const std::vector<std::array<int64_t, 3>> kSizes = {{1, 1, 1},   {1, 7, 5},    {5, 1, 9},    {12, 32, 16}, {13, 33, 17},
-                                                    {97, 65, 130}, {8, 8, 800}, {110, 70, 1601}, {3, 5, 0}};
+                                                    {97, 65, 130}, {8, 8, 800}, {110, 70, 1601}, {101, 70, 1024}, {3, 5, 0}};
 
 }  // namespace
 
