@@ -7,13 +7,16 @@
 #include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
 
-// Rows of up to kBlock channels are the unit of work, so that a tile of rows stays in the first cache; taps come in
-// fours, the last ones padded with a row of zeros.
+// Rows are walked in their order in memory, whole, since a step to the next row is a step to another page. With four
+// taps, four positions go together: each input and tap is loaded once for them, and in the backward g = dy silu'(p)
+// never leaves the registers but for the three rows that the next positions' dx needs. Everything else (other widths,
+// starts of documents, the ends) goes position by position, up to kBlock channels at a time, with taps in fours, the
+// last ones padded with a row of zeros.
 namespace krait::kernels::cpu {
 
 namespace {
 
-constexpr int64_t kBlock = 256, kRows = 32, kGrain = 16384;
+constexpr int64_t kBlock = 256, kRows = 32, kGrain = 16384, kTile = 4;
 
 template <class A, class B>
 void add_taps(A* __restrict p, const B* __restrict s0, const B* __restrict s1, const B* __restrict s2,
@@ -49,15 +52,17 @@ void put_silu(T* __restrict to, const A* __restrict p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) put(to[i], vsilu(p[i]));
 }
 
+template <class A>
+[[gnu::always_inline]] inline A silu_slope(A p) {
+  const A x = p < A(-110) ? A(-110) : p, s = vsigmoid(x);
+  return s * (A(1) + x * (A(1) - s));
+}
+
 // g = dy silu'(p), into p.
 template <class T, class A>
 void silu_gradient(A* __restrict p, const T* __restrict dy, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const A x = p[i] < A(-110) ? A(-110) : p[i];
-    const A s = vsigmoid(x);
-    p[i] = static_cast<A>(dy[i]) * s * (A(1) + x * (A(1) - s));
-  }
+  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<A>(dy[i]) * silu_slope(p[i]);
 }
 
 // Where the rows of one batch row are, and which of them a position sees.
@@ -76,6 +81,8 @@ struct Sequence {
     if (s >= 0) return x + s * stride;
     return initial == nullptr ? nullptr : initial + (s + k - 1) * c;
   }
+  // Whether positions [t, t + kTile) can go together: they see all of their inputs, and those are in x.
+  bool tile(int64_t t) const { return k == 4 && t >= 3 && t + kTile <= l && together(t - 3, t + kTile - 1); }
 };
 
 // Weights as (taps, c), taps rounded up to four with zeros.
@@ -118,38 +125,95 @@ Sequence<T> sequence_of(const CausalConv1dInputs& in, int64_t row) {
 template <class T, class A>
 void filter_row(A* p, const Sequence<T>& in, const Taps<A>& taps, const A* bias, const T* zero, int64_t t, int64_t at,
                 int64_t n) {
-  if (bias != nullptr)
-    std::copy(bias + at, bias + at + n, p);
-  else
-    std::fill(p, p + n, A(0));
+  std::copy(bias + at, bias + at + n, p);
   taps.add(p, zero, at, n, [&](int64_t j) -> const T* {
     const T* row = in.input(t - in.k + 1 + j, t);
     return row == nullptr ? nullptr : row + at;
   });
 }
 
+// y of four positions; x is the row three before the first.
+template <bool silu, class T, class A>
+void forward_tile(T* y, int64_t y_row, const T* x, int64_t x_row, const A* w, const A* bias, int64_t c) {
+#pragma omp simd
+  for (int64_t i = 0; i < c; ++i) {
+    const A w0 = w[i], w1 = w[c + i], w2 = w[2 * c + i], w3 = w[3 * c + i], from = bias[i];
+    A a[kTile + 3];
+#pragma GCC unroll 8
+    for (int r = 0; r < kTile + 3; ++r) a[r] = static_cast<A>(x[r * x_row + i]);
+#pragma GCC unroll 4
+    for (int r = 0; r < kTile; ++r) {
+      const A p = from + ((w0 * a[r] + w1 * a[r + 1]) + (w2 * a[r + 2] + w3 * a[r + 3]));
+      put(y[r * y_row + i], silu ? vsilu(p) : p);
+    }
+  }
+}
+
+// Positions t .. t + 3: sums (4 rows of dweight, one of dbias) +=, dx of positions t - 3 .. t, and g of the last three.
+// x and dx point to position t - 3, dy to t.
+template <bool silu, class T, class A>
+void backward_tile(T* dx, int64_t dx_row, A* sums, A* const (&g)[kTile + 3], const T* dy, int64_t dy_row, const T* x,
+                   int64_t x_row, const A* w, const A* bias, int64_t c) {
+  const A *before0 = g[0], *before1 = g[1], *before2 = g[2];
+  A *after0 = g[4], *after1 = g[5], *after2 = g[6];
+#pragma omp simd
+  for (int64_t i = 0; i < c; ++i) {
+    const A w0 = w[i], w1 = w[c + i], w2 = w[2 * c + i], w3 = w[3 * c + i];
+    A a[kTile + 3], d[kTile + 3];
+#pragma GCC unroll 8
+    for (int r = 0; r < kTile + 3; ++r) a[r] = static_cast<A>(x[r * x_row + i]);
+    d[0] = before0[i];
+    d[1] = before1[i];
+    d[2] = before2[i];
+#pragma GCC unroll 4
+    for (int r = 0; r < kTile; ++r) {
+      d[r + 3] = static_cast<A>(dy[r * dy_row + i]);
+      if (silu) d[r + 3] *= silu_slope(bias[i] + ((w0 * a[r] + w1 * a[r + 1]) + (w2 * a[r + 2] + w3 * a[r + 3])));
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[j * c + i] += (d[3] * a[j] + d[4] * a[j + 1]) + (d[5] * a[j + 2] + d[6] * a[j + 3]);
+    sums[4 * c + i] += (d[3] + d[4]) + (d[5] + d[6]);
+#pragma GCC unroll 4
+    for (int r = 0; r < kTile; ++r)
+      put(dx[r * dx_row + i], (w0 * d[r + 3] + w1 * d[r + 2]) + (w2 * d[r + 1] + w3 * d[r]));
+    after0[i] = d[4];
+    after1[i] = d[5];
+    after2[i] = d[6];
+  }
+}
+
 }  // namespace
 
 void causal_conv1d_forward(Tensor& y_out, Tensor& final_out, const CausalConv1dInputs& in) {
   const int64_t b = in.x.size(0), l = in.x.size(1), c = in.x.size(2), k = in.weight.size(1);
-  const int64_t blocks = (c + kBlock - 1) / kBlock;
   visit_float(in.x.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     const Taps<A> taps(in.weight);
-    const A* bias = in.bias.defined() ? in.bias.data<A>() : nullptr;
+    const Tensor bias_row = in.bias.defined() ? in.bias : zeros({c}, dtype_of<A>, kCpu);
+    const A *bias = bias_row.data<A>(), *w = taps.rows.template data<A>();
     T *y_all = y_out.data<T>(), *final_all = final_out.numel() > 0 ? final_out.data<T>() : nullptr;
     const T zero[kBlock] = {};
     parallel_for(0, b * l, std::max<int64_t>(1, kGrain / (c * taps.padded)), [&](int64_t first, int64_t last) {
       A p[kBlock];
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t at = block * kBlock, n = std::min(kBlock, c - at);
-        for (int64_t i = first; i < last; ++i) {
-          filter_row(p, sequence_of<T>(in, i / l), taps, bias, zero, i % l, at, n);
+      for (int64_t i = first; i < last;) {
+        const Sequence<T> s = sequence_of<T>(in, i / l);
+        const int64_t t = i % l;
+        if (i + kTile <= last && s.tile(t)) {
+          const T* x = s.x + (t - 3) * s.stride;
+          in.silu ? forward_tile<true>(y_all + i * c, c, x, s.stride, w, bias, c)
+                  : forward_tile<false>(y_all + i * c, c, x, s.stride, w, bias, c);
+          i += kTile;
+          continue;
+        }
+        for (int64_t at = 0; at < c; at += kBlock) {
+          const int64_t n = std::min(kBlock, c - at);
+          filter_row(p, s, taps, bias, zero, t, at, n);
           if (in.silu)
             put_silu(y_all + i * c + at, p, n);
           else
             put_row(y_all + i * c + at, p, n);
         }
+        ++i;
       }
     });
     for (int64_t row = 0; row < b; ++row) {
@@ -166,72 +230,126 @@ void causal_conv1d_forward(Tensor& y_out, Tensor& final_out, const CausalConv1dI
   });
 }
 
+namespace {
+
+// The backward over positions [begin, end) of one sequence.
+template <class T, class A>
+struct BackwardPiece {
+  const Sequence<T>& s;
+  const Taps<A>& taps;
+  const A* bias;
+  const T *dy, *dfinal;  // dfinal may be null
+  int64_t dy_row, begin, end;
+  T *dx, *dinitial;
+  int64_t dx_row;
+  A *sums, *ring;  // g of the last `slots` positions
+  int64_t slots;
+  bool silu;
+  const T* zero;
+  const A* no_gradient;
+
+  static int64_t slots_for(int64_t k) { return k + kTile; }
+  A* g(int64_t t) const { return ring + (t - begin) % slots * s.c; }
+
+  void run() const {
+    const int64_t k = s.k, seen = std::min(s.l, end + k - 1);
+    int64_t next = begin == 0 && s.initial != nullptr ? 1 - k : begin;  // whose dx comes next
+    for (int64_t t = begin; t < seen;) {
+      if (next >= 0 && next == t - 3 && t + kTile <= end && s.tile(t)) {
+        A* const rows[kTile + 3] = {g(t - 3), g(t - 2), g(t - 1), nullptr, g(t + 1), g(t + 2), g(t + 3)};
+        const auto tile = silu ? backward_tile<true, T, A> : backward_tile<false, T, A>;
+        tile(dx + next * dx_row, dx_row, sums, rows, dy + t * dy_row, dy_row, s.x + next * s.stride, s.stride,
+             taps.rows.template data<A>(), bias, s.c);
+        t += kTile;
+        next += kTile;
+        continue;
+      }
+      position(t);
+      ++t;
+      for (; next + k - 1 < t && next < end; ++next) input_gradient(next, seen);
+    }
+    for (; next < end; ++next) input_gradient(next, seen);
+  }
+
+  void position(int64_t t) const {
+    for (int64_t at = 0; at < s.c; at += kBlock) {
+      const int64_t n = std::min(kBlock, s.c - at);
+      A* gt = g(t) + at;
+      if (silu) {
+        filter_row(gt, s, taps, bias, zero, t, at, n);
+        silu_gradient(gt, dy + t * dy_row + at, n);
+      } else {
+        std::fill(gt, gt + n, A(0));
+        add_row(gt, dy + t * dy_row + at, n);
+      }
+      if (t >= end) continue;
+      for (int64_t j = 0; j < s.k; ++j)
+        if (const T* x = s.input(t - s.k + 1 + j, t)) add_product(sums + j * s.c + at, gt, x + at, n);
+      add_row(sums + s.k * s.c + at, gt, n);
+    }
+  }
+
+  void input_gradient(int64_t i, int64_t seen) const {
+    const int64_t k = s.k, kept = i - (s.l - k + 1);  // its place in the final state
+    A d[kBlock];
+    for (int64_t at = 0; at < s.c; at += kBlock) {
+      const int64_t n = std::min(kBlock, s.c - at);
+      std::fill(d, d + n, A(0));
+      taps.add(d, no_gradient, at, n, [&](int64_t j) -> const A* {
+        const int64_t t = i + k - 1 - j;
+        return t >= begin && t < seen && s.together(i, t) ? g(t) + at : nullptr;
+      });
+      if (dfinal != nullptr && kept >= 0 && s.together(i, s.l - 1)) add_row(d, dfinal + kept * s.c + at, n);
+      put_row(i >= 0 ? dx + i * dx_row + at : dinitial + (i + k - 1) * s.c + at, d, n);
+    }
+  }
+};
+
+}  // namespace
+
 void causal_conv1d_backward(Tensor& dx_out, Tensor& dinitial_out, Tensor& dweight_out, bool add_dweight,
                             Tensor& dbias_out, bool add_dbias, const Tensor& dy_in, const Tensor& dfinal_in,
                             const CausalConv1dInputs& in) {
   const int64_t b = in.x.size(0), l = in.x.size(1), c = in.x.size(2), k = in.weight.size(1);
-  const int64_t blocks = (c + kBlock - 1) / kBlock, rows = std::max(kRows, 4 * k);
   // Chunks follow from the shape alone, so that dweight and dbias do not depend on the number of threads.
-  const int64_t chunk = std::max(rows, (b * l + 63) / 64), chunks = (l + chunk - 1) / chunk;
+  const int64_t chunk = std::max({kRows, 4 * k, (b * l + 63) / 64}), chunks = (l + chunk - 1) / chunk;
   visit_float(in.x.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     const Taps<A> taps(in.weight);
-    const A* bias = in.bias.defined() ? in.bias.data<A>() : nullptr;
+    const Tensor bias_row = in.bias.defined() ? in.bias : zeros({c}, dtype_of<A>, kCpu);
     const Tensor partial = zeros({b * chunks, k + 1, c}, dtype_of<A>, kCpu);  // k rows of dweight, one of dbias
     A* partial_all = partial.data<A>();
     const T zero[kBlock] = {};
     const A no_gradient[kBlock] = {};
-    const int64_t work = std::min(chunk, l) * std::min(kBlock, c) * taps.padded;
-    parallel_for(0, b * chunks * blocks, std::max<int64_t>(1, kGrain / work), [&](int64_t first, int64_t last) {
-      const std::unique_ptr<A[]> scratch(new A[static_cast<size_t>((rows + k) * kBlock)]);
-      A *g = scratch.get(), *d = g + (rows + k - 1) * kBlock;  // g of a tile and of the k - 1 positions after it
+    const int64_t slots = BackwardPiece<T, A>::slots_for(k);
+    parallel_for(0, b * chunks, std::max<int64_t>(1, kGrain / (std::min(chunk, l) * c * taps.padded)), [&](int64_t first, int64_t last) {
+      const std::unique_ptr<A[]> ring(new A[static_cast<size_t>(slots * c)]);
       for (int64_t item = first; item < last; ++item) {
-        const int64_t row = item / (chunks * blocks), piece = item / blocks % chunks, at = item % blocks * kBlock;
-        const int64_t n = std::min(kBlock, c - at), end = std::min(l, (piece + 1) * chunk);
+        const int64_t row = item / chunks, piece = item % chunks;
         const Sequence<T> s = sequence_of<T>(in, row);
-        const T* dy = dy_in.data<T>() + row * dy_in.stride(0) + at;
-        const T* dfinal = dfinal_in.defined() && k > 1 ? dfinal_in.data<T>() + row * (k - 1) * c + at : nullptr;
-        A* sums = partial_all + (row * chunks + piece) * (k + 1) * c + at;
-        for (int64_t t0 = piece * chunk; t0 < end; t0 += rows) {
-          const int64_t t1 = std::min(end, t0 + rows), seen = std::min(l, t1 + k - 1);
-          for (int64_t t = t0; t < seen; ++t) {
-            A* gt = g + (t - t0) * kBlock;
-            if (in.silu) {
-              filter_row(gt, s, taps, bias, zero, t, at, n);
-              silu_gradient(gt, dy + t * dy_in.stride(1), n);
-            } else {
-              std::fill(gt, gt + n, A(0));
-              add_row(gt, dy + t * dy_in.stride(1), n);
-            }
-            if (t >= t1) continue;
-            for (int64_t j = 0; j < k; ++j)
-              if (const T* x = s.input(t - k + 1 + j, t)) add_product(sums + j * c, gt, x + at, n);
-            add_row(sums + k * c, gt, n);
-          }
-          const bool with_initial = t0 == 0 && s.initial != nullptr;
-          for (int64_t i = with_initial ? 1 - k : t0; i < t1; ++i) {
-            std::fill(d, d + n, A(0));
-            taps.add(d, no_gradient, at, n, [&](int64_t j) -> const A* {
-              const int64_t t = i + k - 1 - j;
-              return t >= t0 && t < seen && s.together(i, t) ? g + (t - t0) * kBlock : nullptr;
-            });
-            const int64_t kept = i - (l - k + 1);  // its place in the final state
-            if (dfinal != nullptr && kept >= 0 && s.together(i, l - 1)) add_row(d, dfinal + kept * c, n);
-            if (i >= 0)
-              put_row(dx_out.data<T>() + row * dx_out.stride(0) + i * dx_out.stride(1) + at, d, n);
-            else
-              put_row(dinitial_out.data<T>() + (row * (k - 1) + i + k - 1) * c + at, d, n);
-          }
-        }
+        const bool keeps = k > 1;
+        BackwardPiece<T, A>{
+            .s = s, .taps = taps, .bias = bias_row.data<A>(), .dy = dy_in.data<T>() + row * dy_in.stride(0),
+            .dfinal = dfinal_in.defined() && keeps ? dfinal_in.data<T>() + row * (k - 1) * c : nullptr,
+            .dy_row = dy_in.stride(1), .begin = piece * chunk, .end = std::min(l, (piece + 1) * chunk),
+            .dx = dx_out.data<T>() + row * dx_out.stride(0),
+            .dinitial = dinitial_out.defined() && keeps ? dinitial_out.data<T>() + row * (k - 1) * c : nullptr,
+            .dx_row = dx_out.stride(1), .sums = partial_all + item * (k + 1) * c, .ring = ring.get(), .slots = slots,
+            .silu = in.silu, .zero = zero, .no_gradient = no_gradient}
+            .run();
       }
     });
-    for (int64_t i = 1; i < b * chunks; ++i) add_row(partial_all, partial_all + i * (k + 1) * c, (k + 1) * c);
-    A* dweight = dweight_out.data<A>();
-    for (int64_t i = 0; i < c; ++i)
-      for (int64_t j = 0; j < k; ++j) dweight[i * k + j] = (add_dweight ? dweight[i * k + j] : A(0)) + partial_all[j * c + i];
-    if (!dbias_out.defined()) return;
-    A* dbias = dbias_out.data<A>();
-    for (int64_t i = 0; i < c; ++i) dbias[i] = (add_dbias ? dbias[i] : A(0)) + partial_all[k * c + i];
+    A *dweight = dweight_out.data<A>(), *dbias = dbias_out.defined() ? dbias_out.data<A>() : nullptr;
+    parallel_for(0, c, std::max<int64_t>(1, kGrain / ((k + 1) * b * chunks)), [&](int64_t first, int64_t last) {
+      const int64_t n = last - first;
+      for (int64_t i = 1; i < b * chunks; ++i)
+        for (int64_t j = 0; j <= k; ++j) add_row(partial_all + j * c + first, partial_all + (i * (k + 1) + j) * c + first, n);
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t j = 0; j < k; ++j)
+          dweight[i * k + j] = (add_dweight ? dweight[i * k + j] : A(0)) + partial_all[j * c + i];
+      for (int64_t i = first; dbias != nullptr && i < last; ++i)
+        dbias[i] = (add_dbias ? dbias[i] : A(0)) + partial_all[k * c + i];
+    });
   });
 }
 
