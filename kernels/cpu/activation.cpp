@@ -23,11 +23,12 @@ struct Silu {
   }
 };
 struct GeluTanh {
+  // 1 + tanh(u) = 2 sigmoid(2 u): one exponential and one division.
   template <class A>
   [[gnu::always_inline]] static ValueAndSlope<A> at(A x) {
-    const A k = A(0.79788456080286535588), q = A(0.044715);
-    const A t = vtanh(k * (x + q * x * x * x)), half = A(0.5) * (A(1) + t);
-    return {x * half, half + A(0.5) * x * (A(1) - t * t) * k * (A(1) + A(3) * q * x * x)};
+    const A k = A(1.5957691216057308), q = A(0.044715);
+    const A s = vsigmoid(k * (x + q * x * x * x)), slope = k * (A(1) + A(3) * q * x * x);
+    return {x * s, s + x * s * (A(1) - s) * slope};
   }
 };
 struct GeluErf {
