@@ -44,12 +44,12 @@ struct MlstmInputs {
 /// h (b, l, heads, dv) and its gradient are fp32 (fp64 for fp64): the norm behind the cell leaves dh . h = 0, and at a
 /// document's first positions the gradients of q, k and i are what remains of that cancellation. Also the state
 /// after the last position; m and r of every position (b, heads, l), for the backward. The states between chunks,
-/// dq dv l / chunk values, are kept where asked for (by a backend that can).
+/// dq dv l / chunk values, and the coefficients of values in h, chunk l, are kept where asked for (by a backend that can).
 struct MlstmOut {
   Tensor h;
   MlstmState last;
   Tensor m, r;
-  Tensor states, n_states;
+  Tensor states, n_states, coefficients;
 };
 MlstmOut mlstm_forward(const MlstmInputs& in, const MlstmOptions& options = {});
 

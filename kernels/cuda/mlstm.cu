@@ -244,14 +244,17 @@ struct GateArrays {
   }
 };
 
-bool use_mma(const MlstmInputs& in) {
-  return mlstm_mma_serves(in.q) && mlstm_mma_serves(in.k) && mlstm_mma_serves(in.v);
+MlstmShape shape_of(const MlstmInputs& in) {
+  const bool mma = mlstm_mma_serves(in.q) && mlstm_mma_serves(in.k) && mlstm_mma_serves(in.v);
+  return {in, mma, mma && mlstm_wgmma_serves(in.q.device(), in.q.size(3), in.v.size(3))};
 }
 
 template <class T>
 void states(const MlstmStateJob<T>& job, Stream stream) {
-  if constexpr (std::is_same_v<T, bf16>)
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (job.shape.wgmma) return mlstm_states_wgmma(job, stream);
     if (job.shape.mma) return mlstm_states_mma(job, stream);
+  }
   mlstm_states_simt(job, stream);
 }
 template <class T>
@@ -311,7 +314,7 @@ Tensor weigh_upstream(const MlstmGates<accum_t<T>>& gates, const Tensor& dh, con
 }  // namespace
 
 void mlstm_forward(MlstmOut& out, const MlstmInputs& in, const MlstmOptions& options) {
-  const MlstmShape s(in, use_mma(in));
+  const MlstmShape s = shape_of(in);
   const Stream stream = current_stream(in.q.device());
   visit_float(in.q.dtype(), [&]<class T>() {
     using A = accum_t<T>;
@@ -328,13 +331,14 @@ void mlstm_forward(MlstmOut& out, const MlstmInputs& in, const MlstmOptions& opt
     if (options.keep_states) {
       out.states = c;
       out.n_states = n;
+      out.coefficients = products;
     }
   });
 }
 
 void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& up, const MlstmInputs& in, const MlstmOut& out,
                     const MlstmOptions& options) {
-  const MlstmShape s(in, use_mma(in));
+  const MlstmShape s = shape_of(in);
   const Device device = in.q.device();
   const Stream stream = current_stream(device);
   visit_float(in.q.dtype(), [&]<class T>() {
@@ -360,7 +364,9 @@ void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& up, const MlstmInputs&
     A* k_dots = q_dots + s.units * s.l * dot_parts(s);
     const A eps = 0;
     const int64_t q_tiles = mlstm_tiles(s.mma, s.dq), v_tiles = mlstm_tiles(s.mma, s.dv);
-    const Tensor of_scores = coefficient_buffer<T>(s, device), of_values = coefficient_buffer<T>(s, device);
+    const Tensor of_scores = coefficient_buffer<T>(s, device);
+    const bool kept = out.coefficients.defined();
+    const Tensor of_values = kept ? out.coefficients : coefficient_buffer<T>(s, device);
     const MlstmMixJob<T> dq{nullptr, grad.dq.data<T>(), dh, v, k, c.data<T>(), n.data<A>(), arrays.gates, scale, eps,
                             nullptr, nullptr, q, q_dots, s, q_tiles, optional<T>(of_scores)};
     coefficients(Mix::dq, dq, stream);
@@ -369,7 +375,7 @@ void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& up, const MlstmInputs&
                                 nullptr, nullptr, k, k_dots, s, q_tiles, optional<T>(of_scores)}, stream);
     const MlstmMixJob<T> dv{nullptr, grad.dv.data<T>(), k, q, dh, dc.data<T>(), dn.data<A>(), arrays.gates, scale, eps,
                             nullptr, nullptr, k, nullptr, s, v_tiles, optional<T>(of_values)};
-    coefficients(Mix::dv, dv, stream);
+    if (!kept) coefficients(Mix::dv, dv, stream);
     mix(Mix::dv, dv, stream);
     launch(gate_gradients_kernel<A>, {.grid = s.units * s.chunks, .block = s.chunk, .stream = stream},
            grad.di.data<A>(), grad.df.data<A>(), in.f.data<A>(), arrays.gates, q_dots, k_dots, dot_parts(s),
@@ -378,7 +384,7 @@ void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& up, const MlstmInputs&
 }
 
 void mlstm_last_state(MlstmState& last, const MlstmInputs& in, const MlstmOptions&) {
-  const MlstmShape s(in, use_mma(in));
+  const MlstmShape s = shape_of(in);
   visit_float(in.q.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     const GateArrays<A> arrays(in, s, nullptr, last.m.data<A>());
@@ -389,7 +395,7 @@ void mlstm_last_state(MlstmState& last, const MlstmInputs& in, const MlstmOption
 
 void mlstm_initial_gradient(MlstmInitialGradient& grad, const Tensor& dh, const MlstmInputs& in, const MlstmOut& out,
                             const MlstmOptions& options, const Tensor& dots) {
-  const MlstmShape s(in, use_mma(in));
+  const MlstmShape s = shape_of(in);
   const Device device = in.q.device();
   visit_float(in.q.dtype(), [&]<class T>() {
     using A = accum_t<T>;

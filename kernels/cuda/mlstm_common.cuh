@@ -12,14 +12,16 @@
 namespace krait::kernels::cuda {
 
 inline constexpr int kChunk = 64, kMmaChunk = 128;  // on CUDA cores, on tensor cores
+inline constexpr int kWgmmaSide = 192;              // of the square of a state that a block carries on wgmma
 
 struct MlstmShape {
   int64_t l, heads, units, chunks;
   int dq, dv, chunk;
-  bool mma;
-  MlstmShape(const MlstmInputs& in, bool on_tensor_cores)
+  bool mma, wgmma;  // on tensor cores; the states on those of sm_90a
+  MlstmShape(const MlstmInputs& in, bool on_tensor_cores, bool states_on_wgmma)
       : l(in.q.size(1)), heads(in.q.size(2)), units(in.q.size(0) * heads), dq(static_cast<int>(in.q.size(3))),
-        dv(static_cast<int>(in.v.size(3))), chunk(on_tensor_cores ? kMmaChunk : kChunk), mma(on_tensor_cores) {
+        dv(static_cast<int>(in.v.size(3))), chunk(on_tensor_cores ? kMmaChunk : kChunk), mma(on_tensor_cores),
+        wgmma(states_on_wgmma) {
     chunks = ceil_div(l, chunk);
   }
 };
@@ -106,6 +108,9 @@ void mlstm_states_mma(const MlstmStateJob<bf16>& job, Stream stream);
 void mlstm_coefficients_mma(Mix mix, const MlstmMixJob<bf16>& job, Stream stream);
 /// With coefficients.
 void mlstm_mix_mma(Mix mix, const MlstmMixJob<bf16>& job, Stream stream);
+/// The same states where dq and dv are multiples of kWgmmaSide, on sm_90a.
+bool mlstm_wgmma_serves(Device device, int64_t dq, int64_t dv);
+void mlstm_states_wgmma(const MlstmStateJob<bf16>& job, Stream stream);
 // Anything else.
 template <class T> void mlstm_states_simt(const MlstmStateJob<T>& job, Stream stream);
 template <class T> void mlstm_mix_simt(Mix mix, const MlstmMixJob<T>& job, Stream stream);
@@ -118,6 +123,7 @@ inline int64_t dot_parts(const MlstmShape& s) { return mlstm_tiles(s.mma, s.dq) 
 /// enough of them.
 inline int mlstm_state_tile(const MlstmShape& s) {
   if (!s.mma) return 64;
+  if (s.wgmma) return kWgmmaSide;
   const auto blocks = [&](int64_t tile) { return s.units * ceil_div(s.dq, tile) * ceil_div(s.dv, tile); };
   if (s.dq % 192 == 0 && s.dv % 192 == 0 && blocks(192) >= 96) return 192;
   return s.dq > 64 && s.dv > 64 && blocks(128) >= 96 ? 128 : 64;
@@ -126,6 +132,6 @@ inline int64_t state_tiles(const MlstmShape& s) {
   const int64_t tile = mlstm_state_tile(s);
   return ceil_div(s.dq, tile) * ceil_div(s.dv, tile);
 }
-inline int64_t flow_parts(const MlstmShape& s) { return state_tiles(s) * (s.mma ? 8 : 1); }
+inline int64_t flow_parts(const MlstmShape& s) { return state_tiles(s) * (s.wgmma ? 12 : s.mma ? 8 : 1); }
 
 }  // namespace krait::kernels::cuda
