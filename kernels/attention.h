@@ -44,6 +44,7 @@ struct AttentionOptions {
   DropoutMask dropout;  // of P; its offset counts sequences here (batch_offset above). p = 0: none
   AttentionPart part;
   bool vendor_library = true;   // false: Krait's own kernel even where cuDNN applies (comparisons, tests)
+  bool hopper_kernel = true;    // false: not the backward made for Hopper even where it applies (the same)
   int64_t vendor_bytes = int64_t{2} << 30;  // most workspace of its calls at a time; what wants more is cut into several
 };
 

@@ -88,6 +88,9 @@ void attention_forward(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k,
 
 void attention_backward(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, const Tensor& q, const Tensor& k,
                         const Tensor& v, const Tensor& o, const Tensor& lse, const AttentionOptions& options) {
+  if (attention_backward_wgmma_serves(q, k, v, options) &&
+      attention_backward_wgmma(dq, dk, dv, do_, q, k, v, o, lse, options))
+    return;
   if (use_cudnn_backward(q, k, v, options) && attention_backward_cudnn(dq, dk, dv, do_, q, k, v, o, lse, options))
     return;
   const Tensor delta = attention_delta(do_, o);
@@ -102,13 +105,16 @@ void attention_backward(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, c
 void attention_kernel_name(std::string& name, const Tensor& q, const Tensor& k, const Tensor& v,
                            const AttentionOptions& options) {
   const char* own = use_mma(q, k, v) ? "own, bf16 tensor cores" : "own, CUDA cores";
+  const bool hopper = attention_backward_wgmma_serves(q, k, v, options);
   if (use_cudnn(q, k, v, options))
     name = fmt::format("{} forward, backward {}", attention_cudnn_version(),
-                       use_cudnn_backward(q, k, v, options) ? "the same, deterministic" : own);
+                       hopper                                    ? "own, wgmma"
+                       : use_cudnn_backward(q, k, v, options) ? "the same, deterministic"
+                                                                 : own);
   else if (use_decode(q, options))
     name = fmt::format("own, split keys, {}", name_of(q.dtype()));
   else
-    name = fmt::format("{}, {}", own, name_of(q.dtype()));
+    name = fmt::format("{}, {}{}", own, name_of(q.dtype()), hopper ? ", backward wgmma" : "");
   if (options.dropout.p == 0) return;
   AttentionOptions evaluation = options;
   evaluation.dropout = {};

@@ -24,12 +24,13 @@ __device__ inline void copy_wait() {
 
 /// Four matrices (8, 8) of 16-byte rows; lane i gives the address of row i % 8 of matrix i / 8. Lane 4 g + t receives of
 /// each the two values from column 2 t of row g; transposed: from row 2 t on of column g.
-__device__ inline void load_matrices(uint32_t (&r)[4], const void* p) {
+__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(p))
+               : "r"(shared)
                : "memory");
 }
+__device__ inline void load_matrices(uint32_t (&r)[4], const void* p) { load_matrices(r, shared_address(p)); }
 __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

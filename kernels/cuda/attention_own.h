@@ -3,7 +3,7 @@
 
 namespace krait::kernels::cuda {
 
-// Krait's own kernels: each serves every option, but see attention_forward_decode.
+// Krait's own kernels: each serves every option, but see attention_backward_wgmma and attention_forward_decode.
 
 /// CUDA cores, any dtype and head size.
 void attention_forward_simt(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -17,6 +17,13 @@ void attention_forward_mma(Tensor& o, Tensor& lse, const Tensor& q, const Tensor
                            const AttentionOptions& options);
 void attention_backward_mma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, const Tensor& q, const Tensor& k,
                             const Tensor& v, const Tensor& lse, const Tensor& delta, const AttentionOptions& options);
+
+/// Backward on Hopper (compiled for sm_90a), the fastest where it serves: bf16, d of 64, rows aligned to 16 bytes, lq and
+/// lk above 1, full attention or causal with lq == lk and no offset; nothing else. Workspace: 8 bytes a row of q. False
+/// when a gradient is not aligned: another kernel must serve.
+bool attention_backward_wgmma_serves(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);
+bool attention_backward_wgmma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, const Tensor& q, const Tensor& k,
+                              const Tensor& v, const Tensor& o, const Tensor& lse, const AttentionOptions& options);
 
 /// Few queries against many keys: keys are split over blocks and the parts combined. For generation: no dropout.
 void attention_forward_decode(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,

@@ -84,7 +84,13 @@ __device__ __forceinline__ void bring_box(uint32_t to, const CUtensorMap& map, u
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
       : "memory");
 }
-/// The same into the blocks of the cluster whose bits `blocks` has, at the same addresses, counted by each one's barrier.
+/// `bytes` (a multiple of 16, as both addresses) of plain memory.
+__device__ __forceinline__ void bring_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(barrier)
+               : "memory");
+}
+/// A box into the blocks of the cluster whose bits `blocks` has, at the same addresses, counted by each one's barrier.
 __device__ __forceinline__ void bring_box_to(uint32_t to, const CUtensorMap& map, uint32_t barrier, int x, int y, uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),

@@ -143,8 +143,9 @@ void check_shape(int64_t b, int64_t l, int64_t hq, int64_t hkv, int64_t d, bool 
   AttentionOptions options;
   options.causal = causal;
   const All expected(exact, options);
-  for (const bool vendor : {true, false}) {
+  for (const auto& [vendor, hopper] : {std::pair{true, true}, std::pair{true, false}, std::pair{false, false}}) {
     options.vendor_library = vendor;
+    options.hopper_kernel = hopper;
     INFO(kernels::attention_kernel_name(device.q, device.k, device.v, options));
     const All found(device, options), again(device, options);
     for (size_t i = 0; i < 5; ++i) {
@@ -155,12 +156,16 @@ void check_shape(int64_t b, int64_t l, int64_t hq, int64_t hkv, int64_t d, bool 
   }
 }
 
-TEST_CASE("cuDNN and the own kernel equal the CPU and repeat bit for bit", "[cuda]") {
+TEST_CASE("cuDNN and the own kernels equal the CPU and repeat bit for bit", "[cuda]") {
   if (cuda_device_count() == 0) return;
   check_shape(2, 1024, 12, 12, 64, true);
   check_shape(1, 256, 4, 4, 128, true);
   check_shape(2, 100, 4, 4, 64, true);
   check_shape(2, 129, 8, 2, 64, true);
+  check_shape(1, 2, 2, 1, 64, true);
+  check_shape(3, 64, 3, 3, 64, true);
+  check_shape(1, 333, 6, 3, 64, false);
+  check_shape(12, 449, 14, 14, 64, true);  // more tiles than multiprocessors
   check_shape(1, 200, 4, 1, 128, false);
   check_shape(1, 100, 2, 2, 32, false);
   check_shape(1, 333, 3, 3, 96, true);
@@ -172,6 +177,7 @@ TEST_CASE("a small workspace is used several times, and the results stay", "[cud
   const int64_t b = 5, l = 256, hq = 12, hkv = 6, of_head = 2 * l * l * 2;  // of a key head
   const Inputs in(b, l, l, hq, hkv, 64, DType::bf16, cuda_device());
   AttentionOptions options;
+  options.hopper_kernel = false;
   const All expected(in, options);
   for (const int64_t bytes : {2 * hkv * of_head, hkv * of_head, 4 * of_head, of_head, of_head - 1}) {
     INFO("bytes " << bytes);
@@ -194,9 +200,10 @@ TEST_CASE("slices of a fused projection give what separate tensors give on cuda"
   fused.v = qkv.slice(2, hq + hkv, hq + 2 * hkv);
   Inputs apart = fused;
   for (Tensor* t : {&apart.q, &apart.k, &apart.v}) *t = t->contiguous();
-  for (const bool vendor : {true, false}) {
+  for (const auto& [vendor, hopper] : {std::pair{true, true}, std::pair{true, false}, std::pair{false, false}}) {
     AttentionOptions options;
     options.vendor_library = vendor;
+    options.hopper_kernel = hopper;
     const All x(fused, options), y(apart, options);
     for (size_t i = 0; i < 5; ++i) CHECK(relative_error(x.tensors()[i], y.tensors()[i]) < 1e-2);
     Tensor dqkv = zeros({b, l, hq + 2 * hkv, d}, DType::bf16, cuda_device());

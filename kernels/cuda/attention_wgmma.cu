@@ -1,0 +1,586 @@
+// Backward of full and of causal attention on Hopper: wgmma on tiles that bulk copies bring.
+//
+// Two kernels, each making the scores again, so that every sum stays in the registers of one warpgroup: no sums of dq in
+// global memory, no exchange of dS between warpgroups, and the same bits at every run.
+//   query_gradient: a warpgroup owns 64 queries, walks the keys:      S = q k^T    dP = do v^T    dq += dS k
+//   key_gradient:   a warpgroup owns 64 keys, walks the queries:      S^T = k q^T  dP^T = v do^T  dv += P^T do  dk += dS^T q
+// An accumulator of wgmma has the layout of a left operand in registers: P and dS never leave them. Seven products
+// instead of five, two exponentials a score instead of one.
+// One block a multiprocessor: two warpgroups that compute (and take turns by themselves: one's exponentials under the
+// other's products) and a warp that brings tiles. Blocks stay for many tiles; those of the next come during the last.
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <mutex>
+
+#include "core/cuda/launch.cuh"
+#include "kernels/cuda/attention_own.h"
+#include "kernels/cuda/tensor_map.h"
+#include "kernels/cuda/tma.cuh"
+#include "kernels/cuda/wgmma.cuh"
+
+namespace krait::kernels::cuda {
+
+namespace {
+
+constexpr int kRows = 64;              // of a box: a warpgroup's queries or keys, and what a step takes
+constexpr int kGroups = 2;             // warpgroups that compute
+constexpr int kTile = kRows * kGroups;
+constexpr int kThreads = (kGroups + 1) * 128;
+constexpr int kBox = kRows * 128;      // bytes of 64 rows of 64 values
+constexpr int kStatBytes = 2 * kRows * 4;
+
+struct Problem {
+  int b, lq, lk, hq, hkv;
+  bool causal;
+  float scale;
+  const float* lse;  // (b, hq, lq)
+  float* stats;      // (b, hq, query_blocks(), 2, 64): lse log2(e), infinite from row lq on, and D
+  __host__ __device__ int query_blocks() const { return (lq + kRows - 1) / kRows; }
+  __host__ __device__ int key_blocks() const { return (lk + kRows - 1) / kRows; }
+};
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define KRAIT_WGMMA_BODY 1
+#else
+#define KRAIT_WGMMA_BODY 0
+#endif
+
+// The tiles of a block, head after head. In a causal head they differ in length: a long and a short one make a pair, so
+// that pairs are alike.
+struct Walk {
+  int tiles, items, at, half = 0;
+  __device__ Walk(int heads, int tiles_) : tiles(tiles_), items(heads * ((tiles_ + 1) / 2)), at(blockIdx.x) {}
+  __device__ bool next(int& head, int& tile) {
+    if (at >= items) return false;
+    const int pairs = (tiles + 1) / 2, first = at % pairs, second = tiles - 1 - first;
+    head = at / pairs;
+    tile = half ? second : first;
+    if (half || first == second) {
+      half = 0;
+      at += gridDim.x;
+    } else {
+      half = 1;
+    }
+    return true;
+  }
+};
+
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+#if KRAIT_WGMMA_BODY
+
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float2 load_pair(uint32_t shared) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(shared) : "memory");
+  return v;
+}
+
+// 64 rows of kD values from (batch, head, row): kD / 64 boxes.
+template <int kD>
+__device__ __forceinline__ void bring_rows(uint32_t to, const CUtensorMap& map, uint32_t barrier, int row, int head, int batch) {
+#pragma unroll
+  for (int x = 0; x < kD; x += 64) bring_box(to + x / 64 * kBox, map, barrier, x, row, head, batch);
+}
+
+// This warp's 16 of 64 rows as left operands in registers.
+template <int kD>
+__device__ __forceinline__ void load_rows(uint32_t (&a)[kD / 16][4], uint32_t tile) {
+  const int lane = threadIdx.x % 32, m = lane / 8, r = lane % 8, row = threadIdx.x % 128 / 32 * 16 + m % 2 * 8 + r;
+#pragma unroll
+  for (int s = 0; s < kD / 16; ++s)
+    load_matrices(a[s], tile + s / 4 * kBox + row * 128 + (((s % 4 * 2 + m / 2) ^ r) << 4));
+}
+
+// s (64 rows, 64 rows of b) = a b^T.
+template <int kD>
+__device__ __forceinline__ void multiply_rows(float (&s)[32], const uint32_t (&a)[kD / 16][4], uint32_t b) {
+  const uint64_t rows = along_lines(b);
+#pragma unroll
+  for (int x = 0; x < kD / 16; ++x) wgmma(s, a[x], further(rows, x / 4 * kBox + x % 4 * 32), x > 0);
+}
+template <int kD>
+__device__ __forceinline__ void multiply_rows(float (&s)[32], uint32_t a, uint32_t b) {
+  const uint64_t left = along_lines(a), rows = along_lines(b);
+#pragma unroll
+  for (int x = 0; x < kD / 16; ++x) {
+    const int bytes = x / 4 * kBox + x % 4 * 32;
+    wgmma(s, further(left, bytes), further(rows, bytes), x > 0);
+  }
+}
+
+// acc (64, kD) = w (64, 64) rows (64, kD), w in registers; added to what is there when `add`.
+template <int kD>
+__device__ __forceinline__ void accumulate(float (&acc)[kD / 2], const uint32_t (&w)[4][4], uint32_t rows, bool add = true) {
+  const uint64_t b = across_lines(rows, kBox);
+#pragma unroll
+  for (int x = 0; x < 4; ++x) wgmma<1>(acc, w[x], further(b, x * 2048), add || x > 0);
+}
+
+// An accumulator as a left operand, in bf16.
+__device__ __forceinline__ void to_operand(uint32_t (&a)[4][4], const float (&s)[32]) {
+#pragma unroll
+  for (int x = 0; x < 4; ++x)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[x][i] = pack(s[8 * x + 2 * i], s[8 * x + 2 * i + 1]);
+}
+// acc times a factor to 64 rows of boxes in shared memory, as bf16 and swizzled.
+template <int kD>
+__device__ __forceinline__ void put_rows(uint32_t to, const float (&acc)[kD / 2], float factor) {
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, row = threadIdx.x % 128 / 32 * 16 + g;
+#pragma unroll
+  for (int j = 0; j < kD / 8; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + j / 8 * kBox + (row + 8 * half) * 128 + (((j % 8) ^ g) << 4) + 4 * c),
+                   "r"(pack(acc[4 * j + 2 * half] * factor, acc[4 * j + 2 * half + 1] * factor))
+                   : "memory");
+}
+template <int kD>
+__device__ __forceinline__ void store_rows(const CUtensorMap& map, uint32_t from, int row, int head, int batch) {
+#pragma unroll
+  for (int x = 0; x < kD; x += 64) store_box(map, from + x / 64 * kBox, x, row, head, batch);
+}
+
+// The sum over the four lanes of a row.
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+__device__ __forceinline__ float dot_pair(uint32_t a, uint32_t b) {
+  const float2 x = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&a));
+  const float2 y = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&b));
+  return x.x * y.x + x.y * y.y;
+}
+
+__device__ __forceinline__ uint32_t aligned_shared() {
+  extern __shared__ unsigned char dynamic[];
+  return (shared_address(dynamic) + 1023) / 1024 * 1024;
+}
+
+__device__ __forceinline__ void init_barriers(uint32_t resident, uint32_t ring, int stages) {
+  if (threadIdx.x == 0) {
+    barrier_init(resident, 1);
+    barrier_init(resident + 8, 4 * kGroups);
+    for (int i = 0; i < stages; ++i) {
+      barrier_init(ring + 16 * i, 1);
+      barrier_init(ring + 16 * i + 8, 4 * kGroups);
+    }
+    barriers_visible();
+  }
+  __syncthreads();
+}
+// One arrival a warp.
+__device__ __forceinline__ void release(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
+#endif
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// Shared memory of query_gradient: q, do and o of the tile, a ring of keys and values, dq on its way out. A barrier pair
+// is "full" and, 8 bytes on, "empty".
+template <int kD>
+struct QuerySide {
+  static constexpr int kPanel = kD / 64 * kBox, kStages = kD == 64 ? 6 : 3;
+  static constexpr int kQ = 0, kDo = kQ + kGroups * kPanel, kO = kDo + kGroups * kPanel, kOut = kO + kGroups * kPanel,
+                       kRing = kOut + kGroups * kPanel, kResident = kRing + kStages * 2 * kPanel, kFull = kResident + 16,
+                       kBytes = kFull + 16 * kStages + 1024;
+};
+
+template <int kD>
+__global__ void __launch_bounds__(kThreads, 1)
+query_gradient_kernel(const __grid_constant__ CUtensorMap dq, const __grid_constant__ CUtensorMap q,
+                      const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,
+                      const __grid_constant__ CUtensorMap o, const __grid_constant__ CUtensorMap do_, const Problem p) {
+#if KRAIT_WGMMA_BODY
+  using Side = QuerySide<kD>;
+  constexpr int kPanel = Side::kPanel;
+  const uint32_t shared = aligned_shared(), resident = shared + Side::kResident, full = shared + Side::kFull;
+  init_barriers(resident, full, Side::kStages);
+  const int group = threadIdx.x / 128, key_blocks = p.key_blocks(), query_blocks = p.query_blocks();
+  const auto block_steps = [&](int tile) { return p.causal ? min(key_blocks, (tile + 1) * kGroups) : key_blocks; };
+  Walk walk(p.b * p.hq, (query_blocks + kGroups - 1) / kGroups);
+  Ring<Side::kStages> ring;
+  uint32_t parity = 0;  // of the resident tile
+  int head, tile;
+  if (group == kGroups) {
+    give_registers<24>();
+    if (threadIdx.x != kGroups * 128) return;
+    while (walk.next(head, tile)) {
+      const int h = head % p.hq, batch = head / p.hq, hk = h / (p.hq / p.hkv);
+      barrier_wait(resident + 8, parity ^ 1);
+      barrier_expect(resident, 3 * kGroups * kPanel);
+      for (int g = 0; g < kGroups; ++g) {
+        const int row = (tile * kGroups + g) * kRows;
+        bring_rows<kD>(shared + Side::kQ + g * kPanel, q, resident, row, h, batch);
+        bring_rows<kD>(shared + Side::kDo + g * kPanel, do_, resident, row, h, batch);
+        bring_rows<kD>(shared + Side::kO + g * kPanel, o, resident, row, h, batch);
+      }
+      parity ^= 1;
+      for (int j = 0, n = block_steps(tile); j < n; ++j, ring.advance()) {
+        const uint32_t barrier = full + 16 * ring.stage, to = shared + Side::kRing + ring.stage * 2 * kPanel;
+        barrier_wait(barrier + 8, ring.parity ^ 1);
+        barrier_expect(barrier, 2 * kPanel);
+        bring_rows<kD>(to, k, barrier, j * kRows, hk, batch);
+        bring_rows<kD>(to + kPanel, v, barrier, j * kRows, hk, batch);
+      }
+    }
+    return;
+  }
+  take_registers<240>();
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, row0 = threadIdx.x % 128 / 32 * 16 + g;
+  const float to_exponent = p.scale * kLog2e;
+  const uint32_t out = shared + Side::kOut + group * kPanel;
+  while (walk.next(head, tile)) {
+    const int h = head % p.hq, batch = head / p.hq, block = tile * kGroups + group;
+    const int all = block_steps(tile), n = block >= query_blocks ? 0 : p.causal ? min(all, block + 1) : all;
+    uint32_t fq[kD / 16][4], fdo[kD / 16][4];
+    float lse[2], delta[2] = {0, 0};
+    barrier_wait(resident, parity);
+    parity ^= 1;
+    load_rows<kD>(fq, shared + Side::kQ + group * kPanel);
+    load_rows<kD>(fdo, shared + Side::kDo + group * kPanel);
+    {
+      uint32_t fo[kD / 16][4];
+      load_rows<kD>(fo, shared + Side::kO + group * kPanel);
+#pragma unroll
+      for (int x = 0; x < kD / 16; ++x)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) delta[i % 2] += dot_pair(fo[x][i], fdo[x][i]);
+    }
+    release(resident + 8);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = block * kRows + row0 + 8 * half;
+      delta[half] = row_sum(delta[half]);
+      lse[half] = row < p.lq ? p.lse[int64_t{head} * p.lq + row] * kLog2e : INFINITY;
+      if (c == 0 && block < query_blocks) {
+        float* stats = p.stats + (int64_t{head} * query_blocks + block) * (2 * kRows) + row0 + 8 * half;
+        stats[0] = lse[half];
+        stats[kRows] = delta[half];
+      }
+    }
+
+    float acc[kD / 2], s[32], dp[32];
+    const auto scores = [&] {
+      const uint32_t at = shared + Side::kRing + ring.stage * 2 * kPanel;
+      barrier_wait(full + 16 * ring.stage, ring.parity);
+      wgmma_begin();
+      multiply_rows<kD>(s, fq, at);
+      wgmma_commit();
+      multiply_rows<kD>(dp, fdo, at + kPanel);
+      wgmma_commit();
+    };
+    int before = -1;  // the stage of the step before
+    if (n > 0) {
+      scores();
+      for (int j = 0;;) {
+        wgmma_wait<1>();
+        hold(s);
+        if (j > 0) {
+          hold(acc);
+          release(full + 16 * before + 8);
+        }
+        if (p.causal ? j == block : (j + 1) * kRows > p.lk) {
+          const int last0 = p.causal ? row0 : p.lk - 1 - j * kRows, last1 = p.causal ? row0 + 8 : last0;
+#pragma unroll
+          for (int i = 0; i < 32; ++i)
+            if (i / 4 * 8 + 2 * c + i % 2 > (i % 4 / 2 ? last1 : last0)) s[i] = -INFINITY;
+        }
+#pragma unroll
+        for (int i = 0; i < 32; ++i) s[i] = exp2_of(fmaf(s[i], to_exponent, -lse[i % 4 / 2]));
+        wgmma_wait<0>();
+        hold(dp);
+#pragma unroll
+        for (int i = 0; i < 32; ++i) s[i] *= dp[i] - delta[i % 4 / 2];
+        uint32_t ds[4][4];
+        to_operand(ds, s);
+        wgmma_begin();
+        accumulate<kD>(acc, ds, shared + Side::kRing + ring.stage * 2 * kPanel, j > 0);
+        wgmma_commit();
+        before = ring.stage;
+        ring.advance();
+        if (++j == n) break;  // here, not in the loop's head: the compiler must see which products can be under way
+        scores();
+      }
+      wgmma_wait<0>();
+      hold(acc);
+      release(full + 16 * before + 8);
+    }
+    for (int j = n; j < all; ++j, ring.advance()) {
+      barrier_wait(full + 16 * ring.stage, ring.parity);
+      release(full + 16 * ring.stage + 8);
+    }
+    if (threadIdx.x % 128 == 0) stores_wait_read<0>();
+    meet(1 + group, 128);
+    put_rows<kD>(out, acc, p.scale);
+    publish_shared();
+    meet(1 + group, 128);
+    if (threadIdx.x % 128 == 0) {
+      store_rows<kD>(dq, out, block * kRows, h, batch);
+      stores_commit();
+    }
+  }
+  if (threadIdx.x % 128 == 0) stores_wait_read<0>();
+#endif
+}
+
+// Shared memory of key_gradient: k and v of the tile, a ring of q, do, and the rows' lse and D; dk and dv on their way out.
+template <int kD>
+struct KeySide {
+  static constexpr int kPanel = kD / 64 * kBox, kStages = kD == 64 ? 6 : 3;
+  static constexpr int kK = 0, kV = kK + kGroups * kPanel, kOut = kV + kGroups * kPanel,
+                       kRing = kOut + kGroups * 2 * kPanel, kStats = kRing + kStages * 2 * kPanel,
+                       kResident = kStats + kStages * kStatBytes, kFull = kResident + 16,
+                       kBytes = kFull + 16 * kStages + 1024;
+};
+
+template <int kD>
+__global__ void __launch_bounds__(kThreads, 1)
+key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constant__ CUtensorMap dv,
+                    const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
+                    const __grid_constant__ CUtensorMap v, const __grid_constant__ CUtensorMap do_, const Problem p) {
+#if KRAIT_WGMMA_BODY
+  using Side = KeySide<kD>;
+  constexpr int kPanel = Side::kPanel;
+  constexpr bool kInRegisters = kD == 64;  // k and v
+  const uint32_t shared = aligned_shared(), resident = shared + Side::kResident, full = shared + Side::kFull;
+  init_barriers(resident, full, Side::kStages);
+  const int group = threadIdx.x / 128, query_blocks = p.query_blocks(), per_key = p.hq / p.hkv;
+  Walk walk(p.b * p.hkv, (p.key_blocks() + kGroups - 1) / kGroups);
+  Ring<Side::kStages> ring;
+  uint32_t parity = 0;
+  int head, tile;
+  if (group == kGroups) {
+    give_registers<24>();
+    if (threadIdx.x != kGroups * 128) return;
+    while (walk.next(head, tile)) {
+      const int hk = head % p.hkv, batch = head / p.hkv;
+      barrier_wait(resident + 8, parity ^ 1);
+      barrier_expect(resident, 2 * kGroups * kPanel);
+      for (int g = 0; g < kGroups; ++g) {
+        const int row = (tile * kGroups + g) * kRows;
+        bring_rows<kD>(shared + Side::kK + g * kPanel, k, resident, row, hk, batch);
+        bring_rows<kD>(shared + Side::kV + g * kPanel, v, resident, row, hk, batch);
+      }
+      parity ^= 1;
+      for (int h = hk * per_key; h < (hk + 1) * per_key; ++h)
+        for (int i = p.causal ? tile * kGroups : 0; i < query_blocks; ++i, ring.advance()) {
+          const uint32_t barrier = full + 16 * ring.stage, to = shared + Side::kRing + ring.stage * 2 * kPanel;
+          barrier_wait(barrier + 8, ring.parity ^ 1);
+          barrier_expect(barrier, 2 * kPanel + kStatBytes);
+          bring_rows<kD>(to, q, barrier, i * kRows, h, batch);
+          bring_rows<kD>(to + kPanel, do_, barrier, i * kRows, h, batch);
+          bring_bytes(shared + Side::kStats + ring.stage * kStatBytes,
+                      p.stats + ((int64_t{batch} * p.hq + h) * query_blocks + i) * (2 * kRows), kStatBytes, barrier);
+        }
+    }
+    return;
+  }
+  take_registers<240>();
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, row0 = threadIdx.x % 128 / 32 * 16 + g;
+  const float to_exponent = p.scale * kLog2e;
+  const uint32_t out = shared + Side::kOut + group * 2 * kPanel;
+  const uint32_t own_k = shared + Side::kK + group * kPanel, own_v = shared + Side::kV + group * kPanel;
+  while (walk.next(head, tile)) {
+    const int hk = head % p.hkv, batch = head / p.hkv, block = tile * kGroups + group;
+    const int begin = p.causal ? tile * kGroups : 0, own_begin = p.causal ? min(block, query_blocks) : 0;
+    uint32_t fk[kD / 16][4], fv[kD / 16][4];
+    barrier_wait(resident, parity);
+    parity ^= 1;
+    if constexpr (kInRegisters) {
+      load_rows<kD>(fk, own_k);
+      load_rows<kD>(fv, own_v);
+      release(resident + 8);
+    }
+    float acc_k[kD / 2], acc_v[kD / 2], s[32], dp[32];
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) acc_k[i] = acc_v[i] = 0;
+    const auto scores = [&] {
+      const uint32_t at = shared + Side::kRing + ring.stage * 2 * kPanel;
+      barrier_wait(full + 16 * ring.stage, ring.parity);
+      wgmma_begin();
+      if constexpr (kInRegisters)
+        multiply_rows<kD>(s, fk, at);
+      else
+        multiply_rows<kD>(s, own_k, at);
+      wgmma_commit();
+      if constexpr (kInRegisters)
+        multiply_rows<kD>(dp, fv, at + kPanel);
+      else
+        multiply_rows<kD>(dp, own_v, at + kPanel);
+      wgmma_commit();
+    };
+    for (int h = 0; h < per_key; ++h) {
+      for (int i = begin; i < own_begin; ++i, ring.advance()) {  // queries before all of these keys
+        barrier_wait(full + 16 * ring.stage, ring.parity);
+        release(full + 16 * ring.stage + 8);
+      }
+      if (own_begin == query_blocks) continue;
+      scores();
+      int before = -1;
+      for (int i = own_begin;;) {
+        const uint32_t at = shared + Side::kRing + ring.stage * 2 * kPanel;
+        const uint32_t stats = shared + Side::kStats + ring.stage * kStatBytes + 8 * c;
+        wgmma_wait<1>();
+        hold(s);
+        if (i > own_begin) {
+          hold(acc_k);
+          hold(acc_v);
+          release(full + 16 * before + 8);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float2 lse = load_pair(stats + 32 * j);
+          s[4 * j] = exp2_of(fmaf(s[4 * j], to_exponent, -lse.x));
+          s[4 * j + 1] = exp2_of(fmaf(s[4 * j + 1], to_exponent, -lse.y));
+          s[4 * j + 2] = exp2_of(fmaf(s[4 * j + 2], to_exponent, -lse.x));
+          s[4 * j + 3] = exp2_of(fmaf(s[4 * j + 3], to_exponent, -lse.y));
+        }
+        if (p.causal && i == block) {
+#pragma unroll
+          for (int e = 0; e < 32; ++e)
+            if (e / 4 * 8 + 2 * c + e % 2 < row0 + e % 4 / 2 * 8) s[e] = 0;
+        }
+        uint32_t w[4][4], ds[4][4];
+        to_operand(w, s);
+        wgmma_begin();
+        accumulate<kD>(acc_v, w, at + kPanel);
+        wgmma_commit();
+        wgmma_wait<1>();
+        hold(dp);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float2 delta = load_pair(stats + kRows * 4 + 32 * j);
+          s[4 * j] *= dp[4 * j] - delta.x;
+          s[4 * j + 1] *= dp[4 * j + 1] - delta.y;
+          s[4 * j + 2] *= dp[4 * j + 2] - delta.x;
+          s[4 * j + 3] *= dp[4 * j + 3] - delta.y;
+        }
+        to_operand(ds, s);
+        wgmma_begin();
+        accumulate<kD>(acc_k, ds, at);
+        wgmma_commit();
+        before = ring.stage;
+        ring.advance();
+        if (++i == query_blocks) break;
+        scores();
+      }
+      wgmma_wait<0>();
+      hold(acc_k);
+      hold(acc_v);
+      release(full + 16 * before + 8);
+    }
+    if constexpr (!kInRegisters) release(resident + 8);
+    if (threadIdx.x % 128 == 0) stores_wait_read<0>();
+    meet(1 + group, 128);
+    put_rows<kD>(out, acc_k, p.scale);
+    put_rows<kD>(out + kPanel, acc_v, 1.0f);
+    publish_shared();
+    meet(1 + group, 128);
+    if (threadIdx.x % 128 == 0) {
+      store_rows<kD>(dk, out, block * kRows, hk, batch);
+      store_rows<kD>(dv, out + kPanel, block * kRows, hk, batch);
+      stores_commit();
+    }
+  }
+  if (threadIdx.x % 128 == 0) stores_wait_read<0>();
+#endif
+}
+
+// (b, l, heads, d) in memory.
+struct Rows {
+  const void* data;
+  int64_t b, l, h, d, batch, row, head;  // sizes, then strides in elements
+};
+CUtensorMap map_of(const Rows& r) {
+  const int64_t sizes[4] = {r.d, r.l, r.h, r.b}, strides[3] = {r.row, r.head, r.batch};
+  const int box[4] = {64, kRows, 1, 1};
+  return tensor_map(r.data, DType::bf16, sizes, strides, box);
+}
+
+template <int kD>
+void backward(const Rows& dq, const Rows& dk, const Rows& dv, const Rows& do_, const Rows& q, const Rows& k, const Rows& v,
+              const Rows& o, const Problem& p, int multiprocessors, Stream stream) {
+  const auto grid = [&](int heads, int blocks) {
+    const int64_t tiles = ceil_div(blocks, kGroups);
+    return std::min<int64_t>(multiprocessors, heads * ((tiles + 1) / 2));
+  };
+  const CUtensorMap mq = map_of(q), mk = map_of(k), mv = map_of(v), mdo = map_of(do_);
+  launch(query_gradient_kernel<kD>,
+         {.grid = grid(p.b * p.hq, p.query_blocks()), .block = kThreads, .shared = QuerySide<kD>::kBytes, .stream = stream},
+         map_of(dq), mq, mk, mv, map_of(o), mdo, p);
+  launch(key_gradient_kernel<kD>,
+         {.grid = grid(p.b * p.hkv, p.key_blocks()), .block = kThreads, .shared = KeySide<kD>::kBytes, .stream = stream},
+         map_of(dk), map_of(dv), mq, mk, mv, mdo, p);
+}
+
+Rows rows_of(const Tensor& t) {
+  return {t.raw_data(), t.size(0), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+bool serves(const Tensor& t) {
+  return t.stride(0) % 8 == 0 && t.stride(1) % 8 == 0 && t.stride(2) % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(t.raw_data()) % 16 == 0;
+}
+
+// Multiprocessors of a Hopper; 0 elsewhere, and where the kernels were compiled for anything but sm_90a: their bodies are
+// empty then, which their registers tell.
+int hopper_multiprocessors(Device device) {
+  static std::mutex mutex;
+  static auto* known = new std::map<int, int>;
+  const std::lock_guard lock(mutex);
+  const auto [at, fresh] = known->try_emplace(device.index, 0);
+  if (!fresh) return at->second;
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, key_gradient_kernel<64>));
+  if (device_info(device).compute_capability == 90 && attributes.numRegs > 64)
+    at->second = device_info(device).multiprocessors;
+  return at->second;
+}
+
+}  // namespace
+
+bool attention_backward_wgmma_serves(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options) {
+  const int64_t b = q.size(0), lq = q.size(1), lk = k.size(1), d = q.size(3);
+  const bool plain = !options.alibi_slopes.defined() && !options.q_segments.defined() && !options.k_length.defined() &&
+                     options.window == 0 && options.dropout.p == 0;
+  const bool mask = !options.causal || (lq == lk && options.q_offset == 0);
+  const bool counts = b * q.size(2) * std::max(lq, lk) < (int64_t{1} << 31);
+  return options.hopper_kernel && q.dtype() == DType::bf16 && plain && mask && counts && d == 64 && lq > 1 && lk > 1 &&
+         serves(q) && serves(k) && serves(v) && hopper_multiprocessors(q.device()) > 0;
+}
+
+bool attention_backward_wgmma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, const Tensor& q, const Tensor& k,
+                              const Tensor& v, const Tensor& o, const Tensor& lse, const AttentionOptions& options) {
+  for (const Tensor& t : {do_, o, dq, dk, dv})
+    if (!serves(t)) return false;
+  Problem p{static_cast<int>(q.size(0)), static_cast<int>(q.size(1)), static_cast<int>(k.size(1)),
+            static_cast<int>(q.size(2)), static_cast<int>(k.size(2)), options.causal,
+            static_cast<float>(options.scale), lse.data<float>(), nullptr};
+  const Tensor stats = empty({p.b, p.hq, p.query_blocks(), 2, kRows}, DType::f32, q.device());
+  p.stats = stats.data<float>();
+  backward<64>(rows_of(dq), rows_of(dk), rows_of(dv), rows_of(do_), rows_of(q), rows_of(k), rows_of(v), rows_of(o), p,
+               hopper_multiprocessors(q.device()), current_stream(q.device()));
+  return true;
+}
+
+}  // namespace krait::kernels::cuda
