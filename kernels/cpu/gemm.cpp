@@ -149,12 +149,19 @@ void transpose_block(float* to, int64_t to_stride, const float* from, int64_t fr
   for (int i = 0; i < kLanes; ++i) store(to + i * to_stride, r[i]);
 }
 
+// Rows that lie apart are not foreseen by the machine.
+constexpr int64_t kAhead = 12;
+void prefetch_row(const float* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(row + i);
+}
+
 // Contiguous rows of b to `panels` panels of kNR columns, `apart` floats from one to the next: k rows of `columns`
 // values in all. Neighbouring panels are filled together, since a row of one alone is two cache lines of a page.
 void pack_panels(float* to, int64_t apart, const float* b, int64_t row_stride, int64_t k, int64_t columns) {
   const int64_t full = columns / kNR, rest = columns % kNR, width = rest > kLanes ? kNR : kLanes;
   for (int64_t p = 0; p < k; ++p) {
     const float* from = b + p * row_stride;
+    if (p + kAhead < k) prefetch_row(from + kAhead * row_stride, columns);
     for (int64_t q = 0; q < full; ++q) {
       float* row = to + q * apart + p * kNR;
       store(row, load(from + q * kNR));
@@ -189,6 +196,7 @@ bool rows_collide(int64_t row_stride) { return row_stride % 1024 == 0; }
 void pack_columns(float* to, const float* a, int64_t a_col, int64_t k, int64_t rows) {
   for (int64_t p = 0; p < k; ++p) {
     const float* from = a + p * a_col;
+    if (p + kAhead < k) prefetch_row(from + kAhead * a_col, rows);
     float* tile = to + p * kMR;
     int64_t i = 0;
     for (; i + kMR <= rows; i += kMR, tile += k * kMR) std::memcpy(tile, from + i, kMR * sizeof(float));
