@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/head_loss.h"
 #include "kernels/matmul.h"
 
 namespace krait::kernels {
@@ -141,7 +142,6 @@ Rows linear_rows(Tensor& dx, const Tensor& x, const Tensor& w, const Tensor& tar
   const DType accum = accum_dtype(x.dtype());
   Rows out{empty({t}, accum, device), empty({t}, accum, device),
            count_or(job.count, targets, valid, job.options.ignore_index)};
-  const Tensor lse = empty({t}, accum, device);
   if (job.want_dx) dx = empty({t, x.size(1)}, x.dtype(), device);
   Tensor dw = job.dw_sum;
   const bool gradients = job.want_dx || dw.defined();
@@ -149,7 +149,12 @@ Rows linear_rows(Tensor& dx, const Tensor& x, const Tensor& w, const Tensor& tar
   // Every member must cut the rows alike, also where its share of the vocabulary is smaller.
   const int64_t columns = sharded ? (whole + shard.group->size() - 1) / shard.group->size() : v;
   const int64_t chunk = std::min(t, job.chunk_rows > 0 ? job.chunk_rows : rows_per_chunk(t, columns, x.dtype(), device));
-  const Tensor buffer = empty({chunk, v}, x.dtype(), device);
+  bool done = false;
+  if (!sharded)
+    KRAIT_DISPATCH(device, head_loss(done, out.losses, out.nll, dx, dw, rows, weight, targets, out.count, valid, chunk,
+                                     job.loss_scale, job.options));
+  if (done) return out;
+  const Tensor lse = empty({t}, accum, device), buffer = empty({chunk, v}, x.dtype(), device);
   for (int64_t begin = 0; begin < t; begin += chunk) {
     const int64_t end = std::min(t, begin + chunk);
     const auto part = [&](const Tensor& all) { return all.slice(0, begin, end); };

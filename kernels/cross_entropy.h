@@ -38,7 +38,8 @@ void cross_entropy_backward(Tensor& dlogits, const Tensor& dloss, const Tensor& 
 Tensor count_targets(const Tensor& targets, int64_t valid_vocab, int64_t ignore_index);
 
 /// Mean cross entropy of the logits x w^T, which never exist whole: chunks of rows are multiplied, turned into their
-/// gradient in place, and multiplied back. x (t, d), w (v, d), targets (t).
+/// gradient in place, and multiplied back; on Hopper the logits exist nowhere (head_loss.h). x (t, d), w (v, d),
+/// targets (t).
 struct LinearCrossEntropyOut {
   Tensor loss;     // scalar, times loss_scale
   Tensor nll_sum;  // scalar: sum of nll over kept targets

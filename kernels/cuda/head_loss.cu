@@ -1,0 +1,130 @@
+#include "kernels/head_loss.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+
+#include "core/cuda/launch.cuh"
+#include "kernels/cuda/aligned.h"
+#include "kernels/cuda/head_loss.cuh"
+#include "kernels/cuda/tensor_map.h"
+#include "kernels/matmul.h"
+
+namespace krait::kernels::cuda {
+
+namespace {
+
+constexpr int64_t kCachedBytes = int64_t{16} << 20;  // of x, while all columns pass by
+
+cudaLaunchConfig_t clusters_config(int64_t clusters, cudaLaunchAttribute& cluster, Stream stream) {
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kHeadCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(kHeadCluster * clusters));
+  config.blockDim = dim3(kHeadThreads);
+  config.dynamicSmemBytes = kHeadShared;
+  config.stream = native(stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return config;
+}
+
+// How many clusters the GPU holds at once; 0 where the kernel is not for it. Compiled for anything but sm_90a its body is
+// empty, which its registers tell.
+int resident_clusters(Device device) {
+  static std::mutex mutex;
+  static auto* known = new std::map<int, int>;
+  const std::lock_guard lock(mutex);
+  const auto [at, fresh] = known->try_emplace(device.index, 0);
+  if (!fresh) return at->second;
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, head_exponentials_kernel));
+  if (device_info(device).compute_capability != 90 || attributes.numRegs < kHeadColumns / 2) return 0;
+  check(cudaFuncSetAttribute(head_exponentials_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kHeadShared));
+  cudaLaunchAttribute cluster{};
+  const cudaLaunchConfig_t config = clusters_config(device_info(device).multiprocessors / kHeadCluster, cluster, {});
+  check(cudaOccupancyMaxActiveClusters(&at->second, head_exponentials_kernel, &config));
+  return at->second;
+}
+
+// e (rows, v), which may be undefined, and the sums of its column tiles (tiles, rows).
+void exponentials(const Tensor& e, const Tensor& partial, const Tensor& x, const Tensor& w, const Tensor& reference,
+                  int64_t valid) {
+  const int64_t rows = x.size(0), v = w.size(0), d = x.size(1);
+  const auto map = [d](const Tensor& t, int lines) {
+    const int64_t sizes[] = {d, t.size(0)}, strides[] = {d};
+    const int box[] = {kHeadDepth, lines};
+    return tensor_map(t.raw_data(), DType::bf16, sizes, strides, box);
+  };
+  const int64_t row_tiles = ceil_div(rows, kHeadCluster * kHeadRows), column_tiles = ceil_div(v, kHeadColumns);
+  const int64_t tile_bytes = kHeadCluster * kHeadRows * d * 2;
+  const HeadProduct job{.rows = static_cast<int>(rows),
+                        .columns = static_cast<int>(v),
+                        .valid = static_cast<int>(valid),
+                        .depth = static_cast<int>(ceil_div(d, kHeadDepth)),
+                        .row_tiles = static_cast<int>(row_tiles),
+                        .column_tiles = static_cast<int>(column_tiles),
+                        .group = static_cast<int>(std::clamp<int64_t>(kCachedBytes / tile_bytes, 1, row_tiles)),
+                        .reference = reference.data<float>(),
+                        .partial = partial.data<float>(),
+                        .e = e.defined() ? e.data<bf16>() : nullptr};
+  cudaLaunchAttribute cluster{};
+  const int64_t clusters = std::min<int64_t>(resident_clusters(x.device()), row_tiles * column_tiles);
+  const cudaLaunchConfig_t config = clusters_config(clusters, cluster, current_stream(x.device()));
+  check(cudaFuncSetAttribute(head_exponentials_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kHeadShared));
+  check(cudaLaunchKernelEx(&config, head_exponentials_kernel, map(x, kHeadRows), map(w, kHeadColumns / kHeadCluster), job));
+}
+
+}  // namespace
+
+void head_loss(bool& done, Tensor& losses, Tensor& nll, Tensor& dx, Tensor& dw, const Tensor& x_in, const Tensor& w_in,
+               const Tensor& targets, const Tensor& count, int64_t valid, int64_t chunk, double scale,
+               const CrossEntropyOptions& options) {
+  const int64_t t = x_in.size(0), d = x_in.size(1), v = w_in.size(0), tiles = ceil_div(v, kHeadColumns);
+  const Device device = x_in.device();
+  done = x_in.dtype() == DType::bf16 && d % 8 == 0 && v % 8 == 0 && options.logit_cap == 0.0 &&
+         options.label_smoothing == 0.0 && (!dw.defined() || dw.dtype() == DType::f32) && resident_clusters(device) > 0;
+  if (!done || t == 0) return;
+  const Tensor x_given = x_in.contiguous(), w_given = w_in.contiguous();  // bulk copies want addresses on 16 bytes
+  const Tensor x = aligned(x_given) ? x_given : x_given.clone(), w = aligned(w_given) ? w_given : w_given.clone();
+  const Stream stream = current_stream(device);
+  const bool gradients = dx.defined() || dw.defined();
+  const Tensor reference = empty({t}, DType::f32, device), partial = empty({tiles, chunk}, DType::f32, device);
+  Tensor e, factors, scaled, product;
+  if (gradients) e = empty({chunk, v}, DType::bf16, device), factors = empty({chunk}, DType::f32, device);
+  if (dw.defined()) scaled = empty({chunk, d}, DType::bf16, device);
+  if (dx.defined()) product = empty({chunk, d}, DType::f32, device);
+
+  visit_index(targets.dtype(), [&]<class I>() {
+    launch(head_reference_kernel<I>, {.grid = ceil_div(t, 8), .block = 256, .stream = stream}, reference.data<float>(),
+           x.data<bf16>(), w.data<bf16>(), targets.data<I>(), t, valid, options.ignore_index, d);
+  });
+  for (int64_t begin = 0; begin < t; begin += chunk) {
+    const int64_t rows = std::min(chunk, t - begin);
+    const auto part = [&](const Tensor& all) { return all.slice(0, begin, begin + rows); };
+    const auto first = [&](const Tensor& all) { return all.defined() ? all.slice(0, 0, rows) : all; };
+    const Tensor x_part = part(x), r_part = part(reference), e_part = first(e);
+    exponentials(e_part, partial, x_part, w, r_part, valid);
+    const HeadFinish job{.rows = rows, .columns = v, .valid = valid, .d = d, .column_tiles = tiles,
+                         .ignore = options.ignore_index, .partial = partial.data<float>(), .reference = r_part.data<float>(),
+                         .count = count.data<float>(), .x = x_part.data<bf16>(), .w = w.data<bf16>(),
+                         .losses = losses.data<float>() + begin, .nll = nll.data<float>() + begin, .scale = scale,
+                         .z_loss = options.z_loss, .e = gradients ? e.data<bf16>() : nullptr,
+                         .factors = gradients ? factors.data<float>() : nullptr,
+                         .scaled = dw.defined() ? scaled.data<bf16>() : nullptr};
+    visit_index(targets.dtype(), [&]<class I>() {
+      launch(head_finish_kernel<I>, {.grid = ceil_div(rows, kFinishRows), .block = kFinishWarps * 32, .stream = stream},
+             targets.data<I>() + begin, job);
+    });
+    if (dx.defined()) {
+      Tensor product_part = first(product);
+      matmul_out(product_part, e_part, w);
+      launch(head_scale_kernel, {.grid = ceil_div(rows * d, 8 * 256), .block = 256, .stream = stream},
+             dx.data<bf16>() + begin * d, product.data<float>(), factors.data<float>(), rows * d, d);
+    }
+    if (dw.defined()) matmul_out(dw, e_part, first(scaled), true, false, 1.0, 1.0);
+  }
+}
+
+}  // namespace krait::kernels::cuda

@@ -1,0 +1,363 @@
+#pragma once
+// Kernels of the language model's head and its cross entropy on sm_90 (head_loss.h has the mathematics).
+#include <cfloat>
+
+#include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/packed.cuh"
+#include "kernels/cuda/tma.cuh"
+#include "kernels/cuda/wgmma.cuh"
+
+namespace krait::kernels::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The product's shape: a block has 128 rows of x and 256 of w at a time, 64 terms a stage; the two blocks of a cluster
+// have the same rows of w and bring half of them each. (Clusters of four, 192 columns in five stages, and one warpgroup
+// some stages behind the other are slower by 5 to 15 %.)
+constexpr int kHeadRows = 128, kHeadColumns = 256, kHeadDepth = 64, kHeadStages = 4, kHeadCluster = 2, kHeadThreads = 384;
+constexpr int kHeadBox = 16 * 64 * 2;  // bytes of a warp's 16 rows and 64 columns of e on their way out
+constexpr int kHeadShared = 1024 + kHeadStages * (kHeadRows + kHeadColumns) * 128 + 8 * kHeadBox + 16 * kHeadStages;
+
+struct HeadProduct {
+  int rows, columns, valid;     // of x and w; columns that are not padding
+  int depth;                    // stages of kHeadDepth terms
+  int row_tiles, column_tiles;  // row tiles: of a whole cluster
+  int group;                    // of row tiles that see all columns before the next: their x stays in the cache
+  const float* reference;       // (rows)
+  float* partial;               // (column_tiles, rows): sums of a tile's e
+  bf16* e;                      // (rows, columns), or null
+};
+
+struct HeadTile {
+  int row, column;  // of the cluster
+};
+__device__ __forceinline__ HeadTile head_tile(const HeadProduct& job, int at) {
+  const int per_group = job.group * job.column_tiles, first = at / per_group * job.group;
+  const int in_group = at % per_group, group = min(job.group, job.row_tiles - first);
+  const int n = in_group / group;
+  return {(first + in_group - n * group) * kHeadCluster * kHeadRows, n * kHeadColumns};
+}
+
+// 8 x 8 matrices from accumulators to shared memory: lane i names row i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  return v;
+}
+
+// e = exp(x w^T - reference) and its sums. Two warpgroups multiply 64 rows each and turn their sums into e, the third
+// brings x and w, also those of the next tile meanwhile.
+// Bound by the products: 2 rows columns d. At 8192 x 768 -> 50304 a tile takes 13,500 cycles of products (12,288 counted),
+// 2,100 of exponentials (2,048 counted) and 1,800 of stores.
+static __global__ void __launch_bounds__(kHeadThreads, 1)
+    head_exponentials_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w,
+                             const HeadProduct job) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kShare = kHeadColumns / kHeadCluster;
+  constexpr uint32_t kRowBytes = kHeadRows * 128, kStage = kRowBytes + kHeadColumns * 128;
+  extern __shared__ unsigned char raw[];
+  const uint32_t stages = (shared_address(raw) + 1023) & ~1023u, boxes = stages + kHeadStages * kStage;
+  const uint32_t full = boxes + 8 * kHeadBox, empty = full + 8 * kHeadStages;
+  const int rank = static_cast<int>(cluster_rank()), team = static_cast<int>(threadIdx.x) / 128;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kHeadStages; ++s) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, 2 * kHeadCluster);  // two warpgroups in each block
+    }
+    barriers_visible();
+  }
+  cluster_barrier();
+
+  const int tiles = job.row_tiles * job.column_tiles, step = static_cast<int>(gridDim.x) / kHeadCluster;
+  uint32_t slot = 0, parity = 0;
+  const auto advance = [&] {
+    if (++slot == kHeadStages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  };
+  const auto place = [&](int at) {
+    HeadTile tile = head_tile(job, at);
+    tile.row += rank * kHeadRows;
+    return tile;
+  };
+  if (team == 2) {
+    give_registers<40>();
+    if (threadIdx.x == 256) {
+      for (int at = static_cast<int>(blockIdx.x) / kHeadCluster; at < tiles; at += step) {
+        const HeadTile tile = place(at);
+        for (int k = 0; k < job.depth; ++k, advance()) {
+          const uint32_t to = stages + slot * kStage, barrier = full + 8 * slot;
+          barrier_wait_cluster(empty + 8 * slot, parity ^ 1);
+          barrier_expect(barrier, kStage);
+          bring_box(to, x, barrier, k * kHeadDepth, tile.row);
+          bring_box_to(to + kRowBytes + rank * kShare * 128, w, barrier, k * kHeadDepth, tile.column + rank * kShare,
+                       (1 << kHeadCluster) - 1);
+        }
+      }
+    }
+    __syncwarp();
+  } else {
+    take_registers<232>();
+    const int thread = static_cast<int>(threadIdx.x) % 128, warp = thread / 32, lane = thread % 32, c = lane % 4;
+    const auto release = [&](uint32_t s) {
+      if (thread < kHeadCluster) barrier_arrive_at(empty + 8 * s, thread);
+    };
+    // e leaves through 16 rows x 64 columns of the warp's own: matrices in (lane i names row i % 8 of rows 0-7, 8-15 and
+    // columns 0-7, then 8-15), lines of 128 bytes out; pieces of 16 bytes change places by row % 8.
+    const uint32_t box = boxes + (threadIdx.x / 32) * kHeadBox, line = lane % 16, piece = lane / 16;
+    float d[kHeadColumns / 2];
+    for (int at = static_cast<int>(blockIdx.x) / kHeadCluster; at < tiles; at += step) {
+      const HeadTile tile = place(at);
+      const int first = tile.row + 64 * team + 16 * warp, row = first + lane / 4;
+      const float reference_low = row < job.rows ? job.reference[row] : 0.0f;
+      const float reference_high = row + 8 < job.rows ? job.reference[row + 8] : 0.0f;
+      uint32_t before = 0;
+      for (int k = 0; k < job.depth; ++k, advance()) {
+        const uint32_t from = stages + slot * kStage;
+        barrier_wait(full + 8 * slot, parity);
+        const uint64_t a = along_lines(from + team * (kRowBytes / 2)), b = along_lines(from + kRowBytes);
+        wgmma_begin();
+#pragma unroll
+        for (int q = 0; q < 4; ++q) wgmma(d, further(a, 32 * q), further(b, 32 * q), k + q > 0);
+        wgmma_commit();
+        if (k > 0) {
+          wgmma_wait<1>();
+          release(before);
+        }
+        before = slot;
+      }
+      wgmma_wait<0>();
+      hold(d);
+      release(before);
+
+      if (job.valid - tile.column < kHeadColumns) {
+#pragma unroll
+        for (int i = 0; i < kHeadColumns / 2; ++i)
+          if (i / 4 * 8 + 2 * c + i % 2 >= job.valid - tile.column) d[i] = -INFINITY;
+      }
+      const float low = reference_low * kLog2e, high = reference_high * kLog2e;
+      float sum_low = 0.0f, sum_high = 0.0f;
+      bf16* const out = job.e + int64_t{first + lane / 8} * job.columns + tile.column + lane % 8 * 8;
+#pragma unroll
+      for (int part = 0; part < kHeadColumns / 64; ++part) {
+        uint32_t packed[16];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float* s = d + 32 * part + 4 * j;
+          const float e0 = exp2_fast(fmaf(s[0], kLog2e, -low)), e1 = exp2_fast(fmaf(s[1], kLog2e, -low));
+          const float e2 = exp2_fast(fmaf(s[2], kLog2e, -high)), e3 = exp2_fast(fmaf(s[3], kLog2e, -high));
+          sum_low += e0 + e1;
+          sum_high += e2 + e3;
+          packed[2 * j] = pack(e0, e1);
+          packed[2 * j + 1] = pack(e2, e3);
+        }
+        if (!job.e) continue;
+        __syncwarp();
+#pragma unroll
+        for (uint32_t j = 0; j < 4; ++j)
+          store_matrices(box + line * 128 + (((2 * j + piece) ^ (line % 8)) << 4), packed[4 * j], packed[4 * j + 1],
+                         packed[4 * j + 2], packed[4 * j + 3]);
+        __syncwarp();
+        const bool inside = tile.column + 64 * part + lane % 8 * 8 < job.columns;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t r = 4 * i + lane / 8;
+          const uint4 v = load_shared(box + r * 128 + ((lane % 8 ^ r % 8) << 4));
+          if (inside && first + static_cast<int>(r) < job.rows)
+            *reinterpret_cast<uint4*>(out + int64_t{4 * i} * job.columns + 64 * part) = v;
+        }
+      }
+#pragma unroll
+      for (int m = 1; m < 4; m *= 2) {
+        sum_low += __shfl_xor_sync(~0u, sum_low, m);
+        sum_high += __shfl_xor_sync(~0u, sum_high, m);
+      }
+      float* partial = job.partial + int64_t{tile.column / kHeadColumns} * job.rows + row;
+      if (c == 0 && row < job.rows) partial[0] = sum_low;
+      if (c == 0 && row + 8 < job.rows) partial[8] = sum_high;
+    }
+  }
+  cluster_barrier();  // the other blocks' arrivals come here
+#endif
+}
+
+// reference = x . w[y], the target's logit; +infinity (all e are 0) where the target is ignored, NaN where it is bad.
+// One warp per row. Bound by memory: rows of x and w, read once.
+template <class I>
+__global__ void head_reference_kernel(float* reference, const bf16* __restrict__ x, const bf16* __restrict__ w,
+                                      const I* targets, int64_t rows, int64_t valid, int64_t ignore, int64_t d) {
+  const int64_t row = int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32;
+  if (row >= rows) return;
+  const auto y = static_cast<int64_t>(targets[row]);
+  float sum = y == ignore ? INFINITY : NAN;
+  if (y != ignore && y >= 0 && y < valid) {
+    sum = 0.0f;
+    for (int64_t k = threadIdx.x % 32 * 8; k < d; k += 256) {
+      float a[8], b[8];
+      load_values(a, x + row * d + k);
+      load_values(b, w + y * d + k);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum = fmaf(a[i], b[i], sum);
+    }
+    for (int m = 16; m > 0; m /= 2) sum += __shfl_xor_sync(~0u, sum, m);
+  }
+  if (threadIdx.x % 32 == 0) reference[row] = sum;
+}
+
+constexpr int kFinishRows = 32, kFinishWarps = 8;
+constexpr float kHeadLimit = 0x1p80f;  // a sum from here on asks for a larger reference
+
+struct HeadFinish {
+  int64_t rows, columns, valid, d, column_tiles, ignore;
+  const float *partial, *reference, *count;
+  const bf16 *x, *w;
+  float *losses, *nll;  // (rows)
+  double scale, z_loss;
+  // Where gradients are wanted: e (rows, columns), factors s (rows), and for dw s x (rows, d); null otherwise.
+  bf16* e;
+  float* factors;
+  bf16* scaled;
+};
+
+// The block's 32 rows again, with their maxima as references; those that `wanted` names get new e and sums. Slow: every
+// block reads all of w twice. Only where a logit is some 55 above its target's.
+__device__ __noinline__ void head_repair(float* top_of, float* sum_of, uint32_t wanted, const HeadFinish& job) {
+  __shared__ float parts[kFinishWarps][kFinishRows];
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, c = lane % 4;
+  const int64_t first = int64_t{blockIdx.x} * kFinishRows;
+  const auto two = [&](const bf16* from, int64_t line, int64_t lines, int64_t k) -> uint32_t {
+    return line < lines && k < job.d ? *reinterpret_cast<const uint32_t*>(from + line * job.d + k) : 0u;
+  };
+  float top[4], sum[4] = {};  // rows g, g + 8, g + 16, g + 24
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int i = 0; i < 4; ++i) top[i] = pass == 0 ? -FLT_MAX : top_of[g + 8 * i];
+    for (int64_t n = warp * 32; n < job.valid; n += kFinishWarps * 32) {
+      float s[2][4][4] = {};
+      for (int64_t k = 2 * c; k < job.d + 2 * c; k += 16) {
+        uint32_t a[2][4];
+        for (int m = 0; m < 2; ++m)
+          for (int i = 0; i < 4; ++i) a[m][i] = two(job.x, first + 16 * m + g + i % 2 * 8, job.rows, k + i / 2 * 8);
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t b0 = two(job.w, n + 8 * j + g, job.columns, k), b1 = two(job.w, n + 8 * j + g, job.columns, k + 8);
+          for (int m = 0; m < 2; ++m) mma(s[m][j], a[m], b0, b1);
+        }
+      }
+      for (int m = 0; m < 2; ++m)
+        for (int j = 0; j < 4; ++j)
+          for (int i = 0; i < 4; ++i) {
+            const int64_t column = n + 8 * j + 2 * c + i % 2;
+            const int r = 2 * m + i / 2, row = g + 8 * r;
+            if (column >= job.valid) continue;
+            if (pass == 0) {
+              top[r] = fmaxf(top[r], s[m][j][i]);
+            } else {
+              const float e = exp2_fast((s[m][j][i] - top[r]) * kLog2e);
+              sum[r] += e;
+              if (job.e && (wanted >> row & 1)) job.e[(first + row) * job.columns + column] = static_cast<bf16>(e);
+            }
+          }
+    }
+    for (int i = 0; i < 4; ++i) {
+      float value = pass == 0 ? top[i] : sum[i];
+      for (int m = 1; m < 4; m *= 2) {
+        const float other = __shfl_xor_sync(~0u, value, m);
+        value = pass == 0 ? fmaxf(value, other) : value + other;
+      }
+      if (c == 0) parts[warp][g + 8 * i] = value;
+    }
+    __syncthreads();
+    if (warp == 0) {
+      float value = parts[0][lane];
+      for (int k = 1; k < kFinishWarps; ++k) value = pass == 0 ? fmaxf(value, parts[k][lane]) : value + parts[k][lane];
+      if (pass == 0)
+        top_of[lane] = value;
+      else
+        sum_of[lane] = value;
+    }
+    __syncthreads();
+  }
+}
+
+// Row results from the sums, and what the gradients' products want: the target's entry of e becomes e_y - sum / (1 + 2 z
+// lse), and x is scaled. A block has 32 rows. Bound by memory: sums, x read and written.
+template <class I>
+__global__ void __launch_bounds__(kFinishWarps * 32) head_finish_kernel(const I* targets, const HeadFinish job) {
+  __shared__ float parts[kFinishWarps][kFinishRows], sum_of[kFinishRows], top_of[kFinishRows], factor_of[kFinishRows];
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t first = int64_t{blockIdx.x} * kFinishRows, row = first + lane;
+  const bool inside = row < job.rows;
+  float part = 0.0f;
+  if (inside)
+    for (int64_t n = warp; n < job.column_tiles; n += kFinishWarps) part += job.partial[n * job.rows + row];
+  parts[warp][lane] = part;
+  __syncthreads();
+
+  const int64_t y = inside ? static_cast<int64_t>(targets[row]) : job.ignore;
+  const bool ignored = y == job.ignore, good = !ignored && y >= 0 && y < job.valid;
+  const float target = inside ? job.reference[row] : 0.0f;
+  float sum = parts[0][lane];
+  for (int k = 1; k < kFinishWarps; ++k) sum += parts[k][lane];
+  const uint32_t wrong = __ballot_sync(~0u, good && sum >= kHeadLimit), dirty = __ballot_sync(~0u, inside && ignored && sum != 0.0f);
+  float shift = target;
+  if (wrong) {  // the same for all warps
+    head_repair(top_of, sum_of, wrong, job);
+    if (wrong >> lane & 1) {
+      shift = top_of[lane];
+      sum = sum_of[lane];
+    }
+  }
+  if (warp == 0) {
+    const float lse = shift + logf(sum), nll = ignored ? 0.0f : logf(sum) + (shift - target);
+    const float z = static_cast<float>(job.z_loss), scale = static_cast<float>(job.scale) / fmaxf(*job.count, 1.0f);
+    float a = 1.0f + 2.0f * z * lse;
+    if (fabsf(a) < 1e-6f) a = copysignf(1e-6f, a);
+    factor_of[lane] = ignored ? 0.0f : scale * a / sum;
+    if (inside) {
+      job.losses[row] = ignored ? 0.0f : nll + z * lse * lse;
+      job.nll[row] = nll;
+      if (job.e) job.factors[row] = factor_of[lane];
+      if (job.e && good) job.e[row * job.columns + y] = static_cast<bf16>(exp2_fast((target - shift) * kLog2e) - sum / a);
+    }
+  }
+  if (!job.e) return;
+  __syncthreads();
+  for (int r = warp; r < kFinishRows && first + r < job.rows; r += kFinishWarps) {
+    const float factor = factor_of[r];
+    const bool skip = __shfl_sync(~0u, static_cast<int>(ignored), r);
+    for (int64_t k = lane * 8; job.scaled && k < job.d; k += 256) {
+      float v[8];
+      load_values(v, job.x + (first + r) * job.d + k);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = skip ? 0.0f : v[i] * factor;
+      store_values(job.scaled + (first + r) * job.d + k, v);
+    }
+    if (dirty >> r & 1)
+      for (int64_t k = lane; k < job.columns; k += 32) job.e[(first + r) * job.columns + k] = static_cast<bf16>(0.0f);
+  }
+}
+
+// dx = factor of the row times the product. Bound by memory.
+static __global__ void head_scale_kernel(bf16* __restrict__ dx, const float* __restrict__ product,
+                                         const float* __restrict__ factors, int64_t n, int64_t d) {
+  const int64_t i = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * 8;
+  if (i >= n) return;
+  const float factor = factors[i / d];
+  float v[8];
+  load_values(v, product + i);
+#pragma unroll
+  for (int k = 0; k < 8; ++k) v[k] *= factor;
+  store_values(dx + i, v);
+}
+
+}  // namespace krait::kernels::cuda
