@@ -2,7 +2,6 @@
 
 #include "autograd/conv_filter.h"
 #include "kernels/causal_conv1d.h"
-#include "kernels/gated_rms_norm.h"
 #include "kernels/linear.h"
 #include "kernels/ssd.h"
 #include "kernels/ssd_time_step.h"
@@ -32,6 +31,10 @@ struct Sizes {
   int64_t h, g, n, e;
 };
 
+GatedNorm norm_of(const Mamba2InnerArguments& in) {
+  return {in.norm_members, in.sizes.groups, in.norm_eps, in.norm_first};
+}
+
 kernels::CausalConv1dOut convolve(const Mamba2InnerArguments& in, const ConvFilter& filter) {
   return kernels::causal_conv1d_forward(Sizes(in).xbc(in.zxbcdt.data()), filter.weight, filter.bias, in.conv_state.data(),
                                         true, in.options.segments);
@@ -55,8 +58,8 @@ Grads differentiate(const Mamba2InnerArguments& in, const ConvFilter& filter, co
     const bool project = in.out_weight.defined();
     Tensor up = !project ? dout
                          : kernels::linear_backward(dout, y, in.out_weight.data(), {}, Epilogue::none, {true, false, false}).dx;
-    auto norm = kernels::gated_rms_norm_backward(up, y, sizes.z(zxbcdt), in.norm_weight.data(), rstd, in.norm_first,
-                                                 in.norm_weight.grad_in_place(), sizes.z(dzxbcdt), project);
+    auto norm = norm_of(in).backward(up, y, sizes.z(zxbcdt), in.norm_weight.data(), rstd, in.norm_weight.grad_in_place(),
+                                     sizes.z(dzxbcdt), project);
     up = {};
     dy = norm.dx;
     dnorm = norm.dw;
@@ -120,8 +123,7 @@ Mamba2InnerOut mamba2_inner(const Mamba2InnerArguments& in) {
   scan = {};
   conv.y = {};
   const Tensor y = states.view({zxbcdt.size(0), zxbcdt.size(1), sizes.e});
-  const auto norm = kernels::gated_rms_norm_forward(y, sizes.z(zxbcdt), in.norm_weight.data(), in.norm_eps,
-                                                    in.sizes.groups, in.norm_first);
+  const auto norm = norm_of(in).forward(y, sizes.z(zxbcdt), in.norm_weight.data());
   Tensor out = norm.y;
   if (in.out_weight.defined())
     out = kernels::linear_forward(out, in.out_weight.data(), in.out_bias.data(), Epilogue::none, false).y;

@@ -1,4 +1,5 @@
 #pragma once
+#include "autograd/gated_rms_norm.h"
 #include "autograd/ssd.h"
 #include "autograd/variable.h"
 
@@ -20,6 +21,7 @@ struct Mamba2InnerArguments {
   SsdOptions options = {};
   double dt_low = 0, dt_high = 0, norm_eps = 1e-5;
   bool norm_first = false;
+  NormMembers norm_members = {};  // where one group's heads lie on several processes
 };
 struct Mamba2InnerOut { Variable y, conv_state, ssm_state; };
 Mamba2InnerOut mamba2_inner(const Mamba2InnerArguments& in);

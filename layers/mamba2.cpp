@@ -3,18 +3,14 @@
 #include <cmath>
 #include <limits>
 
-#include "autograd/causal_conv1d.h"
-#include "autograd/gated_rms_norm.h"
 #include "autograd/linear.h"
 #include "autograd/mamba2_inner.h"
 #include "autograd/shape.h"
 #include "autograd/shared_rows.h"
-#include "autograd/ssd.h"
 #include "core/random.h"
 #include "kernels/mamba2_step.h"
 #include "kernels/ssd.h"
 #include "layers/inverse_softplus.h"
-#include "layers/linear.h"
 #include "layers/sequence_history.h"
 
 namespace krait::layers {
@@ -81,23 +77,6 @@ Variable Mamba2::shared(const Parameter& parameter, int64_t first) const {
   return share_rows(parameter, {{first, first + here, at}, {first + here, first + 2 * here, all + at}}, 2 * all, tensor_);
 }
 
-Mamba2::Projected Mamba2::project(const Variable& u) const {
-  const int64_t e = config_.inner;
-  const Variable all = linear(copy_to_group(u, tensor_), shared(in_weight_, 2 * e), shared(in_bias_, 2 * e));
-  const Vars parts = split(all, {e, conv_width(), config_.heads}, 2);
-  return {parts[0], parts[1], parts[2]};
-}
-
-Variable Mamba2::norm(const Variable& y, const Variable& z) const {
-  if (!copied())
-    return gated_rms_norm(y, z, norm_weight_, eps_, config_.n_groups, config_.norm_before_gate);
-  return gated_rms_norm_over(y, z, norm_weight_, eps_, whole_.n_groups, groups_.begin, config_.norm_before_gate, tensor_);
-}
-
-Variable Mamba2::finish(const Variable& y, const Variable& z) const {
-  return linear_sum(norm(y, z), out_weight_, optional(out_bias_), tensor_);
-}
-
 // What lies before the convolution's own piece of the sequence.
 Variable Mamba2::history(const Variable& xbc, const Tensor& segments, const Variable& carried) const {
   return convolution_history(xbc, config_.d_conv - 1, sequence_, segments, carried);
@@ -105,13 +84,14 @@ Variable Mamba2::history(const Variable& xbc, const Tensor& segments, const Vari
 
 Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments) const {
   const SequencePieces pieces = sequence_pieces(sequence_, segments);
-  if (copied()) return apply_in_steps(u, conv, ssm, segments, pieces);
   const bool sums = tensor_->size() > 1;
-  const Variable zxbcdt = linear(copy_to_group(u, tensor_), in_weight_, optional(in_bias_));
-  const Variable xbc = slice(zxbcdt, 2, config_.inner, config_.inner + conv_width());
+  const int64_t e = config_.inner;
+  const Variable zxbcdt = linear(copy_to_group(u, tensor_), shared(in_weight_, 2 * e), shared(in_bias_, 2 * e));
+  const Variable xbc = slice(zxbcdt, 2, e, e + conv_width());
+  const NormMembers members = copied() ? NormMembers{tensor_, whole_.n_groups, groups_.begin} : NormMembers{};
   const Mamba2InnerOut out = mamba2_inner({.zxbcdt = zxbcdt,
-                                           .conv_weight = conv_weight_,
-                                           .conv_bias = optional(conv_bias_),
+                                           .conv_weight = shared(conv_weight_, e),
+                                           .conv_bias = shared(conv_bias_, e),
                                            .dt_bias = dt_bias_,
                                            .A_log = A_log_,
                                            .D = D_,
@@ -125,21 +105,10 @@ Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variabl
                                            .dt_low = dt_low_,
                                            .dt_high = dt_high_,
                                            .norm_eps = eps_,
-                                           .norm_first = config_.norm_before_gate});
+                                           .norm_first = config_.norm_before_gate,
+                                           .norm_members = members});
   const Variable y = reduce_from_group(out.y, tensor_);
   return {sums && out_bias_.defined() ? y + out_bias_ : y, out.conv_state, out.ssm_state};
-}
-
-// The same in small steps, between which the members that share the heads exchange what they must.
-Mamba2::Out Mamba2::apply_in_steps(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments,
-                                   const SequencePieces& pieces) const {
-  const auto [z, xbc, dt] = project(u);
-  const ConvOut mixed = causal_conv1d(xbc, shared(conv_weight_, config_.inner), shared(conv_bias_, config_.inner),
-                                      history(xbc, segments, conv), true, segments);
-  const SsdTimeStep time = ssd_time_step(dt, dt_bias_, A_log_, dt_low_, dt_high_);
-  const SsdOut scan = ssd_packed(mixed.y, time.dt, time.a, D_, ssm, {config_.heads, config_.n_groups, config_.d_state},
-                                 {config_.chunk_size, segments, pieces});
-  return {finish(scan.y, z), mixed.final_state, scan.final_state};
 }
 
 Variable Mamba2::forward(const Variable& u, const SequenceInfo& info, LayerState* state) {

@@ -34,17 +34,11 @@ class Mamba2 final : public Mixer {
                           bool has_segments) const override;
 
  private:
-  struct Projected { Variable z, xbc, dt; };
-  Projected project(const Variable& u) const;
-  Variable finish(const Variable& y, const Variable& z) const;
-  Out apply_in_steps(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments,
-                     const SequencePieces& pieces) const;
   Variable history(const Variable& xbc, const Tensor& segments, const Variable& carried) const;
   int64_t conv_width() const { return config_.inner + 2 * config_.n_groups * config_.d_state; }
   /// Whether several members hold the B and C of a group.
   bool copied() const { return tensor_->size() > whole_.n_groups; }
   Variable shared(const Parameter& p, int64_t first) const;
-  Variable norm(const Variable& y, const Variable& z) const;
 
   Mamba2Config whole_, config_;  // config_: inner, heads and n_groups of this member
   comm::GroupPtr sequence_, tensor_;  // share each sequence, and the heads

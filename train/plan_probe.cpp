@@ -163,7 +163,7 @@ ModelCost probe_model(const Config& config, const layers::ModelShape& shape, int
       return per_token(run_pass(config, shape, kind, layers, length, tensor, sequence),
                        run_pass(config, shape, kind, layers, 2 * length, tensor, sequence), static_cast<double>(length));
     };
-    const PassCost one = at(1), two = at(2);
+    const PassCost one = at(2), two = at(3);
     cost.per_layer[kind] = minus(two, one);
     cost.per_layer[kind].transient_bytes = two.transient_bytes;
     cost.rest = minus(one, cost.per_layer[kind]);

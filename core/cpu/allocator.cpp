@@ -48,19 +48,20 @@ class CpuAllocator final : public Allocator {
       stats_.reserved_bytes += static_cast<int64_t>(size);
       ++stats_.system_allocations;
     }
-    sizes_[p] = size;
-    stats_.current_bytes += static_cast<int64_t>(size);
+    const size_t asked = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    used_[p] = {size, asked};
+    stats_.current_bytes += static_cast<int64_t>(asked);
     stats_.peak_bytes = std::max(stats_.peak_bytes, stats_.current_bytes);
     return p;
   }
 
   void deallocate(void* pointer) noexcept override {
     const std::lock_guard lock(mutex_);
-    const auto it = sizes_.find(pointer);
-    if (it == sizes_.end()) return;
-    stats_.current_bytes -= static_cast<int64_t>(it->second);
-    free_[it->second].push_back(pointer);
-    sizes_.erase(it);
+    const auto it = used_.find(pointer);
+    if (it == used_.end()) return;
+    stats_.current_bytes -= static_cast<int64_t>(it->second.asked);
+    free_[it->second.size].push_back(pointer);
+    used_.erase(it);
   }
 
   MemoryStats stats() const override {
@@ -89,9 +90,10 @@ class CpuAllocator final : public Allocator {
     }
   }
 
+  struct Block { size_t size, asked; };
   mutable std::mutex mutex_;
   std::unordered_map<size_t, std::vector<void*>> free_;
-  std::unordered_map<void*, size_t> sizes_;
+  std::unordered_map<void*, Block> used_;
   MemoryStats stats_;
 };
 

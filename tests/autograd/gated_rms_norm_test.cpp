@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "kernels/elementwise.h"
+#include "kernels/gated_rms_norm_split.h"
 #include "tests/testing/golden.h"
 #include "tests/testing/op_case.h"
 
@@ -46,6 +48,28 @@ OpCase case_of(int64_t groups, bool norm_first) {
           .fills = {{1, Normal{}}, {2, Normal{1, 0.2}}}};
 }
 
+// What a member of several computes, with itself as the only member.
+Variable split_norm(const Variable& x, const Variable& z, const Variable& w, bool norm_first) {
+  const Tensor squares = kernels::gated_rms_norm_squares(x.data(), z.data(), 1, norm_first);
+  const double width = static_cast<double>(x.size(-1));
+  const Tensor rstd = kernels::rsqrt(kernels::add_scalar(kernels::mul_scalar(squares, 1 / width), kEps));
+  return record("split_norm", {x, z, w}, kernels::gated_rms_norm_apply(x.data(), z.data(), w.data(), rstd),
+                [=, x = x.data(), z = z.data(), w = w.data()](const Tensor& dy) -> Grads {
+                  const Tensor dots = kernels::gated_rms_norm_dots(dy, x, z, w, rstd);
+                  auto grad = kernels::gated_rms_norm_backward_split(dy, x, z, w, rstd, kernels::mul_scalar(dots, 1 / width),
+                                                                     norm_first);
+                  return {grad.dx, grad.dz, grad.dw};
+                });
+}
+
+OpCase split_case(bool norm_first) {
+  OpCase c = case_of(1, norm_first);
+  c.name = "gated_rms_norm in parts";
+  c.run = [=](const Vars& in) { return split_norm(in[0], in[1], in[2], norm_first); };
+  c.shapes.push_back({{9, 8200}, {9, 8200}, {8200}});
+  return c;
+}
+
 void check_golden(const GoldenCase& c, Device device) {
   for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
     const auto leaf = [&](const std::string& path, DType d) { return Variable(c.tensor(path).to(d).to(device), true); };
@@ -70,7 +94,16 @@ void each_case(F f) {
 
 TEST_CASE("gated_rms_norm matches plain loops") { each_case(check_reference); }
 TEST_CASE("gated_rms_norm passes gradcheck") { each_case(check_grad); }
-TEST_CASE("gated_rms_norm: cuda equals cpu", "[cuda]") { each_case(check_twin); }
+TEST_CASE("gated_rms_norm: cuda equals cpu", "[cuda]") {
+  each_case(check_twin);
+  for (const bool norm_first : {false, true}) check_twin(split_case(norm_first));
+}
+TEST_CASE("gated_rms_norm in parts, as several processes compute it, matches plain loops and passes gradcheck") {
+  for (const bool norm_first : {false, true}) {
+    check_reference(split_case(norm_first));
+    check_grad(split_case(norm_first));
+  }
+}
 TEST_CASE("gated_rms_norm meets its goldens") {
   for_each_golden("mamba2.h5", "gated_rmsnorm_", [](const GoldenCase& c) { check_golden(c, kCpu); });
 }
