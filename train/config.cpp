@@ -159,6 +159,8 @@ void read_parallelism(ConfigNode& section, ParallelismConfig& c) {
   options.read("sequence", c.sequence, at_least(1));
   options.read("zero", c.zero, between(0, 3));
   options.read("bucket_mb", c.bucket_mb, above(0));
+  options.choice("reduce_dtype", c.reduce_dtype, {"float32", "bfloat16"});
+  options.read("multiprocessors", c.multiprocessors, between(0, 128));
   options.finish();
   if (c.data == 0) options.fail("data", "found 0, expected -1 or a number of ranks", "data: -1");
 }

@@ -77,10 +77,15 @@ class BucketGroups {
   size_t last_of_tail_;
 };
 
+Tensor to_travel(const Tensor& gradients, ReduceDtype dtype) {
+  return dtype == ReduceDtype::bf16 ? gradients.to(DType::bf16) : gradients;
+}
+
 class OverlappedReduction final : public GradientReduction {
  public:
-  OverlappedReduction(layers::ParameterStore& store, ParameterShards& shards, const Replicas& replicas)
-      : store_(store), shards_(shards), groups_(store, replicas), order_(store, [this](size_t b) { start(b); }) {}
+  OverlappedReduction(layers::ParameterStore& store, ParameterShards& shards, const Replicas& replicas, ReduceDtype dtype)
+      : store_(store), shards_(shards), groups_(store, replicas), dtype_(dtype),
+        order_(store, [this](size_t b) { start(b); }) {}
 
   void begin(bool last) override {
     if (last) order_.begin();
@@ -88,8 +93,11 @@ class OverlappedReduction final : public GradientReduction {
   void end(bool last) override {
     if (!last) return;
     order_.end();
-    for (comm::Work& w : works_) w.wait();
-    works_.clear();
+    for (Sum& sum : under_way_) {
+      sum.work.wait();
+      if (dtype_ != ReduceDtype::as_is) copy_(sum.wanted, sum.travelled);
+    }
+    under_way_.clear();
     if (shards_.sharded()) zero_(store_.grad());
   }
 
@@ -98,21 +106,32 @@ class OverlappedReduction final : public GradientReduction {
     const auto& bucket = store_.buckets()[b];
     const Tensor whole = store_.grad().slice(0, bucket.begin, bucket.end);
     comm::ProcessGroup& group = groups_.of(b);
-    works_.push_back(shards_.sharded() ? group.reduce_scatter(whole, shards_.piece_of(shards_.grad(), b))
-                                       : group.all_reduce(whole));
+    const Tensor sent = to_travel(whole, dtype_);
+    if (!shards_.sharded()) {
+      under_way_.push_back({whole, sent, group.all_reduce(sent)});
+      return;
+    }
+    const Tensor own = shards_.piece_of(shards_.grad(), b);
+    const Tensor piece = dtype_ == ReduceDtype::as_is ? own : empty(own.shape(), sent.dtype(), sent.device());
+    under_way_.push_back({own, piece, group.reduce_scatter(sent, piece)});
   }
 
+  struct Sum {
+    Tensor wanted, travelled;  // of another dtype, or the same tensor
+    comm::Work work;
+  };
   layers::ParameterStore& store_;
   ParameterShards& shards_;
   BucketGroups groups_;
-  std::vector<comm::Work> works_;
+  ReduceDtype dtype_;
+  std::vector<Sum> under_way_;
   BucketOrder order_;
 };
 
 class BucketReduction final : public GradientReduction {
  public:
-  BucketReduction(layers::ParameterStore& store, ParameterShards& shards, const Replicas& replicas)
-      : store_(store), shards_(shards), groups_(store, replicas), dtype_(shards.grad().dtype()),
+  BucketReduction(layers::ParameterStore& store, ParameterShards& shards, const Replicas& replicas, ReduceDtype travels)
+      : store_(store), shards_(shards), groups_(store, replicas), travels_(travels), dtype_(shards.grad().dtype()),
         device_(shards.grad().device()), buffers_(store.buckets().size()), order_(store, [this](size_t b) { start(b); }) {
     bucket_of_.resize(store.entries().size());
     for (size_t b = 0; b < buffers_.size(); ++b)
@@ -138,8 +157,9 @@ class BucketReduction final : public GradientReduction {
   void start(size_t b) {
     const auto& bucket = store_.buckets()[b];
     comm::ProcessGroup& group = groups_.of(b);
-    const Tensor piece = empty({(bucket.end - bucket.begin) / group.size()}, dtype_, device_);
-    under_way_.push_back({b, piece, group.reduce_scatter(buffer(b), piece)});
+    const Tensor sent = to_travel(buffer(b), travels_);
+    const Tensor piece = empty({(bucket.end - bucket.begin) / group.size()}, sent.dtype(), device_);
+    under_way_.push_back({b, piece, group.reduce_scatter(sent, piece)});
     buffers_[b] = {};
     for (size_t e = bucket.first_entry; e < bucket.first_entry + bucket.entries; ++e) store_.variable(e).drop_grad();
     if (under_way_.size() > 2) finish_oldest();
@@ -148,7 +168,7 @@ class BucketReduction final : public GradientReduction {
     Sum& sum = under_way_.front();
     sum.work.wait();
     Tensor own = shards_.piece_of(shards_.grad(), sum.bucket);
-    kernels::accumulate(own, sum.piece);
+    kernels::accumulate(own, sum.piece.to(dtype_));
     under_way_.pop_front();
   }
 
@@ -160,6 +180,7 @@ class BucketReduction final : public GradientReduction {
   layers::ParameterStore& store_;
   ParameterShards& shards_;
   BucketGroups groups_;
+  ReduceDtype travels_;
   DType dtype_;
   Device device_;
   std::vector<Tensor> buffers_;  // by bucket; undefined: no contribution yet
@@ -199,13 +220,13 @@ class OrderedReduction final : public GradientReduction {
 }  // namespace
 
 std::unique_ptr<GradientReduction> overlapped_reduction(layers::ParameterStore& store, ParameterShards& shards,
-                                                        const Replicas& replicas) {
-  return std::make_unique<OverlappedReduction>(store, shards, replicas);
+                                                        const Replicas& replicas, ReduceDtype dtype) {
+  return std::make_unique<OverlappedReduction>(store, shards, replicas, dtype);
 }
 
 std::unique_ptr<GradientReduction> bucket_reduction(layers::ParameterStore& store, ParameterShards& shards,
-                                                    const Replicas& replicas) {
-  return std::make_unique<BucketReduction>(store, shards, replicas);
+                                                    const Replicas& replicas, ReduceDtype dtype) {
+  return std::make_unique<BucketReduction>(store, shards, replicas, dtype);
 }
 
 std::unique_ptr<GradientReduction> ordered_reduction(layers::ParameterStore& store, comm::GroupPtr replicas) {

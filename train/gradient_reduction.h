@@ -14,16 +14,20 @@ class GradientReduction {
   virtual void end(bool last) = 0;
 };
 
+/// What travels: gradients as they are, or rounded to bf16, half of the bytes. A rounded sum of D ranks is off by up to
+/// D / 2 units of 2^-8 of the largest partial sum, and so are the gradients that the optimizer reads.
+enum class ReduceDtype { as_is, bf16 };
+
 /// Bucket by bucket, each as soon as the backward pass has finished with its parameters, while it goes on with the
 /// others; always from the last bucket to the first, so that all ranks start them in one order. What is left when the
 /// backward pass ends (the embedding, whose gradient is its last) is summed by the whole GPU.
 std::unique_ptr<GradientReduction> overlapped_reduction(layers::ParameterStore& store, ParameterShards& shards,
-                                                        const Replicas& replicas);
+                                                        const Replicas& replicas, ReduceDtype dtype = ReduceDtype::as_is);
 
 /// ZeRO-2: the same after every micro-batch into the ranks' pieces. There is no buffer of all gradients: a bucket's is
 /// made with its first contribution and let go when its sum is on its way.
 std::unique_ptr<GradientReduction> bucket_reduction(layers::ParameterStore& store, ParameterShards& shards,
-                                                    const Replicas& replicas);
+                                                    const Replicas& replicas, ReduceDtype dtype = ReduceDtype::as_is);
 
 /// runtime.deterministic: strict. The gradients of the micro-batches are added one by one in their global order,
 /// m = k D + d, so that the sum does not depend, bit for bit, on the number of ranks D. Costs, against the sum above: one

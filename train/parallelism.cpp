@@ -60,6 +60,9 @@ MeshShape fit_to_ranks(Config& config, const Launch& launch) {
   if (config.runtime.strict && config.parallelism.zero > 0)
     config.fail("parallelism.zero", fmt::format("zero {} cannot be used with runtime.deterministic: strict", config.parallelism.zero),
                 "zero: 0");
+  if (config.runtime.strict && config.parallelism.reduce_dtype != "float32")
+    config.fail("parallelism.reduce_dtype", "sums in bfloat16 depend on the number of ranks (runtime.deterministic: strict)",
+                "reduce_dtype: float32");
   if (config.parallelism.zero == 3 && config.train.recompute != "block")
     config.fail("parallelism.zero", "zero 3 keeps the parameters of one block at a time, which needs blocks that are computed again",
                 "train.recompute: block, or zero: 2");

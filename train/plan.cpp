@@ -71,6 +71,8 @@ void count_memory(Plan& plan, const Config& config, const ModelCost& cost, int64
   // The bf16 copy stays whole until ZeRO-3; the fp32 masters go with the optimizer's state.
   plan.memory.weights = n * (wide * (rounded ? shared(1) : shared(3)) + compute * shared(3));
   plan.memory.gradients = n * wide * shared(2);
+  if (replicas > 1 && config.parallelism.reduce_dtype == "bfloat16" && plan.zero < 2)
+    plan.memory.gradients += n * 2 * (plan.zero == 1 ? 1 + 1 / replicas : 1);  // what travels, and with ZeRO-1 what arrives
   plan.memory.optimizer = n * optimizer_bytes(config.optimizer) * wide / 4 * shared(1);
 
   const double tokens = static_cast<double>(config.train.micro_batch_size * config.data.context / plan.sequence);
@@ -143,15 +145,16 @@ void count_traffic(Plan& plan, const Config& config, const Machine& m, const Mod
   if (replicas > 1) {
     const Link link = link_of(m, plan.ranks);
     const double others = static_cast<double>(replicas - 1) / static_cast<double>(replicas);
-    const double buckets = std::ceil(4 * n / (25.0 * 1024 * 1024));
+    const double buckets = std::ceil(4 * n / (config.parallelism.bucket_mb * 1024 * 1024));
     const double hidden = kOverlap * 2.0 / 3 * plan.compute_seconds / static_cast<double>(plan.micro_batches);
     const double copy = config.runtime.precision == "bf16" ? 2 : 4;
+    const double sum = config.parallelism.reduce_dtype == "bfloat16" ? 2 : 4;
     // The embedding's gradient is the backward pass's last, and its values are the forward pass's first.
     const double last = others * static_cast<double>(vocab / plan.tensor * config.model.d_model);
     if (plan.zero == 0) {
-      add_traffic(plan, "gradients, all-reduce", "data", buckets, 2 * others * 4 * n, link, replicas, hidden, 2 * 4 * last);
+      add_traffic(plan, "gradients, all-reduce", "data", buckets, 2 * others * sum * n, link, replicas, hidden, 2 * sum * last);
     } else {
-      add_traffic(plan, "gradients, reduce-scatter", "data", buckets, others * 4 * n, link, replicas, hidden, 4 * last);
+      add_traffic(plan, "gradients, reduce-scatter", "data", buckets, others * sum * n, link, replicas, hidden, sum * last);
       const double passes = plan.zero == 3 ? 2.0 * static_cast<double>(plan.micro_batches) : 1.0;
       add_traffic(plan, "parameters, all-gather", "data", buckets * passes, passes * others * copy * n, link, replicas,
                   plan.zero == 3 ? hidden : hidden / 2, copy * last);

@@ -18,9 +18,6 @@ ParameterGroup group_of(const layers::ParameterOptions& parameter, const Optimiz
 
 namespace {
 
-// That sums of gradients beside the backward pass may take: enough to be done with it.
-constexpr int kBackgroundMultiprocessors = 4;
-
 std::vector<kernels::SegmentSpec> segments_of(const layers::ParameterStore& store, const ParameterShards& shards,
                                               const OptimizerConfig& config) {
   std::vector<kernels::SegmentSpec> segments;
@@ -75,7 +72,7 @@ ScheduleOptions schedule_options(const Config& c) {
 TrainStep::TrainStep(Session& session)
     : session_(session), schedule_(schedule_options(session.config)), uploader_(session.device),
       use_graphs_(session.device.is_cuda() && session.config.runtime.cuda_graphs), pool_(session.device) {
-  background_ = comm::background_group(session.mesh.replicas, kBackgroundMultiprocessors);
+  background_ = comm::background_group(session.mesh.replicas, static_cast<int>(session.config.parallelism.multiprocessors));
   build_optimizer();
   const layers::ParameterStore& store = *session.parameters;
   const DType wide = accum_dtype(store.options().compute);
@@ -103,12 +100,13 @@ void TrainStep::build_optimizer() {
                 "zero: 0");
   shards_ = std::make_unique<ParameterShards>(store, replicas, config.parallelism.zero);
   if (shards_->zero() == 3) gather_ = std::make_unique<ParameterGather>(store, *shards_, both);
+  const ReduceDtype dtype = config.parallelism.reduce_dtype == "bfloat16" ? ReduceDtype::bf16 : ReduceDtype::as_is;
   if (config.runtime.strict)
     reduction_ = ordered_reduction(store, replicas);
   else if (shards_->zero() >= 2)
-    reduction_ = bucket_reduction(store, *shards_, both);
+    reduction_ = bucket_reduction(store, *shards_, both, dtype);
   else if (replicas->size() > 1 || shards_->sharded())
-    reduction_ = overlapped_reduction(store, *shards_, both);
+    reduction_ = overlapped_reduction(store, *shards_, both, dtype);
   norm_ranges_ = norm_ranges(store, *shards_, config.runtime.strict);
   optimizer_ = std::make_unique<Optimizer>(optimizer_options(config.optimizer), shards_->master(), shards_->grad(),
                                            shards_->compute(), segments_of(store, *shards_, config.optimizer));
