@@ -1,5 +1,7 @@
 #include "kernels/linear.h"
 
+#include "core/memory_probe.h"
+
 namespace krait::kernels {
 
 LinearOut linear_forward(const Tensor& x, const Tensor& w, const Tensor& bias, Epilogue epilogue, bool save_pre) {
@@ -19,6 +21,7 @@ LinearOut linear_forward(const Tensor& x, const Tensor& w, const Tensor& bias, E
   const Tensor rows = blas_ready(x.flatten_leading()), weight = blas_ready(w);
   Tensor y = result.y.flatten_leading(), pre = result.pre.defined() ? result.pre.flatten_leading() : Tensor{};
   const Gemm g = gemm_of(y, rows, weight, false, true);
+  const KernelMemory memory(0);
   KRAIT_DISPATCH(x.device(), linear_forward(y, pre, g, bias.defined() ? bias.contiguous() : bias, epilogue));
   return result;
 }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "core/memory_probe.h"
+
 namespace krait::kernels {
 
 namespace {
@@ -96,6 +98,7 @@ void run(Gemm g, std::vector<BatchDim> dims) {
       if (dims[d].c == 0 && at > 0) first = false;
     }
     if (!first) one.beta = 1.0;
+    const KernelMemory memory(0);  // the library's workspace is one for all
     KRAIT_DISPATCH(g.device, gemm(one));
   }
 }

@@ -1,6 +1,8 @@
 #include "kernels/mlstm.h"
 
+#include "core/memory_probe.h"
 #include "kernels/elementwise.h"
+#include "kernels/gpu_memory.h"
 #include "kernels/reduce.h"
 #include "kernels/rows.h"
 
@@ -71,7 +73,12 @@ MlstmOut mlstm_forward(const MlstmInputs& in, const MlstmOptions& options) {
     return out;
   }
   out.last = {empty(c, a, device), empty(c.drop_last(), a, device), empty(c.drop_last().drop_last(), a, device)};
-  KRAIT_DISPATCH(device, mlstm_forward(out, whole, options));
+  const GpuMemory on_gpu = gpu_memory_of_mlstm_forward(whole, options);
+  {
+    const KernelMemory memory(on_gpu.workspace + on_gpu.kept);
+    KRAIT_DISPATCH(device, mlstm_forward(out, whole, options));
+  }
+  if (options.keep_states) out.states = as_kept(out.states, on_gpu.kept);
   return out;
 }
 
@@ -114,6 +121,7 @@ MlstmGrad mlstm_backward(const MlstmUpstream& up, const MlstmInputs& in, const M
     }
     return grad;
   }
+  const KernelMemory memory(gpu_memory_of_mlstm_backward(whole, upstream, out.states.defined()).workspace);
   KRAIT_DISPATCH(in.q.device(), mlstm_backward(grad, upstream, whole, out, options));
   return grad;
 }

@@ -1,5 +1,8 @@
 #include "kernels/selective_scan.h"
 
+#include "core/memory_probe.h"
+#include "kernels/gpu_memory.h"
+
 namespace krait::kernels {
 
 namespace {
@@ -68,7 +71,12 @@ SelectiveScanOut selective_scan_forward(const SelectiveScanInputs& inputs, bool 
       zero_(out.final_state);
     return out;
   }
-  if (save_states) KRAIT_DISPATCH(in.x.device(), make_scan_states(out.states, in));
+  const GpuMemory on_gpu = gpu_memory_of_scan_forward(in);
+  if (save_states) {
+    KRAIT_DISPATCH(in.x.device(), make_scan_states(out.states, in));
+    out.states = as_kept(out.states, on_gpu.kept);
+  }
+  const KernelMemory memory(on_gpu.workspace);
   KRAIT_DISPATCH(in.x.device(), selective_scan_forward(out.y, out.final_state, out.states, in));
   return out;
 }
@@ -90,6 +98,7 @@ SelectiveScanGrad selective_scan_backward(const Tensor& dy, const Tensor& dfinal
   }
   const Tensor upstream = dy.defined() ? with_rows(dy) : zeros(in.x.shape(), in.x.dtype(), in.x.device());
   const Tensor of_state = dfinal.defined() ? dfinal.contiguous() : dfinal;
+  const KernelMemory memory(gpu_memory_of_scan_backward(in).workspace);
   KRAIT_DISPATCH(in.x.device(), selective_scan_backward(grad, upstream, of_state, in, states));
   return grad;
 }

@@ -16,8 +16,8 @@ namespace kernels {
 ///   dB = sum_e lambda delta x                                dx = delta sum_n lambda B + D g
 ///   ddelta = sum_n lambda exp(delta A) h_{t-1} A + x sum_n lambda B
 ///   dA = sum_{b,t} lambda exp(delta A) h_{t-1} delta         dD = sum_{b,t} g x    dh0 = exp(delta_0 A) lambda_0
-/// Only h before every kScanChunk-th position is kept (on CUDA with 16 states in bf16 every 16th, in bf16; on the CPU every
-/// 32nd); inside a chunk it is computed again.
+/// Only h before every kScanChunk-th position is kept (on CUDA with 16 states in bf16 every 16th, in bf16); inside a
+/// chunk it is computed again.
 inline constexpr int64_t kScanChunk = 64;
 
 /// x, dt, z (b, l, e) and B, C (b, l, n): fp32, bf16 or fp64, alike; rows may be apart (slices of projections).

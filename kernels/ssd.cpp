@@ -1,5 +1,7 @@
 #include "kernels/ssd.h"
 
+#include "core/memory_probe.h"
+#include "kernels/gpu_memory.h"
 #include "kernels/reduce.h"
 
 namespace krait::kernels {
@@ -77,6 +79,7 @@ SsdOut ssd_forward(const SsdInput& in) {
     return out;
   }
   const SsdInput ready = prepared(in);
+  const KernelMemory memory(gpu_memory_of_ssd_forward(ready).workspace);
   KRAIT_DISPATCH(in.x.device(), ssd_forward(out.y, out.final_state, ready));
   return out;
 }
@@ -105,6 +108,7 @@ void ssd_backward_into(SsdGrad& grad, const Tensor& dy, const Tensor& dfinal, co
     }
   } else {
     const SsdInput ready = prepared(in);
+    const KernelMemory memory(gpu_memory_of_ssd_backward(ready).workspace);
     KRAIT_DISPATCH(device, ssd_backward(grad, rows_ready(dy), dfinal.defined() ? dfinal.contiguous() : Tensor(), ready));
   }
   if (!in.D.defined()) return;
@@ -132,6 +136,7 @@ SsdSummary ssd_summary(const SsdInput& in) {
     return out;
   }
   const SsdInput ready = prepared(in);
+  const KernelMemory memory(gpu_memory_of_ssd_states(ready).workspace);
   KRAIT_DISPATCH(in.x.device(), ssd_final_state(out.state, ready));
   return out;
 }
@@ -146,6 +151,7 @@ Tensor ssd_initial_gradient(const Tensor& dy, const SsdInput& in) {
     return gradient;
   }
   const SsdInput ready = prepared(in);
+  const KernelMemory memory(gpu_memory_of_ssd_states(ready).workspace);
   KRAIT_DISPATCH(in.x.device(), ssd_initial_gradient(gradient, rows_ready(dy), ready));
   return gradient;
 }

@@ -2,7 +2,7 @@
 
 #include <set>
 
-#include "core/allocator.h"
+#include "core/memory_probe.h"
 #include "core/random.h"
 #include "train/session.h"
 
@@ -58,17 +58,6 @@ struct Pass {
   Traffic tensor, sequence;
 };
 
-/// Bytes of a position that the mLSTM on a GPU's tensor cores keeps for the backward pass beyond what the CPU's, which the
-/// probe runs, keeps: its states between chunks of 128 positions, in the dtype of computation.
-double kept_mlstm_states(const layers::Model& model, const layers::ParameterStore& store) {
-  const auto* const language_model = dynamic_cast<const layers::LanguageModel*>(&model);
-  if (language_model == nullptr || store.options().compute != DType::bf16) return 0;
-  double bytes = 0;
-  for (const layers::LayerState& state : language_model->initial_state(1, 1, store.options()).layers)
-    bytes += static_cast<double>(state.tensors.at("c").numel() * size_of(DType::bf16));
-  return bytes / 128;
-}
-
 constexpr int64_t kProbeVocab = 64;  // the head's logits are counted apart
 
 layers::ModelInput probe_input(const Config& config, const layers::ModelShape& shape, int64_t length) {
@@ -109,19 +98,14 @@ Pass run_pass(const Config& config, layers::ModelShape shape, const std::string&
   const layers::ModelInput input = probe_input(config, shape, length);
   RandomSource& random = current_random();
   random.step = zeros({}, DType::i64, kCpu);
-  Allocator& memory = allocator(kCpu);
-  const auto held = [&] { return static_cast<double>(memory.stats().current_bytes); };
-  const double before = held();
-  double forward = 0;  // what it holds
+  MemoryProbe probe;
   {
     const layers::ModelLoss loss = model->loss(input, {});
-    out.saved = forward = held() - before;
-    if (kind.starts_with("mlstm") && config.train.recompute != "block")
-      out.saved += kept_mlstm_states(*model, store) * static_cast<double>(length);
-    memory.reset_peak();
+    out.saved = static_cast<double>(probe.held());
+    probe.reset_peak();
     backward(loss.loss);
   }
-  out.transient = std::max(0.0, static_cast<double>(memory.stats().peak_bytes) - before - forward);
+  out.transient = std::max(0.0, static_cast<double>(probe.peak()) - out.saved);
   return out;
 }
 
@@ -163,10 +147,10 @@ ModelCost probe_model(const Config& config, const layers::ModelShape& shape, int
       return per_token(run_pass(config, shape, kind, layers, length, tensor, sequence),
                        run_pass(config, shape, kind, layers, 2 * length, tensor, sequence), static_cast<double>(length));
     };
-    const PassCost one = at(2), two = at(3);
-    cost.per_layer[kind] = minus(two, one);
-    cost.per_layer[kind].transient_bytes = two.transient_bytes;
-    cost.rest = minus(one, cost.per_layer[kind]);
+    const PassCost two = at(2), three = at(3);
+    cost.per_layer[kind] = minus(three, two);
+    cost.per_layer[kind].transient_bytes = three.transient_bytes;
+    cost.rest = minus(minus(two, cost.per_layer[kind]), cost.per_layer[kind]);
     cost.rest.transient_bytes = 0;
   }
   return cost;

@@ -26,7 +26,8 @@ struct ModelCost {
   PassCost rest;                              // embedding, last norm, head without logits
 };
 
-/// Runs one and two layers of every kind at two short lengths, with the widths of the config, and takes the slopes.
+/// Runs two and three layers of every kind at two short lengths, with the widths of the config, and takes the slopes; the
+/// first layer is not like the others, whose residual stream is a sum of its own. Memory is a GPU's (core/memory_probe.h).
 /// The ranks of `tensor` and `sequence` are simulated: what they would send is counted, not sent.
 ModelCost probe_model(const Config& config, const layers::ModelShape& shape, int64_t tensor, int64_t sequence);
 

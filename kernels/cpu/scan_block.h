@@ -11,7 +11,7 @@
 namespace krait::kernels::cpu::scan {
 
 inline constexpr int64_t kBlock = 32;
-inline constexpr int64_t kQ = 32;  // from one kept state to the next; fp32: the bytes CUDA keeps in bf16, which krait plan counts on
+inline constexpr int64_t kQ = kScanChunk;  // from one kept state to the next
 
 template <class A>
 using Row = A[kBlock];
