@@ -18,5 +18,9 @@ Variable rope(const Variable& x, const Tensor& cos, const Tensor& sin, RopeStyle
 Variable rope_heads_(const Variable& x, int64_t heads, const Tensor& cos, const Tensor& sin, RopeStyle style,
                      const Tensor& positions, int64_t offset);
 
+/// Queries, keys and values of one projection, (b, l, heads, d), the first `rotated` heads rotated: kernels/rope.h.
+Variable linear_rope(const Variable& x, const Variable& w, const Variable& bias, int64_t heads, int64_t rotated,
+                     const Tensor& cos, const Tensor& sin, RopeStyle style, int64_t offset);
+
 }  // namespace autograd
 }  // namespace krait

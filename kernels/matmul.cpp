@@ -10,6 +10,7 @@ namespace krait::kernels {
 namespace {
 
 std::atomic<bool> use_tf32{false};
+std::atomic<int> spare{0};
 
 struct Layout {
   bool ok, trans;
@@ -127,6 +128,9 @@ Sizes sizes_of(const Tensor& a, const Tensor& b, bool trans_a, bool trans_b) {
 
 void set_tf32(bool on) { use_tf32 = on; }
 bool tf32() { return use_tf32; }
+
+void set_spare_multiprocessors(int n) { spare = n; }
+int spare_multiprocessors() { return spare; }
 
 Tensor blas_ready(const Tensor& t) { return layout_of(t).ok ? t : t.contiguous(); }
 

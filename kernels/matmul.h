@@ -9,6 +9,10 @@ namespace kernels {
 /// Off: true fp32. Process-wide; set before work is queued or captured.
 void set_tf32(bool on);
 bool tf32();
+/// Multiprocessors that something beside the products takes (collectives): kernels that divide a GPU among themselves
+/// leave them alone. Process-wide, 0 at first.
+void set_spare_multiprocessors(int n);
+int spare_multiprocessors();
 
 /// op(a) op(b) over the last two dimensions: op(a) (..., m, k), op(b) (..., k, n) -> (..., m, n), where op swaps the
 /// last two dimensions when trans_* is set. Leading dimensions broadcast. fp32, bf16 (sums in fp32) or fp64.

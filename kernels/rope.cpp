@@ -58,4 +58,30 @@ void rope_into(Tensor& y, const Tensor& x_in, const Tensor& cos, const Tensor& s
   KRAIT_DISPATCH(x.device(), rope(y, x, cos.contiguous(), sin.contiguous(), style, at, offset, inverse));
 }
 
+Tensor linear_rope(const Tensor& x, const Tensor& w, const Tensor& bias, int64_t heads, int64_t rotated, const Tensor& cos,
+                   const Tensor& sin, RopeStyle style, int64_t offset) {
+  check_same("linear_rope", x, w);
+  check_same("rope tables", cos, sin);
+  KRAIT_CHECK(x.ndim() == 3 && w.ndim() == 2 && x.size(2) == w.size(1) && w.size(1) > 0 && heads > 0 &&
+                  w.size(0) % heads == 0 && rotated >= 0 && rotated <= heads,
+              "linear_rope: x is {}, weight is {} of {} heads, {} of them rotated", x.shape(), w.shape(), heads, rotated);
+  const int64_t b = x.size(0), l = x.size(1), d = w.size(0) / heads;
+  KRAIT_CHECK(!bias.defined() || bias.shape() == Shape{w.size(0)}, "linear_rope: bias is {}, expected {}", bias.shape(),
+              Shape{w.size(0)});
+  KRAIT_CHECK(cos.ndim() == 2 && cos.shape() == sin.shape() && 2 * cos.size(1) <= d &&
+                  cos.dtype() == accum_dtype(x.dtype()) && cos.device() == x.device(),
+              "linear_rope: tables are {} and {}, expected (positions, at most {}) of {} on {}", describe(cos),
+              describe(sin), d / 2, accum_dtype(x.dtype()), x.device());
+  KRAIT_CHECK(offset >= 0 && offset + l <= cos.size(0),
+              "rope: positions {} to {} do not fit the table of {}; build a longer one", offset, offset + l - 1, cos.size(0));
+  Tensor y = empty({b, l, heads, d}, x.dtype(), x.device());
+  if (y.numel() == 0) return y;
+  const Tensor rows = blas_ready(x.flatten_leading()), weight = blas_ready(w);
+  Tensor flat = y.view({b * l, heads * d});
+  const Gemm product = gemm_of(flat, rows, weight, false, true);
+  KRAIT_DISPATCH(x.device(), linear_rope(y, product, bias.defined() ? bias.contiguous() : bias, rotated, cos.contiguous(),
+                                         sin.contiguous(), style, offset));
+  return y;
+}
+
 }  // namespace krait::kernels

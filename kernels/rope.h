@@ -1,6 +1,5 @@
 #pragma once
-#include "core/dispatch.h"
-#include "core/tensor.h"
+#include "kernels/linear.h"
 
 namespace krait {
 namespace kernels {
@@ -27,9 +26,17 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, RopeStyle sty
 void rope_into(Tensor& y, const Tensor& x, const Tensor& cos, const Tensor& sin, RopeStyle style,
                const Tensor& positions, int64_t offset, bool inverse = false);
 
+/// x w^T + bias as heads (b, l, h, d), the first `rotated` of which are rotated by 2 cos.size(1) = d channels' angles or
+/// fewer: x (b, l, in), w (h d, in), bias (h d) or undefined. The product is rounded to x's dtype before it is rotated.
+/// The position of (b, l) is offset + l.
+Tensor linear_rope(const Tensor& x, const Tensor& w, const Tensor& bias, int64_t heads, int64_t rotated, const Tensor& cos,
+                   const Tensor& sin, RopeStyle style, int64_t offset);
+
 // Backends: positions (b, l) of any strides, or undefined.
 KRAIT_BACKENDS(void rope(Tensor& y, const Tensor& x, const Tensor& cos, const Tensor& sin, RopeStyle style,
-                         const Tensor& positions, int64_t offset, bool inverse))
+                         const Tensor& positions, int64_t offset, bool inverse);
+               void linear_rope(Tensor& y, const Gemm& product, const Tensor& bias, int64_t rotated, const Tensor& cos,
+                                const Tensor& sin, RopeStyle style, int64_t offset))
 
 }  // namespace kernels
 }  // namespace krait

@@ -38,8 +38,8 @@ Attention::Attention(const AttentionConfig& config, const LayerContext& context)
   out_ = child<Linear>("wo", q, context.d_model, config.bias, context.residual_std, LinearSplit{group_, q_.columns(d)});
 }
 
-// x (b, l, d) -> this member's heads side by side (b, l, heads head_dim).
-Variable Attention::qkv(const Variable& x) const {
+// Weight and bias of this member's heads.
+std::pair<Variable, Variable> Attention::projection() const {
   Variable weight = qkv_weight_, bias = qkv_bias_.defined() ? qkv_bias_.variable() : Variable();
   if (group_->size() > config_.n_kv_heads) {
     const int64_t d = config_.head_dim, k = q_.count() * d, v = k + kv_.count() * d, all = config_.n_kv_heads * d;
@@ -47,6 +47,12 @@ Variable Attention::qkv(const Variable& x) const {
     weight = share_rows(weight, copies, 2 * all, group_);
     if (bias.defined()) bias = share_rows(bias, copies, 2 * all, group_);
   }
+  return {weight, bias};
+}
+
+// x (b, l, d) -> this member's heads side by side (b, l, heads head_dim).
+Variable Attention::qkv(const Variable& x) const {
+  const auto [weight, bias] = projection();
   return linear(copy_to_group(x, group_), weight, bias);
 }
 
@@ -73,16 +79,20 @@ void Attention::make_rope_table(int64_t needed, const Tensor& x) {
 // x (b, l, d) -> normalised and rotated heads (b, l, hq + 2 hkv, head_dim).
 Variable Attention::project(const Variable& x, const Tensor& positions, int64_t before) {
   const int64_t b = x.size(0), l = x.size(1), hq = q_.count(), hkv = kv_.count();
+  const auto style = config_.rope_style == "half" ? RopeStyle::half : RopeStyle::interleaved;
+  // Positions are those of the whole sequence, and so are those that are counted here.
+  const int64_t offset = before + (positions.defined() ? 0 : sequence_->rank() * l);
+  if (config_.rope) make_rope_table(before + sequence_->size() * l, x.data());
+  if (config_.rope && !config_.qk_norm && !positions.defined()) {
+    const auto [weight, bias] = projection();
+    return linear_rope(copy_to_group(x, group_), weight, bias, heads(), hq + hkv, cos_, sin_, style, offset);
+  }
   Variable all = reshape(qkv(x), {b, l, heads(), config_.head_dim});
   if (config_.qk_norm)
     all = concat({q_norm_->forward(slice(all, 2, 0, hq)), k_norm_->forward(slice(all, 2, hq, hq + hkv)),
                   slice(all, 2, hq + hkv, heads())},
                  2);
   if (!config_.rope) return all;
-  // Positions are those of the whole sequence, and so are those that are counted here.
-  const int64_t offset = before + (positions.defined() ? 0 : sequence_->rank() * l);
-  make_rope_table(before + sequence_->size() * l, x.data());
-  const auto style = config_.rope_style == "half" ? RopeStyle::half : RopeStyle::interleaved;
   return rope_heads_(all, hq + hkv, cos_, sin_, style, positions, offset);
 }
 

@@ -33,6 +33,7 @@ class Attention final : public Mixer {
 
  private:
   int64_t heads() const { return q_.count() + 2 * kv_.count(); }  // here
+  std::pair<Variable, Variable> projection() const;
   Variable qkv(const Variable& x) const;
   void make_rope_table(int64_t needed, const Tensor& x);
   Variable project(const Variable& x, const Tensor& positions, int64_t before);

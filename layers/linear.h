@@ -1,6 +1,7 @@
 #pragma once
 #include "autograd/collective.h"
 #include "autograd/elementwise.h"
+#include "autograd/feed_forward.h"
 #include "autograd/linear.h"
 #include "layers/tensor_split.h"
 
@@ -36,6 +37,22 @@ class Linear final : public Module {
     if (!sums_) return linear(copy_to_group(x, group_), weight_, bias, epilogue);
     KRAIT_ASSERT(epilogue == Epilogue::none, "a sum over processes has no epilogue");
     return linear_sum(x, weight_, bias, group_);
+  }
+
+  /// forward() of what f(weight, bias) makes of weight and bias: y where they are this layer's only part in it.
+  template <class F>
+  Variable finish(F f) const {
+    const Variable bias = bias_.defined() ? bias_.variable() : Variable();
+    if (!sums_) return f(weight_.variable(), bias);
+    const Variable y = reduce_from_group(f(weight_.variable(), Variable()), group_);
+    return bias.defined() ? y + bias : y;
+  }
+  /// after.forward(epilogue(forward(x))), as one function.
+  Variable forward_through(const Variable& x, Epilogue epilogue, const Linear& after) const {
+    KRAIT_ASSERT(!sums_, "a sum over processes has no epilogue");
+    return after.finish([&](const Variable& w, const Variable& b) {
+      return feed_forward(copy_to_group(x, group_), weight_, bias_.defined() ? bias_.variable() : Variable(), w, b, epilogue);
+    });
   }
 
   /// What it computes in.

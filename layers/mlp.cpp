@@ -30,8 +30,8 @@ Mlp::Mlp(const MlpConfig& config, const LayerContext& context)
                           down_split(config, context))) {}
 
 Variable Mlp::forward(const Variable& x) {
-  if (type_ == "gelu_tanh") return proj_->forward(fc_->forward(x, Epilogue::gelu_tanh));
-  if (type_ == "gelu") return proj_->forward(fc_->forward(x, Epilogue::gelu_erf));
+  if (type_ == "gelu_tanh") return fc_->forward_through(x, Epilogue::gelu_tanh, *proj_);
+  if (type_ == "gelu") return fc_->forward_through(x, Epilogue::gelu_erf, *proj_);
   const Variable h = fc_->forward(x);
   return proj_->forward(type_ == "silu" ? silu(h) : relu2(h));
 }
@@ -47,8 +47,9 @@ SwiGlu::SwiGlu(const MlpConfig& config, const LayerContext& context) : group_(co
 }
 
 Variable SwiGlu::forward(const Variable& x) {
-  const Variable both = linear(copy_to_group(x, group_), gate_up_, bias_.defined() ? bias_.variable() : Variable());
-  return down_->forward(swiglu_packed(both));
+  return down_->finish([&](const Variable& w, const Variable& b) {
+    return swiglu_feed_forward(copy_to_group(x, group_), gate_up_, bias_.defined() ? bias_.variable() : Variable(), w, b);
+  });
 }
 
 GeluGated::GeluGated(const MlpConfig& config, const LayerContext& context)

@@ -7,6 +7,7 @@
 #include "core/comm/background.h"
 #include "core/comm/job.h"
 #include "core/random.h"
+#include "kernels/matmul.h"
 
 namespace krait::train {
 
@@ -72,7 +73,9 @@ ScheduleOptions schedule_options(const Config& c) {
 TrainStep::TrainStep(Session& session)
     : session_(session), schedule_(schedule_options(session.config)), uploader_(session.device),
       use_graphs_(session.device.is_cuda() && session.config.runtime.cuda_graphs), pool_(session.device) {
-  background_ = comm::background_group(session.mesh.replicas, static_cast<int>(session.config.parallelism.multiprocessors));
+  const int beside = static_cast<int>(session.config.parallelism.multiprocessors);
+  background_ = comm::background_group(session.mesh.replicas, beside);
+  if (session.mesh.replicas->size() > 1) kernels::set_spare_multiprocessors(beside);
   build_optimizer();
   const layers::ParameterStore& store = *session.parameters;
   const DType wide = accum_dtype(store.options().compute);

@@ -66,4 +66,11 @@ void rope(Tensor& y_out, const Tensor& x_in, const Tensor& cos, const Tensor& si
   });
 }
 
+void linear_rope(Tensor& y, const Gemm& product, const Tensor& bias, int64_t rotated, const Tensor& cos, const Tensor& sin,
+                 RopeStyle style, int64_t offset) {
+  Tensor flat = y.view({y.size(0) * y.size(1), y.size(2) * y.size(3)}), none, first = y.slice(2, 0, rotated);
+  linear_forward(flat, none, product, bias, Epilogue::none);
+  if (first.numel() > 0) rope(first, first, cos, sin, style, none, offset, false);
+}
+
 }  // namespace krait::kernels::cpu

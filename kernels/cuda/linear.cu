@@ -1,3 +1,4 @@
+#include "kernels/cuda/linear_fused.h"
 #include "kernels/cuda/linear_rows.h"
 #include "kernels/linear.h"
 
@@ -156,11 +157,23 @@ void finish(Tensor& y, Tensor& pre, const Tensor& bias) {
   });
 }
 
+template <class A>
+void total(Tensor& db, bool add, const Tensor& partial) {
+  const int64_t chunks = partial.size(0), n = partial.size(1);
+  visit_float(db.dtype(), [&]<class D>() {
+    launch(column_total_kernel<D, A>,
+           {.grid = ceil_div(n, 32), .block = 32 * kWarps, .stream = current_stream(db.device())}, db.data<D>(),
+           partial.data<A>(), chunks, n, add);
+  });
+}
+
 }  // namespace
 
 void linear_forward(Tensor& y, Tensor& pre, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
   if (!pre.defined() && linear_few_rows(y, g, bias, epilogue)) return;
   if (!bias.defined() && epilogue == Epilogue::none) return gemm(g);
+  if (epilogue == Epilogue::none && fused_product(g, bias)) return;
+  if (epilogue == Epilogue::gelu_tanh && pre.defined() && fused_gelu(y, pre, g, bias)) return;
   if (fused(g, y, pre, bias, epilogue)) return;
   gemm(g);
   visit_epilogue(epilogue, [&]<Epilogue e>() { finish<e>(y, pre, bias); });
@@ -182,12 +195,10 @@ void linear_gradient(Tensor& g, Tensor& db, const Tensor& dy, const Tensor& pre,
                n);
       });
     });
-    if (db.defined())
-      visit_float(db.dtype(), [&]<class D>() {
-        launch(column_total_kernel<D, A>, {.grid = ceil_div(n, 32), .block = 32 * kWarps, .stream = stream},
-               db.data<D>(), sums, chunks, n, add_db);
-      });
+    if (db.defined()) total<A>(db, add_db, partial);
   });
 }
+
+void sum_chunks(Tensor& db, bool add, const Tensor& partial) { total<float>(db, add, partial); }
 
 }  // namespace krait::kernels::cuda

@@ -10,6 +10,7 @@
 
 #include "core/stream.h"
 #include "kernels/cuda/blas.h"
+#include "kernels/cuda/linear_fused.h"
 
 namespace krait::kernels::cuda {
 
@@ -167,6 +168,7 @@ bool try_gemm(const Gemm& g, const Fusion& fusion) {
 }
 
 void gemm(const Gemm& g) {
+  if (fused_product(g, {})) return;
   KRAIT_CHECK(try_gemm(g, {}),
               "cuBLASLt has no kernel for {} {} x {} x {} (batch {}, transposed {} {}, rows {} {} {} apart)", g.dtype,
               g.m, g.k, g.n, g.batch, g.trans_a, g.trans_b, g.lda, g.ldb, g.ldc);

@@ -1,4 +1,5 @@
 #include "core/cuda/launch.cuh"
+#include "kernels/cuda/linear_fused.h"
 #include "kernels/cuda/packed.cuh"
 #include "kernels/rope.h"
 
@@ -103,6 +104,16 @@ void rope(Tensor& y, const Tensor& x, const Tensor& cos, const Tensor& sin, Rope
         run.template operator()<1, I>();
     });
   });
+}
+
+void linear_rope(Tensor& y, const Gemm& product, const Tensor& bias, int64_t rotated, const Tensor& cos, const Tensor& sin,
+                 RopeStyle style, int64_t offset) {
+  Tensor flat = y.view({y.size(0) * y.size(1), y.size(2) * y.size(3)}), none, first = y.slice(2, 0, rotated);
+  if (style == RopeStyle::half && y.size(3) == 64 &&
+      fused_rope(flat, product, bias, y.size(1), rotated, cos, sin, offset))
+    return;
+  linear_forward(flat, none, product, bias, Epilogue::none);
+  if (first.numel() > 0) rope(first, first, cos, sin, style, none, offset, false);
 }
 
 }  // namespace krait::kernels::cuda

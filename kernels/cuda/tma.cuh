@@ -97,6 +97,14 @@ __device__ __forceinline__ void bring_box_to(uint32_t to, const CUtensorMap& map
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
       : "memory");
 }
+__device__ __forceinline__ void bring_box_to(uint32_t to, const CUtensorMap& map, uint32_t barrier, int x, int y, int z, int w,
+                                             int v, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "h"(blocks)
+      : "memory");
+}
 
 /// A box of shared memory to the map's tensor (what lies outside it is left out). publish_shared() before; one thread,
 /// which also closes the batch (stores_commit) and waits.

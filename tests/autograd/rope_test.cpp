@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "autograd/linear.h"
+#include "autograd/shape.h"
 #include "tests/testing/op_case.h"
 
 using namespace krait;
@@ -129,4 +131,62 @@ TEST_CASE("rope refuses positions beyond its table and odd rotations") {
   CHECK(contains(error_of([&] { kernels::rope_table(6, 7, kBase, kCpu); }), "must be even"));
   const auto wide = kernels::rope_table(6, 10, kBase, kCpu);
   CHECK(contains(error_of([&] { rope(x, wide.cos, wide.sin, RopeStyle::half); }), "expected (positions, at most 4)"));
+}
+
+namespace {
+
+// Inputs x (b, l, in), w (heads d, in) and perhaps b.
+OpFunction linear_rope_run(int64_t heads, int64_t rotated, RopeStyle style, bool fused, int64_t rotary_dim = 0) {
+  const auto tables = [=](const Tensor& x, const Tensor& w) {
+    const int64_t d = w.size(0) / heads;
+    return kernels::rope_table(x.size(1) + 3, rotary_dim > 0 ? rotary_dim : d, 10000, x.device(), accum_dtype(x.dtype()));
+  };
+  const auto bias_of = [](const Vars& in) { return in.size() > 2 ? in[2] : Variable(); };
+  if (fused)
+    return [=](const Vars& in) -> Outputs {
+      const auto t = tables(in[0].data(), in[1].data());
+      return linear_rope(in[0], in[1], bias_of(in), heads, rotated, t.cos, t.sin, style, 3);
+    };
+  return [=](const Vars& in) -> Outputs {
+    const auto t = tables(in[0].data(), in[1].data());
+    const Variable y = linear(in[0], in[1], bias_of(in));
+    const Variable all = reshape(y, {y.size(0), y.size(1), heads, y.size(2) / heads});
+    if (rotated == 0) return all;
+    return concat({rope(slice(all, 2, 0, rotated), t.cos, t.sin, style, 3), slice(all, 2, rotated, heads)}, 2);
+  };
+}
+
+OpCase linear_rope_against_parts(int64_t heads, int64_t rotated, RopeStyle style, int64_t rotary_dim = 0) {
+  return {.name = "linear_rope",
+          .run = linear_rope_run(heads, rotated, style, true, rotary_dim),
+          .reference = linear_rope_run(heads, rotated, style, false, rotary_dim),
+          .shapes = {{{1, 1, 1}, {heads * 8, 1}, {heads * 8}},
+                     {{2, 5, 24}, {heads * 8, 24}},
+                     {{0, 5, 3}, {heads * 8, 3}, {heads * 8}}}};
+}
+
+}  // namespace
+
+TEST_CASE("linear_rope is a map whose first heads are rotated, and passes gradcheck") {
+  for (const OpCase& c : {linear_rope_against_parts(3, 2, RopeStyle::half), linear_rope_against_parts(4, 3, RopeStyle::interleaved),
+                          linear_rope_against_parts(3, 3, RopeStyle::half, 4), linear_rope_against_parts(2, 0, RopeStyle::half)}) {
+    check_reference(c);
+    check_grad(c);
+  }
+}
+TEST_CASE("linear_rope: cuda equals cpu", "[cuda]") {
+  check_twin(linear_rope_against_parts(3, 2, RopeStyle::half));
+  check_twin(linear_rope_against_parts(4, 3, RopeStyle::interleaved));
+}
+TEST_CASE("linear_rope: a product that is rotated on the chip equals the cpu's, run for run", "[cuda]") {
+  const Tensor x = random_tensor({3, 2817, 512}, Normal{}, 1, bf16_type), w = random_tensor({2048, 512}, Normal{0, 0.05}, 2, bf16_type),
+               b = random_tensor({2048}, Normal{}, 3, bf16_type);
+  const OpFunction run = linear_rope_run(32, 24, RopeStyle::half, true);
+  const auto result = [&](DType dtype, Device device) {
+    return run({Variable(x.to(dtype).to(device)), Variable(w.to(dtype).to(device)), Variable(b.to(dtype).to(device))})
+        .values[0].data().cpu().to(f64);
+  };
+  const Tensor first = result(bf16_type, cuda_device()), again = result(bf16_type, cuda_device());
+  CHECK(relative_error(first, result(f32, kCpu)) < 2e-2);
+  CHECK(relative_error(again, first) == 0);
 }

@@ -1,0 +1,202 @@
+#include "kernels/feed_forward.h"
+
+#include <map>
+#include <mutex>
+
+#include "core/cuda/launch.cuh"
+#include "kernels/activation.h"
+#include "kernels/cuda/aligned.h"
+#include "kernels/cuda/linear_fused.cuh"
+#include "kernels/cuda/linear_fused.h"
+#include "kernels/cuda/tensor_map.h"
+
+namespace krait::kernels::cuda {
+
+namespace {
+
+// (rows, columns), rows `row` apart, to (columns, rows), both multiples of 64: a block of 256 threads for 64 x 64.
+__global__ void __launch_bounds__(256) transpose_kernel(uint16_t* to, const uint16_t* from, int64_t rows, int64_t row) {
+  __shared__ uint16_t tile[64][66];
+  const int64_t row0 = int64_t{blockIdx.y} * 64, column0 = int64_t{blockIdx.x} * 64;
+  const int pair = static_cast<int>(threadIdx.x) % 32, line = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll
+  for (int r = line; r < 64; r += 8)
+    *reinterpret_cast<uint32_t*>(&tile[r][2 * pair]) =
+        *reinterpret_cast<const uint32_t*>(from + (row0 + r) * row + column0 + 2 * pair);
+  __syncthreads();
+#pragma unroll
+  for (int c = line; c < 64; c += 8)
+    *reinterpret_cast<uint32_t*>(to + (column0 + c) * rows + row0 + 2 * pair) =
+        tile[2 * pair][c] | static_cast<uint32_t>(tile[2 * pair + 1][c]) << 16;
+}
+
+const DeviceInfo& info_of(Device device) {
+  static std::map<int, DeviceInfo> known;
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  const auto [at, fresh] = known.try_emplace(device.index);
+  if (fresh) at->second = device_info(device);
+  return at->second;
+}
+
+int64_t clusters_of(Device device) {
+  return std::max(1, (info_of(device).multiprocessors - spare_multiprocessors()) / 2);
+}
+
+// fill: what part of the clusters' time the tiles must at least take.
+bool serves(Device device, int64_t rows, int64_t n, int64_t columns, int64_t k, double fill) {
+  if (n % columns != 0 || k % kMapTerms != 0 || k / kMapTerms < kMapLeastSteps) return false;
+  if (rows >= int64_t{1} << 31 || n >= int64_t{1} << 30 || info_of(device).compute_capability != 90) return false;
+  const int64_t tiles = ceil_div(rows, 2 * kMapRows) * (n / columns), clusters = clusters_of(device);
+  const int64_t waves = ceil_div(tiles, clusters);
+  return waves > 1 && static_cast<double>(tiles) >= fill * static_cast<double>(waves * clusters);
+}
+constexpr double kFusedFill = 0.7, kPlainFill = 0.9;  // the library's products are as good when these leave much idle
+
+// x (rows, k) and w (w_rows, k) with their rows so far apart, what p names contiguous.
+template <MapForm F>
+bool run(Device device, const bf16* x, int64_t x_row, const bf16* w, int64_t w_rows, int64_t w_row, int64_t k, MapArguments p) {
+  const auto map = [](const bf16* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                      std::initializer_list<int> box) {
+    return tensor_map(data, DType::bf16, {sizes.begin(), sizes.size()}, {strides.begin(), strides.size()},
+                      {box.begin(), box.size()});
+  };
+  const CUtensorMap map_x = map(x, {k, p.rows}, {x_row}, {kMapTerms, kMapRows});
+  const CUtensorMap map_w = map(w, {k, 2, 4, 4, w_rows / 32}, {w_row, 8 * w_row, 2 * w_row, 32 * w_row},
+                                {kMapTerms, 2, 4, 4, 4});
+  p.steps = static_cast<int>(k / kMapTerms);
+  const int64_t across = p.n / (F == MapForm::glu ? kMapColumns / 2 : kMapColumns);
+  const int64_t tiles = ceil_div(p.rows, 2 * kMapRows) * across;
+  const int64_t clusters = std::min(tiles, clusters_of(device));
+  launch(fused_map_kernel<F>,
+         {.grid = 2 * clusters, .block = kMapThreads, .shared = kMapShared, .stream = current_stream(device)}, map_x, map_w,
+         p);
+  return true;
+}
+
+bool plain_product(const Gemm& g) {
+  return g.dtype == DType::bf16 && g.c_dtype == DType::bf16 && g.batch == 1 && !g.trans_a &&
+         g.alpha == 1.0 && g.beta == 0.0 && g.lda % 8 == 0 && g.ldb % 8 == 0 && g.ldc == g.n &&
+         reinterpret_cast<uintptr_t>(g.a) % 16 == 0 && reinterpret_cast<uintptr_t>(g.b) % 16 == 0;
+}
+
+// w (rows, columns) with its rows `row` apart, transposed. Both are multiples of 64.
+Tensor transposed(const bf16* w, int64_t rows, int64_t columns, int64_t row, Device device) {
+  const Tensor t = empty({columns, rows}, DType::bf16, device);
+  launch(transpose_kernel, {.grid = columns / 64, .grid_y = rows / 64, .block = 256, .stream = current_stream(device)},
+         reinterpret_cast<uint16_t*>(t.data<bf16>()), reinterpret_cast<const uint16_t*>(w), rows, row);
+  return t;
+}
+
+bool gradient_served(const Tensor& dy, const Tensor& w, const Tensor& pre, const Tensor& dpre) {
+  return dy.dtype() == DType::bf16 && w.is_contiguous() && aligned(dy, w, pre, dpre) &&
+         serves(dy.device(), dy.size(0), w.size(1), kMapColumns, w.size(0), kFusedFill);
+}
+
+}  // namespace
+
+bool fused_product(const Gemm& g, const Tensor& bias) {
+  if (!plain_product(g) || !serves(g.device, g.m, g.n, kMapColumns, g.k, kPlainFill)) return false;
+  if (reinterpret_cast<uintptr_t>(g.c) % 16 != 0 || !aligned(bias) || (!g.trans_b && g.n % 64 != 0)) return false;
+  MapArguments p;
+  p.out = static_cast<bf16*>(g.c);
+  p.bias = bias.defined() ? bias.data<bf16>() : nullptr;
+  p.rows = g.m;
+  p.n = static_cast<int>(g.n);
+  const bf16 *x = static_cast<const bf16*>(g.a), *w = static_cast<const bf16*>(g.b);
+  if (g.trans_b) return run<MapForm::plain>(g.device, x, g.lda, w, g.n, g.ldb, g.k, p);
+  const Tensor weight = transposed(w, g.k, g.n, g.ldb, g.device);
+  return run<MapForm::plain>(g.device, x, g.lda, weight.data<bf16>(), g.n, g.k, g.k, p);
+}
+
+bool fused_gelu(Tensor& y, Tensor& pre, const Gemm& g, const Tensor& bias) {
+  if (!plain_product(g) || !g.trans_b || !serves(g.device, g.m, g.n, kMapColumns, g.k, kFusedFill) || !aligned(y, pre, bias)) return false;
+  MapArguments p;
+  p.out = y.data<bf16>();
+  p.out2 = pre.data<bf16>();
+  p.bias = bias.defined() ? bias.data<bf16>() : nullptr;
+  p.rows = g.m;
+  p.n = static_cast<int>(g.n);
+  return run<MapForm::gelu>(g.device, static_cast<const bf16*>(g.a), g.lda, static_cast<const bf16*>(g.b), g.n, g.ldb, g.k, p);
+}
+
+bool fused_gated_units(Tensor& h, Tensor& pre, const Gemm& g) {
+  if (!plain_product(g) || !g.trans_b || !serves(g.device, g.m, g.n / 2, kMapColumns / 2, g.k, kFusedFill) || !aligned(h, pre)) return false;
+  MapArguments p;
+  p.out = h.data<bf16>();
+  p.out2 = pre.data<bf16>();
+  p.rows = g.m;
+  p.n = static_cast<int>(g.n / 2);
+  return run<MapForm::glu>(g.device, static_cast<const bf16*>(g.a), g.lda, static_cast<const bf16*>(g.b), g.n, g.ldb, g.k, p);
+}
+
+bool fused_rope(Tensor& y, const Gemm& g, const Tensor& bias, int64_t length, int64_t rotated, const Tensor& cos,
+                const Tensor& sin, int64_t offset) {
+  if (!plain_product(g) || !g.trans_b || !serves(g.device, g.m, g.n, kMapColumns, g.k, kFusedFill) || cos.size(1) != 32) return false;
+  if (!aligned(y, bias, cos, sin) || cos.dtype() != DType::f32 || length >= int64_t{1} << 31) return false;
+  MapArguments p;
+  p.out = y.data<bf16>();
+  p.bias = bias.defined() ? bias.data<bf16>() : nullptr;
+  p.rows = g.m;
+  p.n = static_cast<int>(g.n);
+  p.cos = cos.data<float>();
+  p.sin = sin.data<float>();
+  p.length = static_cast<int>(length);
+  p.offset = static_cast<int>(offset);
+  p.rotated = static_cast<int>(rotated * 64);
+  return run<MapForm::rope>(g.device, static_cast<const bf16*>(g.a), g.lda, static_cast<const bf16*>(g.b), g.n, g.ldb, g.k, p);
+}
+
+bool fused_gelu_gradient(Tensor& dpre, Tensor& db, bool add_db, const Tensor& dy, const Tensor& w, const Tensor& pre) {
+  if (!gradient_served(dy, w, pre, dpre)) return false;
+  const Tensor weight = transposed(w.data<bf16>(), w.size(0), w.size(1), w.size(1), w.device());
+  const Tensor partial =
+      db.defined() ? empty({ceil_div(dy.size(0), 64), w.size(1)}, DType::f32, dy.device()) : Tensor();
+  MapArguments p;
+  p.out = dpre.data<bf16>();
+  p.in = pre.data<bf16>();
+  p.partial = db.defined() ? partial.data<float>() : nullptr;
+  p.rows = dy.size(0);
+  p.n = static_cast<int>(w.size(1));
+  run<MapForm::gelu_gradient>(dy.device(), dy.data<bf16>(), dy.size(1), weight.data<bf16>(), w.size(1), w.size(0), w.size(0), p);
+  if (db.defined()) sum_chunks(db, add_db, partial);
+  return true;
+}
+
+bool fused_gated_gradient(Tensor& dpre, const Tensor& dy, const Tensor& w, const Tensor& pre) {
+  if (!gradient_served(dy, w, pre, dpre)) return false;
+  const Tensor weight = transposed(w.data<bf16>(), w.size(0), w.size(1), w.size(1), w.device());
+  MapArguments p;
+  p.out = dpre.data<bf16>();
+  p.in = pre.data<bf16>();
+  p.rows = dy.size(0);
+  p.n = static_cast<int>(w.size(1));
+  return run<MapForm::glu_gradient>(dy.device(), dy.data<bf16>(), dy.size(1), weight.data<bf16>(), w.size(1), w.size(0), w.size(0), p);
+}
+
+void gated_units_forward(Tensor& h, Tensor& pre, const Gemm& product, const Tensor& bias) {
+  if (!bias.defined() && fused_gated_units(h, pre, product)) return;
+  Tensor none;
+  linear_forward(pre, none, product, bias, Epilogue::none);
+  const int64_t f = h.size(1);
+  glu_forward(h, pre.slice(1, 0, f), pre.slice(1, f, 2 * f), Activation::silu);
+}
+
+void units_backward(Tensor& dpre, Tensor& db, bool add_db, const Tensor& dy, const Tensor& w, const Tensor& pre,
+                    Epilogue epilogue) {
+  if (epilogue == Epilogue::gelu_tanh && fused_gelu_gradient(dpre, db, add_db, dy, w, pre)) return;
+  Tensor dh = empty_like(pre);
+  gemm(gemm_of(dh, dy, w, false, false));
+  linear_gradient(dpre, db, dh, pre, epilogue, add_db);
+}
+
+void gated_units_backward(Tensor& dpre, const Tensor& dy, const Tensor& w, const Tensor& pre) {
+  if (fused_gated_gradient(dpre, dy, w, pre)) return;
+  const int64_t f = w.size(1);
+  Tensor dh = empty({dy.size(0), f}, dy.dtype(), dy.device());
+  gemm(gemm_of(dh, dy, w, false, false));
+  Tensor dgate = dpre.slice(1, 0, f), dup = dpre.slice(1, f, 2 * f);
+  glu_backward(dgate, dup, dh, pre.slice(1, 0, f), pre.slice(1, f, 2 * f), Activation::silu);
+}
+
+}  // namespace krait::kernels::cuda

@@ -1,0 +1,63 @@
+#include "kernels/feed_forward.h"
+
+namespace krait::kernels {
+
+namespace {
+
+// dy (..., out) and w (out, f) with pre (..., width).
+void check_gradient(const Tensor& dy, const Tensor& w, const Tensor& pre, int64_t width) {
+  check_same("feed_forward backward", dy, w, pre);
+  KRAIT_CHECK(w.ndim() == 2 && dy.shape() == pre.shape().with(-1, w.size(0)) && pre.size(-1) == width,
+              "feed_forward backward: dy is {}, the weight {}, the units' input {}", dy.shape(), w.shape(), pre.shape());
+}
+
+}  // namespace
+
+GatedUnits gated_units_forward(const Tensor& x, const Tensor& w, const Tensor& bias) {
+  check_same("gated units", x, w);
+  KRAIT_CHECK(w.ndim() == 2 && w.size(0) % 2 == 0 && x.ndim() >= 1 && x.size(-1) == w.size(1) && w.size(1) > 0,
+              "gated units: x is {}, weight is {}, expected (2 f, in)", x.shape(), w.shape());
+  if (bias.defined()) {
+    check_same("gated units", x, bias);
+    KRAIT_CHECK(bias.shape() == Shape{w.size(0)}, "gated units: bias is {}, expected {} to match weight {}",
+                bias.shape(), Shape{w.size(0)}, w.shape());
+  }
+  const Shape rows = x.shape().drop_last();
+  GatedUnits out{empty(rows.append(w.size(0) / 2), x.dtype(), x.device()),
+                 empty(rows.append(w.size(0)), x.dtype(), x.device())};
+  if (out.h.numel() == 0) return out;
+  const Tensor flat = blas_ready(x.flatten_leading()), weight = blas_ready(w);
+  Tensor h = out.h.flatten_leading(), pre = out.pre.flatten_leading();
+  const Gemm product = gemm_of(pre, flat, weight, false, true);
+  KRAIT_DISPATCH(x.device(), gated_units_forward(h, pre, product, bias.defined() ? bias.contiguous() : bias));
+  return out;
+}
+
+UnitsGrad units_backward(const Tensor& dy, const Tensor& w, const Tensor& pre, Epilogue epilogue, bool want_db,
+                         const Tensor& db_sum) {
+  check_gradient(dy, w, pre, w.size(-1));
+  UnitsGrad out{empty_like(pre), {}};
+  if (want_db) out.db = db_sum.defined() ? db_sum : empty({w.size(1)}, w.dtype(), w.device());
+  KRAIT_CHECK(!want_db || (out.db.shape() == Shape{w.size(1)} && out.db.is_contiguous()),
+              "feed_forward backward: the bias gradient buffer is {}", describe(out.db));
+  if (dy.numel() == 0 || pre.numel() == 0) {
+    if (want_db && !db_sum.defined()) zero_(out.db);
+    return out;
+  }
+  Tensor dpre = out.dpre.flatten_leading();
+  KRAIT_DISPATCH(dy.device(), units_backward(dpre, out.db, db_sum.defined(), dy.contiguous().flatten_leading(),
+                                             blas_ready(w), pre.contiguous().flatten_leading(), epilogue));
+  return out;
+}
+
+Tensor gated_units_backward(const Tensor& dy, const Tensor& w, const Tensor& pre) {
+  check_gradient(dy, w, pre, 2 * w.size(-1));
+  const Tensor out = empty_like(pre);
+  if (dy.numel() == 0 || pre.numel() == 0) return out;
+  Tensor dpre = out.flatten_leading();
+  KRAIT_DISPATCH(dy.device(), gated_units_backward(dpre, dy.contiguous().flatten_leading(), blas_ready(w),
+                                                   pre.contiguous().flatten_leading()));
+  return out;
+}
+
+}  // namespace krait::kernels
