@@ -14,7 +14,7 @@ namespace kernels {
 // A row whose S_i passes 2^80 (a logit some 55 above the target's) is made again with its largest logit as r_i.
 
 // done: whether it was done. It is not for CPUs (a chunk's logits lie in their caches), other dtypes than bf16, GPUs before
-// and after sm_90, sizes d and v that are no multiples of 8, label smoothing and a cap. losses and nll (t), dx (t, d),
+// and after sm_90, a d that is no multiple of 8, a v that is none of 32, label smoothing and a cap. losses and nll (t), dx (t, d),
 // dw (v, d) fp32, added to; dx and dw may be undefined. targets (t) are contiguous, valid and chunk (rows) are resolved.
 KRAIT_BACKENDS(void head_loss(bool& done, Tensor& losses, Tensor& nll, Tensor& dx, Tensor& dw, const Tensor& x,
                               const Tensor& w, const Tensor& targets, const Tensor& count, int64_t valid, int64_t chunk,

@@ -52,11 +52,14 @@ int resident_clusters(Device device) {
 void exponentials(const Tensor& e, const Tensor& partial, const Tensor& x, const Tensor& w, const Tensor& reference,
                   int64_t valid) {
   const int64_t rows = x.size(0), v = w.size(0), d = x.size(1);
-  const auto map = [d](const Tensor& t, int lines) {
-    const int64_t sizes[] = {d, t.size(0)}, strides[] = {d};
-    const int box[] = {kHeadDepth, lines};
-    return tensor_map(t.raw_data(), DType::bf16, sizes, strides, box);
-  };
+  const int64_t x_sizes[] = {d, rows}, x_strides[] = {d};
+  const int x_box[] = {kHeadDepth, kHeadRows};
+  const CUtensorMap x_map = tensor_map(x.raw_data(), DType::bf16, x_sizes, x_strides, x_box);
+  // Of 32 rows of w, row 8 c + 2 j + i comes to place 8 j + 2 c + i: a thread's columns of a product, 2 c and 2 c + 1 of
+  // every 8, are then eight neighbours.
+  const int64_t w_sizes[] = {d, 2, 4, 4, v / 32}, w_strides[] = {d, 8 * d, 2 * d, 32 * d};
+  const int w_box[] = {kHeadDepth, 2, 4, 4, kHeadColumns / kHeadCluster / 32};
+  const CUtensorMap w_map = tensor_map(w.raw_data(), DType::bf16, w_sizes, w_strides, w_box);
   const int64_t row_tiles = ceil_div(rows, kHeadCluster * kHeadRows), column_tiles = ceil_div(v, kHeadColumns);
   const int64_t tile_bytes = kHeadCluster * kHeadRows * d * 2;
   const HeadProduct job{.rows = static_cast<int>(rows),
@@ -73,7 +76,7 @@ void exponentials(const Tensor& e, const Tensor& partial, const Tensor& x, const
   const int64_t clusters = std::min<int64_t>(resident_clusters(x.device()), row_tiles * column_tiles);
   const cudaLaunchConfig_t config = clusters_config(clusters, cluster, current_stream(x.device()));
   check(cudaFuncSetAttribute(head_exponentials_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kHeadShared));
-  check(cudaLaunchKernelEx(&config, head_exponentials_kernel, map(x, kHeadRows), map(w, kHeadColumns / kHeadCluster), job));
+  check(cudaLaunchKernelEx(&config, head_exponentials_kernel, x_map, w_map, job));
 }
 
 }  // namespace
@@ -83,7 +86,7 @@ void head_loss(bool& done, Tensor& losses, Tensor& nll, Tensor& dx, Tensor& dw, 
                const CrossEntropyOptions& options) {
   const int64_t t = x_in.size(0), d = x_in.size(1), v = w_in.size(0), tiles = ceil_div(v, kHeadColumns);
   const Device device = x_in.device();
-  done = x_in.dtype() == DType::bf16 && d % 8 == 0 && v % 8 == 0 && options.logit_cap == 0.0 &&
+  done = x_in.dtype() == DType::bf16 && d % 8 == 0 && v % 32 == 0 && options.logit_cap == 0.0 &&
          options.label_smoothing == 0.0 && (!dw.defined() || dw.dtype() == DType::f32) && resident_clusters(device) > 0;
   if (!done || t == 0) return;
   const Tensor x_given = x_in.contiguous(), w_given = w_in.contiguous();  // bulk copies want addresses on 16 bytes

@@ -1,6 +1,7 @@
 #pragma once
 // Kernels of the language model's head and its cross entropy on sm_90 (head_loss.h has the mathematics).
 #include <cfloat>
+#include <type_traits>
 
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/packed.cuh"
@@ -20,8 +21,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
 // have the same rows of w and bring half of them each. (Clusters of four, 192 columns in five stages, and one warpgroup
 // some stages behind the other are slower by 5 to 15 %.)
 constexpr int kHeadRows = 128, kHeadColumns = 256, kHeadDepth = 64, kHeadStages = 4, kHeadCluster = 2, kHeadThreads = 384;
-constexpr int kHeadBox = 16 * 64 * 2;  // bytes of a warp's 16 rows and 64 columns of e on their way out
-constexpr int kHeadShared = 1024 + kHeadStages * (kHeadRows + kHeadColumns) * 128 + 8 * kHeadBox + 16 * kHeadStages;
+constexpr int kHeadParts = kHeadColumns / 64;  // of a tile on its way out
+constexpr int kHeadShared = 1024 + kHeadStages * (kHeadRows + kHeadColumns) * 128 + 16 * kHeadStages;
 
 struct HeadProduct {
   int rows, columns, valid;     // of x and w; columns that are not padding
@@ -43,20 +44,9 @@ __device__ __forceinline__ HeadTile head_tile(const HeadProduct& job, int at) {
   return {(first + in_group - n * group) * kHeadCluster * kHeadRows, n * kHeadColumns};
 }
 
-// 8 x 8 matrices from accumulators to shared memory: lane i names row i % 8 of matrix i / 8.
-__device__ __forceinline__ void store_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
-
-__device__ __forceinline__ uint4 load_shared(uint32_t from) {
-  uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
-  return v;
-}
-
 // e = exp(x w^T - reference) and its sums. Two warpgroups multiply 64 rows each and turn their sums into e, the third
-// brings x and w, also those of the next tile meanwhile.
+// brings x and w, also those of the next tile meanwhile. w's map changes places of rows so that the columns which a thread
+// has lie side by side in e.
 // Bound by the products: 2 rows columns d. At 8192 x 768 -> 50304 a tile takes 13,500 cycles of products (12,288 counted),
 // 2,100 of exponentials (2,048 counted) and 1,800 of stores.
 static __global__ void __launch_bounds__(kHeadThreads, 1)
@@ -66,8 +56,8 @@ static __global__ void __launch_bounds__(kHeadThreads, 1)
   constexpr int kShare = kHeadColumns / kHeadCluster;
   constexpr uint32_t kRowBytes = kHeadRows * 128, kStage = kRowBytes + kHeadColumns * 128;
   extern __shared__ unsigned char raw[];
-  const uint32_t stages = (shared_address(raw) + 1023) & ~1023u, boxes = stages + kHeadStages * kStage;
-  const uint32_t full = boxes + 8 * kHeadBox, empty = full + 8 * kHeadStages;
+  const uint32_t stages = (shared_address(raw) + 1023) & ~1023u;
+  const uint32_t full = stages + kHeadStages * kStage, empty = full + 8 * kHeadStages;
   const int rank = static_cast<int>(cluster_rank()), team = static_cast<int>(threadIdx.x) / 128;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kHeadStages; ++s) {
@@ -92,7 +82,7 @@ static __global__ void __launch_bounds__(kHeadThreads, 1)
     return tile;
   };
   if (team == 2) {
-    give_registers<40>();
+    give_registers<24>();
     if (threadIdx.x == 256) {
       for (int at = static_cast<int>(blockIdx.x) / kHeadCluster; at < tiles; at += step) {
         const HeadTile tile = place(at);
@@ -101,25 +91,46 @@ static __global__ void __launch_bounds__(kHeadThreads, 1)
           barrier_wait_cluster(empty + 8 * slot, parity ^ 1);
           barrier_expect(barrier, kStage);
           bring_box(to, x, barrier, k * kHeadDepth, tile.row);
-          bring_box_to(to + kRowBytes + rank * kShare * 128, w, barrier, k * kHeadDepth, tile.column + rank * kShare,
-                       (1 << kHeadCluster) - 1);
+          bring_box_to(to + kRowBytes + rank * kShare * 128, w, barrier, k * kHeadDepth, 0, 0, 0,
+                       (tile.column + rank * kShare) / 32, (1 << kHeadCluster) - 1);
         }
       }
     }
     __syncwarp();
   } else {
-    take_registers<232>();
+    take_registers<240>();
     const int thread = static_cast<int>(threadIdx.x) % 128, warp = thread / 32, lane = thread % 32, c = lane % 4;
     const auto release = [&](uint32_t s) {
       if (thread < kHeadCluster) barrier_arrive_at(empty + 8 * s, thread);
     };
-    // e leaves through 16 rows x 64 columns of the warp's own: matrices in (lane i names row i % 8 of rows 0-7, 8-15 and
-    // columns 0-7, then 8-15), lines of 128 bytes out; pieces of 16 bytes change places by row % 8.
-    const uint32_t box = boxes + (threadIdx.x / 32) * kHeadBox, line = lane % 16, piece = lane / 16;
+    // The tile before, as bf16, leaves while the next one's products run: in columns 32 m + 8 c to + 7 this lane has
+    // held[8 m] to [8 m + 3] of row g of its warp, and the next four of row g + 8.
+    uint32_t held[kHeadColumns / 4];
+    int held_row = job.rows, held_column = 0;
+    const auto leave_part = [&](auto part) {
+      bf16* const out = job.e + int64_t{held_row} * job.columns + held_column;
+#pragma unroll
+      for (int m = 2 * part.value; m < 2 * part.value + 2; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t* v = held + 8 * m + 4 * half;
+          if (held_column + 32 * m < job.columns && held_row + 8 * half < job.rows)
+            *reinterpret_cast<uint4*>(out + 8 * half * int64_t{job.columns} + 32 * m) = uint4{v[0], v[1], v[2], v[3]};
+        }
+    };
+    const auto leave = [&](int part) {
+      if (!job.e) return;
+      switch (part) {
+        case 0: return leave_part(std::integral_constant<int, 0>{});
+        case 1: return leave_part(std::integral_constant<int, 1>{});
+        case 2: return leave_part(std::integral_constant<int, 2>{});
+        case 3: return leave_part(std::integral_constant<int, 3>{});
+      }
+    };
     float d[kHeadColumns / 2];
     for (int at = static_cast<int>(blockIdx.x) / kHeadCluster; at < tiles; at += step) {
       const HeadTile tile = place(at);
-      const int first = tile.row + 64 * team + 16 * warp, row = first + lane / 4;
+      const int row = tile.row + 64 * team + 16 * warp + lane / 4;
       const float reference_low = row < job.rows ? job.reference[row] : 0.0f;
       const float reference_high = row + 8 < job.rows ? job.reference[row + 8] : 0.0f;
       uint32_t before = 0;
@@ -136,48 +147,31 @@ static __global__ void __launch_bounds__(kHeadThreads, 1)
           release(before);
         }
         before = slot;
+        if (k % 2 == 1) leave(k / 2);  // while these products run
       }
       wgmma_wait<0>();
       hold(d);
       release(before);
+      for (int part = job.depth / 2; part < kHeadParts; ++part) leave(part);
 
       if (job.valid - tile.column < kHeadColumns) {
 #pragma unroll
         for (int i = 0; i < kHeadColumns / 2; ++i)
-          if (i / 4 * 8 + 2 * c + i % 2 >= job.valid - tile.column) d[i] = -INFINITY;
+          if (i / 16 * 32 + 8 * c + i / 4 % 4 * 2 + i % 2 >= job.valid - tile.column) d[i] = -INFINITY;
       }
       const float low = reference_low * kLog2e, high = reference_high * kLog2e;
       float sum_low = 0.0f, sum_high = 0.0f;
-      bf16* const out = job.e + int64_t{first + lane / 8} * job.columns + tile.column + lane % 8 * 8;
 #pragma unroll
-      for (int part = 0; part < kHeadColumns / 64; ++part) {
-        uint32_t packed[16];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const float* s = d + 32 * part + 4 * j;
-          const float e0 = exp2_fast(fmaf(s[0], kLog2e, -low)), e1 = exp2_fast(fmaf(s[1], kLog2e, -low));
-          const float e2 = exp2_fast(fmaf(s[2], kLog2e, -high)), e3 = exp2_fast(fmaf(s[3], kLog2e, -high));
-          sum_low += e0 + e1;
-          sum_high += e2 + e3;
-          packed[2 * j] = pack(e0, e1);
-          packed[2 * j + 1] = pack(e2, e3);
-        }
-        if (!job.e) continue;
-        __syncwarp();
-#pragma unroll
-        for (uint32_t j = 0; j < 4; ++j)
-          store_matrices(box + line * 128 + (((2 * j + piece) ^ (line % 8)) << 4), packed[4 * j], packed[4 * j + 1],
-                         packed[4 * j + 2], packed[4 * j + 3]);
-        __syncwarp();
-        const bool inside = tile.column + 64 * part + lane % 8 * 8 < job.columns;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t r = 4 * i + lane / 8;
-          const uint4 v = load_shared(box + r * 128 + ((lane % 8 ^ r % 8) << 4));
-          if (inside && first + static_cast<int>(r) < job.rows)
-            *reinterpret_cast<uint4*>(out + int64_t{4 * i} * job.columns + 64 * part) = v;
-        }
+      for (int j = 0; j < kHeadColumns / 8; ++j) {
+        const float e0 = exp2_fast(fmaf(d[4 * j], kLog2e, -low)), e1 = exp2_fast(fmaf(d[4 * j + 1], kLog2e, -low));
+        const float e2 = exp2_fast(fmaf(d[4 * j + 2], kLog2e, -high)), e3 = exp2_fast(fmaf(d[4 * j + 3], kLog2e, -high));
+        sum_low += e0 + e1;
+        sum_high += e2 + e3;
+        held[j / 4 * 8 + j % 4] = pack(e0, e1);
+        held[j / 4 * 8 + 4 + j % 4] = pack(e2, e3);
       }
+      held_row = row;
+      held_column = tile.column + 8 * c;
 #pragma unroll
       for (int m = 1; m < 4; m *= 2) {
         sum_low += __shfl_xor_sync(~0u, sum_low, m);
@@ -187,6 +181,7 @@ static __global__ void __launch_bounds__(kHeadThreads, 1)
       if (c == 0 && row < job.rows) partial[0] = sum_low;
       if (c == 0 && row + 8 < job.rows) partial[8] = sum_high;
     }
+    for (int part = 0; part < kHeadParts; ++part) leave(part);
   }
   cluster_barrier();  // the other blocks' arrivals come here
 #endif
