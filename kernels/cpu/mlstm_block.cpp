@@ -6,6 +6,7 @@
 
 #include "core/parallel.h"
 #include "kernels/cpu/chunk_sums.h"
+#include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
 
 namespace krait::kernels::cpu {
@@ -14,27 +15,65 @@ namespace {
 
 constexpr int64_t kChunk = 256;  // rows whose part of a weight's gradient is made in one go
 
-template <class T>
-void map_row(T* __restrict y, const T* __restrict x, const T* __restrict w, int64_t e) {
-  using A = accum_t<T>;
-  for (int64_t n = 0; n < e; n += 4)
-    for (int64_t o = 0; o < 4; ++o) {
-      A sum = A(0);
-      for (int64_t i = 0; i < 4; ++i) sum += static_cast<A>(w[(n + o) * 4 + i]) * static_cast<A>(x[n + i]);
-      y[n + o] = static_cast<T>(sum);
-    }
+template <class A> struct QuadOf { typedef A type __attribute__((vector_size(4 * sizeof(A)))); };
+template <class A> using Quad = typename QuadOf<A>::type;
+
+template <class A, class T>
+[[gnu::always_inline]] inline Quad<A> load_quad(const T* p) {
+  return Quad<A>{static_cast<A>(p[0]), static_cast<A>(p[1]), static_cast<A>(p[2]), static_cast<A>(p[3])};
+}
+template <class A, class T>
+[[gnu::always_inline]] inline void store_quad(T* p, Quad<A> v) {
+  for (int i = 0; i < 4; ++i) p[i] = static_cast<T>(v[i]);
+}
+
+// The blocks (4 outputs, 4 inputs) of a map, widened, and transposed.
+template <class A>
+struct Blocks {
+  std::vector<A> rows, columns;
+  explicit Blocks(const Tensor& w) {
+    visit_float(w.dtype(), [&]<class T>() {
+      const T* from = w.data<T>();
+      rows.assign(from, from + w.numel());
+    });
+    columns.resize(rows.size());
+    for (size_t n = 0; n < rows.size(); n += 16)
+      for (size_t o = 0; o < 4; ++o)
+        for (size_t i = 0; i < 4; ++i) columns[n + i * 4 + o] = rows[n + o * 4 + i];
+  }
+};
+
+template <class T, class A>
+void map_row(T* __restrict y, const T* __restrict x, const Blocks<A>& blocks, int64_t e) {
+  const A* w = blocks.columns.data();
+  for (int64_t n = 0; n < e; n += 4) {
+    Quad<A> sum{};
+    for (int64_t i = 0; i < 4; ++i) sum += load_quad<A>(w + n * 4 + i * 4) * static_cast<A>(x[n + i]);
+    store_quad<A>(y + n, sum);
+  }
 }
 
 // dx += W^T t and dw += t x^T.
 template <class T, class A>
 void map_row_backward(A* __restrict dx, A* __restrict dw, const A* __restrict t, const T* __restrict x,
-                      const T* __restrict w, int64_t e) {
-  for (int64_t n = 0; n < e; n += 4)
-    for (int64_t o = 0; o < 4; ++o)
-      for (int64_t i = 0; i < 4; ++i) {
-        dx[n + i] += static_cast<A>(w[(n + o) * 4 + i]) * t[n + o];
-        dw[(n + o) * 4 + i] += t[n + o] * static_cast<A>(x[n + i]);
-      }
+                      const Blocks<A>& blocks, int64_t e) {
+  const A* w = blocks.rows.data();
+  for (int64_t n = 0; n < e; n += 4) {
+    const Quad<A> inputs = load_quad<A>(x + n);
+    Quad<A> sum = load_quad<A>(dx + n);
+    for (int64_t o = 0; o < 4; ++o) {
+      const int64_t at = (n + o) * 4;
+      sum += load_quad<A>(w + at) * t[n + o];
+      store_quad<A>(dw + at, load_quad<A>(dw + at) + inputs * t[n + o]);
+    }
+    store_quad<A>(dx + n, sum);
+  }
+}
+
+template <class T, class A>
+void widen(A* __restrict to, const T* __restrict from, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(from[i]);
 }
 
 }  // namespace
@@ -59,24 +98,28 @@ void mlstm_maps_forward(MlstmMaps& out, const Tensor& x_c, const Tensor& x_m, co
   const int64_t e = x_c.size(1), gates = w.g.size(0);
   visit_float(x_c.dtype(), [&]<class T>() {
     using A = accum_t<T>;
+    const Blocks<A> of_q(w.w_q), of_k(w.w_k), of_v(w.w_v);
+    T *q = out.q.data<T>(), *k = out.k.data<T>(), *v = out.v.data<T>();
+    A* sums = out.gates.data<A>();
+    const T *x = x_c.data<T>(), *x_v = x_m.data<T>(), *gate = w.g.data<T>();
+    const int64_t x_row = x_c.stride(0), x_v_row = x_m.stride(0);
     parallel_for(0, x_c.size(0), 1 + 4096 / e, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
-        T* to[3] = {out.q.data<T>() + r * e, out.k.data<T>() + r * e, out.v.data<T>() + r * e};
-        const T* x = x_c.data<T>() + r * x_c.stride(0);
-        map_row(to[0], x, w.w_q.data<T>(), e);
-        map_row(to[1], x, w.w_k.data<T>(), e);
-        map_row(to[2], x_m.data<T>() + r * x_m.stride(0), w.w_v.data<T>(), e);
+        T* to[3] = {q + r * e, k + r * e, v + r * e};
+        map_row(to[0], x + r * x_row, of_q, e);
+        map_row(to[1], x + r * x_row, of_k, e);
+        map_row(to[2], x_v + r * x_v_row, of_v, e);
         for (int64_t g = 0; g < gates; ++g) {
           A sum = A(0);
           for (int64_t part = 0; part < 3; ++part) {
-            const T* weight = w.g.data<T>() + (g * 3 + part) * e;
+            const T* weight = gate + (g * 3 + part) * e;
             const T* y = to[part];
             A own = A(0);
 #pragma omp simd reduction(+ : own)
             for (int64_t c = 0; c < e; ++c) own += static_cast<A>(weight[c]) * static_cast<A>(y[c]);
             sum += own;
           }
-          out.gates.data<A>()[r * gates + g] = sum;
+          sums[r * gates + g] = sum;
         }
       }
     });
@@ -90,25 +133,28 @@ void mlstm_maps_backward(Tensor& dx_c, Tensor& dx_m, MlstmMapsWeights& dw, Mlstm
   visit_float(x_c.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     const Tensor partial = zeros({chunks, size}, dtype_of<A>, kCpu);
-    const Tensor* weights[3] = {&w.w_q, &w.w_k, &w.w_v};
-    const Tensor* upstream[3] = {&up.dq, &up.dk, &up.dv};
+    const Blocks<A> blocks[3] = {Blocks<A>(w.w_q), Blocks<A>(w.w_k), Blocks<A>(w.w_v)};
+    const T* upstream[3] = {up.dq.data<T>(), up.dk.data<T>(), up.dv.data<T>()};
+    const T *inputs[2] = {x_c.data<T>(), x_m.data<T>()}, *gate = w.g.data<T>();
+    const T* more = up.dx_more.defined() ? up.dx_more.data<T>() : nullptr;
+    const int64_t input_row[2] = {x_c.stride(0), x_m.stride(0)};
+    const A* dgates = up.dgates.data<A>();
+    A* partial_all = partial.data<A>();
+    T* results[2] = {dx_c.data<T>(), dx_m.data<T>()};
     parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
       std::vector<A> t(static_cast<size_t>(e)), dx(static_cast<size_t>(2 * e));
       std::vector<T> y(static_cast<size_t>(e));
       for (int64_t r = first * kChunk; r < std::min(rows, last * kChunk); ++r) {
-        A* sums = partial.data<A>() + r / kChunk * size;
-        const A* d = up.dgates.data<A>() + r * gates;
-        const T* x[2] = {x_c.data<T>() + r * x_c.stride(0), x_m.data<T>() + r * x_m.stride(0)};
-        for (int64_t c = 0; c < 2 * e; ++c) dx[static_cast<size_t>(c)] = A(0);
-        if (up.dx_more.defined())
-          for (int64_t c = 0; c < e; ++c) dx[static_cast<size_t>(c)] = static_cast<A>(up.dx_more.data<T>()[r * e + c]);
+        A* sums = partial_all + r / kChunk * size;
+        const A* d = dgates + r * gates;
+        std::fill(dx.begin(), dx.end(), A(0));
+        if (more != nullptr) widen(dx.data(), more + r * e, e);
         for (int64_t part = 0; part < 3; ++part) {
-          const T* of_cell = upstream[part]->data<T>() + r * e;
-          const T* weight = weights[part]->data<T>();
-          map_row(y.data(), x[part / 2], weight, e);
-          for (int64_t c = 0; c < e; ++c) t[static_cast<size_t>(c)] = static_cast<A>(of_cell[c]);
+          const T* x = inputs[part / 2] + r * input_row[part / 2];
+          map_row(y.data(), x, blocks[part], e);
+          widen(t.data(), upstream[part] + r * e, e);
           for (int64_t g = 0; g < gates; ++g) {
-            const T* by = w.g.data<T>() + (g * 3 + part) * e;
+            const T* by = gate + (g * 3 + part) * e;
             A* dg = sums + 12 * e + (g * 3 + part) * e;
             A* to = t.data();
             const T* from = y.data();
@@ -119,11 +165,13 @@ void mlstm_maps_backward(Tensor& dx_c, Tensor& dx_m, MlstmMapsWeights& dw, Mlstm
               dg[c] += dgate * static_cast<A>(from[c]);
             }
           }
-          map_row_backward(dx.data() + part / 2 * e, sums + part * 4 * e, t.data(), x[part / 2], weight, e);
+          map_row_backward(dx.data() + part / 2 * e, sums + part * 4 * e, t.data(), x, blocks[part], e);
         }
-        for (int64_t c = 0; c < e; ++c) {
-          dx_c.data<T>()[r * e + c] = static_cast<T>(dx[static_cast<size_t>(c)]);
-          dx_m.data<T>()[r * e + c] = static_cast<T>(dx[static_cast<size_t>(e + c)]);
+        for (int64_t half = 0; half < 2; ++half) {
+          T* to = results[half] + r * e;
+          const A* from = dx.data() + half * e;
+#pragma omp simd
+          for (int64_t c = 0; c < e; ++c) put(to[c], from[c]);
         }
       }
     });
