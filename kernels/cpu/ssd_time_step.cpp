@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "core/parallel.h"
+#include "kernels/cpu/put.h"
+#include "kernels/cpu/vector_math.h"
 
 namespace krait::kernels::cpu {
 
@@ -12,9 +14,12 @@ namespace {
 
 constexpr int64_t kGrain = 1024;  // values
 
+// -e^{A_log} of every head.
 template <class A>
-A softplus(A u) {
-  return std::max(u, A(0)) + std::log1p(std::exp(-std::abs(u)));
+std::vector<A> rates(const Tensor& A_log) {
+  std::vector<A> scale(static_cast<size_t>(A_log.numel()));
+  for (size_t k = 0; k < scale.size(); ++k) scale[k] = -std::exp(A_log.data<A>()[k]);
+  return scale;
 }
 
 }  // namespace
@@ -24,16 +29,23 @@ void ssd_time_step_forward(Tensor& step_out, Tensor& a_out, const Tensor& dt_in,
   const int64_t r = dt_in.size(0), h = dt_in.size(1), row = dt_in.stride(0);
   visit_float(dt_in.dtype(), [&]<class T>() {
     using A = accum_t<T>;
-    const T* dt = dt_in.data<T>();
-    const A *bias = bias_in.data<A>(), *A_log = A_log_in.data<A>();
-    A *step = step_out.data<A>(), *a = a_out.data<A>();
+    const T* dt_all = dt_in.data<T>();
+    const std::vector<A> scales = rates<A>(A_log_in);
+    const A *bias = bias_in.data<A>(), *scale = scales.data();
+    A *step_all = step_out.data<A>(), *a_all = a_out.data<A>();
+    const A least = static_cast<A>(low), most = static_cast<A>(high);
     parallel_for(0, r, std::max<int64_t>(1, kGrain / h), [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i)
+      for (int64_t i = first; i < last; ++i) {
+        const T* dt = dt_all + i * row;
+        A *step = step_all + i * h, *a = a_all + i * h;
+#pragma omp simd
         for (int64_t k = 0; k < h; ++k) {
-          const A s = softplus(static_cast<A>(dt[i * row + k]) + bias[k]);
-          step[i * h + k] = std::min(std::max(s, static_cast<A>(low)), static_cast<A>(high));
-          a[i * h + k] = -std::exp(A_log[k]) * step[i * h + k];
+          const A s = vsoftplus(static_cast<A>(dt[k]) + bias[k]), at_least = s < least ? least : s;
+          const A t = at_least > most ? most : at_least;
+          step[k] = t;
+          a[k] = scale[k] * t;
         }
+      }
     });
   });
 }
@@ -46,26 +58,32 @@ void ssd_time_step_backward(Tensor& ddt_out, Tensor& dbias_out, Tensor& dA_log_o
   const int64_t chunk = std::max<int64_t>(16, (r + 127) / 128), chunks = (r + chunk - 1) / chunk;
   visit_float(dt_in.dtype(), [&]<class T>() {
     using A = accum_t<T>;
-    const T* dt = dt_in.data<T>();
-    T* ddt = ddt_out.data<T>();
-    const A *bias = bias_in.data<A>(), *A_log = A_log_in.data<A>();
-    const A* dstep = dstep_in.defined() ? dstep_in.data<A>() : nullptr;
-    const A* da = da_in.defined() ? da_in.data<A>() : nullptr;
+    const T* dt_all = dt_in.data<T>();
+    T* ddt_all = ddt_out.data<T>();
+    const std::vector<A> scales = rates<A>(A_log_in), none(static_cast<size_t>(h), A(0));
+    const A *bias = bias_in.data<A>(), *scale = scales.data();
+    const A* dstep_all = dstep_in.defined() ? dstep_in.data<A>() : nullptr;
+    const A* da_all = da_in.defined() ? da_in.data<A>() : nullptr;
+    const A least = static_cast<A>(low), most = static_cast<A>(high);
     std::vector<A> parts(static_cast<size_t>(2 * chunks * h), A(0));
     parallel_for(0, chunks, std::max<int64_t>(1, kGrain / (h * chunk)), [&](int64_t first, int64_t last) {
       for (int64_t c = first; c < last; ++c) {
         A *of_bias = parts.data() + 2 * c * h, *of_A = of_bias + h;
-        for (int64_t i = c * chunk; i < std::min(r, (c + 1) * chunk); ++i)
+        for (int64_t i = c * chunk; i < std::min(r, (c + 1) * chunk); ++i) {
+          const T* dt = dt_all + i * row;
+          T* ddt = ddt_all + i * to_row;
+          const A *dstep = dstep_all ? dstep_all + i * h : none.data(), *da = da_all ? da_all + i * h : none.data();
+#pragma omp simd
           for (int64_t k = 0; k < h; ++k) {
-            const A u = static_cast<A>(dt[i * row + k]) + bias[k], s = softplus(u);
-            const bool inside = s >= static_cast<A>(low) && s <= static_cast<A>(high);
-            const A step = std::min(std::max(s, static_cast<A>(low)), static_cast<A>(high)), scale = -std::exp(A_log[k]);
-            const A up = da ? da[i * h + k] : A(0);
-            const A g = inside ? ((dstep ? dstep[i * h + k] : A(0)) + scale * up) / (A(1) + std::exp(-u)) : A(0);
-            ddt[i * to_row + k] = static_cast<T>(g);
+            const A u = static_cast<A>(dt[k]) + bias[k], s = vsoftplus(u), up = scale[k] * da[k];
+            const A at_least = s < least ? least : s, step = at_least > most ? most : at_least;
+            const A slope = s >= least && s <= most ? vsigmoid(u) : A(0);
+            const A g = (dstep[k] + up) * slope;
+            put(ddt[k], g);
             of_bias[k] += g;
-            of_A[k] += scale * up * step;
+            of_A[k] += up * step;
           }
+        }
       }
     });
     A *dbias = dbias_out.data<A>(), *dA_log = dA_log_out.data<A>();
