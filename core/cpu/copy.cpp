@@ -1,6 +1,7 @@
 #include "core/copy.h"
 
 #include <cstring>
+#include <vector>
 
 #include "core/parallel.h"
 
@@ -27,15 +28,28 @@ void copy_rows(Tensor& dst, const Tensor& src) {
   const int64_t rows = dst.numel() / inner;
   D* const d0 = dst.data<D>();
   const S* const s0 = src.data<S>();
-  parallel_for(0, rows, std::max<int64_t>(1, 32768 / inner), [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r) {
-      int64_t rest = r, doff = 0, soff = 0;
-      for (int64_t i = n - 2; i >= 0; --i) {
-        const int64_t at = rest % dst.size(i);
-        rest /= dst.size(i);
-        doff += at * dst.stride(i);
-        soff += at * src.stride(i);
+  struct Dim { int64_t size, d, s; };
+  std::vector<Dim> outer;
+  for (int64_t i = 0; i < n - 1; ++i) outer.push_back({dst.size(i), dst.stride(i), src.stride(i)});
+  parallel_for(0, rows, std::max<int64_t>(1, 8192 / inner), [&](int64_t first, int64_t last) {
+    std::vector<int64_t> at(outer.size());
+    int64_t rest = first, doff = 0, soff = 0;
+    for (size_t i = outer.size(); i-- > 0; rest /= outer[i].size) {
+      at[i] = rest % outer[i].size;
+      doff += at[i] * outer[i].d;
+      soff += at[i] * outer[i].s;
+    }
+    const auto next_row = [&] {
+      for (size_t i = outer.size(); i-- > 0;) {
+        doff += outer[i].d;
+        soff += outer[i].s;
+        if (++at[i] < outer[i].size) return;
+        doff -= at[i] * outer[i].d;
+        soff -= at[i] * outer[i].s;
+        at[i] = 0;
       }
+    };
+    for (int64_t r = first; r < last; ++r, next_row()) {
       D* d = d0 + doff;
       const S* s = s0 + soff;
       if (ds == 1 && ss == 1) {

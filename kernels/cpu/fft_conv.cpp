@@ -66,13 +66,14 @@ class TileKernel {
     const int64_t n = int64_t{1} << log2n;
     w.resize(static_cast<size_t>(n));
     const A scale = A(1) / static_cast<A>(n);
+    const int64_t lags = k_.size(1), lags1 = k1_.defined() ? k1_.size(1) : 0;
     for (int64_t v = 0; v < channels_; ++v) {
-      const A* k = k_.data<A>() + (c0_ + v) * k_.size(1);
-      for (int64_t m = 0; m < std::min(n, k_.size(1)); ++m) w[static_cast<size_t>(m)].re[v] = scale * k[m];
+      const A* k = k_.data<A>() + (c0_ + v) * lags;
+      for (int64_t m = 0; m < std::min(n, lags); ++m) w[static_cast<size_t>(m)].re[v] = scale * k[m];
       if (d_.defined()) w[0].re[v] += scale * d_.data<A>()[c0_ + v];
       if (!k1_.defined()) continue;
-      const A* k1 = k1_.data<A>() + (c0_ + v) * k1_.size(1);
-      for (int64_t m = 0; m < std::min(n, k1_.size(1)); ++m) w[static_cast<size_t>(n - 1 - m)].im[v] = -scale * k1[m];
+      const A* k1 = k1_.data<A>() + (c0_ + v) * lags1;
+      for (int64_t m = 0; m < std::min(n, lags1); ++m) w[static_cast<size_t>(n - 1 - m)].im[v] = -scale * k1[m];
     }
     ring_forward(w.data(), log2n, ring_roots<A>(log2n));
     return w;
