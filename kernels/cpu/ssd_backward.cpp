@@ -8,16 +8,16 @@ namespace {
 template <class A>
 struct BackwardScratch {
   Workspace<A> w;
-  A *b_rows, *c_rows, *ct, *gt, *m, *et, *x, *xw, *dy, *dyw, *dyt, *u, *state_t, *dstate_t, *wide, *dB, *dC;
+  A *b_rows, *c_rows, *ct, *gt, *m, *et, *x, *xw, *dy, *dyw, *dyt, *u, *state_t, *dstate_t, *wide, *dB, *dC, *gamma;
   A *running, *da, *from_in, *from_out, *steps, *weights;
   Decay<A> decay;
   explicit BackwardScratch(const Sizes<A>& z)
-      : w(z.qp * (6 * z.np + 3 * z.qp + 6 * z.pp) + 2 * z.state() + 6 * (z.qp + 64) + 2048 + Decay<A>::values(z.qp)),
+      : w(z.qp * (6 * z.np + 4 * z.qp + 6 * z.pp) + 2 * z.state() + 6 * (z.qp + 64) + 2048 + Decay<A>::values(z.qp)),
         b_rows(w.take(z.qp * z.np)), c_rows(w.take(z.qp * z.np)), ct(w.take(z.qp * z.np)), gt(w.take(z.qp * z.qp)),
         m(w.take(z.qp * z.qp)), et(w.take(z.qp * z.qp)), x(w.take(z.qp * z.pp)), xw(w.take(z.qp * z.pp)),
         dy(w.take(z.qp * z.pp)), dyw(w.take(z.qp * z.pp)), dyt(w.take(z.qp * z.pp)), u(w.take(z.qp * z.pp)),
         state_t(w.take(z.state())), dstate_t(w.take(z.state())), wide(w.take(z.qp * z.np)), dB(w.take(z.qp * z.np)),
-        dC(w.take(z.qp * z.np)), running(w.take(z.qp)), da(w.take(z.qp + 1)), from_in(w.take(z.qp)),
+        dC(w.take(z.qp * z.np)), gamma(w.take(z.qp * z.qp)), running(w.take(z.qp)), da(w.take(z.qp + 1)), from_in(w.take(z.qp)),
         from_out(w.take(z.qp)), steps(w.take(z.qp)), weights(w.take(z.qp)), decay(w, z.qp) {}
 };
 
@@ -29,12 +29,14 @@ inline A dot(const A* __restrict a, const A* __restrict b, int64_t n) {
   return sum;
 }
 
-// Row j: m = M, e = dy_i . x_j  ->  m = M (C_i . B_j), e = Gamma.
+// Row j: m = M, e = dy_i . x_j  ->  m = M (C_i . B_j), e = Gamma; total += Gamma.
 template <class A>
-inline void weigh_row(A* __restrict m, A* __restrict e, const A* __restrict g, A dt, int64_t from, int64_t to) {
+inline void weigh_row(A* __restrict m, A* __restrict e, A* __restrict total, const A* __restrict g, A dt, int64_t from,
+                      int64_t to) {
 #pragma omp simd
   for (int64_t i = from; i < to; ++i) {
     e[i] *= m[i] * dt;
+    total[i] += e[i];
     m[i] *= g[i];
   }
 }
@@ -118,7 +120,17 @@ class Backward {
     products_of_group(s.gt, s.b_rows, s.ct, q, z_.qp, z_.n, z_.np);
     std::fill(s.dB, s.dB + z_.qp * z_.np, A(0));
     std::fill(s.dC, s.dC + z_.qp * z_.np, A(0));
+    std::fill(s.gamma, s.gamma + z_.qp * z_.qp, A(0));
     for (int64_t h = g * z_.group; h < (g + 1) * z_.group; ++h) head(s, b, c, h, t0, q);
+    // The heads share B and C, so their Gamma are summed before the products: dC_i += sum_j Gamma_ij B_j and
+    // dB_j += sum_i Gamma_ij C_i.
+    for (int64_t i = 0; i < q; i += kStrip)
+      multiply_strip<A>(s.dC + i * z_.np, z_.np, s.gamma + i, 1, z_.qp, s.b_rows, z_.np, z_.np, std::min(q, i + kStrip), true);
+    for (int64_t j = 0; j < q; j += kStrip) {
+      const int64_t from = first_column<A>(j);
+      multiply_strip<A>(s.dB + j * z_.np, z_.np, s.gamma + j * z_.qp + from, z_.qp, 1, s.c_rows + from * z_.np, z_.np,
+                        z_.np, q - from, true);
+    }
     put_rows(dB_.at(b, t0, g), dB_.row, s.dB, q, z_.n, z_.np);
     put_rows(dC_.at(b, t0, g), dC_.row, s.dC, q, z_.n, z_.np);
   }
@@ -148,24 +160,19 @@ class Backward {
       const int64_t from = first_column<A>(j), end = s.decay.end[static_cast<size_t>(j)];
       A *m = s.m + j * qp, *e = s.et + j * qp, *gt = s.gt + j * qp;
       mask_row(m, s.decay.high, s.decay.low, j, end, from, qp);
-      weigh_row(m, e, gt, s.steps[j], from, qp);
+      weigh_row(m, e, s.gamma + j * qp, gt, s.steps[j], from, qp);
       s.da[j + 1] = decay_row(s.running, e, gt, j + 1, q);
     }
 
-    // dC_i = sum_j Gamma_ij B_j + e^{s_i} dy_i h_in;  dB_j = sum_i Gamma_ij C_i + e^{s_q - s_j} dt_j x_j dh_out.
+    // dC_i += e^{s_i} dy_i h_in;  dB_j += e^{s_q - s_j} dt_j x_j dh_out.
     for (int64_t i = 0; i < q; i += kStrip) {
       A* out = s.wide + i * np;
       multiply_strip<A>(out, np, s.dyw + i * pp, pp, 1, s.state_t, np, np, z_.p, false);
       for (int64_t r = i; r < std::min(q, i + kStrip); ++r) s.from_in[r] = dot(s.wide + r * np, s.c_rows + r * np, z_.n);
-      multiply_strip<A>(out, np, s.et + i, 1, qp, s.b_rows, np, np, std::min(q, i + kStrip), true);
       add_rows(s.dC + i * np, out, kStrip * np);
     }
-    for (int64_t j = 0; j < q; j += kStrip) {
-      const int64_t from = first_column<A>(j);
-      A* out = s.dB + j * np;
-      multiply_strip<A>(out, np, s.xw + j * pp, pp, 1, s.dstate_t, np, np, z_.p, true);
-      multiply_strip<A>(out, np, s.et + j * qp + from, qp, 1, s.c_rows + from * np, np, np, q - from, true);
-    }
+    for (int64_t j = 0; j < q; j += kStrip)
+      multiply_strip<A>(s.dB + j * np, np, s.xw + j * pp, pp, 1, s.dstate_t, np, np, z_.p, true);
     // U_j = e^{s_q - s_j} dh_out B_j + sum_i M_ij (C_i . B_j) dy_i
     for (int64_t j = 0; j < q; j += kStrip) {
       const int64_t from = first_column<A>(j), rows = std::min<int64_t>(kStrip, q - j);
