@@ -77,12 +77,12 @@ GpuMemory gpu_memory_of_scan_backward(const SelectiveScanInputs& in) {
 
 namespace {
 
-// kernels/cuda/mlstm.cu.
+// kernels/cuda/mlstm.cu, on Hopper.
 struct Mlstm {
   explicit Mlstm(const MlstmInputs& in)
       : l(in.q.size(1)), units(in.q.size(0) * in.q.size(2)), dq(in.q.size(3)), dv(in.v.size(3)), t(size_of(in.q.dtype())),
         a(size_of(accum_dtype(in.q.dtype()))), tensor_cores(in.q.dtype() == DType::bf16 && dq % 8 == 0 && dv % 8 == 0),
-        chunk(tensor_cores ? 128 : 64), chunks(ceil_div(l, chunk)) {}
+        chunk(!tensor_cores ? 64 : dq % 192 == 0 && dv % 192 == 0 ? 256 : 128), chunks(ceil_div(l, chunk)) {}
   int64_t gates() const { return units * l * (9 * a + 4) + 4 * units * chunks * a; }
   int64_t states() const { return units * chunks * (dq * dv * t + dq * a); }
   int64_t coefficients() const { return tensor_cores ? units * chunks * chunk * chunk * t : 0; }
@@ -95,14 +95,14 @@ struct Mlstm {
 
 GpuMemory gpu_memory_of_mlstm_forward(const MlstmInputs& in, const MlstmOptions& options) {
   const Mlstm s(in);
-  const int64_t kept = options.keep_states ? s.states() : 0;
-  return {s.gates() + s.coefficients() + s.states() - kept, kept};
+  const int64_t all = s.states() + s.coefficients(), kept = options.keep_states ? all : 0;
+  return {s.gates() + all - kept, kept};
 }
 
 GpuMemory gpu_memory_of_mlstm_backward(const MlstmInputs& in, const MlstmUpstream& upstream, bool states_kept) {
   const Mlstm s(in);
   const bool rounds = upstream.dh.defined() && upstream.dh.dtype() != in.q.dtype();
-  return {s.gates() + 2 * s.coefficients() + (states_kept ? 1 : 2) * s.states() +
+  return {s.gates() + (states_kept ? 1 : 2) * (s.coefficients() + s.states()) +
           (rounds ? s.units * s.l * s.dv * s.t : 0)};
 }
 

@@ -5,39 +5,58 @@ namespace krait::kernels::cuda {
 
 namespace {
 
+constexpr int kMaxWarps = kWgmmaChunk / 32;  // of a block with a thread a position
+
 __device__ inline float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 __device__ inline double softplus(double x) { return fmax(x, 0.0) + log1p(exp(-fabs(x))); }
 
 // b, c, the running maximum of c (into u) and the document's beginning of each position of a chunk; and what the
-// chunk makes of m: max(m + alpha, beta). One thread a position: the loops over the chunk are short.
+// chunk makes of m: max(m + alpha, beta). One thread a position; scans of warps, then over the warps before.
 template <class A>
 __global__ void local_gates_kernel(MlstmGates<A> gates, A* b_out, A* alpha, A* beta, const A* i, const A* f,
                                    const int32_t* segments, MlstmShape shape) {
-  __shared__ A lf[kMmaChunk], c[kMmaChunk];
-  __shared__ int begins[kMmaChunk];
+  __shared__ A sums[kMaxWarps], tops[kMaxWarps];
+  __shared__ int begins[kMaxWarps];
   const int64_t unit = blockIdx.x / shape.chunks, x = blockIdx.x % shape.chunks, t0 = x * shape.chunk;
   const int64_t b = unit / shape.heads, h = unit % shape.heads;
-  const int t = threadIdx.x, n = static_cast<int>(min(int64_t{shape.chunk}, shape.l - t0));
+  const int t = threadIdx.x, n = static_cast<int>(min(int64_t{shape.chunk}, shape.l - t0)), lane = t % 32, warp = t / 32;
   const int64_t at = (b * shape.l + t0 + t) * shape.heads + h;
+  int first = -1;
+  A sum = 0, input = 0;
   if (t < n) {
-    lf[t] = -softplus(-f[at]);
+    sum = -softplus(-f[at]);
+    input = i[at];
     const int32_t* ids = segments ? segments + b * shape.l + t0 + t : nullptr;
-    begins[t] = ids && t0 + t > 0 && ids[0] != ids[-1];
+    if (ids && t0 + t > 0 && ids[0] != ids[-1]) first = t;
   }
-  __syncthreads();
-  int first = t < n ? t : 0;
-  A sum = 0;
-  if (t < n) {
-    while (first >= 0 && !begins[first]) --first;
-    for (int j = max(first, 0); j <= t; ++j) sum += lf[j];
-    c[t] = i[at] - sum;
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int before = __shfl_up_sync(0xffffffffu, first, offset);
+    if (lane >= offset) first = max(first, before);
   }
+  if (lane == 31) begins[warp] = first;
   __syncthreads();
+  for (int w = 0; w < warp; ++w) first = max(first, begins[w]);
+  const int low = max(first, 0);  // where the sums begin
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const A before = __shfl_up_sync(0xffffffffu, sum, offset);
+    if (lane >= offset && t - offset >= low) sum += before;
+  }
+  if (lane == 31) sums[warp] = sum;
+  __syncthreads();
+  for (int w = warp - 1; w >= 0 && low < 32 * (w + 1); --w) sum += sums[w];
+  const A c = input - sum;
+  A top = c;
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const A before = __shfl_up_sync(0xffffffffu, top, offset);
+    if (lane >= offset && t - offset >= low && before > top) top = before;
+  }
+  if (lane == 31) tops[warp] = top;
+  __syncthreads();
+  for (int w = warp - 1; w >= 0 && low < 32 * (w + 1); --w) top = tops[w] > top ? tops[w] : top;
+  if (first >= 0 && top < A{0}) top = A{0};  // m of the zero state counts
   if (t >= n) return;
-  A top = first >= 0 ? A{0} : c[0];  // m of the zero state counts
-  for (int j = max(first, 0); j <= t; ++j) top = c[j] > top ? c[j] : top;
   const int64_t row = unit * shape.l + t0 + t;
-  gates.c[row] = c[t];
+  gates.c[row] = c;
   gates.u[row] = top;
   gates.first[row] = first;
   b_out[row] = sum;
@@ -143,30 +162,39 @@ template <class A>
 __global__ void gate_gradients_kernel(A* di, A* df, const A* f, MlstmGates<A> gates, const A* q_dots, const A* k_dots,
                                       int64_t dot_tiles, const A* flow, int64_t flow_tiles, MlstmShape shape,
                                       bool from_zero) {
-  __shared__ A change[kMmaChunk];
-  __shared__ int first[kMmaChunk];
+  __shared__ A sums[kMaxWarps];
+  __shared__ int first_of[kMaxWarps + 1];
   const int64_t unit = blockIdx.x / shape.chunks, t0 = blockIdx.x % shape.chunks * shape.chunk;
   const int64_t b = unit / shape.heads, h = unit % shape.heads, row = unit * shape.l + t0 + threadIdx.x;
-  const int t = threadIdx.x, n = static_cast<int>(min(int64_t{shape.chunk}, shape.l - t0));
-  A dk = 0;
+  const int t = threadIdx.x, n = static_cast<int>(min(int64_t{shape.chunk}, shape.l - t0)), lane = t % 32, warp = t / 32;
+  A dk = 0, sum = 0, behind = 0;
+  int first = -2;  // of no document
   if (t < n) {
     A dq = 0;
     for (int64_t x = 0; x < dot_tiles; ++x) {
       dq += q_dots[row * dot_tiles + x];
       dk += k_dots[row * dot_tiles + x];
     }
-    change[t] = dq - dk;
-    first[t] = gates.first[row];
+    sum = dq - dk;
+    first = gates.first[row];
   }
+  for (int64_t x = lane; x < flow_tiles; x += 32) behind += flow[blockIdx.x * flow_tiles + x];
+  for (int w = 16; w > 0; w /= 2) behind += __shfl_xor_sync(0xffffffffu, behind, w);
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const A after = __shfl_down_sync(0xffffffffu, sum, offset);
+    const int other = __shfl_down_sync(0xffffffffu, first, offset);
+    if (lane + offset < 32 && other == first) sum += after;
+  }
+  if (lane == 0) {
+    sums[warp] = sum;
+    first_of[warp] = first;
+  }
+  if (t == n - 1) first_of[kMaxWarps] = first;
   __syncthreads();
   if (t >= n) return;
-  int end = t;
-  while (end < n && first[end] == first[t]) ++end;
-  A sum = 0;
-  if (end == n)
-    for (int64_t x = 0; x < flow_tiles; ++x) sum += flow[blockIdx.x * flow_tiles + x];
-  for (int s = end - 1; s >= t; --s) sum += change[s];
-  if (first[t] == t || (from_zero && t0 + t == 0)) sum = 0;
+  for (int w = warp + 1; w < static_cast<int>(blockDim.x) / 32 && first_of[w] == first; ++w) sum += sums[w];
+  if (first_of[kMaxWarps] == first) sum += behind;
+  if (first == t || (from_zero && t0 + t == 0)) sum = 0;
   const int64_t at = (b * shape.l + t0 + t) * shape.heads + h;
   di[at] = dk;
   df[at] = sum / (A{1} + exp_of(f[at]));
@@ -259,20 +287,24 @@ void states(const MlstmStateJob<T>& job, Stream stream) {
 }
 template <class T>
 void coefficients(Mix what, const MlstmMixJob<T>& job, Stream stream) {
-  if constexpr (std::is_same_v<T, bf16>)
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (job.shape.wgmma) return mlstm_coefficients_wgmma(what, job, stream);
     if (job.shape.mma) mlstm_coefficients_mma(what, job, stream);
+  }
 }
 template <class T>
 void mix(Mix what, const MlstmMixJob<T>& job, Stream stream) {
-  if constexpr (std::is_same_v<T, bf16>)
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (job.shape.wgmma) return mlstm_mix_wgmma(what, job, stream);
     if (job.shape.mma) return mlstm_mix_mma(what, job, stream);
+  }
   mlstm_mix_simt(what, job, stream);
 }
 
 // Where tensor cores keep them; undefined elsewhere.
 template <class T>
 Tensor coefficient_buffer(const MlstmShape& s, Device device) {
-  return s.mma ? empty({s.units, s.chunks, kMmaChunk, kMmaChunk}, dtype_of<T>, device) : Tensor();
+  return s.mma ? empty({s.units, s.chunks, s.chunk, s.chunk}, dtype_of<T>, device) : Tensor();
 }
 template <class A> A* optional(const Tensor& t) { return t.defined() ? const_cast<A*>(t.data<A>()) : nullptr; }
 
@@ -325,7 +357,7 @@ void mlstm_forward(MlstmOut& out, const MlstmInputs& in, const MlstmOptions& opt
     const MlstmMixJob<T> job{out.h.data<A>(), nullptr, Strided<const T>(in.q), Strided<const T>(in.k), Strided<const T>(in.v),
                              c.data<T>(), n.data<A>(), arrays.gates, static_cast<A>(1 / std::sqrt(static_cast<double>(s.dq))),
                              static_cast<A>(options.eps), out.m.data<A>(), out.r.data<A>(), Strided<const T>(in.q),
-                             nullptr, s, mlstm_tiles(s.mma, s.dv), optional<T>(products)};
+                             nullptr, s, mlstm_tiles(s, s.dv), optional<T>(products)};
     coefficients(Mix::read, job, stream);
     mix(Mix::read, job, stream);
     if (options.keep_states) {
@@ -363,7 +395,7 @@ void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& up, const MlstmInputs&
     A* q_dots = dots.data<A>();
     A* k_dots = q_dots + s.units * s.l * dot_parts(s);
     const A eps = 0;
-    const int64_t q_tiles = mlstm_tiles(s.mma, s.dq), v_tiles = mlstm_tiles(s.mma, s.dv);
+    const int64_t q_tiles = mlstm_tiles(s, s.dq), v_tiles = mlstm_tiles(s, s.dv);
     const Tensor of_scores = coefficient_buffer<T>(s, device);
     const bool kept = out.coefficients.defined();
     const Tensor of_values = kept ? out.coefficients : coefficient_buffer<T>(s, device);

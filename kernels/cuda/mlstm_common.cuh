@@ -1,5 +1,5 @@
 #pragma once
-// What the mLSTM kernels for CUDA share. A chunk is 128 positions on tensor cores and 64 elsewhere; a unit is one
+// What the mLSTM kernels for CUDA share. A chunk is 256 positions with wgmma, 128 on other tensor cores, 64 elsewhere; a unit is one
 // (batch entry, head); per-position arrays are (unit, l), per-chunk arrays (unit, chunk).
 //
 // Forward: gates, the state before every chunk (one pass over the chunks for each tile of a state, in registers),
@@ -11,17 +11,17 @@
 
 namespace krait::kernels::cuda {
 
-inline constexpr int kChunk = 64, kMmaChunk = 128;  // on CUDA cores, on tensor cores
-inline constexpr int kWgmmaSide = 192;              // of the square of a state that a block carries on wgmma
+inline constexpr int kChunk = 64, kMmaChunk = 128, kWgmmaChunk = 256;  // on CUDA cores, on tensor cores, with wgmma
+inline constexpr int kWgmmaSide = 192;  // of the square of a state that a block carries on wgmma
 
 struct MlstmShape {
   int64_t l, heads, units, chunks;
   int dq, dv, chunk;
-  bool mma, wgmma;  // on tensor cores; the states on those of sm_90a
+  bool mma, wgmma;  // on tensor cores; states and coefficients on those of sm_90a
   MlstmShape(const MlstmInputs& in, bool on_tensor_cores, bool states_on_wgmma)
       : l(in.q.size(1)), heads(in.q.size(2)), units(in.q.size(0) * heads), dq(static_cast<int>(in.q.size(3))),
-        dv(static_cast<int>(in.v.size(3))), chunk(on_tensor_cores ? kMmaChunk : kChunk), mma(on_tensor_cores),
-        wgmma(states_on_wgmma) {
+        dv(static_cast<int>(in.v.size(3))), chunk(states_on_wgmma ? kWgmmaChunk : on_tensor_cores ? kMmaChunk : kChunk),
+        mma(on_tensor_cores), wgmma(states_on_wgmma) {
     chunks = ceil_div(l, chunk);
   }
 };
@@ -86,7 +86,7 @@ struct MlstmMixJob {
   A* dots;               // (unit, l, dot_parts)
   MlstmShape shape;
   int64_t tiles;  // of the result's width
-  T* coefficients;  // tensor cores: (unit, chunk, 128, 128), that of key j in position t at (t, j)
+  T* coefficients;  // tensor cores: (unit, chunk, positions, keys), keys at least up to the end of the position's 64
 };
 
 /// e^(c_j - u_t) where t sees j.
@@ -111,14 +111,19 @@ void mlstm_mix_mma(Mix mix, const MlstmMixJob<bf16>& job, Stream stream);
 /// The same states where dq and dv are multiples of kWgmmaSide, on sm_90a.
 bool mlstm_wgmma_serves(Device device, int64_t dq, int64_t dv);
 void mlstm_states_wgmma(const MlstmStateJob<bf16>& job, Stream stream);
+void mlstm_coefficients_wgmma(Mix mix, const MlstmMixJob<bf16>& job, Stream stream);
+void mlstm_mix_wgmma(Mix mix, const MlstmMixJob<bf16>& job, Stream stream);
 // Anything else.
 template <class T> void mlstm_states_simt(const MlstmStateJob<T>& job, Stream stream);
 template <class T> void mlstm_mix_simt(Mix mix, const MlstmMixJob<T>& job, Stream stream);
 
 /// Columns of a result that one block makes.
-inline int64_t mlstm_tile_width(bool mma, int64_t width) { return mma && width > 64 ? 128 : 64; }
-inline int64_t mlstm_tiles(bool mma, int64_t width) { return ceil_div(width, mlstm_tile_width(mma, width)); }
-inline int64_t dot_parts(const MlstmShape& s) { return mlstm_tiles(s.mma, s.dq) * (s.mma ? 2 : 1); }
+inline int64_t mlstm_tile_width(const MlstmShape& s, int64_t width) {
+  if (s.wgmma) return width % 384 == 0 ? 384 : 192;
+  return s.mma && width > 64 ? 128 : 64;
+}
+inline int64_t mlstm_tiles(const MlstmShape& s, int64_t width) { return ceil_div(width, mlstm_tile_width(s, width)); }
+inline int64_t dot_parts(const MlstmShape& s) { return mlstm_tiles(s, s.dq) * (s.mma && !s.wgmma ? 2 : 1); }
 /// A block of the state kernels has a square of C with this side: large ones read a and b less often, but there must be
 /// enough of them.
 inline int mlstm_state_tile(const MlstmShape& s) {

@@ -547,7 +547,7 @@ void launch_mix(const MlstmMixJob<bf16>& job, Stream stream) {
             .shared = 2 * kStages * (kRows + W) * kSlice, .stream = stream},
            job);
   };
-  if (mlstm_tile_width(true, width) == 128)
+  if (mlstm_tile_width(job.shape, width) == 128)
     with.template operator()<128>();
   else
     with.template operator()<64>();

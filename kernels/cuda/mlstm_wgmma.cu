@@ -3,10 +3,7 @@
 // copies; a goes through registers, where it takes its weights; a last warp writes the states out of shared memory and
 // brings, going backwards, the forward state that `flow` needs to where the next one will be written.
 // Bound by memory: a, b, 2 dq dv bytes a chunk, and as much again for flow.
-#include "kernels/cuda/mlstm_common.cuh"
-#include "kernels/cuda/tensor_map.h"
-#include "kernels/cuda/tma.cuh"
-#include "kernels/cuda/wgmma.cuh"
+#include "kernels/cuda/mlstm_wgmma.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -267,14 +264,6 @@ __global__ void __launch_bounds__(kThreads, 1) states_kernel(const __grid_consta
 #endif
 }
 
-CUtensorMap rows_map(const Strided<const bf16>& rows, const MlstmShape& s, int width) {
-  const int64_t batch = s.units / s.heads;
-  const auto stride = [](int64_t size, int64_t value) { return size > 1 ? value : 64; };  // any, where there is one
-  const int64_t sizes[] = {width, s.heads, s.l, batch};
-  const int64_t strides[] = {stride(s.heads, rows.head), stride(s.l, rows.row), stride(batch, rows.batch)};
-  const int box[] = {64, 1, kSlice, 1};
-  return tensor_map(rows.data, DType::bf16, sizes, strides, box);
-}
 CUtensorMap states_map(const bf16* states, const MlstmShape& s) {
   const int64_t sizes[] = {s.dv, s.dq, s.units * s.chunks}, strides[] = {s.dv, int64_t{s.dq} * s.dv};
   const int box[] = {64, kSide, 1};
@@ -301,7 +290,7 @@ bool mlstm_wgmma_serves(Device device, int64_t dq, int64_t dv) {
 
 void mlstm_states_wgmma(const MlstmStateJob<bf16>& job, Stream stream) {
   const CUtensorMap states = states_map(job.states, job.shape);
-  const Maps maps{rows_map(job.a, job.shape, job.shape.dq), rows_map(job.b, job.shape, job.shape.dv), states,
+  const Maps maps{mlstm_rows_map(job.a, job.shape, job.shape.dq), mlstm_rows_map(job.b, job.shape, job.shape.dv), states,
                   job.flow != nullptr ? states_map(job.forward_states, job.shape) : states};
   launch(states_kernel, {.grid = job.shape.units * job.tiles, .block = kThreads, .shared = kShared, .stream = stream}, maps, job);
 }
