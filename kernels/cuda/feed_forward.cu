@@ -30,23 +30,29 @@ __global__ void __launch_bounds__(256) transpose_kernel(uint16_t* to, const uint
         tile[2 * pair][c] | static_cast<uint32_t>(tile[2 * pair + 1][c]) << 16;
 }
 
-const DeviceInfo& info_of(Device device) {
-  static std::map<int, DeviceInfo> known;
+// Multiprocessors of a Hopper; 0 elsewhere, and where the kernels were compiled for anything but sm_90a: their bodies are
+// empty then, which their registers tell.
+int hopper_multiprocessors(Device device) {
+  static std::map<int, int> known;
   static std::mutex mutex;
   const std::lock_guard lock(mutex);
-  const auto [at, fresh] = known.try_emplace(device.index);
-  if (fresh) at->second = device_info(device);
+  const auto [at, fresh] = known.try_emplace(device.index, 0);
+  if (!fresh) return at->second;
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, fused_map_kernel<MapForm::plain>));
+  const DeviceInfo info = device_info(device);
+  if (info.compute_capability == 90 && attributes.numRegs > 64) at->second = info.multiprocessors;
   return at->second;
 }
 
 int64_t clusters_of(Device device) {
-  return std::max(1, (info_of(device).multiprocessors - spare_multiprocessors()) / 2);
+  return std::max(1, (hopper_multiprocessors(device) - spare_multiprocessors()) / 2);
 }
 
 // fill: what part of the clusters' time the tiles must at least take.
 bool serves(Device device, int64_t rows, int64_t n, int64_t columns, int64_t k, double fill) {
   if (n % columns != 0 || k % kMapTerms != 0 || k / kMapTerms < kMapLeastSteps) return false;
-  if (rows >= int64_t{1} << 31 || n >= int64_t{1} << 30 || info_of(device).compute_capability != 90) return false;
+  if (rows >= int64_t{1} << 31 || n >= int64_t{1} << 30 || hopper_multiprocessors(device) == 0) return false;
   const int64_t tiles = ceil_div(rows, 2 * kMapRows) * (n / columns), clusters = clusters_of(device);
   const int64_t waves = ceil_div(tiles, clusters);
   return waves > 1 && static_cast<double>(tiles) >= fill * static_cast<double>(waves * clusters);
@@ -57,20 +63,22 @@ constexpr double kFusedFill = 0.7, kPlainFill = 0.9;  // the library's products 
 template <MapForm F>
 bool run(Device device, const bf16* x, int64_t x_row, const bf16* w, int64_t w_rows, int64_t w_row, int64_t k, MapArguments p) {
   const auto map = [](const bf16* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
-                      std::initializer_list<int> box) {
+                      std::initializer_list<int> box, bool swizzled = true) {
     return tensor_map(data, DType::bf16, {sizes.begin(), sizes.size()}, {strides.begin(), strides.size()},
-                      {box.begin(), box.size()});
+                      {box.begin(), box.size()}, swizzled);
   };
   const CUtensorMap map_x = map(x, {k, p.rows}, {x_row}, {kMapTerms, kMapRows});
   const CUtensorMap map_w = map(w, {k, 2, 4, 4, w_rows / 32}, {w_row, 8 * w_row, 2 * w_row, 32 * w_row},
                                 {kMapTerms, 2, 4, 4, 4});
+  const int64_t width = F == MapForm::glu_gradient ? 2 * p.n : p.n;
+  const CUtensorMap map_in = p.in != nullptr ? map(p.in, {width, p.rows}, {width}, {32, kMapRows}, false) : CUtensorMap{};
   p.steps = static_cast<int>(k / kMapTerms);
   const int64_t across = p.n / (F == MapForm::glu ? kMapColumns / 2 : kMapColumns);
   const int64_t tiles = ceil_div(p.rows, 2 * kMapRows) * across;
   const int64_t clusters = std::min(tiles, clusters_of(device));
   launch(fused_map_kernel<F>,
-         {.grid = 2 * clusters, .block = kMapThreads, .shared = kMapShared, .stream = current_stream(device)}, map_x, map_w,
-         p);
+         {.grid = 2 * clusters, .block = kMapThreads, .shared = MapPlan<F>::kBytes, .stream = current_stream(device)}, map_x, map_w,
+         map_in, p);
   return true;
 }
 

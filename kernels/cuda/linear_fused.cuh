@@ -7,9 +7,9 @@
 //   glu_gradient:   both's gradient from bf16(dh), dh = dy w
 //   rope:           y = x w^T + bias, of which the first columns are heads of 64 that are rotated (halves)
 // Two blocks of a cluster work on neighbouring tiles of 128 rows x 256 columns and bring each other half of the
-// weights. In a block one thread keeps four tiles of 64 terms on their way (TMA); two warpgroups multiply (wgmma).
-// A warpgroup finishes the tile before, which it keeps rounded to bf16, while its products of the next tile run: the
-// activation costs no time of the tensor cores.
+// weights. In a block one thread keeps three or four tiles of 64 terms on their way (TMA); two warpgroups multiply (wgmma).
+// A warpgroup finishes the tile before, which it keeps rounded to bf16, in pieces between its products of the next tile;
+// what the gradients read for that comes a piece ahead through shared memory.
 // Bound by the products: 2 r n k FLOPs.
 #include <cuda_bf16.h>
 
@@ -34,16 +34,34 @@ struct MapArguments {
   int length = 1, offset = 0, rotated = 0;     // row r has position offset + r % length; columns that rotate
 };
 
-inline constexpr int kMapRows = 128, kMapColumns = 256, kMapTerms = 64, kMapStages = 4;
+inline constexpr int kMapRows = 128, kMapColumns = 256, kMapTerms = 64;
 inline constexpr int kMapLeft = kMapRows * kMapTerms * 2, kMapRight = kMapColumns * kMapTerms * 2,
                      kMapStage = kMapLeft + kMapRight;
-inline constexpr int kMapBarriers = kMapStages * kMapStage, kMapSums = kMapBarriers + 128,
-                     kMapShared = kMapSums + 8 * kMapColumns * 4;
 inline constexpr int kMapThreads = 384;
 inline constexpr int kMapLeastSteps = 8;  // of a product, so that the tile before is finished in them
 
+/// Shared memory of a block.
+template <MapForm F>
+struct MapPlan {
+  static constexpr bool kReads = F == MapForm::gelu_gradient || F == MapForm::glu_gradient;
+  static constexpr int kStages = kReads ? 3 : 4;
+  static constexpr int kSlots = 4;                           // pieces of what is read
+  static constexpr int kHalf = kMapRows * 32 * 2;            // 32 columns
+  static constexpr int kSlot = F == MapForm::glu_gradient ? 2 * kHalf : kHalf;
+  static constexpr int kRing = kStages * kMapStage;
+  static constexpr int kBarriers = kRing + (kReads ? kSlots * kSlot : 0);
+  static constexpr int kSums = kBarriers + 128;
+  static constexpr int kBytes = kSums + (F == MapForm::gelu_gradient ? 8 * kMapColumns * 4 : 0);
+};
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define KRAIT_WGMMA 1
+#endif
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define KRAIT_PAIR_OF_BLOCKS
+#else
+#define KRAIT_PAIR_OF_BLOCKS __cluster_dims__(2)
 #endif
 
 #ifdef KRAIT_WGMMA
@@ -52,18 +70,34 @@ namespace fused_map {
 __device__ __forceinline__ float low_half(uint32_t v) { return __uint_as_float(v << 16); }
 __device__ __forceinline__ float high_half(uint32_t v) { return __uint_as_float(v & 0xFFFF0000u); }
 
-// For results that are rounded to bf16.
-struct Math {
-  __device__ static float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
-};
-__device__ __forceinline__ float gelu(float x) { return activate<Math, Epilogue::gelu_tanh>(x); }
-__device__ __forceinline__ float gelu_slope(float x) { return derivative<Math, Epilogue::gelu_tanh>(x); }
+// 1 / (1 + 2^x), for results that are rounded to bf16.
+__device__ __forceinline__ float sigmoid_of_minus(float x) {
+  float power, s;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0f + power));
+  return s;
+}
+inline constexpr float kLog2e = 1.44269504f;
+// gelu_tanh of kernels/epilogue.h.
+__device__ __forceinline__ float gelu_sigmoid(float x) {
+  constexpr float k = -kLog2e * kGeluScale<float>;
+  return sigmoid_of_minus(x * fmaf(x * x, k * kGeluCubic<float>, k));
+}
+__device__ __forceinline__ float gelu(float x) { return x * gelu_sigmoid(x); }
+__device__ __forceinline__ float gelu_slope(float x) {
+  const float s = gelu_sigmoid(x);
+  return fmaf(x * fmaf(-s, s, s), fmaf(x * x, 3.0f * kGeluCubic<float> * kGeluScale<float>, kGeluScale<float>), s);
+}
+__device__ __forceinline__ ValueAndSlope<float> silu(float x) {
+  const float c = fmaxf(x, -80.0f), s = sigmoid_of_minus(-kLog2e * c);
+  return {c * s, s * fmaf(c, 1.0f - s, 1.0f)};
+}
 
 // The tile that a warpgroup finishes: 32 columns a piece, of which a thread has 8 neighbours in two rows 8 apart.
 template <MapForm F>
 struct Finish {
   static constexpr bool kGlu = F == MapForm::glu || F == MapForm::glu_gradient;
-  static constexpr bool kReads = F == MapForm::gelu_gradient || F == MapForm::glu_gradient;
+  static constexpr bool kReads = MapPlan<F>::kReads;
   static constexpr int kPieces = F == MapForm::glu || F == MapForm::rope ? 4 : 8;
   const MapArguments& p;
   float* sums;       // of the warp: a value for each of 256 columns
@@ -71,7 +105,9 @@ struct Finish {
   int64_t row = 0;   // first of the thread's two
   int64_t at = 0;    // of the thread's first 8 columns, in a row of n, or in the gate's half of a row of 2n
   bool here[2] = {false, false};
-  uint4 next[kReads ? (kGlu ? 4 : 2) : 1];
+  uint32_t ring, ring_full, ring_empty;  // of what is read; where the thread's first 16 bytes are in a slot
+  int slot = 0;
+  uint32_t phase = 0;
   int64_t angle[2] = {0, 0};  // of rope: where the rows' angles of the thread's columns are
 
   __device__ __forceinline__ int64_t stride() const { return kGlu ? 2 * int64_t{p.n} : int64_t{p.n}; }
@@ -84,17 +120,6 @@ struct Finish {
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         angle[r] = (p.offset + static_cast<uint32_t>(row + 8 * r) % static_cast<uint32_t>(p.length)) * 32 + 8 * (lane % 4);
-    fetch(0);
-  }
-  __device__ __forceinline__ void fetch(int piece) {
-    if constexpr (kReads) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const bf16* from = p.in + (row + 8 * r) * stride() + at + 32 * piece;
-        next[r] = here[r] ? *reinterpret_cast<const uint4*>(from) : uint4{};
-        if constexpr (kGlu) next[2 + r] = here[r] ? *reinterpret_cast<const uint4*>(from + p.n) : uint4{};
-      }
-    }
   }
   __device__ __forceinline__ void store(bf16* to, int r, uint4 v) const {
     if (here[r]) *reinterpret_cast<uint4*>(to) = v;
@@ -105,9 +130,20 @@ struct Finish {
     if constexpr (kPiece < kPieces) {
       uint4 in[kReads ? (kGlu ? 4 : 2) : 1];
       if constexpr (kReads) {
+        barrier_wait(ring_full + 8 * slot, phase);
+        const uint32_t from = ring + slot * MapPlan<F>::kSlot;
 #pragma unroll
-        for (int q = 0; q < (kGlu ? 4 : 2); ++q) in[q] = next[q];
-        if constexpr (kPiece + 1 < kPieces) fetch(kPiece + 1);
+        for (int q = 0; q < (kGlu ? 4 : 2); ++q)
+          asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                       : "=r"(in[q].x), "=r"(in[q].y), "=r"(in[q].z), "=r"(in[q].w)
+                       : "r"(from + q / 2 * MapPlan<F>::kHalf + q % 2 * 8 * 64)
+                       : "memory");
+        __syncwarp();
+        if (lane == 0) barrier_arrive(ring_empty + 8 * slot);
+        if (++slot == MapPlan<F>::kSlots) {
+          slot = 0;
+          phase ^= 1;
+        }
       }
       float total[F == MapForm::gelu_gradient ? 8 : 1] = {};
 #pragma unroll
@@ -141,24 +177,31 @@ struct Finish {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             first[i] = up[i];
-            second[i] = pack(Silu::at(low_half(v[i])).value * low_half(up[i]), Silu::at(high_half(v[i])).value * high_half(up[i]));
+            second[i] = pack(silu(low_half(v[i])).value * low_half(up[i]), silu(high_half(v[i])).value * high_half(up[i]));
           }
           store(p.out2 + place, r, uint4{v[0], v[1], v[2], v[3]});
           store(p.out2 + place + p.n, r, a);
           store(p.out + (row + 8 * r) * p.n + at + 32 * kPiece, r, b);
         } else if constexpr (F == MapForm::rope) {
           const uint32_t *one = held + kPiece * 16 + r * 4, *other = one + 8;
-          const bool turns = at + 64 * kPiece < p.rotated;
+          if (at + 64 * kPiece < p.rotated && here[r]) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            first[i] = one[i];
-            second[i] = other[i];
-            if (turns && here[r]) {
-              const float2 c = *reinterpret_cast<const float2*>(p.cos + angle[r] + 2 * i),
-                           s = *reinterpret_cast<const float2*>(p.sin + angle[r] + 2 * i);
-              const float a0 = low_half(one[i]), a1 = high_half(one[i]), b0 = low_half(other[i]), b1 = high_half(other[i]);
-              first[i] = pack(a0 * c.x - b0 * s.x, a1 * c.y - b1 * s.y);
-              second[i] = pack(a0 * s.x + b0 * c.x, a1 * s.y + b1 * c.y);
+            for (int i = 0; i < 4; i += 2) {
+              const float4 c = __ldg(reinterpret_cast<const float4*>(p.cos + angle[r] + 2 * i)),
+                           s = __ldg(reinterpret_cast<const float4*>(p.sin + angle[r] + 2 * i));
+              const auto turn = [&](int k, float c0, float c1, float s0, float s1) {
+                const float a0 = low_half(one[k]), a1 = high_half(one[k]), b0 = low_half(other[k]), b1 = high_half(other[k]);
+                first[k] = pack(a0 * c0 - b0 * s0, a1 * c1 - b1 * s1);
+                second[k] = pack(a0 * s0 + b0 * c0, a1 * s1 + b1 * c1);
+              };
+              turn(i, c.x, c.y, s.x, s.y);
+              turn(i + 1, c.z, c.w, s.z, s.w);
+            }
+          } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              first[i] = one[i];
+              second[i] = other[i];
             }
           }
           bf16* to = p.out + (row + 8 * r) * p.n + at + 64 * kPiece;
@@ -168,7 +211,7 @@ struct Finish {
           const uint32_t *gate = reinterpret_cast<const uint32_t*>(&in[r]), *up = reinterpret_cast<const uint32_t*>(&in[2 + r]);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const auto low = Silu::at(low_half(gate[i])), high = Silu::at(high_half(gate[i]));
+            const auto low = silu(low_half(gate[i])), high = silu(high_half(gate[i]));
             const float dl = low_half(v[i]), dh = high_half(v[i]);
             first[i] = pack(dl * low_half(up[i]) * low.slope, dh * high_half(up[i]) * high.slope);
             second[i] = pack(dl * low.value, dh * high.value);
@@ -221,22 +264,29 @@ struct Finish {
 #endif  // KRAIT_WGMMA
 
 // map_x: rows of x, 64 terms x 128; map_w: rows of w, 128 at a time, in an order that gives a thread of wgmma's result 8
-// neighbouring columns: 32 rows are taken as (4, 4, 2) with the first two exchanged.
+// neighbouring columns: 32 rows are taken as (4, 4, 2) with the first two exchanged; map_in: 32 columns x 128 rows of `in`.
 template <MapForm F>
-__global__ void __cluster_dims__(2) __launch_bounds__(kMapThreads, 1)
+__global__ void KRAIT_PAIR_OF_BLOCKS __launch_bounds__(kMapThreads, 1)
     fused_map_kernel(const __grid_constant__ CUtensorMap map_x, const __grid_constant__ CUtensorMap map_w,
-                     const __grid_constant__ MapArguments p) {
+                     const __grid_constant__ CUtensorMap map_in, const __grid_constant__ MapArguments p) {
 #ifdef KRAIT_WGMMA
   using namespace fused_map;
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t base = shared_address(shared);
-  const auto full = [&](int stage) { return base + kMapBarriers + 8 * stage; };
-  const auto empty = [&](int stage) { return base + kMapBarriers + 64 + 8 * stage; };
+  using Plan = MapPlan<F>;
+  const auto full = [&](int stage) { return base + Plan::kBarriers + 8 * stage; };
+  const auto empty = [&](int stage) { return base + Plan::kBarriers + 32 + 8 * stage; };
+  const auto ring_full = [&](int slot) { return base + Plan::kBarriers + 64 + 8 * slot; };
+  const auto ring_empty = [&](int slot) { return base + Plan::kBarriers + 96 + 8 * slot; };
   const uint32_t rank = cluster_rank();
   if (threadIdx.x == 0) {
-    for (int s = 0; s < kMapStages; ++s) {
+    for (int s = 0; s < Plan::kStages; ++s) {
       barrier_init(full(s), 1);
       barrier_init(empty(s), 16);  // the warps that multiply, of both blocks
+    }
+    for (int s = 0; s < Plan::kSlots; ++s) {
+      barrier_init(ring_full(s), 1);
+      barrier_init(ring_empty(s), 8);
     }
     barriers_visible();
   }
@@ -251,30 +301,49 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kMapThreads, 1)
   if (group == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x == 0) {
-      int stage = 0;
-      uint32_t phase = 0;
+      int stage = 0, slot = 0, row_before = 0, column_before = 0;
+      uint32_t phase = 0, slot_phase = 0;
+      const auto bring_piece = [&](int piece) {
+        barrier_wait(ring_empty(slot), slot_phase ^ 1);
+        barrier_expect(ring_full(slot), Plan::kSlot);
+        const uint32_t to = base + Plan::kRing + slot * Plan::kSlot;
+        bring_box(to, map_in, ring_full(slot), column_before + 32 * piece, row_before);
+        if (F == MapForm::glu_gradient) bring_box(to + Plan::kHalf, map_in, ring_full(slot), p.n + column_before + 32 * piece, row_before);
+        if (++slot == Plan::kSlots) {
+          slot = 0;
+          slot_phase ^= 1;
+        }
+      };
       for (int64_t t = first_tile; t < tiles; t += clusters) {
         const int row = static_cast<int>((t / across * 2 + rank) * kMapRows), column = static_cast<int>(t % across) * kColumns;
         // Of glu the first block brings the gates, the second the values that they gate.
         const int w_row = column + static_cast<int>(rank) * (F == MapForm::glu ? p.n : kMapColumns / 2);
         for (int k = 0; k < p.steps; ++k) {
+          if (Plan::kReads && t != first_tile && k < 8) bring_piece(k);
           barrier_wait(empty(stage), phase ^ 1);
           barrier_expect(full(stage), kMapStage);
           const uint32_t at = base + stage * kMapStage;
           bring_box(at, map_x, full(stage), k * kMapTerms, row);
           bring_box_to(at + kMapLeft + rank * (kMapRight / 2), map_w, full(stage), k * kMapTerms, 0, 0, 0, w_row / 32, 3);
-          if (++stage == kMapStages) {
+          if (++stage == Plan::kStages) {
             stage = 0;
             phase ^= 1;
           }
         }
+        row_before = row;
+        column_before = column;
       }
+      if (Plan::kReads)
+        for (int k = 0; k < 8; ++k) bring_piece(k);
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     const int team = group - 1, thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
-    float* team_sums = reinterpret_cast<float*>(shared + kMapSums) + team * 4 * kMapColumns;
+    float* team_sums = reinterpret_cast<float*>(shared + Plan::kSums) + team * 4 * kMapColumns;
     Finish<F> finish{p, team_sums + warp * kMapColumns, lane};
+    finish.ring = base + Plan::kRing + (team * 64 + warp * 16 + lane / 4) * 64 + lane % 4 * 16;
+    finish.ring_full = ring_full(0);
+    finish.ring_empty = ring_empty(0);
     float acc[128];
     uint32_t held[64];
 #pragma unroll
@@ -285,8 +354,6 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kMapThreads, 1)
     uint32_t phase = 0;
     int64_t done_row = p.rows;  // the team's first row of the tile that is being finished; none yet
     int done_column = 0;
-    finish.begin(p.rows, 0);
-
     const auto multiply = [&](int k) {
       barrier_wait(full(stage), phase);
       const uint32_t at = base + stage * kMapStage;
@@ -303,7 +370,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kMapThreads, 1)
         if (lane < 2) barrier_arrive_at(empty(before), lane);
       }
       before = stage;
-      if (++stage == kMapStages) {
+      if (++stage == Plan::kStages) {
         stage = 0;
         phase ^= 1;
       }
@@ -312,7 +379,7 @@ __global__ void __cluster_dims__(2) __launch_bounds__(kMapThreads, 1)
     for (int64_t t = first_tile; t < tiles; t += clusters) {
       const auto step = [&]<int kPiece>() {
         multiply(kPiece);
-        finish.template piece<kPiece>(held);
+        if (!Plan::kReads || t != first_tile) finish.template piece<kPiece>(held);  // at first nothing is stored
         release(kPiece);
       };
       step.template operator()<0>();
