@@ -6,19 +6,20 @@
 // depends on the shape alone, so equal inputs give equal bits.
 namespace krait::kernels::cuda {
 
-// Blocks that fit on a multiprocessor with the registers each variant needs.
-constexpr int blocks_per_sm(bool centred, int group, int each) {
-  return group == 32 ? (each <= 24 ? 4 : centred ? 2 : 3) : 512 / group;
-}
+// Threads of a block, and blocks on a multiprocessor, with the registers each variant needs. Warps that take a row each
+// share one block, so that few partial sums are written.
+constexpr int backward_block(int group, int each) { return group == 32 ? (each <= 24 ? 512 : 256) : group; }
+constexpr int backward_blocks(int group) { return group == 32 ? 1 : 512 / group; }
+constexpr int backward_groups(int group, int each) { return backward_block(group, each) / group; }
 
 // Bound by memory: r c (2 sizeof(X) + sizeof(R) (+ those of dr in and out)) bytes.
 template <bool kCentred, class X, class R, int kThreads, int kEach>
-__global__ void __launch_bounds__(block_of(kThreads), blocks_per_sm(kCentred, kThreads, kEach))
+__global__ void __launch_bounds__(backward_block(kThreads, kEach), backward_blocks(kThreads))
     norm_backward_kernel(R* __restrict__ dr, X* __restrict__ dx, float* __restrict__ partial_w,
                          float* __restrict__ partial_b, const X* __restrict__ dy, const R* __restrict__ dr_in,
                          const R* __restrict__ x, const float* __restrict__ w, const float* __restrict__ mean,
                          const float* __restrict__ rstd, int64_t r, int c) {
-  constexpr int V = 16 / sizeof(X), kVectors = kEach / V, kGroups = groups_of(kThreads);
+  constexpr int V = 16 / sizeof(X), kVectors = kEach / V, kGroups = backward_groups(kThreads, kEach);
   const int lane = static_cast<int>(threadIdx.x) % kThreads, group = static_cast<int>(threadIdx.x) / kThreads;
   float dw[kVectors][V] = {}, db[kCentred ? kVectors : 1][V] = {};
   for (int64_t row = int64_t{blockIdx.x} * kGroups + group; row < r; row += int64_t{gridDim.x} * kGroups) {
@@ -74,27 +75,27 @@ __global__ void __launch_bounds__(block_of(kThreads), blocks_per_sm(kCentred, kT
       if (dx != nullptr) store_values(dx + row * c + col, d);
     }
   }
+  let_next_begin();
   if constexpr (kGroups > 1) {  // the warps of the block, in order
-    __shared__ float all[kCentred ? 2 : 1][32 * kEach];
-    for (int turn = 0; turn < kGroups; ++turn) {
-      if (group == turn) {
+    extern __shared__ __align__(16) float of_groups[];  // [kGroups][c]
+    const auto join = [&](float* partial, const float(&own)[kVectors][V]) {
+      __syncthreads();
 #pragma unroll
-        for (int k = 0; k < kVectors; ++k) {
-          const int col = (k * kThreads + lane) * V;
-#pragma unroll
-          for (int i = 0; i < V; ++i) {
-            all[0][col + i] = turn == 0 ? dw[k][i] : all[0][col + i] + dw[k][i];
-            if constexpr (kCentred) all[1][col + i] = turn == 0 ? db[k][i] : all[1][col + i] + db[k][i];
-          }
-        }
+      for (int k = 0; k < kVectors; ++k) {
+        const int col = (k * kThreads + lane) * V;
+        if (col < c) store_values(of_groups + group * c + col, own[k]);
       }
       __syncthreads();
-    }
-    for (int col = static_cast<int>(threadIdx.x); col < c; col += static_cast<int>(blockDim.x)) {
-      partial_w[int64_t{blockIdx.x} * c + col] = all[0][col];
-      if constexpr (kCentred)
-        if (partial_b != nullptr) partial_b[int64_t{blockIdx.x} * c + col] = all[1][col];
-    }
+      for (int col = static_cast<int>(threadIdx.x); col < c; col += static_cast<int>(blockDim.x)) {
+        float sum = of_groups[col];
+#pragma unroll
+        for (int g = 1; g < kGroups; ++g) sum += of_groups[g * c + col];
+        partial[int64_t{blockIdx.x} * c + col] = sum;
+      }
+    };
+    join(partial_w, dw);
+    if constexpr (kCentred)
+      if (partial_b != nullptr) join(partial_b, db);
   } else {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
@@ -148,6 +149,7 @@ template <class A>
 __global__ void sum_partials_kernel(A* dw, bool add_dw, A* db, bool add_db, const A* partial_w, const A* partial_b,
                                     int64_t blocks, int64_t c) {
   __shared__ A part[16][33];
+  take_over();
   A* dst = blockIdx.y == 0 ? dw : db;
   const A* partial = blockIdx.y == 0 ? partial_w : partial_b;
   const int tx = static_cast<int>(threadIdx.x) % 32, ty = static_cast<int>(threadIdx.x) / 32;
@@ -177,12 +179,13 @@ void norm_backward(Tensor& dr_out, Tensor& dx_out, Tensor& dw_out, bool add_dw, 
     const X* dy = dy_in.data<X>();
     const R* x = x_in.data<R>();
     A *w = w_in.data<A>(), *mean = data_or_null<A>(mean_in), *rstd = rstd_in.data<A>();
-    const auto run = [&](auto kernel, int64_t blocks, int threads) {
+    const auto run = [&](auto kernel, int64_t blocks, int threads, int64_t shared) {
       const Tensor partial_w = empty({blocks, c}, dtype_of<A>, x_in.device());
       const Tensor partial_b = db_out.defined() ? empty({blocks, c}, dtype_of<A>, x_in.device()) : Tensor();
-      launch(kernel, {.grid = blocks, .block = threads, .stream = stream}, dr, dx, partial_w.data<A>(),
+      launch(kernel, {.grid = blocks, .block = threads, .shared = shared, .stream = stream}, dr, dx, partial_w.data<A>(),
              data_or_null<A>(partial_b), dy, add, x, w, mean, rstd, r, c);
-      launch(sum_partials_kernel<A>,
+      launch_overlapped(
+             sum_partials_kernel<A>,
              {.grid = ceil_div(c, 32), .grid_y = db_out.defined() ? 2 : 1, .block = 512, .stream = stream},
              dw_out.data<A>(), add_dw, data_or_null<A>(db_out), add_db, partial_w.data<A>(),
              data_or_null<A>(partial_b), blocks, c);
@@ -190,10 +193,11 @@ void norm_backward(Tensor& dr_out, Tensor& dx_out, Tensor& dw_out, bool add_dw, 
     if constexpr (!std::is_same_v<X, double>) {
       if (c <= 8192 && c % (16 / static_cast<int64_t>(sizeof(X))) == 0 && aligned16(dr, dx, dy, add, x, w)) {
         const auto fast = [&]<int kThreads, int kEach>() {
+          constexpr int kGroups = backward_groups(kThreads, kEach);
           run(norm_backward_kernel<kCentred, X, R, kThreads, kEach>,
-              std::min(ceil_div(r, groups_of(kThreads)),
-                       kMultiprocessors * blocks_per_sm(kCentred, kThreads, kEach)),
-              block_of(kThreads));
+              std::min<int64_t>(ceil_div(r, kGroups), kMultiprocessors * backward_blocks(kThreads)),
+              backward_block(kThreads, kEach),
+              kGroups > 1 ? kGroups * c * static_cast<int64_t>(sizeof(float)) : 0);
         };
         if (c <= 768) return fast.template operator()<32, 24>();
         if (c <= 1024) return fast.template operator()<32, 32>();
@@ -201,7 +205,7 @@ void norm_backward(Tensor& dr_out, Tensor& dx_out, Tensor& dw_out, bool add_dw, 
         return fast.template operator()<512, 16>();
       }
     }
-    run(norm_backward_plain_kernel<kCentred, X, R>, std::min<int64_t>(r, 2 * kMultiprocessors), 256);
+    run(norm_backward_plain_kernel<kCentred, X, R>, std::min<int64_t>(r, 2 * kMultiprocessors), 256, 0);
   });
 }
 
