@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "autograd/recurrent.h"
+#include "core/comm/collectives.h"
 #include "layers/whole_sequences.h"
 
 namespace krait::layers {
@@ -28,34 +29,39 @@ Recurrent::Recurrent(RecurrentCell cell, const RecurrentConfig& config, const La
 }
 
 Variable Recurrent::forward(const Variable& x, const SequenceInfo& info, LayerState* state) {
-  require_no_state(kernels::name_of(cell_).data(), state, *sequence_);
+  Tensor carried = state ? state->tensors.at("cell").transpose(0, 1).contiguous() : Tensor();
+  Variable y;
   if (sequence_->size() > 1) {
-    const Variable y = over_ranks(x, info);
-    return out_ ? out_->forward(y) : y;
+    y = over_ranks(x, info, carried);
+  } else {
+    const auto [out, last] = recurrent(cell_, x, w_ih_, w_hh_, b_ih_, b_hh_, Variable(carried), info.segments);
+    y = out;
+    carried = last.data();
   }
-  const auto [y, last] = recurrent(cell_, x, w_ih_, w_hh_, b_ih_, b_hh_,
-                                   state ? Variable(state->tensors.at("cell").transpose(0, 1).contiguous()) : Variable(), info.segments);
   if (state) {
-    state->tensors["cell"] = last.data().transpose(0, 1);
-    state->length += x.size(1);
+    state->tensors["cell"] = carried.transpose(0, 1);
+    state->length += x.size(1) * sequence_->size();
   }
   return out_ ? out_->forward(y) : y;
 }
 
 // The hidden state cannot be cut: whole sequences where the batch allows, else one rank after the other.
-Variable Recurrent::over_ranks(const Variable& x, const SequenceInfo& info) const {
+Variable Recurrent::over_ranks(const Variable& x, const SequenceInfo& info, Tensor& carried) const {
   const Recurrence cell = [this](const Variable& rows, const Tensor& segments, const Variable& from) {
     return recurrent(cell_, rows, w_ih_, w_hh_, b_ih_, b_hh_, from, segments);
   };
   if (x.size(0) % sequence_->size() != 0)
-    return along_chain(x, info, sequence_, {kernels::states_of(cell_), 1, 1, hidden_}, cell);
+    return along_chain(x, info, sequence_, {kernels::states_of(cell_), 1, 1, hidden_}, cell, carried);
   return over_rows(x, info, sequence_, [&](const Variable& rows, const SequenceInfo& whole) {
-    return cell(rows, whole.segments, {}).y;
+    const auto [y, last] = cell(rows, whole.segments, Variable(own_part_of(carried, 1, *sequence_)));
+    if (carried.defined()) carried = comm::all_gather(last.data(), 1, *sequence_);
+    return y;
   });
 }
 
 Tensor Recurrent::step(const Tensor& x, LayerState& state) {
   const NoGrad guard;
+  require_no_state(kernels::name_of(cell_).data(), &state, *sequence_);
   return forward(Variable(x), {}, &state).data();
 }
 

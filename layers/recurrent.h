@@ -27,7 +27,7 @@ class Recurrent final : public Mixer {
                           bool has_segments) const override;
 
  private:
-  Variable over_ranks(const Variable& x, const SequenceInfo& info) const;
+  Variable over_ranks(const Variable& x, const SequenceInfo& info, Tensor& carried) const;
   kernels::RecurrentCell cell_;
   int64_t hidden_;
   comm::GroupPtr sequence_;

@@ -12,6 +12,7 @@
 #include "autograd/s4_scan.h"
 #include "autograd/shape.h"
 #include "autograd/shared_rows.h"
+#include "core/comm/collectives.h"
 #include "kernels/fft_conv.h"
 #include "kernels/s4_kernel.h"
 #include "layers/hippo.h"
@@ -245,13 +246,28 @@ Variable S4::convolution(const Variable& x, int64_t first, int64_t end, const Te
   return fft_conv(u, K, D, K1, segments);
 }
 
+// The same as a recurrence that goes on from `carried` (b, copies (end - first), states), and leaves its state there.
+Variable S4::scan(const Variable& x, int64_t first, int64_t end, const Tensor& segments, Tensor& carried) const {
+  const int64_t h = forward_.log_dt.variable().size(0);
+  Variable D = D_;
+  if (end - first < h) D = reshape(slice(reshape(D, {config_.copies, h}), 1, first, end), {config_.copies * (end - first)});
+  const Values v = values(forward_, first, end);
+  const auto [y, last] = s4_scan(repeated(x), discretised(v), v.C.size() == 1 ? v.C[0] : concat(v.C, 0), D, Variable(carried), segments);
+  carried = last.data();
+  return y;
+}
+
 // A convolution over all of L needs whole sequences: of an equal share of the channels or of the rows, else of shares of
 // the channels that differ, the last ones filled up with channels of zeros that are sent but not computed.
-Variable S4::over_ranks(const Variable& x, const SequenceInfo& info) const {
+Variable S4::over_ranks(const Variable& x, const SequenceInfo& info, LayerState* state) const {
   const int64_t S = sequence_->size(), b = x.size(0), l = x.size(1), h = x.size(2);
   if (h % S != 0 && b % S == 0)
     return over_rows(x, info, sequence_, [&](const Variable& rows, const SequenceInfo& whole) {
-      return convolution(rows, 0, h, whole.segments);
+      if (!state) return convolution(rows, 0, h, whole.segments);
+      Tensor carried = own_part_of(state->tensors.at("x"), 0, *sequence_);
+      const Variable y = scan(rows, 0, h, whole.segments, carried);
+      state->tensors.at("x") = comm::all_gather(carried, 0, *sequence_);
+      return y;
     });
   const int64_t own = (h + S - 1) / S, fill = own * S - h;
   const Variable filled = fill == 0 ? x : concat({x, Variable(zeros({b, l, fill}, x.dtype(), x.device()))}, 2);
@@ -264,9 +280,23 @@ Variable S4::over_ranks(const Variable& x, const SequenceInfo& info) const {
     if (config_.bidirectional) values(reverse_, 0, h);
     D_.variable();
   }
-  if (count > 0)
-    parts.push_back(reshape(convolution(count == own ? mine : slice(mine, 2, 0, count), first, first + count, segments),
-                            {b, S * l, config_.copies, count}));
+  const Shape of_copies = state ? state->tensors.at("x").view({b, config_.copies, h, n_, 2}).shape() : Shape{};
+  Tensor share = state ? zeros(of_copies.with(2, own), state->tensors.at("x").dtype(), x.device()) : Tensor();
+  if (count > 0) {
+    const Variable own_channels = count == own ? mine : slice(mine, 2, 0, count);
+    Variable y;
+    if (state) {
+      Tensor carried = state->tensors.at("x").view(of_copies).slice(2, first, first + count).reshape({b, config_.copies * count, n_, 2});
+      y = scan(own_channels, first, first + count, segments, carried);
+      Tensor place = share.slice(2, 0, count);
+      copy_(place, carried.view(of_copies.with(2, count)));
+    } else {
+      y = convolution(own_channels, first, first + count, segments);
+    }
+    parts.push_back(reshape(y, {b, S * l, config_.copies, count}));
+  }
+  if (state)
+    state->tensors.at("x") = comm::all_gather(share, 2, *sequence_).slice(2, 0, h).reshape({b, config_.copies * h, n_, 2});
   if (count < own)  // their zeros come back, so that every member's backward has the exchange
     parts.push_back(expand(unsqueeze(slice(mine, 2, count, own), 2), {b, S * l, config_.copies, own - count}));
   const Variable back = all_to_all(parts.size() == 1 ? parts[0] : concat(parts, 3), 1, 3, sequence_);
@@ -279,14 +309,22 @@ Variable S4::repeated(const Variable& x) const {
 
 Variable S4::forward(const Variable& whole, const SequenceInfo& info, LayerState* state) {
   const Variable x = scatter_to_group(whole, 2, tensor_);
-  require_no_state("s4", state, *sequence_);
+  if (sequence_->size() > 1) {
+    if (state) {
+      check_recurrent();
+      KRAIT_CHECK(config_.form == "diagonal", "s4: a carried state goes over ranks for diagonal systems only; set data.state: "
+                  "reset, parallelism.sequence: 1, or use the layer s4d");
+      for (const char* name : {"A_bar", "B_bar", "C"}) state->tensors.erase(name);
+      state->length += x.size(1) * sequence_->size();
+    }
+    return output(over_ranks(x, info, state));
+  }
   if (state) return output(recurrent(repeated(x), info.segments, *state));
-  return output(sequence_->size() > 1 ? over_ranks(x, info) : convolution(x, 0, x.size(2), info.segments));
+  return output(convolution(x, 0, x.size(2), info.segments));
 }
 
 // The system of every output channel, with gradients for the diagonal form.
-DiscreteSystem S4::discretised() const {
-  const Values p = values(forward_, 0, h_);
+DiscreteSystem S4::discretised(const Values& p) const {
   DiscreteSystem s;
   if (config_.form == "dense") {
     const DenseSystem d = dense_ssm_discretize(p.log_dt, p.A, p.B, discretization_of(config_));
@@ -309,7 +347,7 @@ kernels::S4System S4::system_of(LayerState& state) const {
   auto& t = state.tensors;
   if (!t.count("A_bar")) {
     const NoGrad guard;
-    const DiscreteSystem s = discretised();
+    const DiscreteSystem s = discretised(values(forward_, 0, h_));
     t["A_bar"] = s.A.data();
     t["B_bar"] = s.B.data();
     Tensor C = forward_.C.variable().data();
@@ -333,9 +371,13 @@ kernels::S4System S4::system_of(LayerState& state) const {
   return {t.at("A_bar"), t.at("B_bar"), t.at("C"), D_.variable().data(), optional("M"), optional("Q")};
 }
 
-Variable S4::recurrent(const Variable& u, const Tensor& segments, LayerState& state) const {
+void S4::check_recurrent() const {
   KRAIT_CHECK(!config_.bidirectional, "s4: a bidirectional layer has no state: it needs the whole sequence at once; "
               "set bidirectional: false, or data.state: reset");
+}
+
+Variable S4::recurrent(const Variable& u, const Tensor& segments, LayerState& state) const {
+  check_recurrent();
   Tensor& x = state.tensors.at("x");
   state.length += u.size(1);
   const bool wanted = recording() && (u.requires_grad() || forward_.C.variable().requires_grad());
@@ -343,7 +385,7 @@ Variable S4::recurrent(const Variable& u, const Tensor& segments, LayerState& st
     KRAIT_CHECK(config_.form == "diagonal", "s4: training with a carried state is there for diagonal systems only; set "
                 "data.state: reset, or use the layer s4d");
     for (const char* name : {"A_bar", "B_bar", "C"}) state.tensors.erase(name);  // the next step changes them
-    const auto [y, last] = s4_scan(u, discretised(), forward_.C, D_, Variable(x), segments);
+    const auto [y, last] = s4_scan(u, discretised(values(forward_, 0, h_)), forward_.C, D_, Variable(x), segments);
     x = last.data();
     return y;
   }
@@ -356,6 +398,7 @@ Variable S4::recurrent(const Variable& u, const Tensor& segments, LayerState& st
 
 Tensor S4::step(const Tensor& x, LayerState& state) {
   const NoGrad guard;
+  require_no_state("s4", &state, *sequence_);
   return forward(Variable(x), {}, &state).data();
 }
 

@@ -53,10 +53,12 @@ class S4 final : public Mixer {
   Variable kernel(const System& system, int64_t length, int64_t first, int64_t end) const;
   Variable kernel_of_copy(const Values& s, const Variable& C, int64_t length) const;
   Variable convolution(const Variable& x, int64_t first, int64_t end, const Tensor& segments) const;
-  Variable over_ranks(const Variable& x, const SequenceInfo& info) const;
+  Variable over_ranks(const Variable& x, const SequenceInfo& info, LayerState* state) const;
+  Variable scan(const Variable& x, int64_t first, int64_t end, const Tensor& segments, Tensor& carried) const;
   Variable repeated(const Variable& x) const;
   Variable recurrent(const Variable& u, const Tensor& segments, LayerState& state) const;
-  DiscreteSystem discretised() const;
+  void check_recurrent() const;
+  DiscreteSystem discretised(const Values& values) const;
   kernels::S4System system_of(LayerState& state) const;
   Variable output(const Variable& y) const;
 

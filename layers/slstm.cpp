@@ -6,9 +6,10 @@
 #include "autograd/collective.h"
 #include "autograd/elementwise.h"
 #include "autograd/head_norm.h"
-#include "autograd/sequence_exchange.h"
 #include "autograd/shape.h"
 #include "autograd/slstm.h"
+#include "core/comm/collectives.h"
+#include "layers/sequence_history.h"
 #include "layers/whole_sequences.h"
 #include "layers/xlstm_init.h"
 
@@ -89,8 +90,17 @@ Variable Slstm::forward(const Variable& x, const SequenceInfo& info, LayerState*
 }
 
 Variable Slstm::own_heads(const Variable& x, const SequenceInfo& info, LayerState* state) {
-  require_no_state("slstm", state, *sequence_);
-  if (sequence_->size() > 1) return over_ranks(x, info);
+  if (sequence_->size() > 1) {
+    Carried carried;
+    if (state) carried.cell = state->tensors.at("cell").transpose(0, 1).contiguous();
+    if (state && config_.conv > 0) carried.conv = state->tensors.at("conv");
+    const Variable y = over_ranks(x, info, carried);
+    if (!state) return y;
+    state->tensors["cell"] = carried.cell.transpose(0, 1);
+    if (config_.conv > 0) state->tensors["conv"] = carried.conv;
+    state->length += x.size(1) * sequence_->size();
+    return y;
+  }
   const Weights w = weights();
   Variable u = x;
   if (config_.conv > 0) {
@@ -110,37 +120,50 @@ Variable Slstm::own_heads(const Variable& x, const SequenceInfo& info, LayerStat
 
 // The recurrence is not linear and cannot be cut in time: whole sequences of some heads, else of some rows, else one
 // rank after the other. Everything in the layer stays within a head.
-Variable Slstm::over_ranks(const Variable& x, const SequenceInfo& info) const {
+Variable Slstm::over_ranks(const Variable& x, const SequenceInfo& info, Carried& carried) const {
   const int64_t S = sequence_->size(), h = w_i_.variable().size(0);
-  const auto whole = [this](const Variable& own, const Weights& w, const Tensor& segments) {
-    const Variable u = config_.conv > 0 ? causal_conv1d(own, w.conv_weight, w.conv_bias, {}, true, segments).y : own;
-    return cell(u, own, w, segments, {}).y;
+  // Of whole sequences of this member's share, which lies along these dimensions of the states.
+  const auto whole = [&](const Variable& own, const Weights& w, const Tensor& segments, int64_t of_cell, int64_t of_conv) {
+    Variable u = own;
+    if (config_.conv > 0) {
+      const ConvOut conv = causal_conv1d(own, w.conv_weight, w.conv_bias,
+                                         Variable(own_part_of(carried.conv, of_conv, *sequence_)), true, segments);
+      u = conv.y;
+      if (carried.conv.defined()) carried.conv = comm::all_gather(conv.final_state.data(), of_conv, *sequence_);
+    }
+    const auto [y, last] = cell(u, own, w, segments, Variable(own_part_of(carried.cell, of_cell, *sequence_)));
+    if (carried.cell.defined()) carried.cell = comm::all_gather(last.data(), of_cell, *sequence_);
+    return y;
   };
   if (h % S == 0) {
     const int64_t first = sequence_->rank() * (h / S);
     const Variable own = all_to_all(x, 2, 1, sequence_);
-    return all_to_all(whole(own, weights(first, first + h / S), gather_info(info, *sequence_).segments), 1, 2, sequence_);
+    return all_to_all(whole(own, weights(first, first + h / S), gather_info(info, *sequence_).segments, 2, 2), 1, 2, sequence_);
   }
   const Weights w = weights();
   if (x.size(0) % S == 0)
     return over_rows(x, info, sequence_, [&](const Variable& rows, const SequenceInfo& all) {
-      return whole(rows, w, all.segments);
+      return whole(rows, w, all.segments, 1, 0);
     });
   Variable both = x;  // u and x side by side
   if (config_.conv > 0) {
-    const Variable before = halo_from_left(x, config_.conv - 1, sequence_, info.segments);
-    both = concat({causal_conv1d(x, w.conv_weight, w.conv_bias, before, true, info.segments).y, x}, 2);
+    const Variable before = convolution_history(x, config_.conv - 1, sequence_, info.segments, Variable(carried.conv));
+    const ConvOut conv = causal_conv1d(x, w.conv_weight, w.conv_bias, before, true, info.segments);
+    if (carried.conv.defined()) carried.conv = from_last_piece(conv.final_state.data(), sequence_);
+    both = concat({conv.y, x}, 2);
   }
   const int64_t d = x.size(2);
   return along_chain(both, info, sequence_, {4, 1, h, d / h},
                      [&](const Variable& rows, const Tensor& segments, const Variable& from) {
                        const Variable of_x = slice(rows, 2, rows.size(2) - d, rows.size(2));
                        return cell(slice(rows, 2, 0, d), of_x, w, segments, from);
-                     });
+                     },
+                     carried.cell);
 }
 
 Tensor Slstm::step(const Tensor& x, LayerState& state) {
   const NoGrad guard;
+  require_no_state("slstm", &state, *sequence_);
   return forward(Variable(x), {}, &state).data();
 }
 

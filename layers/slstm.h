@@ -44,7 +44,10 @@ class Slstm final : public Mixer {
   RecurrentOut cell(const Variable& u, const Variable& x, const Weights& w, const Tensor& segments,
                     const Variable& state) const;
   Variable own_heads(const Variable& x, const SequenceInfo& info, LayerState* state);
-  Variable over_ranks(const Variable& x, const SequenceInfo& info) const;
+  /// State of the recurrence (4, b, h, p) and the convolution's last inputs (b, conv - 1, c), undefined where none is
+  /// carried. Alike on all members of the sequence group.
+  struct Carried { Tensor cell, conv; };
+  Variable over_ranks(const Variable& x, const SequenceInfo& info, Carried& carried) const;
 
   SlstmConfig config_;  // n_heads: the heads here
   comm::GroupPtr sequence_, tensor_;

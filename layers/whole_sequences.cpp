@@ -6,6 +6,7 @@
 #include "autograd/shape.h"
 #include "core/comm/collectives.h"
 #include "kernels/elementwise.h"
+#include "layers/sequence_history.h"
 
 namespace krait::layers {
 
@@ -13,6 +14,10 @@ void require_no_state(const char* layer, const LayerState* state, const comm::Pr
   KRAIT_CHECK(!state || group.size() == 1, "{}: a state that is carried on needs whole sequences on a rank, but they lie "
               "over {}: set data.state: reset for training, parallelism.sequence: 1 for generation and streaming evaluation",
               layer, group.size());
+}
+
+Tensor own_part_of(const Tensor& state, int64_t dim, const comm::ProcessGroup& group) {
+  return state.defined() ? comm::own_part(state, dim, group).contiguous() : Tensor();
 }
 
 SequenceInfo gather_info(const SequenceInfo& info, comm::ProcessGroup& group) {
@@ -49,22 +54,29 @@ int64_t groups_of_rows(int64_t b, int64_t members) {
 }  // namespace
 
 Variable along_chain(const Variable& x, const SequenceInfo& info, const comm::GroupPtr& group, const Shape& state_of_one,
-                     const Recurrence& f) {
+                     const Recurrence& f, Tensor& carried) {
   const int64_t b = x.size(0), groups = groups_of_rows(b, group->size()), n = b / groups;
   const DType wide = accum_dtype(x.dtype());
   const Tensor kept = info.segments.defined() ? goes_on(info.segments, *group, wide) : Tensor();
   Vars all;
+  Tensor left_behind = carried.defined() ? empty(state_of_one.with(1, b), wide, x.device()) : Tensor();
   for (int64_t row = 0; row < b; row += n) {
     const Variable rows = slice(x, 0, row, row + n);
     Variable state = receive_from_left(rows, state_of_one.with(1, n), wide, group);
+    if (carried.defined() && group->rank() == 0) state = Variable(carried.slice(1, row, row + n).contiguous());
     if (state.defined() && kept.defined()) {
       Shape shape(std::vector<int64_t>(static_cast<size_t>(state.ndim()), 1));
       shape[1] = n;
       state = state * Variable(kept.slice(0, row, row + n).view(shape));
     }
     const auto [y, last] = f(rows, info.segments.defined() ? info.segments.slice(0, row, row + n) : Tensor(), state);
+    if (carried.defined()) {
+      Tensor place = left_behind.slice(1, row, row + n);
+      copy_(place, last.data());
+    }
     all.push_back(send_right(y, last, group));
   }
+  if (carried.defined()) carried = from_last_piece(left_behind, group);
   return concat(all, 0);
 }
 

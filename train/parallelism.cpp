@@ -1,8 +1,22 @@
 #include "train/parallelism.h"
 
+#include "layers/s4_config.h"
+
 namespace krait::train {
 
 namespace {
+
+// What training with a carried state cannot do; layers that have none are refused where the model is built.
+void check_carried(const Config& config) {
+  if (config.data.state != "carry") return;
+  for (const std::string& kind : config.model.layers) {
+    if (kind != "s4" && kind != "s4d") continue;
+    ConfigNode options = config.model.options_of(kind);
+    if (layers::read_s4_config(options, kind, config.model.d_model).form != "diagonal")
+      config.fail("data.state", fmt::format("found carry, but {} trains with a carried state in its diagonal form alone", kind),
+                  "state: reset, or model.layers: [s4d]");
+  }
+}
 
 MeshShape mesh_shape(const Config& config, const Launch& launch) {
   const ParallelismConfig& p = config.parallelism;
@@ -47,6 +61,7 @@ void fit_step(Config& c, int64_t data_ranks) {
 }  // namespace
 
 MeshShape fit_to_ranks(Config& config, const Launch& launch) {
+  check_carried(config);
   const MeshShape shape = mesh_shape(config, launch);
   fit_step(config, shape.data);
   if (config.data.context % shape.sequence != 0)

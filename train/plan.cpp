@@ -71,6 +71,12 @@ void count_memory(Plan& plan, const Config& config, const ModelCost& cost, int64
   // The bf16 copy stays whole until ZeRO-3; the fp32 masters go with the optimizer's state.
   plan.memory.weights = n * (wide * (rounded ? shared(1) : shared(3)) + compute * shared(3));
   plan.memory.gradients = n * wide * shared(2);
+  // What ZeRO has whole for a while: gradients of the embedding, which are complete only at the end, and of the buckets
+  // whose sums are under way; values of the buckets that are kept and of the one fetched ahead.
+  const double embedding = static_cast<double>(vocab / plan.tensor * config.model.d_model);
+  const double bucket = config.parallelism.bucket_mb * 1024 * 1024 / wide;
+  if (plan.zero >= 2) plan.memory.gradients += std::min(n, embedding + 4 * bucket) * wide;
+  if (plan.zero == 3) plan.memory.weights += std::min(n, embedding + 5 * bucket) * (rounded ? compute : wide);
   if (replicas > 1 && config.parallelism.reduce_dtype == "bfloat16" && plan.zero < 2)
     plan.memory.gradients += n * 2 * (plan.zero == 1 ? 1 + 1 / replicas : 1);  // what travels, and with ZeRO-1 what arrives
   plan.memory.optimizer = n * optimizer_bytes(config.optimizer) * wide / 4 * shared(1);

@@ -27,11 +27,19 @@ int thread_count(const RuntimeConfig& runtime) {
   return std::clamp(share, 1, num_threads());
 }
 
-void check_state(const Config& config, const layers::Model& model) {
+void check_state(const Config& config, const layers::Model& model, const comm::ProcessGroup& sequence) {
   const std::string kind = config.data.state == "carry" ? model.kind_without_stream() : "";
   if (!kind.empty())
     config.fail("data.state", fmt::format("found carry, but layer {} has no state of constant size to carry", kind),
                 "state: reset, with eval.stride less than eval.context for a longer past");
+  // A convolution's carried inputs lie in front of the first piece: the next one's must lie within it.
+  const int64_t ranks = sequence.size(), length = config.data.context / ranks;
+  if (config.data.state != "carry" || ranks == 1) return;
+  for (const layers::LayerState& state : dynamic_cast<const layers::DecoderModel&>(model).decoder().initial_state(1, 1, DType::f32, kCpu).layers)
+    if (const auto conv = state.tensors.find("conv"); conv != state.tensors.end() && conv->second.size(1) > length)
+      config.fail("data.context", fmt::format("pieces of {} tokens (parallelism.sequence {}) are shorter than the {} before them that "
+                                              "a convolution with a carried state looks back on", length, ranks, conv->second.size(1)),
+                  fmt::format("{} or more, or data.state: reset", conv->second.size(1) * ranks));
 }
 
 }  // namespace
@@ -77,7 +85,7 @@ void build_model(Session& s, const layers::ModelConfig& model) {
   loss.label_smoothing = config.train.label_smoothing;
   loss.z_loss = config.train.z_loss;
   s.model = layers::make_model(model, model_shape(config, s.data), loss, {s.mesh.tensor, s.mesh.sequence});
-  check_state(config, *s.model);
+  check_state(config, *s.model, *s.mesh.sequence);
   s.model->set_recompute(config.train.recompute == "block");
   s.model->set_auxiliary_scale(1.0 / static_cast<double>(s.micro_batches()));
 

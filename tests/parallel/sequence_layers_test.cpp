@@ -249,22 +249,37 @@ TEST_CASE("classifiers over ranks equal one rank") {
       for (const bool lengths : {false, true}) check_model(c, classifier_input(4, world()->size() * 5, lengths), dtype);
 }
 
-TEST_CASE("a gated CNN's carried state goes on over ranks") {
-  const Family family{"gated_cnn", "{d_conv: 4}"};
-  const int64_t l = 3, length = l * world()->size();
-  Layer full(family, DType::f64, kCpu, length, comm::single_group("sequence")), part(family, DType::f64, kCpu, length, world());
-  LayerState whole_state = full.mixer->initial_state(2, length, DType::f64, kCpu), own_state = part.mixer->initial_state(2, length, DType::f64, kCpu);
-  for (uint64_t step = 0; step < 3; ++step) {
-    const Tensor x = random_tensor({2, length, 16}, Normal{}, 1 + step);
-    const Variable y = full.mixer->forward(Variable(x), {}, &whole_state), own_y = part.mixer->forward(Variable(own(x)), {}, &own_state);
-    CHECK(relative_error(own_y.data(), own(y.data())) < 1e-12);
-    CHECK(own_state.length == whole_state.length);
-    CHECK(relative_error(own_state.tensors.at("conv"), whole_state.tensors.at("conv")) < 1e-12);
-  }
+TEST_CASE("a carried state goes on over ranks: every window's outputs, and the state behind it on every rank") {
+  const std::vector<Family> families{
+      {"gated_cnn", "{d_conv: 4}"}, {"rnn", "{}", 6}, {"lstm", "{hidden: 5}", 6}, {"gru", "{}", 5},
+      {"slstm", "{n_heads: 4}"}, {"slstm", "{n_heads: 1, conv: 0}", 6}, {"slstm", "{n_heads: 3, forget_gate: exp}", 9},
+      {"s4d", "{d_state: 8}", 12}, {"s4d", "{d_state: 4}", 5}, {"s4d", "{d_state: 6, n_ssm: 3, copies: 2}", 3}};
+  for (const Family& family : families)
+    for (const int64_t b : {4, 3, 1})  // whole rows, groups of rows one rank after the other
+      for (const bool documents : {false, true}) {
+        INFO(family.kind << " " << family.options << ", " << b << " rows, documents " << documents);
+        const int64_t l = 4, length = l * world()->size();
+        Layer full(family, DType::f64, kCpu, length, comm::single_group("sequence")), part(family, DType::f64, kCpu, length, world());
+        LayerState whole = full.mixer->initial_state(b, length, DType::f64, kCpu), mine = part.mixer->initial_state(b, length, DType::f64, kCpu);
+        for (uint64_t step = 0; step < 3; ++step) {
+          const Tensor x = random_tensor({b, length, family.d_model}, Normal{}, 1 + step);
+          SequenceInfo info, own_info;
+          if (documents) {
+            info.segments = segments_of(kDocuments[2 + step % 2].second, b, length);
+            own_info.segments = own(info.segments);
+          }
+          const Variable y = full.mixer->forward(Variable(x), info, &whole), own_y = part.mixer->forward(Variable(own(x)), own_info, &mine);
+          CHECK(relative_error(own_y.data(), own(y.data())) < 1e-11);
+          CHECK(mine.length == whole.length);
+          for (const auto& [name, value] : whole.tensors)
+            if (mine.tensors.count(name)) CHECK(relative_error(mine.tensors.at(name), value) < 1e-11);
+          CHECK(mine.tensors.size() == whole.tensors.size());
+        }
+      }
 }
 
 TEST_CASE("what cannot be spread over ranks says so") {
-  const Family s4{"s4d", "{d_state: 4}", 5};
+  const Family s4{"s4", "{d_state: 4}", 5};
   Layer part(s4, DType::f64, kCpu, 4 * world()->size(), world());
   const Variable x(random_tensor({3, 4, 5}, Normal{}, 1));
   LayerState state = part.mixer->initial_state(3, 4, DType::f64, kCpu);

@@ -225,7 +225,9 @@ TEST_CASE("the state that rows carry on goes with every axis, and is resumed on 
   const std::vector<Row> of_two{{"lm/mamba", "parallelism.tensor=2", 4}, {"lm/mamba", "parallelism.sequence=2", 4},
                                 {"lm/mamba2", "parallelism.sequence=2", 4}, {"lm/mlstm", "parallelism.tensor=2", 4},
                                 {"lm/gated_cnn", "parallelism.sequence=2", 4}, {"lm/lstm", "parallelism.tensor=2", 4},
-                                {"lm/s4d", "parallelism.tensor=2", 4}, {"lm/slstm", "parallelism.tensor=2", 4}};
+                                {"lm/s4d", "parallelism.tensor=2", 4}, {"lm/slstm", "parallelism.tensor=2", 4},
+                                {"lm/lstm", "parallelism.sequence=2", 4}, {"lm/s4d", "parallelism.sequence=2", 4},
+                                {"lm/slstm", "parallelism.sequence=2", 4}};
   const std::vector<Row> of_four{{"lm/mamba2", "parallelism.tensor=2 parallelism.sequence=2", 4},
                                  {"lm/mamba2", "parallelism.tensor=2 parallelism.data=2", 2},
                                  {"lm/linear_attention", "parallelism.data=2 parallelism.sequence=2", 2}};

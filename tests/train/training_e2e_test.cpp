@@ -129,6 +129,7 @@ TEST_CASE("bad input: one clear error, a non-zero exit, nothing written") {
       {"data.context=100000 train.tokens_per_step=400000", "100000 tokens need 100001 in a row"},
       {"eval.split=holdout", "found holdout, but"},
       {"data.state=carry", "layer attention has no state of constant size to carry"},
+      {"data.state=carry model.layers=[s4]", "s4 trains with a carried state in its diagonal form alone"},
       {"model.type=classifier model.n_classes=3", "data.type tokens needs a language_model"},
       {"parallelism.tensor=2", "tensor 2 x sequence 1 = 2 ranks do not divide the job's: this process runs alone"},
       {"model.vocab_size=3", "3 is less than the"}};
