@@ -7,9 +7,9 @@ namespace kernels {
 // The head's cross entropy with its exponentials made inside the product of x and w, so that the logits exist nowhere and
 // their gradient's matrix is read by products alone. With a reference r_i = x_i . w_{y_i} (fp32):
 //   e_ij = exp(x_i . w_j - r_i), from the product's fp32 sums; stored as bf16, which has fp32's range
-//   S_i = sum_j e_ij          nll_i = log S_i          lse_i = r_i + nll_i
-// and with a_i = 1 + 2 z lse_i, s_i = scale / max(count, 1) a_i / S_i and f = e but for f_{i,y_i} = 1 - S_i / a_i, the
-// gradient of logit ij is s_i f_ij, whose factor leaves the products:
+//   S_i = sum_j e_ij          nll_i = log(S_i / e_{i,y_i})          lse_i = r_i + log S_i
+// and with a_i = 1 + 2 z lse_i, s_i = scale / max(count, 1) a_i / S_i and f = e but for f_{i,y_i} = e_{i,y_i} - S_i / a_i,
+// the gradient of logit ij is s_i f_ij, whose factor leaves the products:
 //   dx_i = s_i (f w)_i          dw += f^T (s x)
 // A row whose S_i passes 2^80 (a logit some 55 above the target's) is made again with its largest logit as r_i.
 

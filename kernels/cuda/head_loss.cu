@@ -48,9 +48,9 @@ int resident_clusters(Device device) {
   return at->second;
 }
 
-// e (rows, v), which may be undefined, and the sums of its column tiles (tiles, rows).
-void exponentials(const Tensor& e, const Tensor& partial, const Tensor& x, const Tensor& w, const Tensor& reference,
-                  int64_t valid) {
+// e (rows, v), which may be undefined, the sums of its column tiles (tiles, rows), and e of targets.
+void exponentials(const Tensor& e, const Tensor& partial, const Tensor& target_e, const Tensor& x, const Tensor& w,
+                  const Tensor& reference, const Tensor& target, int64_t valid) {
   const int64_t rows = x.size(0), v = w.size(0), d = x.size(1);
   const int64_t x_sizes[] = {d, rows}, x_strides[] = {d};
   const int x_box[] = {kHeadDepth, kHeadRows};
@@ -70,6 +70,8 @@ void exponentials(const Tensor& e, const Tensor& partial, const Tensor& x, const
                         .column_tiles = static_cast<int>(column_tiles),
                         .group = static_cast<int>(std::clamp<int64_t>(kCachedBytes / tile_bytes, 1, row_tiles)),
                         .reference = reference.data<float>(),
+                        .target = target.data<int32_t>(),
+                        .target_e = target_e.data<float>(),
                         .partial = partial.data<float>(),
                         .e = e.defined() ? e.data<bf16>() : nullptr};
   cudaLaunchAttribute cluster{};
@@ -93,7 +95,8 @@ void head_loss(bool& done, Tensor& losses, Tensor& nll, Tensor& dx, Tensor& dw, 
   const Tensor x = aligned(x_given) ? x_given : x_given.clone(), w = aligned(w_given) ? w_given : w_given.clone();
   const Stream stream = current_stream(device);
   const bool gradients = dx.defined() || dw.defined();
-  const Tensor reference = empty({t}, DType::f32, device), partial = empty({tiles, chunk}, DType::f32, device);
+  const Tensor reference = empty({t}, DType::f32, device), target = empty({t}, DType::i32, device);
+  const Tensor target_e = empty({chunk}, DType::f32, device), partial = empty({tiles, chunk}, DType::f32, device);
   Tensor e, factors, scaled, product;
   if (gradients) e = empty({chunk, v}, DType::bf16, device), factors = empty({chunk}, DType::f32, device);
   if (dw.defined()) scaled = empty({chunk, d}, DType::bf16, device);
@@ -101,25 +104,23 @@ void head_loss(bool& done, Tensor& losses, Tensor& nll, Tensor& dx, Tensor& dw, 
 
   visit_index(targets.dtype(), [&]<class I>() {
     launch(head_reference_kernel<I>, {.grid = ceil_div(t, 8), .block = 256, .stream = stream}, reference.data<float>(),
-           x.data<bf16>(), w.data<bf16>(), targets.data<I>(), t, valid, options.ignore_index, d);
+           target.data<int32_t>(), x.data<bf16>(), w.data<bf16>(), targets.data<I>(), t, valid, options.ignore_index, d);
   });
   for (int64_t begin = 0; begin < t; begin += chunk) {
     const int64_t rows = std::min(chunk, t - begin);
     const auto part = [&](const Tensor& all) { return all.slice(0, begin, begin + rows); };
     const auto first = [&](const Tensor& all) { return all.defined() ? all.slice(0, 0, rows) : all; };
-    const Tensor x_part = part(x), r_part = part(reference), e_part = first(e);
-    exponentials(e_part, partial, x_part, w, r_part, valid);
+    const Tensor x_part = part(x), reference_part = part(reference), target_part = part(target), e_part = first(e);
+    exponentials(e_part, partial, target_e, x_part, w, reference_part, target_part, valid);
     const HeadFinish job{.rows = rows, .columns = v, .valid = valid, .d = d, .column_tiles = tiles,
-                         .ignore = options.ignore_index, .partial = partial.data<float>(), .reference = r_part.data<float>(),
-                         .count = count.data<float>(), .x = x_part.data<bf16>(), .w = w.data<bf16>(),
+                         .partial = partial.data<float>(), .reference = reference_part.data<float>(),
+                         .target_e = target_e.data<float>(), .count = count.data<float>(),
+                         .target = target_part.data<int32_t>(), .x = x_part.data<bf16>(), .w = w.data<bf16>(),
                          .losses = losses.data<float>() + begin, .nll = nll.data<float>() + begin, .scale = scale,
                          .z_loss = options.z_loss, .e = gradients ? e.data<bf16>() : nullptr,
                          .factors = gradients ? factors.data<float>() : nullptr,
                          .scaled = dw.defined() ? scaled.data<bf16>() : nullptr};
-    visit_index(targets.dtype(), [&]<class I>() {
-      launch(head_finish_kernel<I>, {.grid = ceil_div(rows, kFinishRows), .block = kFinishWarps * 32, .stream = stream},
-             targets.data<I>() + begin, job);
-    });
+    launch(head_finish_kernel, {.grid = ceil_div(rows, kFinishRows), .block = kFinishWarps * 32, .stream = stream}, job);
     if (dx.defined()) {
       Tensor product_part = first(product);
       matmul_out(product_part, e_part, w);

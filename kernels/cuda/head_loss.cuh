@@ -30,6 +30,8 @@ struct HeadProduct {
   int row_tiles, column_tiles;  // row tiles: of a whole cluster
   int group;                    // of row tiles that see all columns before the next: their x stays in the cache
   const float* reference;       // (rows)
+  const int* target;            // (rows): columns, -1 for none
+  float* target_e;              // (rows): e there, in fp32
   float* partial;               // (column_tiles, rows): sums of a tile's e
   bf16* e;                      // (rows, columns), or null
 };
@@ -133,6 +135,8 @@ static __global__ void __launch_bounds__(kHeadThreads, 1)
       const int row = tile.row + 64 * team + 16 * warp + lane / 4;
       const float reference_low = row < job.rows ? job.reference[row] : 0.0f;
       const float reference_high = row + 8 < job.rows ? job.reference[row + 8] : 0.0f;
+      const int target_low = row < job.rows ? job.target[row] : -1;
+      const int target_high = row + 8 < job.rows ? job.target[row + 8] : -1;
       uint32_t before = 0;
       for (int k = 0; k < job.depth; ++k, advance()) {
         const uint32_t from = stages + slot * kStage;
@@ -160,6 +164,18 @@ static __global__ void __launch_bounds__(kHeadThreads, 1)
           if (i / 16 * 32 + 8 * c + i / 4 % 4 * 2 + i % 2 >= job.valid - tile.column) d[i] = -INFINITY;
       }
       const float low = reference_low * kLog2e, high = reference_high * kLog2e;
+      // The lane that has a row's target: column 32 m + 8 c + 2 j + i lies in d[16 m + 4 j + i].
+      const auto pick = [&](int column, int half, float shift) {
+        const int place = column / 32 * 16 + column % 8 / 2 * 4 + column % 2 + 2 * half;
+        float s = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kHeadColumns / 2; ++i)
+          if (i == place) s = d[i];
+        job.target_e[row + 8 * half] = exp2_fast(fmaf(s, kLog2e, -shift));
+      };
+      const int column_low = target_low - tile.column, column_high = target_high - tile.column;
+      if (column_low >= 0 && column_low < kHeadColumns && column_low / 8 % 4 == c) pick(column_low, 0, low);
+      if (column_high >= 0 && column_high < kHeadColumns && column_high / 8 % 4 == c) pick(column_high, 1, high);
       float sum_low = 0.0f, sum_high = 0.0f;
 #pragma unroll
       for (int j = 0; j < kHeadColumns / 8; ++j) {
@@ -187,10 +203,11 @@ static __global__ void __launch_bounds__(kHeadThreads, 1)
 #endif
 }
 
-// reference = x . w[y], the target's logit; +infinity (all e are 0) where the target is ignored, NaN where it is bad.
+// reference = x . w[y], the target's logit, and target = y; without one -1, and as reference +infinity (all e are 0)
+// where the target is ignored, NaN where it is bad.
 // One warp per row. Bound by memory: rows of x and w, read once.
 template <class I>
-__global__ void head_reference_kernel(float* reference, const bf16* __restrict__ x, const bf16* __restrict__ w,
+__global__ void head_reference_kernel(float* reference, int* target, const bf16* __restrict__ x, const bf16* __restrict__ w,
                                       const I* targets, int64_t rows, int64_t valid, int64_t ignore, int64_t d) {
   const int64_t row = int64_t{blockIdx.x} * (blockDim.x / 32) + threadIdx.x / 32;
   if (row >= rows) return;
@@ -207,15 +224,18 @@ __global__ void head_reference_kernel(float* reference, const bf16* __restrict__
     }
     for (int m = 16; m > 0; m /= 2) sum += __shfl_xor_sync(~0u, sum, m);
   }
-  if (threadIdx.x % 32 == 0) reference[row] = sum;
+  if (threadIdx.x % 32 != 0) return;
+  reference[row] = sum;
+  target[row] = y != ignore && y >= 0 && y < valid ? static_cast<int>(y) : -1;
 }
 
 constexpr int kFinishRows = 32, kFinishWarps = 8;
 constexpr float kHeadLimit = 0x1p80f;  // a sum from here on asks for a larger reference
 
 struct HeadFinish {
-  int64_t rows, columns, valid, d, column_tiles, ignore;
-  const float *partial, *reference, *count;
+  int64_t rows, columns, valid, d, column_tiles;
+  const float *partial, *reference, *target_e, *count;
+  const int* target;
   const bf16 *x, *w;
   float *losses, *nll;  // (rows)
   double scale, z_loss;
@@ -227,7 +247,8 @@ struct HeadFinish {
 
 // The block's 32 rows again, with their maxima as references; those that `wanted` names get new e and sums. Slow: every
 // block reads all of w twice. Only where a logit is some 55 above its target's.
-__device__ __noinline__ void head_repair(float* top_of, float* sum_of, uint32_t wanted, const HeadFinish& job) {
+__device__ __noinline__ void head_repair(float* top_of, float* sum_of, float* target_e_of, uint32_t wanted,
+                                        const HeadFinish& job) {
   __shared__ float parts[kFinishWarps][kFinishRows];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, c = lane % 4;
   const int64_t first = int64_t{blockIdx.x} * kFinishRows;
@@ -259,6 +280,7 @@ __device__ __noinline__ void head_repair(float* top_of, float* sum_of, uint32_t 
             } else {
               const float e = exp2_fast((s[m][j][i] - top[r]) * kLog2e);
               sum[r] += e;
+              if (first + row < job.rows && column == job.target[first + row]) target_e_of[row] = e;
               if (job.e && (wanted >> row & 1)) job.e[(first + row) * job.columns + column] = static_cast<bf16>(e);
             }
           }
@@ -285,10 +307,11 @@ __device__ __noinline__ void head_repair(float* top_of, float* sum_of, uint32_t 
 }
 
 // Row results from the sums, and what the gradients' products want: the target's entry of e becomes e_y - sum / (1 + 2 z
-// lse), and x is scaled. A block has 32 rows. Bound by memory: sums, x read and written.
-template <class I>
-__global__ void __launch_bounds__(kFinishWarps * 32) head_finish_kernel(const I* targets, const HeadFinish job) {
-  __shared__ float parts[kFinishWarps][kFinishRows], sum_of[kFinishRows], top_of[kFinishRows], factor_of[kFinishRows];
+// lse) (both from the same product: of a target that is all but certain the difference is left), and x is scaled. A block
+// has 32 rows. Bound by memory: sums, x read and written.
+static __global__ void __launch_bounds__(kFinishWarps * 32) head_finish_kernel(const HeadFinish job) {
+  __shared__ float parts[kFinishWarps][kFinishRows], sum_of[kFinishRows], top_of[kFinishRows], target_e_of[kFinishRows];
+  __shared__ float factor_of[kFinishRows];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t first = int64_t{blockIdx.x} * kFinishRows, row = first + lane;
   const bool inside = row < job.rows;
@@ -298,22 +321,26 @@ __global__ void __launch_bounds__(kFinishWarps * 32) head_finish_kernel(const I*
   parts[warp][lane] = part;
   __syncthreads();
 
-  const int64_t y = inside ? static_cast<int64_t>(targets[row]) : job.ignore;
-  const bool ignored = y == job.ignore, good = !ignored && y >= 0 && y < job.valid;
-  const float target = inside ? job.reference[row] : 0.0f;
+  const int64_t y = inside ? job.target[row] : -1;
+  const float reference = inside ? job.reference[row] : INFINITY;
+  const bool good = y >= 0, ignored = !good && !isnan(reference);
   float sum = parts[0][lane];
   for (int k = 1; k < kFinishWarps; ++k) sum += parts[k][lane];
   const uint32_t wrong = __ballot_sync(~0u, good && sum >= kHeadLimit), dirty = __ballot_sync(~0u, inside && ignored && sum != 0.0f);
-  float shift = target;
+  const bool again = wrong >> lane & 1;
+  float shift = reference, target_e = good ? job.target_e[row] : 0.0f;
   if (wrong) {  // the same for all warps
-    head_repair(top_of, sum_of, wrong, job);
-    if (wrong >> lane & 1) {
+    head_repair(top_of, sum_of, target_e_of, wrong, job);
+    if (again) {
       shift = top_of[lane];
       sum = sum_of[lane];
+      target_e = target_e_of[lane];
     }
   }
   if (warp == 0) {
-    const float lse = shift + logf(sum), nll = ignored ? 0.0f : logf(sum) + (shift - target);
+    const float lse = shift + logf(sum);
+    // Where it was made again e of the target may be 0. A bad target has no e, and NaN sums.
+    const float nll = ignored ? 0.0f : again ? logf(sum) + (shift - reference) : good ? logf(sum / target_e) : sum;
     const float z = static_cast<float>(job.z_loss), scale = static_cast<float>(job.scale) / fmaxf(*job.count, 1.0f);
     float a = 1.0f + 2.0f * z * lse;
     if (fabsf(a) < 1e-6f) a = copysignf(1e-6f, a);
@@ -322,7 +349,7 @@ __global__ void __launch_bounds__(kFinishWarps * 32) head_finish_kernel(const I*
       job.losses[row] = ignored ? 0.0f : nll + z * lse * lse;
       job.nll[row] = nll;
       if (job.e) job.factors[row] = factor_of[lane];
-      if (job.e && good) job.e[row * job.columns + y] = static_cast<bf16>(exp2_fast((target - shift) * kLog2e) - sum / a);
+      if (job.e && good) job.e[row * job.columns + y] = static_cast<bf16>(target_e - sum / a);
     }
   }
   if (!job.e) return;
