@@ -18,7 +18,7 @@ void attention_forward_mma(Tensor& o, Tensor& lse, const Tensor& q, const Tensor
 void attention_backward_mma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, const Tensor& q, const Tensor& k,
                             const Tensor& v, const Tensor& lse, const Tensor& delta, const AttentionOptions& options);
 
-/// Backward on Hopper (compiled for sm_90a), the fastest where it serves: bf16, d of 64, rows aligned to 16 bytes, lq and
+/// Backward on Hopper (compiled for sm_90a), the fastest where it serves: bf16, d of 64 or 128, rows aligned to 16 bytes, lq and
 /// lk above 1, full attention or causal with lq == lk and no offset; nothing else. Workspace: 8 bytes a row of q. False
 /// when a gradient is not aligned: another kernel must serve.
 bool attention_backward_wgmma_serves(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);

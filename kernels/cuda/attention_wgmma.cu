@@ -440,45 +440,70 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
       for (int i = own_begin;;) {
         const uint32_t at = shared + Side::kRing + ring.stage * 2 * kPanel;
         const uint32_t stats = shared + Side::kStats + ring.stage * kStatBytes + 8 * c;
-        wgmma_wait<1>();
-        hold(s);
-        if (i > own_begin) {
-          hold(acc_k);
-          hold(acc_v);
-          release(full + 16 * before + 8);
-        }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const float2 lse = load_pair(stats + 32 * j);
-          s[4 * j] = exp2_of(fmaf(s[4 * j], to_exponent, -lse.x));
-          s[4 * j + 1] = exp2_of(fmaf(s[4 * j + 1], to_exponent, -lse.y));
-          s[4 * j + 2] = exp2_of(fmaf(s[4 * j + 2], to_exponent, -lse.x));
-          s[4 * j + 3] = exp2_of(fmaf(s[4 * j + 3], to_exponent, -lse.y));
-        }
-        if (p.causal && i == block) {
-#pragma unroll
-          for (int e = 0; e < 32; ++e)
-            if (e / 4 * 8 + 2 * c + e % 2 < row0 + e % 4 / 2 * 8) s[e] = 0;
-        }
         uint32_t w[4][4], ds[4][4];
-        to_operand(w, s);
-        wgmma_begin();
-        accumulate<kD>(acc_v, w, at + kPanel);
-        wgmma_commit();
-        wgmma_wait<1>();
-        hold(dp);
+        if constexpr (kInRegisters) {
+          wgmma_wait<1>();
+          hold(s);
+          if (i > own_begin) {
+            hold(acc_k);
+            hold(acc_v);
+            release(full + 16 * before + 8);
+          }
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const float2 delta = load_pair(stats + kRows * 4 + 32 * j);
-          s[4 * j] *= dp[4 * j] - delta.x;
-          s[4 * j + 1] *= dp[4 * j + 1] - delta.y;
-          s[4 * j + 2] *= dp[4 * j + 2] - delta.x;
-          s[4 * j + 3] *= dp[4 * j + 3] - delta.y;
+          for (int j = 0; j < 8; ++j) {
+            const float2 lse = load_pair(stats + 32 * j);
+            s[4 * j] = exp2_of(fmaf(s[4 * j], to_exponent, -lse.x));
+            s[4 * j + 1] = exp2_of(fmaf(s[4 * j + 1], to_exponent, -lse.y));
+            s[4 * j + 2] = exp2_of(fmaf(s[4 * j + 2], to_exponent, -lse.x));
+            s[4 * j + 3] = exp2_of(fmaf(s[4 * j + 3], to_exponent, -lse.y));
+          }
+          if (p.causal && i == block) {
+#pragma unroll
+            for (int e = 0; e < 32; ++e)
+              if (e / 4 * 8 + 2 * c + e % 2 < row0 + e % 4 / 2 * 8) s[e] = 0;
+          }
+          to_operand(w, s);
+          wgmma_begin();
+          accumulate<kD>(acc_v, w, at + kPanel);
+          wgmma_commit();
+          wgmma_wait<1>();
+          hold(dp);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const float2 delta = load_pair(stats + kRows * 4 + 32 * j);
+            s[4 * j] *= dp[4 * j] - delta.x;
+            s[4 * j + 1] *= dp[4 * j + 1] - delta.y;
+            s[4 * j + 2] *= dp[4 * j + 2] - delta.x;
+            s[4 * j + 3] *= dp[4 * j + 3] - delta.y;
+          }
+          to_operand(ds, s);
+        } else {  // few registers are free: both scores first, each pair of numbers gone as soon as its weights are made
+          wgmma_wait<0>();
+          hold(s);
+          hold(dp);
+          if (i > own_begin) release(full + 16 * before + 8);
+          const bool diagonal = p.causal && i == block;
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const float2 lse = load_pair(stats + 32 * j), delta = load_pair(stats + kRows * 4 + 32 * j);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int e = 4 * j + 2 * half, column = 8 * j + 2 * c, row = row0 + 8 * half;
+              float x = exp2_of(fmaf(s[e], to_exponent, -lse.x)), y = exp2_of(fmaf(s[e + 1], to_exponent, -lse.y));
+              if (diagonal && column < row) x = 0;
+              if (diagonal && column + 1 < row) y = 0;
+              w[j / 2][j % 2 * 2 + half] = pack(x, y);
+              ds[j / 2][j % 2 * 2 + half] = pack(x * (dp[e] - delta.x), y * (dp[e + 1] - delta.y));
+            }
+          }
+          wgmma_begin();
+          accumulate<kD>(acc_v, w, at + kPanel);
+          wgmma_commit();
         }
-        to_operand(ds, s);
         wgmma_begin();
         accumulate<kD>(acc_k, ds, at);
         wgmma_commit();
+        if constexpr (!kInRegisters) wgmma_wait<0>();  // w and ds are free for the next scores
         before = ring.stage;
         ring.advance();
         if (++i == query_blocks) break;
@@ -565,7 +590,7 @@ bool attention_backward_wgmma_serves(const Tensor& q, const Tensor& k, const Ten
                      options.window == 0 && options.dropout.p == 0;
   const bool mask = !options.causal || (lq == lk && options.q_offset == 0);
   const bool counts = b * q.size(2) * std::max(lq, lk) < (int64_t{1} << 31);
-  return options.hopper_kernel && q.dtype() == DType::bf16 && plain && mask && counts && d == 64 && lq > 1 && lk > 1 &&
+  return options.hopper_kernel && q.dtype() == DType::bf16 && plain && mask && counts && (d == 64 || d == 128) && lq > 1 && lk > 1 &&
          serves(q) && serves(k) && serves(v) && hopper_multiprocessors(q.device()) > 0;
 }
 
@@ -578,8 +603,9 @@ bool attention_backward_wgmma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& 
             static_cast<float>(options.scale), lse.data<float>(), nullptr};
   const Tensor stats = empty({p.b, p.hq, p.query_blocks(), 2, kRows}, DType::f32, q.device());
   p.stats = stats.data<float>();
-  backward<64>(rows_of(dq), rows_of(dk), rows_of(dv), rows_of(do_), rows_of(q), rows_of(k), rows_of(v), rows_of(o), p,
-               hopper_multiprocessors(q.device()), current_stream(q.device()));
+  const auto run = q.size(3) == 64 ? backward<64> : backward<128>;
+  run(rows_of(dq), rows_of(dk), rows_of(dv), rows_of(do_), rows_of(q), rows_of(k), rows_of(v), rows_of(o), p,
+      hopper_multiprocessors(q.device()), current_stream(q.device()));
   return true;
 }
 
