@@ -15,7 +15,6 @@
 
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/cluster.cuh"
-#include "kernels/recurrent_cells.h"
 
 namespace krait::kernels::cuda {
 
@@ -23,15 +22,49 @@ namespace {
 
 constexpr int kBlocks = 8, kTile = 8;  // blocks of a cluster, rows of the batch
 constexpr int kStages = 8;             // steps of input under way, a power of two
+constexpr int kStates = 4;             // y, c, n, m
 constexpr int kKept = 7, kKeptOfWarp = 2 * kKept * 32;  // values for the backward, of a (unit, row) and of a warp
 
-// Good to a few units of fp32's last place around 1: the results are rounded to bf16.
-struct FastMath {
-  static __device__ __forceinline__ float exp(float x) { return __expf(x); }
-  static __device__ __forceinline__ float tanh(float x) { return 1.0f - __fdividef(2.0f, 1.0f + __expf(2.0f * x)); }
-  static __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
-  static __device__ __forceinline__ float softplus(float x) {
-    return fmaxf(x, 0.0f) + __logf(1.0f + __expf(-fabsf(x)));
+// SlstmCell, in the order in which a step needs it: y first, with as few special functions and divisions before it as it
+// takes (of i and f one is 1), what the backward needs afterwards. Good to a few units of fp32's last place around 1: the
+// results are rounded to bf16.
+template <bool kExpForget>
+struct ForwardCell {
+  float a_f, past, i, f, z, past_o, c0, n0;  // past: e^-|a_f|; past_o: e^-a_o
+
+  __device__ __forceinline__ void advance(const float (&x)[4], const float (&r)[4], float (&s)[4]) {
+    const float a_i = x[0] + r[0];
+    a_f = x[1] + r[1];
+    const float twice = __expf(2.0f * (x[2] + r[2]));
+    past_o = __expf(-(x[3] + r[3]));
+    float lf = a_f;
+    if constexpr (!kExpForget) {
+      past = __expf(-fabsf(a_f));
+      lf = fminf(a_f, 0.0f) - __logf(1.0f + past);
+    }
+    c0 = s[1];
+    n0 = s[2];
+    const float carried = n0 == 0.0f ? -1e30f : lf + s[3], ahead = carried - a_i, smaller = __expf(-fabsf(ahead));
+    i = ahead > 0.0f ? smaller : 1.0f;
+    f = ahead > 0.0f ? 1.0f : smaller;
+    z = 1.0f - __fdividef(2.0f, 1.0f + twice);
+    s[1] = f * c0 + i * z;
+    s[2] = f * n0 + i;
+    s[3] = fmaxf(carried, a_i);
+    s[0] = __fdividef(s[1], s[2] * (1.0f + past_o));
+  }
+  __device__ __forceinline__ void keep(float (&saved)[kKept]) const {
+    saved[0] = i;
+    saved[1] = f;
+    saved[2] = z;
+    saved[3] = __fdividef(1.0f, 1.0f + past_o);
+    saved[4] = 1.0f;
+    if constexpr (!kExpForget) {
+      const float larger = __fdividef(1.0f, 1.0f + past);
+      saved[4] = a_f > 0.0f ? past * larger : larger;
+    }
+    saved[5] = c0;
+    saved[6] = n0;
   }
 };
 
@@ -93,10 +126,9 @@ __device__ inline uint4 gathered(uint32_t word) {
           __shfl_sync(0xffffffffu, word, static_cast<int>(first + 3))};
 }
 
-template <class Cell, int W>
+template <bool kExpForget, int W>
 __global__ void __launch_bounds__(32 * W, 1) forward_kernel(const Forward a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  static_assert(Cell::kSaved == kKept && Cell::kGates == 4);
   using Layout = ForwardLayout<W>;
   constexpr int P = Layout::kUnits, kDepth = P / 16;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -127,7 +159,7 @@ __global__ void __launch_bounds__(32 * W, 1) forward_kernel(const Forward a) {
   // The lane's two rows.
   int64_t row[2];
   bool real[2];
-  float s[2][Cell::kStates];
+  float s[2][kStates];
   const int32_t* segments[2] = {};
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -135,7 +167,7 @@ __global__ void __launch_bounds__(32 * W, 1) forward_kernel(const Forward a) {
     real[j] = row[j] < a.b;
     if (!real[j]) row[j] = row0;
 #pragma unroll
-    for (int k = 0; k < Cell::kStates; ++k)
+    for (int k = 0; k < kStates; ++k)
       s[j][k] = a.state0 != nullptr && real[j] ? a.state0[(k * a.b + row[j]) * c + column + g] : 0.0f;
     if (a.segments != nullptr) segments[j] = a.segments + row[j] * a.l;
   }
@@ -178,7 +210,6 @@ __global__ void __launch_bounds__(32 * W, 1) forward_kernel(const Forward a) {
   }
 
   float* kept = a.saved != nullptr ? a.saved + (group * a.l * kBlocks * W + rank * W + warp) * kKeptOfWarp : nullptr;
-  const Cell cell;
   for (int64_t t = 0; t < a.l; ++t) {
     copy_wait<kStages - 2>();
     __syncwarp();
@@ -216,7 +247,7 @@ __global__ void __launch_bounds__(32 * W, 1) forward_kernel(const Forward a) {
       }
     }
 
-    float saved[2][kKept];
+    ForwardCell<kExpForget> cell[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       float r[4];
@@ -225,8 +256,8 @@ __global__ void __launch_bounds__(32 * W, 1) forward_kernel(const Forward a) {
         r[k] = starts[j] ? 0.0f : acc[k / 2][0][k % 2 * 2 + j] + acc[k / 2][1][k % 2 * 2 + j];
       if (starts[j])
 #pragma unroll
-        for (int k = 0; k < Cell::kStates; ++k) s[j][k] = 0.0f;
-      cell.template forward<FastMath>(x[j], r, s[j], saved[j]);
+        for (int k = 0; k < kStates; ++k) s[j][k] = 0.0f;
+      cell[j].advance(x[j], r, s[j]);
     }
 
     const uint4 y = gathered(transposed(pack(s[0][0], s[1][0])));  // 8 units of row g
@@ -241,6 +272,9 @@ __global__ void __launch_bounds__(32 * W, 1) forward_kernel(const Forward a) {
       const bool ends = out_segments != nullptr && out_segments[t] != out_segments[t + 1];
       *reinterpret_cast<uint4*>(a.y_prev + (out_row * a.l + t + 1) * c + column) = ends ? uint4{0, 0, 0, 0} : y;
     }
+    float saved[2][kKept];
+    cell[0].keep(saved[0]);
+    cell[1].keep(saved[1]);
     float4* fours = reinterpret_cast<float4*>(kept) + lane;
     fours[0] = make_float4(saved[0][0], saved[0][1], saved[0][2], saved[0][3]);
     fours[32] = make_float4(saved[0][4], saved[0][5], saved[0][6], saved[1][0]);
@@ -252,7 +286,7 @@ __global__ void __launch_bounds__(32 * W, 1) forward_kernel(const Forward a) {
   for (int j = 0; j < 2; ++j) {
     if (!real[j]) continue;
 #pragma unroll
-    for (int k = 0; k < Cell::kStates; ++k) a.state[(k * a.b + row[j]) * c + column + g] = s[j][k];
+    for (int k = 0; k < kStates; ++k) a.state[(k * a.b + row[j]) * c + column + g] = s[j][k];
   }
   cluster_barrier();  // nobody leaves while others may send to it
 #endif
@@ -530,7 +564,7 @@ bool slstm_cluster_forward(RecurrenceForward& r, SlstmForget forget) {
                   r.out.state.data<float>(), pointer_or_null<float>(kept)};
   const Stream stream = current_stream(r.x.device());
   const bool served = with_warps(warps, [&]<int W>() {
-    const auto kernel = forget == SlstmForget::exp ? forward_kernel<SlstmCell<true>, W> : forward_kernel<SlstmCell<false>, W>;
+    const auto kernel = forget == SlstmForget::exp ? forward_kernel<true, W> : forward_kernel<false, W>;
     return launch_clusters(kernel, a, W, ForwardLayout<W>::kBytes, stream);
   });
   if (kept.defined())
