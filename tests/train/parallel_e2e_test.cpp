@@ -78,7 +78,7 @@ TEST_CASE("sizes that do not fit the ranks are explained once, and nothing is wr
       {"train.tokens_per_step=144", "144 is not a multiple of 96 (micro_batch_size 2 x context 24 x 2 data ranks)"},
       {"parallelism.sequence=2 data.context=25 train.tokens_per_step=50", "25 tokens cannot be cut into 2 equal pieces"},
       {"data.state=carry data.documents=ignore model.layers=[s4]", "s4 trains with a carried state in its diagonal form alone"},
-      {"data.state=carry data.documents=ignore model.layers=[mamba] model.mamba={d_conv: 16} parallelism.sequence=2",
+      {"data.state=carry data.documents=ignore model.layers=[mamba] model.mamba.d_conv=16 parallelism.sequence=2",
        "pieces of 12 tokens (parallelism.sequence 2) are shorter than the 15 before them"},
       {"runtime.deterministic=strict parallelism.reduce_dtype=bfloat16", "sums in bfloat16 depend on the number of ranks"},
       {"optimizer.weigth_decay=0.1", "unknown key; did you mean weight_decay?"}};

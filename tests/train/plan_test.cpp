@@ -87,7 +87,7 @@ TEST_CASE("a plan's activations are those that a run holds") {
 
 TEST_CASE("a plan's activations with recompute: a block keeps the residual stream and what its last branch has added") {
   const auto activations = [](int64_t layers) {
-    return plan_of({"train.recompute=block", fmt::format("model.n_layers={}", layers)}).memory.activations;
+    return plan_of({"train.recompute=block", "model.attention.rope=false", fmt::format("model.n_layers={}", layers)}).memory.activations;
   };
   CHECK(activations(24) - activations(4) == Approx(20 * 2 * 32 * 4.0 * (4 * 64)));
 }
@@ -103,7 +103,7 @@ TEST_CASE("a plan counts what the GPU's kernels take, on a CPU and with any numb
   const double tokens = 8 * 4096, states = 2 * tokens / 64 * 4 * 64 * 128 * 2;
   const train::Plan p = plan("256");
   CHECK(p.memory.workspace > states);
-  CHECK(p.memory.workspace < 3 * states);
+  CHECK(p.memory.workspace < 6 * states);
   CHECK(plan("64").memory.workspace == Approx(p.memory.workspace));  // the CPU's chunks do not matter
 }
 
