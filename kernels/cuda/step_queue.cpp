@@ -1,6 +1,5 @@
 #include "kernels/cuda/step_queue.h"
 
-#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -8,7 +7,6 @@
 
 #include "core/stream.h"
 #include "kernels/cuda/aligned.h"
-#include "kernels/cuda/flow_queue.h"
 #include "kernels/cuda/step_program.h"
 #include "kernels/step_scope.h"
 
@@ -134,14 +132,11 @@ LinearStep rows_of(StepInput input, const Tensor& y) {
 void gather_steps(std::unique_ptr<GatheredSteps>& steps, Device device) {
   static const bool able = device_info(device).compute_capability >= 90;
   if (!able) return;
-  static const bool flows = std::getenv("KRAIT_STEP_FLOW") != nullptr;
-  if (flows) return flow::gather_steps(steps, device);
   if (Tensor counter = counter_of(device); counter.defined()) steps = std::make_unique<StepQueue>(device, std::move(counter));
 }
 
 bool gather_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual,
                  const Tensor& w, const Tensor& b, double eps) {
-  if (flow::gather_norm(centred, y, sum, mean, rstd, x, residual, w, b, eps)) return true;
   StepQueue* const queue = current_queue(x.device());
   const int64_t k = x.size(-1), rows = x.numel() / k;
   if (queue == nullptr || x.dtype() != DType::bf16 || (residual.defined() && residual.dtype() != DType::bf16) || !norm_fits(rows, k) ||
@@ -156,7 +151,6 @@ bool gather_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rst
 }
 
 bool gather_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
-  if (flow::gather_linear(y, g, bias, epilogue)) return true;
   StepQueue* const queue = current_queue(g.device);
   if (queue == nullptr || g.dtype != DType::bf16 || g.ldb != g.k || g.lda % 8 != 0 || !linear_fits(g.m, g.n, g.k) || queue->works_on(g.b))
     return false;
@@ -168,7 +162,6 @@ bool gather_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilog
 }
 
 bool gather_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, const MambaStepWeights& w) {
-  if (flow::gather_mamba_step(y, conv, h, xz, w)) return true;
   StepQueue* const queue = current_queue(xz.device());
   const int64_t rows = xz.size(0), e = w.A_log.size(0), n = w.A_log.size(1), r = w.dt_proj.size(1), outputs = r + 2 * n;
   if (queue == nullptr || xz.dtype() != DType::bf16 || w.conv_weight.size(1) != 4 || n > kScanLanes || r > kScanLanes * kScanRanks ||
@@ -190,7 +183,6 @@ bool gather_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, con
 }
 
 bool gather_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeights& w) {
-  if (flow::gather_mamba2_step(y, conv, h, zxbcdt, w)) return true;
   StepQueue* const queue = current_queue(zxbcdt.device());
   const int64_t rows = h.size(0), heads = h.size(1), p = h.size(2), n = h.size(3), e = heads * p;
   const int64_t channels = w.conv_weight.size(0), groups = (channels - e) / (2 * n), input = zxbcdt.size(1);
@@ -217,7 +209,6 @@ bool gather_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt
 
 bool gather_attention_append(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor& v_cache, const Tensor& position,
                              const AttentionAppend& a) {
-  if (flow::gather_attention_append(o, qkv, k_cache, v_cache, position, a)) return true;
   StepQueue* const queue = current_queue(qkv.device());
   const int64_t rows = qkv.size(0), d = qkv.size(2);
   if (queue == nullptr || qkv.dtype() != DType::bf16 || rows > kMaxStepRows || d % 8 != 0 || d > 256 || !aligned(k_cache, v_cache))
