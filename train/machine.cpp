@@ -10,7 +10,7 @@ namespace krait::train {
 namespace {
 
 // Rates of the H100 and layer_ns of attention, mlp, head, Mamba, Mamba-2 and xLSTM: fitted to the whole steps in README on
-// one H100; link and bandwidth of the H200: to GPT-2's steps on one and two of them. The rest are the data sheets' shares;
+// one H100; link and bandwidth of the H200: to GPT-2's, Mamba's and Mamba-2's steps on one and two of them. The rest are the data sheets' shares;
 // the cpu is one core of a server, roughly.
 constexpr const char* kTable = R"(# krait plan --show-hardware > mine.yaml; edit; krait plan CONFIG --hardware mine.yaml --machine NAME
 machines:
@@ -27,7 +27,7 @@ machines:
   h200:
     matmul_tflops: {bf16: 700, tf32: 375, fp32: 50, fp64: 50}
     memory_gb: 139
-    bandwidth_gb_s: 3300
+    bandwidth_gb_s: 2900
     attention_tflops: 400
     gpus_per_node: 8
     link_gb_s: 180
@@ -55,7 +55,7 @@ machines:
     network_gb_s: 1
     network_latency_us: 50
 layer_bandwidth_gb_s: 3030
-layer_ns: {attention: 23, mlp: 23, head: 90, mamba: 70, mamba2: 58, mlstm: 141, slstm: 275, s4: 150, s4d: 150,
+layer_ns: {attention: 12, mlp: 16, head: 10, mamba: 70, mamba2: 58, mlstm: 105, slstm: 260, s4: 150, s4d: 150,
            linear_attention: 150, gated_cnn: 40, rnn: 900, lstm: 900, gru: 900, kan: 200}
 )";
 
