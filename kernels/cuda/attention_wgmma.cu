@@ -10,11 +10,10 @@
 // other's products) and a warp that brings tiles. Blocks stay for many tiles; those of the next come during the last.
 #include <algorithm>
 #include <cmath>
-#include <map>
-#include <mutex>
 
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/attention_own.h"
+#include "kernels/cuda/hopper.h"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/tma.cuh"
 #include "kernels/cuda/wgmma.cuh"
@@ -567,19 +566,8 @@ bool serves(const Tensor& t) {
          reinterpret_cast<uintptr_t>(t.raw_data()) % 16 == 0;
 }
 
-// Multiprocessors of a Hopper; 0 elsewhere, and where the kernels were compiled for anything but sm_90a: their bodies are
-// empty then, which their registers tell.
-int hopper_multiprocessors(Device device) {
-  static std::mutex mutex;
-  static auto* known = new std::map<int, int>;
-  const std::lock_guard lock(mutex);
-  const auto [at, fresh] = known->try_emplace(device.index, 0);
-  if (!fresh) return at->second;
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, key_gradient_kernel<64>));
-  if (device_info(device).compute_capability == 90 && attributes.numRegs > 64)
-    at->second = device_info(device).multiprocessors;
-  return at->second;
+int multiprocessors(Device device) {
+  return hopper_multiprocessors(device, reinterpret_cast<const void*>(key_gradient_kernel<64>));
 }
 
 }  // namespace
@@ -591,7 +579,7 @@ bool attention_backward_wgmma_serves(const Tensor& q, const Tensor& k, const Ten
   const bool mask = !options.causal || (lq == lk && options.q_offset == 0);
   const bool counts = b * q.size(2) * std::max(lq, lk) < (int64_t{1} << 31);
   return options.hopper_kernel && q.dtype() == DType::bf16 && plain && mask && counts && (d == 64 || d == 128) && lq > 1 && lk > 1 &&
-         serves(q) && serves(k) && serves(v) && hopper_multiprocessors(q.device()) > 0;
+         serves(q) && serves(k) && serves(v) && multiprocessors(q.device()) > 0;
 }
 
 bool attention_backward_wgmma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, const Tensor& q, const Tensor& k,
@@ -605,7 +593,7 @@ bool attention_backward_wgmma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& 
   p.stats = stats.data<float>();
   const auto run = q.size(3) == 64 ? backward<64> : backward<128>;
   run(rows_of(dq), rows_of(dk), rows_of(dv), rows_of(do_), rows_of(q), rows_of(k), rows_of(v), rows_of(o), p,
-      hopper_multiprocessors(q.device()), current_stream(q.device()));
+      multiprocessors(q.device()), current_stream(q.device()));
   return true;
 }
 

@@ -1,11 +1,9 @@
 #include "kernels/feed_forward.h"
 
-#include <map>
-#include <mutex>
-
 #include "core/cuda/launch.cuh"
 #include "kernels/activation.h"
 #include "kernels/cuda/aligned.h"
+#include "kernels/cuda/hopper.h"
 #include "kernels/cuda/linear_fused.cuh"
 #include "kernels/cuda/linear_fused.h"
 #include "kernels/cuda/tensor_map.h"
@@ -30,29 +28,18 @@ __global__ void __launch_bounds__(256) transpose_kernel(uint16_t* to, const uint
         tile[2 * pair][c] | static_cast<uint32_t>(tile[2 * pair + 1][c]) << 16;
 }
 
-// Multiprocessors of a Hopper; 0 elsewhere, and where the kernels were compiled for anything but sm_90a: their bodies are
-// empty then, which their registers tell.
-int hopper_multiprocessors(Device device) {
-  static std::map<int, int> known;
-  static std::mutex mutex;
-  const std::lock_guard lock(mutex);
-  const auto [at, fresh] = known.try_emplace(device.index, 0);
-  if (!fresh) return at->second;
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, fused_map_kernel<MapForm::plain>));
-  const DeviceInfo info = device_info(device);
-  if (info.compute_capability == 90 && attributes.numRegs > 64) at->second = info.multiprocessors;
-  return at->second;
+int multiprocessors(Device device) {
+  return hopper_multiprocessors(device, reinterpret_cast<const void*>(fused_map_kernel<MapForm::plain>));
 }
 
 int64_t clusters_of(Device device) {
-  return std::max(1, (hopper_multiprocessors(device) - spare_multiprocessors()) / 2);
+  return std::max(1, (multiprocessors(device) - spare_multiprocessors()) / 2);
 }
 
 // fill: what part of the clusters' time the tiles must at least take.
 bool serves(Device device, int64_t rows, int64_t n, int64_t columns, int64_t k, double fill) {
   if (n % columns != 0 || k % kMapTerms != 0 || k / kMapTerms < kMapLeastSteps) return false;
-  if (rows >= int64_t{1} << 31 || n >= int64_t{1} << 30 || hopper_multiprocessors(device) == 0) return false;
+  if (rows >= int64_t{1} << 31 || n >= int64_t{1} << 30 || multiprocessors(device) == 0) return false;
   const int64_t tiles = ceil_div(rows, 2 * kMapRows) * (n / columns), clusters = clusters_of(device);
   const int64_t waves = ceil_div(tiles, clusters);
   return waves > 1 && static_cast<double>(tiles) >= fill * static_cast<double>(waves * clusters);

@@ -7,6 +7,7 @@
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/head_loss.cuh"
+#include "kernels/cuda/hopper.h"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/matmul.h"
 
@@ -30,20 +31,18 @@ cudaLaunchConfig_t clusters_config(int64_t clusters, cudaLaunchAttribute& cluste
   return config;
 }
 
-// How many clusters the GPU holds at once; 0 where the kernel is not for it. Compiled for anything but sm_90a its body is
-// empty, which its registers tell.
+// How many clusters the GPU holds at once; 0 where the kernel is not for it.
 int resident_clusters(Device device) {
   static std::mutex mutex;
   static auto* known = new std::map<int, int>;
   const std::lock_guard lock(mutex);
   const auto [at, fresh] = known->try_emplace(device.index, 0);
   if (!fresh) return at->second;
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, head_exponentials_kernel));
-  if (device_info(device).compute_capability != 90 || attributes.numRegs < kHeadColumns / 2) return 0;
+  const int multiprocessors = hopper_multiprocessors(device, reinterpret_cast<const void*>(head_exponentials_kernel));
+  if (multiprocessors == 0) return 0;
   check(cudaFuncSetAttribute(head_exponentials_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kHeadShared));
   cudaLaunchAttribute cluster{};
-  const cudaLaunchConfig_t config = clusters_config(device_info(device).multiprocessors / kHeadCluster, cluster, {});
+  const cudaLaunchConfig_t config = clusters_config(multiprocessors / kHeadCluster, cluster, {});
   check(cudaOccupancyMaxActiveClusters(&at->second, head_exponentials_kernel, &config));
   return at->second;
 }

@@ -3,6 +3,7 @@
 // copies; a goes through registers, where it takes its weights; a last warp writes the states out of shared memory and
 // brings, going backwards, the forward state that `flow` needs to where the next one will be written.
 // Bound by memory: a, b, 2 dq dv bytes a chunk, and as much again for flow.
+#include "kernels/cuda/hopper.h"
 #include "kernels/cuda/mlstm_wgmma.cuh"
 
 namespace krait::kernels::cuda {
@@ -270,22 +271,11 @@ CUtensorMap states_map(const bf16* states, const MlstmShape& s) {
   return tensor_map(states, DType::bf16, sizes, strides, box);
 }
 
-// Whether the kernel was compiled for this GPU: elsewhere it is empty, without barriers.
-bool compiled(Device device) {
-  int major = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.index));
-  if (major != 9) return false;
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, states_kernel));
-  return attributes.sharedSizeBytes > 0;
-}
-
 }  // namespace
 
 bool mlstm_wgmma_serves(Device device, int64_t dq, int64_t dv) {
-  if (dq % kSide != 0 || dv % kSide != 0) return false;
-  static const bool has_kernel = compiled(device);
-  return has_kernel;
+  return dq % kSide == 0 && dv % kSide == 0 &&
+         hopper_multiprocessors(device, reinterpret_cast<const void*>(states_kernel)) > 0;
 }
 
 void mlstm_states_wgmma(const MlstmStateJob<bf16>& job, Stream stream) {
