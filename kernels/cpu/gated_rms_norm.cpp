@@ -1,17 +1,10 @@
 #include "kernels/gated_rms_norm.h"
 
-#include "kernels/cpu/norm.h"
-#include "kernels/cpu/vector_math.h"
+#include "kernels/cpu/gated_row.h"
 
 namespace krait::kernels::cpu {
 
 namespace {
-
-template <class T, class A>
-void gate_row(A* __restrict s, const T* __restrict z, int64_t e) {
-#pragma omp simd
-  for (int64_t j = 0; j < e; ++j) s[j] = vsilu(static_cast<A>(z[j]));
-}
 
 template <class A>
 void multiply_row(A* __restrict v, const A* __restrict by, int64_t e) {
@@ -30,23 +23,6 @@ void write_row(T* __restrict y, const A* __restrict v, const A* __restrict w, co
   }
 }
 
-template <class T, class A>
-void write_again(T* __restrict y, const T* __restrict x, const A* __restrict s, const A* __restrict w, A rstd, int64_t c) {
-#pragma omp simd
-  for (int64_t j = 0; j < c; ++j) put(y[j], static_cast<A>(x[j]) * s[j] * rstd * w[j]);
-}
-
-// silu(z) and its slope, of one row.
-template <class T, class A>
-void gate_rows(A* __restrict s, A* __restrict slope, const T* __restrict z, int64_t e) {
-#pragma omp simd
-  for (int64_t j = 0; j < e; ++j) {
-    const A v = static_cast<A>(z[j]), c = v < A(-100) ? A(-100) : v, sigmoid = A(1) / (A(1) + vexp(-c));
-    s[j] = c * sigmoid;
-    slope[j] = sigmoid * (A(1) + c * (A(1) - sigmoid));
-  }
-}
-
 // One group of one row; adds its part to dw.
 template <bool kNormFirst, class T, class A>
 void backward_group(T* __restrict dx, T* __restrict dz, A* __restrict dw, const T* __restrict dy,
@@ -57,18 +33,9 @@ void backward_group(T* __restrict dx, T* __restrict dz, A* __restrict dw, const 
   for (int64_t j = 0; j < c; ++j) {
     const A up = static_cast<A>(dy[j]), v = static_cast<A>(x[j]);
     const A t = kNormFirst ? up * s[j] : up, vhat = (kNormFirst ? v : v * s[j]) * rstd;
-    dw[j] += t * vhat;
     sum += t * w[j] * vhat;
   }
-  const A mean = sum / static_cast<A>(c);
-#pragma omp simd
-  for (int64_t j = 0; j < c; ++j) {
-    const A up = static_cast<A>(dy[j]), v = static_cast<A>(x[j]);
-    const A t = kNormFirst ? up * s[j] : up, vhat = (kNormFirst ? v : v * s[j]) * rstd;
-    const A dv = rstd * (t * w[j] - vhat * mean);
-    put(dx[j], kNormFirst ? dv : dv * s[j]);
-    put(dz[j], (kNormFirst ? up * vhat * w[j] : dv * v) * slope[j]);
-  }
+  write_gradient<kNormFirst>(dx, dz, dw, dy, x, s, slope, w, rstd, sum / static_cast<A>(c), c);
 }
 
 }  // namespace

@@ -1,28 +1,10 @@
 #include "kernels/gated_rms_norm_split.h"
 
-#include "kernels/cpu/norm.h"
-#include "kernels/cpu/vector_math.h"
+#include "kernels/cpu/gated_row.h"
 
 namespace krait::kernels::cpu {
 
 namespace {
-
-template <class T, class A>
-void gate_row(A* __restrict s, const T* __restrict z, int64_t e) {
-#pragma omp simd
-  for (int64_t j = 0; j < e; ++j) s[j] = vsilu(static_cast<A>(z[j]));
-}
-
-// silu(z) and its slope.
-template <class T, class A>
-void gate_rows(A* __restrict s, A* __restrict slope, const T* __restrict z, int64_t e) {
-#pragma omp simd
-  for (int64_t j = 0; j < e; ++j) {
-    const A v = static_cast<A>(z[j]), c = v < A(-100) ? A(-100) : v, sigmoid = A(1) / (A(1) + vexp(-c));
-    s[j] = c * sigmoid;
-    slope[j] = sigmoid * (A(1) + c * (A(1) - sigmoid));
-  }
-}
 
 template <class T, class A>
 A square_sum(const T* __restrict x, const A* __restrict s, bool gated, int64_t c) {
@@ -41,31 +23,11 @@ A square_sum(const T* __restrict x, const A* __restrict s, bool gated, int64_t c
 }
 
 template <class T, class A>
-void apply_group(T* __restrict y, const T* __restrict x, const A* __restrict s, const A* __restrict w, A rstd, int64_t c) {
-#pragma omp simd
-  for (int64_t j = 0; j < c; ++j) put(y[j], static_cast<A>(x[j]) * s[j] * rstd * w[j]);
-}
-
-template <class T, class A>
 A dot_group(const T* __restrict dy, const T* __restrict x, const A* __restrict s, const A* __restrict w, A rstd, int64_t c) {
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < c; ++j) sum += static_cast<A>(dy[j]) * static_cast<A>(x[j]) * s[j] * rstd * w[j];
   return sum;
-}
-
-template <bool kNormFirst, class T, class A>
-void backward_group(T* __restrict dx, T* __restrict dz, A* __restrict dw, const T* __restrict dy, const T* __restrict x,
-                    const A* __restrict s, const A* __restrict slope, const A* __restrict w, A rstd, A mean, int64_t c) {
-#pragma omp simd
-  for (int64_t j = 0; j < c; ++j) {
-    const A up = static_cast<A>(dy[j]), v = static_cast<A>(x[j]);
-    const A t = kNormFirst ? up * s[j] : up, vhat = (kNormFirst ? v : v * s[j]) * rstd;
-    const A dv = rstd * (t * w[j] - vhat * mean);
-    dw[j] += t * vhat;
-    put(dx[j], kNormFirst ? dv : dv * s[j]);
-    put(dz[j], (kNormFirst ? up * vhat * w[j] : dv * v) * slope[j]);
-  }
 }
 
 // f(s, row) for every row, with silu(z) of the row.
@@ -102,7 +64,7 @@ void gated_rms_norm_apply(Tensor& y, const Tensor& x, const Tensor& z, const Ten
     using A = accum_t<T>;
     for_each_row<T>(x, z, [&](const A* s, int64_t i) {
       for (int64_t g = 0, at = i * e; g < groups; ++g, at += c)
-        apply_group(y.data<T>() + at, x.data<T>() + at, s + g * c, w.data<A>() + g * c, rstd.data<A>()[i * groups + g], c);
+        write_again(y.data<T>() + at, x.data<T>() + at, s + g * c, w.data<A>() + g * c, rstd.data<A>()[i * groups + g], c);
     });
   });
 }
@@ -134,7 +96,7 @@ void gated_rms_norm_backward_split(Tensor& dx_out, Tensor& dz_out, Tensor& y_out
     T *dx = dx_out.data<T>(), *dz = dz_out.data<T>(), *y = y_out.defined() ? y_out.data<T>() : nullptr;
     const T *dy = dy_in.data<T>(), *x = x_in.data<T>(), *z = z_in.data<T>();
     const A *w = w_in.data<A>(), *rstd = rstd_in.data<A>(), *mean = mean_in.data<A>();
-    const auto group = norm_first ? backward_group<true, T, A> : backward_group<false, T, A>;
+    const auto group = norm_first ? write_gradient<true, T, A> : write_gradient<false, T, A>;
     parallel_for(0, chunks, std::max<int64_t>(1, kNormGrain / (e * chunk)), [&](int64_t first, int64_t last) {
       const std::unique_ptr<A[]> row(new A[static_cast<size_t>(2 * e)]);
       A *s = row.get(), *slope = s + e;
@@ -146,7 +108,7 @@ void gated_rms_norm_backward_split(Tensor& dx_out, Tensor& dz_out, Tensor& y_out
             const A scale = rstd[i * groups + g];
             group(dx + at, dz + i * dz_row + col, partial_w + k * e + col, dy + at, x + at, s + col, slope + col, w + col,
                   scale, mean[i * groups + g], c);
-            if (y != nullptr) apply_group(y + at, x + at, s + col, w + col, scale, c);
+            if (y != nullptr) write_again(y + at, x + at, s + col, w + col, scale, c);
           }
         }
     });

@@ -1,5 +1,6 @@
 #include "kernels/gated_rms_norm.h"
 
+#include "kernels/cuda/gate.cuh"
 #include "kernels/cuda/norm_backward.cuh"
 
 // Bound by memory: forward 3 r e sizeof(T) bytes, backward 5 (6 with y). A warp or a block holds a group of a row in
@@ -10,17 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <class A>
-struct Gate {
-  A s, slope;  // silu(z) and its derivative
-  __device__ explicit Gate(A z) {
-    const A c = z < A(-80) ? A(-80) : z, sigmoid = A(1) / (A(1) + exp(-c));
-    s = c * sigmoid;
-    slope = sigmoid * (A(1) + c * (A(1) - sigmoid));
-  }
-};
-
-// The same for bf16: a few units in the last place of fp32 do not show.
+// Gate for bf16: a few units in the last place of fp32 do not show.
 struct QuickGate {
   float s, slope;
   __device__ explicit QuickGate(float z) {

@@ -1,5 +1,6 @@
 #include "kernels/gated_rms_norm_split.h"
 
+#include "kernels/cuda/gate.cuh"
 #include "kernels/cuda/norm_backward.cuh"
 
 // Bound by memory: squares 2 r e sizeof(T) bytes, apply and dots 3, backward 5 (6 with y).
@@ -8,16 +9,6 @@ namespace krait::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-template <class A>
-struct Gate {
-  A s, slope;  // silu(z) and its derivative
-  __device__ explicit Gate(A z) {
-    const A c = z < A(-80) ? A(-80) : z, sigmoid = A(1) / (A(1) + exp(-c));
-    s = c * sigmoid;
-    slope = sigmoid * (A(1) + c * (A(1) - sigmoid));
-  }
-};
 
 struct Sizes { int64_t r, e, groups, c, z_row, dz_row; };
 
