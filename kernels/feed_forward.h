@@ -26,11 +26,12 @@ UnitsGrad units_backward(const Tensor& dy, const Tensor& w, const Tensor& pre, E
                          const Tensor& db_sum = {});
 Tensor gated_units_backward(const Tensor& dy, const Tensor& w, const Tensor& pre);
 
-// Backends: matrices, contiguous but for w, whose strides BLAS can express. product: x w^T into pre.
-KRAIT_BACKENDS(void gated_units_forward(Tensor& h, Tensor& pre, const Gemm& product, const Tensor& bias);
-               void units_backward(Tensor& dpre, Tensor& db, bool add_db, const Tensor& dy, const Tensor& w,
+// Backends: done says whether they do it in the products; else nothing was written. Matrices, contiguous but for w, whose
+// strides BLAS can express. product: x w^T into pre.
+KRAIT_BACKENDS(void gated_units_forward(bool& done, Tensor& h, Tensor& pre, const Gemm& product);
+               void units_backward(bool& done, Tensor& dpre, Tensor& db, bool add_db, const Tensor& dy, const Tensor& w,
                                    const Tensor& pre, Epilogue epilogue);
-               void gated_units_backward(Tensor& dpre, const Tensor& dy, const Tensor& w, const Tensor& pre))
+               void gated_units_backward(bool& done, Tensor& dpre, const Tensor& dy, const Tensor& w, const Tensor& pre))
 
 }  // namespace kernels
 }  // namespace krait

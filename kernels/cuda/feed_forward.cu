@@ -1,7 +1,6 @@
 #include "kernels/feed_forward.h"
 
 #include "core/cuda/launch.cuh"
-#include "kernels/activation.h"
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/hopper.h"
 #include "kernels/cuda/linear_fused.cuh"
@@ -115,16 +114,6 @@ bool fused_gelu(Tensor& y, Tensor& pre, const Gemm& g, const Tensor& bias) {
   return run<MapForm::gelu>(g.device, static_cast<const bf16*>(g.a), g.lda, static_cast<const bf16*>(g.b), g.n, g.ldb, g.k, p);
 }
 
-bool fused_gated_units(Tensor& h, Tensor& pre, const Gemm& g) {
-  if (!plain_product(g) || !g.trans_b || !serves(g.device, g.m, g.n / 2, kMapColumns / 2, g.k, kFusedFill) || !aligned(h, pre)) return false;
-  MapArguments p;
-  p.out = h.data<bf16>();
-  p.out2 = pre.data<bf16>();
-  p.rows = g.m;
-  p.n = static_cast<int>(g.n / 2);
-  return run<MapForm::glu>(g.device, static_cast<const bf16*>(g.a), g.lda, static_cast<const bf16*>(g.b), g.n, g.ldb, g.k, p);
-}
-
 bool fused_rope(Tensor& y, const Gemm& g, const Tensor& bias, int64_t length, int64_t rotated, const Tensor& cos,
                 const Tensor& sin, int64_t offset) {
   if (!plain_product(g) || !g.trans_b || !serves(g.device, g.m, g.n, kMapColumns, g.k, kFusedFill) || cos.size(1) != 32) return false;
@@ -140,6 +129,18 @@ bool fused_rope(Tensor& y, const Gemm& g, const Tensor& bias, int64_t length, in
   p.offset = static_cast<int>(offset);
   p.rotated = static_cast<int>(rotated * 64);
   return run<MapForm::rope>(g.device, static_cast<const bf16*>(g.a), g.lda, static_cast<const bf16*>(g.b), g.n, g.ldb, g.k, p);
+}
+
+namespace {
+
+bool fused_gated_units(Tensor& h, Tensor& pre, const Gemm& g) {
+  if (!plain_product(g) || !g.trans_b || !serves(g.device, g.m, g.n / 2, kMapColumns / 2, g.k, kFusedFill) || !aligned(h, pre)) return false;
+  MapArguments p;
+  p.out = h.data<bf16>();
+  p.out2 = pre.data<bf16>();
+  p.rows = g.m;
+  p.n = static_cast<int>(g.n / 2);
+  return run<MapForm::glu>(g.device, static_cast<const bf16*>(g.a), g.lda, static_cast<const bf16*>(g.b), g.n, g.ldb, g.k, p);
 }
 
 bool fused_gelu_gradient(Tensor& dpre, Tensor& db, bool add_db, const Tensor& dy, const Tensor& w, const Tensor& pre) {
@@ -169,29 +170,19 @@ bool fused_gated_gradient(Tensor& dpre, const Tensor& dy, const Tensor& w, const
   return run<MapForm::glu_gradient>(dy.device(), dy.data<bf16>(), dy.size(1), weight.data<bf16>(), w.size(1), w.size(0), w.size(0), p);
 }
 
-void gated_units_forward(Tensor& h, Tensor& pre, const Gemm& product, const Tensor& bias) {
-  if (!bias.defined() && fused_gated_units(h, pre, product)) return;
-  Tensor none;
-  linear_forward(pre, none, product, bias, Epilogue::none);
-  const int64_t f = h.size(1);
-  glu_forward(h, pre.slice(1, 0, f), pre.slice(1, f, 2 * f), Activation::silu);
+}  // namespace
+
+void gated_units_forward(bool& done, Tensor& h, Tensor& pre, const Gemm& product) {
+  done = fused_gated_units(h, pre, product);
 }
 
-void units_backward(Tensor& dpre, Tensor& db, bool add_db, const Tensor& dy, const Tensor& w, const Tensor& pre,
+void units_backward(bool& done, Tensor& dpre, Tensor& db, bool add_db, const Tensor& dy, const Tensor& w, const Tensor& pre,
                     Epilogue epilogue) {
-  if (epilogue == Epilogue::gelu_tanh && fused_gelu_gradient(dpre, db, add_db, dy, w, pre)) return;
-  Tensor dh = empty_like(pre);
-  gemm(gemm_of(dh, dy, w, false, false));
-  linear_gradient(dpre, db, dh, pre, epilogue, add_db);
+  done = epilogue == Epilogue::gelu_tanh && fused_gelu_gradient(dpre, db, add_db, dy, w, pre);
 }
 
-void gated_units_backward(Tensor& dpre, const Tensor& dy, const Tensor& w, const Tensor& pre) {
-  if (fused_gated_gradient(dpre, dy, w, pre)) return;
-  const int64_t f = w.size(1);
-  Tensor dh = empty({dy.size(0), f}, dy.dtype(), dy.device());
-  gemm(gemm_of(dh, dy, w, false, false));
-  Tensor dgate = dpre.slice(1, 0, f), dup = dpre.slice(1, f, 2 * f);
-  glu_backward(dgate, dup, dh, pre.slice(1, 0, f), pre.slice(1, f, 2 * f), Activation::silu);
+void gated_units_backward(bool& done, Tensor& dpre, const Tensor& dy, const Tensor& w, const Tensor& pre) {
+  done = fused_gated_gradient(dpre, dy, w, pre);
 }
 
 }  // namespace krait::kernels::cuda

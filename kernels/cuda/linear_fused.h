@@ -10,11 +10,6 @@ namespace krait::kernels::cuda {
 bool fused_product(const Gemm& product, const Tensor& bias);
 /// y = gelu_tanh(pre), pre = product + bias. bias may be undefined.
 bool fused_gelu(Tensor& y, Tensor& pre, const Gemm& product, const Tensor& bias);
-/// h = silu(gate) up, pre = [gate; up] = product.
-bool fused_gated_units(Tensor& h, Tensor& pre, const Gemm& product);
-/// As units_backward with gelu_tanh, and gated_units_backward, of kernels/feed_forward.h.
-bool fused_gelu_gradient(Tensor& dpre, Tensor& db, bool add_db, const Tensor& dy, const Tensor& w, const Tensor& pre);
-bool fused_gated_gradient(Tensor& dpre, const Tensor& dy, const Tensor& w, const Tensor& pre);
 
 /// y (b l, heads d) = product + bias, heads [0, rotated) of d = 64 rotated: as linear_rope of kernels/rope.h, halves.
 bool fused_rope(Tensor& y, const Gemm& product, const Tensor& bias, int64_t length, int64_t rotated, const Tensor& cos,
