@@ -1,6 +1,7 @@
 #pragma once
 #include "core/cuda/launch.cuh"
 #include "kernels/causal_conv1d.h"
+#include "kernels/cuda/exp2.cuh"
 
 // What the causal convolution's kernels share.
 namespace krait::kernels::cuda {
@@ -9,12 +10,7 @@ template <class A>
 __device__ __forceinline__ A sigmoid_of(A p) {
   return A(1) / (A(1) + exp(-p));
 }
-__device__ __forceinline__ float sigmoid_of(float p) {
-  float power, s;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(p * -1.44269504f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0f + power));
-  return s;
-}
+__device__ __forceinline__ float sigmoid_of(float p) { return reciprocal_fast(1.0f + exp2_fast(p * -kLog2e)); }
 
 // silu(p) without infinity times 0.
 template <class A>

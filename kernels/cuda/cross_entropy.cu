@@ -4,6 +4,7 @@
 
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/aligned.h"
+#include "kernels/cuda/exp2.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -31,7 +32,6 @@ __device__ A exp_for(A x) {
 }
 
 // exp(x - shift). For bf16 as a power of two: one multiply-add and the hardware's function.
-constexpr float kLog2e = 1.4426950408889634f;
 template <class T, class A>
 struct ShiftedExp {
   A shift;  // of the argument; for bf16 times log2 e
@@ -40,9 +40,7 @@ struct ShiftedExp {
   }
   __device__ A operator()(A x) const {
     if constexpr (std::is_same_v<T, bf16>) {
-      float y;
-      asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fmaf(x, kLog2e, -shift)));
-      return y;
+      return exp2_fast(fmaf(x, kLog2e, -shift));
     } else {
       return exp_of(x - shift);
     }

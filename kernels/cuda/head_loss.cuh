@@ -4,18 +4,12 @@
 #include <type_traits>
 
 #include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/exp2.cuh"
 #include "kernels/cuda/packed.cuh"
 #include "kernels/cuda/tma.cuh"
 #include "kernels/cuda/wgmma.cuh"
 
 namespace krait::kernels::cuda {
-
-constexpr float kLog2e = 1.4426950408889634f;
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // The product's shape: a block has 128 rows of x and 256 of w at a time, 64 terms a stage; the two blocks of a cluster
 // have the same rows of w and bring half of them each. (Clusters of four, 192 columns in five stages, and one warpgroup

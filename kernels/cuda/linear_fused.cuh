@@ -15,6 +15,7 @@
 
 #include "kernels/cuda/activation.cuh"
 #include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/exp2.cuh"
 #include "kernels/cuda/tma.cuh"
 #include "kernels/cuda/wgmma.cuh"
 #include "kernels/epilogue.h"
@@ -71,13 +72,7 @@ __device__ __forceinline__ float low_half(uint32_t v) { return __uint_as_float(v
 __device__ __forceinline__ float high_half(uint32_t v) { return __uint_as_float(v & 0xFFFF0000u); }
 
 // 1 / (1 + 2^x), for results that are rounded to bf16.
-__device__ __forceinline__ float sigmoid_of_minus(float x) {
-  float power, s;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0f + power));
-  return s;
-}
-inline constexpr float kLog2e = 1.44269504f;
+__device__ __forceinline__ float sigmoid_of_minus(float x) { return reciprocal_fast(1.0f + exp2_fast(x)); }
 // gelu_tanh of kernels/epilogue.h.
 __device__ __forceinline__ float gelu_sigmoid(float x) {
   constexpr float k = -kLog2e * kGeluScale<float>;

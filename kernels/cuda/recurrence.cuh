@@ -6,6 +6,7 @@
 
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/recurrence_plan.h"
+#include "kernels/cuda/shared_limit.h"
 #include "kernels/recurrence.h"
 #include "kernels/recurrent_cells.h"
 
@@ -409,8 +410,7 @@ void run_recurrence(RecurrenceArgs<T> a, const Tensor& w, const Cell& cell) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device.index));
   gpu.multiprocessors = value;
-  check(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index));
-  gpu.shared = value;
+  gpu.shared = shared_limit(device);
   const RecurrencePlan plan =
       plan_recurrence({a.b, a.h, a.p, D::kRows, D::kVector, Cell::kStates, dtype_of<T>}, gpu);
 

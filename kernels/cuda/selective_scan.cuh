@@ -1,5 +1,6 @@
 #pragma once
 #include "core/cuda/launch.cuh"
+#include "kernels/cuda/exp2.cuh"
 #include "kernels/selective_scan.h"
 
 // What the selective scan's kernels share. A: dtype of sums. A thread owns one channel and kStates states of it; a
@@ -58,11 +59,7 @@ ScanView<T> scan_view(const SelectiveScanInputs& in) {
   return v;
 }
 
-__device__ __forceinline__ float scan_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+__device__ __forceinline__ float scan_exp2(float x) { return exp2_fast(x); }
 __device__ __forceinline__ double scan_exp2(double x) { return exp2(x); }
 
 __device__ __forceinline__ float scan_sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }

@@ -97,11 +97,6 @@ __device__ __forceinline__ float walk_log2(float x) {
   asm volatile("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));  // volatile: no branch around it
   return y;
 }
-__device__ __forceinline__ float walk_reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Relative error below 1e-5 everywhere: a series where 1 + exp(-|x|) would round.
 __device__ __forceinline__ float walk_softplus_of(float x, float p) {  // p = exp(-|x|)
@@ -113,7 +108,7 @@ __device__ __forceinline__ float walk_softplus(float x) {
   return walk_softplus_of(x, scan_exp2(-fabsf(x) * static_cast<float>(kLog2E)));
 }
 __device__ __forceinline__ float walk_sigmoid(float x) {
-  return walk_reciprocal(1.0f + scan_exp2(-x * static_cast<float>(kLog2E)));
+  return reciprocal_fast(1.0f + scan_exp2(-x * static_cast<float>(kLog2E)));
 }
 
 // Added to the exponent where a document begins: the state before it does not count.

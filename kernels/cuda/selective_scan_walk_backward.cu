@@ -48,7 +48,7 @@ struct TimeStep {
     if (!softplus) return;
     const float p = scan_exp2(-fabsf(raw) * static_cast<float>(kLog2E));
     delta = walk_softplus_of(raw, p);
-    slope = walk_reciprocal(1.0f + p) * (raw >= 0.0f ? 1.0f : p);
+    slope = reciprocal_fast(1.0f + p) * (raw >= 0.0f ? 1.0f : p);
   }
 };
 

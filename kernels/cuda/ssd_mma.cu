@@ -8,6 +8,7 @@
 // at 3 TB/s. Shared memory: 86 ldmatrix.x4 of 4 cycles per warp, chunk and head, 0.15 ms, besides 0.05 ms to fill the
 // tiles. One H100 took 0.46 ms for the outputs: three warps per scheduler wait for each other (1,400 instructions a chunk,
 // 0.17 ms of issue slots). States alone took 0.25 ms, the rate of a copy there.
+#include "kernels/cuda/shared_limit.h"
 #include "kernels/cuda/ssd_mma.cuh"
 
 namespace krait::kernels::cuda::ssd::mma64 {
@@ -16,7 +17,7 @@ namespace {
 
 constexpr int kMaxBundle = 3;
 constexpr int64_t kSmallest = 163 * 1024;  // shared memory of a block that every kernel here makes do with
-constexpr float kLog2e = 1.4426950408889634f, kGone = -256.0f;  // 2^kGone is 0
+constexpr float kGone = -256.0f;  // 2^kGone is 0
 
 // One block per chunk; a warp sums the decays of a head.
 __global__ void __launch_bounds__(256)
@@ -51,8 +52,8 @@ __global__ void __launch_bounds__(256)
       float2* to = reinterpret_cast<float2*>(decays + d.unit(b, c, h0 + k) * kDecays) + lane;
       to[0] = make_float2(s0, s1);
       to[32] = make_float2(w0, w1);
-      to[64] = make_float2(exp2_of(s0), exp2_of(s1));
-      to[96] = make_float2(w0 * exp2_of(end - s0), w1 * exp2_of(end - s1));
+      to[64] = make_float2(exp2_fast(s0), exp2_fast(s1));
+      to[96] = make_float2(w0 * exp2_fast(end - s0), w1 * exp2_fast(end - s1));
     }
     __syncthreads();
   }
@@ -231,7 +232,7 @@ __global__ void __launch_bounds__(kMaxBundle * 128, 1)
           const float2 s = pair(decay.s + j), dt = pair(decay.dt + j);
           // Above the diagonal the product is 0 and the power must be finite.
           const auto weight = [](float product_of, float difference, float dt_of) {
-            return product_of * dt_of * exp2_of(fminf(difference, 126.0f));
+            return product_of * dt_of * exp2_fast(fminf(difference, 126.0f));
           };
           const uint32_t top = words[2 * half], bottom = words[2 * half + 1];
           fa[2 * half] = pack(weight(low(top), s0 - s.x, dt.x), weight(high(top), s0 - s.y, dt.y));
@@ -326,12 +327,6 @@ __global__ void carry_kernel(float* states, const float* start, const float* dec
 template <class T>
 T* data_or_null(const Tensor& t) {
   return t.defined() ? t.data<T>() : nullptr;
-}
-
-int64_t shared_limit(Device device) {
-  int bytes = 0;
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index));
-  return bytes;
 }
 
 // How a walk along the chunks is cut: blocks for two on each of about 132 multiprocessors, pieces of four chunks or more.

@@ -4,6 +4,7 @@
 // start in different banks); fragments as in attention_mma.cuh.
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/exp2.cuh"
 #include "kernels/cuda/ssd_tile.cuh"
 
 namespace krait::kernels::cuda::ssd::mma64 {
@@ -59,13 +60,6 @@ struct Prepared {
 
 /// A value that all lanes of a warp share, so that the compiler knows it.
 __device__ inline int uniform(int v) { return __shfl_sync(0xFFFFFFFFu, v, 0); }
-
-/// 2^x; nothing at all below -126.
-__device__ inline float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 __device__ inline uint32_t word(const bf16* p) { return *reinterpret_cast<const uint32_t*>(p); }
 __device__ inline float low(uint32_t w) { return __uint_as_float(w << 16); }

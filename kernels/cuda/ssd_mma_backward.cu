@@ -205,9 +205,9 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kernel(const Grads grad, co
       for (int m = 0; m < 2; ++m) {
         const int j = j0 + 8 * m + 2 * t;
         const float2 s = pair(decay.s + j), dt = pair(decay.dt + j);
-        const float mask[4] = {under || j <= i ? exp2_of(s0 - s.x) : 0.0f, under || j < i ? exp2_of(s0 - s.y) : 0.0f,
-                               under || j <= i + 8 ? exp2_of(s1 - s.x) : 0.0f,
-                               under || j < i + 8 ? exp2_of(s1 - s.y) : 0.0f};
+        const float mask[4] = {under || j <= i ? exp2_fast(s0 - s.x) : 0.0f, under || j < i ? exp2_fast(s0 - s.y) : 0.0f,
+                               under || j <= i + 8 ? exp2_fast(s1 - s.x) : 0.0f,
+                               under || j < i + 8 ? exp2_fast(s1 - s.y) : 0.0f};
         const float of[4] = {low(words[2 * m]), high(words[2 * m]), low(words[2 * m + 1]), high(words[2 * m + 1])};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kernel(const Grads grad, co
       corner.right(fb, dstate, kPitch<N>, 16 * part, q);
       mma_pair(u[0], u[1], fa, fb);
     }
-    const float end = decay.s[kRows - 1], out0 = exp2_of(end - s0), out1 = exp2_of(end - s1);
+    const float end = decay.s[kRows - 1], out0 = exp2_fast(end - s0), out1 = exp2_fast(end - s1);
     const float dt0 = decay.dt[i], dt1 = decay.dt[i + 8];
     const int channel = 16 * part + 2 * t;
     uint32_t own_x[2][2], up[2][2];
