@@ -4,8 +4,8 @@
 #include <map>
 #include <mutex>
 
-#include "core/cuda/launch.cuh"
 #include "kernels/cuda/aligned.h"
+#include "kernels/cuda/cluster_launch.cuh"
 #include "kernels/cuda/head_loss.cuh"
 #include "kernels/cuda/hopper.h"
 #include "kernels/cuda/tensor_map.h"
@@ -17,18 +17,8 @@ namespace {
 
 constexpr int64_t kCachedBytes = int64_t{16} << 20;  // of x, while all columns pass by
 
-cudaLaunchConfig_t clusters_config(int64_t clusters, cudaLaunchAttribute& cluster, Stream stream) {
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kHeadCluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(kHeadCluster * clusters));
-  config.blockDim = dim3(kHeadThreads);
-  config.dynamicSmemBytes = kHeadShared;
-  config.stream = native(stream);
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  return config;
+LaunchConfig in_clusters(int64_t clusters, Stream stream) {
+  return {.grid = kHeadCluster * clusters, .block = kHeadThreads, .shared = kHeadShared, .stream = stream};
 }
 
 // How many clusters the GPU holds at once; 0 where the kernel is not for it.
@@ -40,10 +30,7 @@ int resident_clusters(Device device) {
   if (!fresh) return at->second;
   const int multiprocessors = hopper_multiprocessors(device, reinterpret_cast<const void*>(head_exponentials_kernel));
   if (multiprocessors == 0) return 0;
-  check(cudaFuncSetAttribute(head_exponentials_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kHeadShared));
-  cudaLaunchAttribute cluster{};
-  const cudaLaunchConfig_t config = clusters_config(multiprocessors / kHeadCluster, cluster, {});
-  check(cudaOccupancyMaxActiveClusters(&at->second, head_exponentials_kernel, &config));
+  at->second = most_clusters(head_exponentials_kernel, kHeadCluster, in_clusters(multiprocessors / kHeadCluster, {}));
   return at->second;
 }
 
@@ -73,11 +60,8 @@ void exponentials(const Tensor& e, const Tensor& partial, const Tensor& target_e
                         .target_e = target_e.data<float>(),
                         .partial = partial.data<float>(),
                         .e = e.defined() ? e.data<bf16>() : nullptr};
-  cudaLaunchAttribute cluster{};
   const int64_t clusters = std::min<int64_t>(resident_clusters(x.device()), row_tiles * column_tiles);
-  const cudaLaunchConfig_t config = clusters_config(clusters, cluster, current_stream(x.device()));
-  check(cudaFuncSetAttribute(head_exponentials_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kHeadShared));
-  check(cudaLaunchKernelEx(&config, head_exponentials_kernel, x_map, w_map, job));
+  launch_clusters(head_exponentials_kernel, kHeadCluster, in_clusters(clusters, current_stream(x.device())), x_map, w_map, job);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 #pragma once
-#include "core/cuda/launch.cuh"
+#include "kernels/cuda/launch_with.cuh"
 
 // Programmatic dependent launch, for chains of kernels that are too short to hide their own start: a kernel launched
 // with launch_overlapped may begin while those before it run. Until wait_for_previous(), which returns when the kernel
@@ -38,22 +38,10 @@ template <class... P, class... A>
 void launch_overlapped(void (*kernel)(P...), const LaunchConfig& c, A&&... arguments) {
   static const bool able = device_info(c.stream.device).compute_capability >= 90;
   if (!able) return launch(kernel, c, std::forward<A>(arguments)...);
-  if (c.grid <= 0 || c.grid_y <= 0 || c.grid_z <= 0) return;
-  KRAIT_CHECK(c.grid < (int64_t{1} << 31) && c.grid_y < 65536 && c.grid_z < 65536,
-              "CUDA grid ({}, {}, {}) is too large; use a smaller batch", c.grid, c.grid_y, c.grid_z);
-  if (c.shared > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(c.shared)));
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(c.grid), static_cast<unsigned>(c.grid_y), static_cast<unsigned>(c.grid_z));
-  config.blockDim = dim3(static_cast<unsigned>(c.block));
-  config.dynamicSmemBytes = static_cast<size_t>(c.shared);
-  config.stream = native(c.stream);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
+  launch_with(attribute, kernel, c, std::forward<A>(arguments)...);
 }
 
 }  // namespace krait::kernels::cuda

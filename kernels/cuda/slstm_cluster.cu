@@ -15,6 +15,7 @@
 
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/cluster_launch.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -510,25 +511,12 @@ int64_t warps_for(const Tensor& x, std::initializer_list<const Tensor*> tensors)
 
 // False where the kernel was not compiled for clusters.
 template <class Arguments>
-bool launch_clusters(void (*kernel)(Arguments), const Arguments& a, int64_t warps, int64_t shared, Stream stream) {
+bool run_clusters(void (*kernel)(Arguments), const Arguments& a, int64_t warps, int64_t shared, Stream stream) {
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, kernel));
   if (attributes.ptxVersion < 90) return false;
   const int64_t blocks = a.h * ceil_div(a.b, kTile) * kBlocks;
-  KRAIT_CHECK(blocks < (int64_t{1} << 31), "slstm: {} blocks are too many; use a smaller batch", blocks);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kBlocks;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(32 * warps));
-  config.dynamicSmemBytes = static_cast<size_t>(shared);
-  config.stream = native(stream);
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, a));
+  launch_clusters(kernel, kBlocks, {.grid = blocks, .block = static_cast<int>(32 * warps), .shared = shared, .stream = stream}, a);
   return true;
 }
 
@@ -565,7 +553,7 @@ bool slstm_cluster_forward(RecurrenceForward& r, SlstmForget forget) {
   const Stream stream = current_stream(r.x.device());
   const bool served = with_warps(warps, [&]<int W>() {
     const auto kernel = forget == SlstmForget::exp ? forward_kernel<true, W> : forward_kernel<false, W>;
-    return launch_clusters(kernel, a, W, ForwardLayout<W>::kBytes, stream);
+    return run_clusters(kernel, a, W, ForwardLayout<W>::kBytes, stream);
   });
   if (kept.defined())
     r.out.saved = served ? kept : empty({b, l, kKept, h, r.x.size(4)}, DType::f32, r.x.device());
@@ -581,7 +569,7 @@ bool slstm_cluster_backward(RecurrenceBackward& r) {
                    r.dx.data<bf16>(), pointer_or_null<float>(r.dstate0)};
   const Stream stream = current_stream(r.dx.device());
   return with_warps(warps, [&]<int W>() {
-    return launch_clusters(backward_kernel<W>, a, W, BackwardLayout<W>::kBytes, stream);
+    return run_clusters(backward_kernel<W>, a, W, BackwardLayout<W>::kBytes, stream);
   });
 }
 
