@@ -119,24 +119,29 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kSums; ++i) dsums[(row * kSums + i) * bins + k] = d[i];
 }
 
-// Block (channel h0 + x, chunk of 32 states): a lane has a state, the warps share the nodes, whose sine and cosine are
-// made once for all states. Bound by fp64: about 90 multiply-adds for each state and node with rank 1.
+template <int R>
+constexpr int kStateSums = 2 * S4State<R>::kSums + 2;  // dp, dq, dalpha, dbeta
+
+// Block (channel h0 + x, chunk of 32 states, piece of the nodes): a lane has a state, the warps share the nodes, whose
+// sine and cosine are made once for all states. partials (pieces, rows, kStateSums, n). Bound by fp64: about 90
+// multiply-adds for each state and node with rank 1.
 template <int R, class T>
 __global__ void __launch_bounds__(kWarps * 32)
-    states_backward_kernel(T* dC, double* contributions, const Complex64* __restrict__ dsums, Parameters<T> p,
-                           int64_t h0, int64_t length, int64_t bins) {
-  constexpr int kSums = S4State<R>::kSums, kValues = 2 * kSums + 2;  // dp, dq, dalpha, dbeta
+    states_backward_kernel(double* partials, const Complex64* __restrict__ dsums, Parameters<T> p, int64_t h0,
+                           int64_t length, int64_t bins) {
+  constexpr int kSums = S4State<R>::kSums, kValues = kStateSums<R>;
   __shared__ Node nodes[kWarps][32];
   __shared__ double totals[kWarps][kValues][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t row = blockIdx.x, h = h0 + row, j = int64_t{blockIdx.y} * 32 + lane;
-  const S4State<R> state = p.template state<R>(h, min(j, p.n - 1));
+  const int64_t row = blockIdx.x, j = int64_t{blockIdx.y} * 32 + lane;
+  const S4State<R> state = p.template state<R>(h0 + row, min(j, p.n - 1));
   double sums[kValues] = {};
-  for (int64_t k0 = warp * 32; k0 < bins; k0 += kWarps * 32) {
+  const int64_t begin = bins * blockIdx.z / gridDim.z, end = bins * (blockIdx.z + 1) / gridDim.z;
+  for (int64_t k0 = begin + warp * 32; k0 < end; k0 += kWarps * 32) {
     __syncwarp();
     nodes[warp][lane] = node_of(min(k0 + lane, bins - 1), length);
     __syncwarp();
-    const int count = static_cast<int>(min(int64_t{32}, bins - k0));
+    const int count = static_cast<int>(min(int64_t{32}, end - k0));
     for (int k = 0; k < count; ++k) {
       const Node node = nodes[warp][k];
       const Complex64 w = reciprocal(state.alpha, state.beta, node);
@@ -159,12 +164,31 @@ __global__ void __launch_bounds__(kWarps * 32)
   for (int i = 0; i < kValues; ++i) totals[warp][i][lane] = sums[i];
   __syncthreads();
   if (warp != 0 || j >= p.n) return;
+  partials += (int64_t{blockIdx.z} * gridDim.x + row) * kValues * p.n + j;
 #pragma unroll
-  for (int i = 0; i < kValues; ++i)
-    for (int k = 1; k < kWarps; ++k) sums[i] += totals[k][i][lane];
+  for (int i = 0; i < kValues; ++i) {
+    double total = sums[i];
+    for (int k = 1; k < kWarps; ++k) total += totals[k][i][lane];
+    partials[i * p.n] = total;
+  }
+}
+
+// A thread per state of `rows` channels from h0 on: the pieces in their order, then the chain rule.
+template <int R, class T>
+__global__ void __launch_bounds__(kThreads)
+    states_chain_kernel(T* dC, double* contributions, const double* __restrict__ partials, Parameters<T> p, int64_t h0,
+                        int64_t rows, int64_t pieces) {
+  constexpr int kSums = S4State<R>::kSums, kValues = kStateSums<R>;
+  const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (at >= rows * p.n) return;
+  const int64_t row = at / p.n, j = at % p.n, h = h0 + row;
+  double sums[kValues] = {};
+  for (int64_t piece = 0; piece < pieces; ++piece)
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) sums[i] += partials[((piece * rows + row) * kValues + i) * p.n + j];
   store_complex(dC, h * p.n + j,
-                s4_chain<R>(contributions + (h * p.n + j) * S4State<R>::kGradients, state, sums, sums + kSums,
-                            sums[2 * kSums], sums[2 * kSums + 1]));
+                s4_chain<R>(contributions + (h * p.n + j) * S4State<R>::kGradients, p.template state<R>(h, j), sums,
+                            sums + kSums, sums[2 * kSums], sums[2 * kSums + 1]));
 }
 
 // irfft: bins in, real positions out.
@@ -210,6 +234,12 @@ int64_t chunk_of(int64_t h, int64_t values) {
   return std::clamp<int64_t>(kWorkspace / (values * static_cast<int64_t>(sizeof(Complex64))), 1, std::min<int64_t>(h, 65535));
 }
 
+// Long kernels leave few channels in a chunk: their nodes are then shared by several blocks. At least 64 nodes a warp.
+int64_t node_pieces(int64_t blocks, int64_t bins) {
+  constexpr int64_t kBlocks = 132 * 4;
+  return std::clamp<int64_t>(std::min(ceil_div(kBlocks, blocks), bins / (kWarps * 64)), 1, 65535);
+}
+
 template <int R, class T>
 void forward(Tensor& K, const S4Parameters& parameters) {
   const int64_t h = K.size(0), length = K.size(1), bins = length / 2 + 1;
@@ -234,6 +264,8 @@ void backward(Tensor& dC, Tensor& contributions, const Tensor& dK, const S4Param
   const int64_t rows = chunk_of(h, (1 + kSums) * bins + any_dft_workspace(length, length, bins));
   const Tensor dK_hat = empty({rows, bins, 2}, DType::f64, dK.device());
   const Tensor dsums = empty({rows, kSums, bins, 2}, DType::f64, dK.device());
+  const int64_t pieces = node_pieces(rows * ceil_div(p.n, 32), bins);
+  const Tensor partials = empty({pieces, rows, kStateSums<R>, p.n}, DType::f64, dK.device());
   const Stream stream = current_stream(dK.device());
   for (int64_t h0 = 0; h0 < h; h0 += rows) {
     const int64_t count = std::min(rows, h - h0);
@@ -243,8 +275,10 @@ void backward(Tensor& dC, Tensor& contributions, const Tensor& dK, const S4Param
            {.grid = ceil_div(bins, kThreads), .grid_y = count, .block = kThreads, .stream = stream},
            complex_data(dsums), static_cast<const Complex64*>(complex_data(dK_hat)), p, h0, length, bins);
     launch(states_backward_kernel<R, T>,
-           {.grid = count, .grid_y = ceil_div(p.n, 32), .block = kWarps * 32, .stream = stream}, dC.data<T>(),
-           contributions.data<double>(), static_cast<const Complex64*>(complex_data(dsums)), p, h0, length, bins);
+           {.grid = count, .grid_y = ceil_div(p.n, 32), .grid_z = pieces, .block = kWarps * 32, .stream = stream},
+           partials.data<double>(), static_cast<const Complex64*>(complex_data(dsums)), p, h0, length, bins);
+    launch(states_chain_kernel<R, T>, {.grid = ceil_div(count * p.n, kThreads), .block = kThreads, .stream = stream},
+           dC.data<T>(), contributions.data<double>(), static_cast<const double*>(partials.data<double>()), p, h0, count, pieces);
   }
 }
 
