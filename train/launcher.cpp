@@ -6,6 +6,7 @@
 
 #include "core/comm/job.h"
 #include "core/error.h"
+#include "train/build_info.h"
 
 namespace krait::train {
 namespace {
@@ -42,8 +43,10 @@ Launch detect_launch() {
     Launch launch;
     launch.launcher = source.launcher;
     launch.world_size = read_variable(source.world_size, 1);
+    if (launch.world_size > 1 && !std::getenv(source.rank))
+      throw ConfigError(fmt::format("environment: {}={} without {}", source.world_size, launch.world_size, source.rank));
     launch.rank = read_variable(source.rank, 0);
-    launch.local_rank = read_variable(source.local_rank, 0);
+    launch.local_rank = read_variable(source.local_rank, -1);
     if (launch.world_size < 1 || launch.rank >= launch.world_size) {
       throw ConfigError(fmt::format("environment: {}={} does not fit {}={}", source.rank, launch.rank, source.world_size,
                                     launch.world_size));
@@ -54,7 +57,8 @@ Launch detect_launch() {
 }
 
 comm::GroupPtr start_job(const Launch& launch) {
-  return comm::init_world(launch.rank, launch.world_size, launch.local_rank);
+  return comm::init_world(launch.rank, launch.world_size, launch.local_rank,
+                          fmt::format("krait {} (git {})", kVersion, git_revision()));
 }
 
 void require_single_rank(const Launch& launch) {

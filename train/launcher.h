@@ -7,7 +7,7 @@ namespace krait::train {
 
 /// Where this process stands among those that a launcher started.
 struct Launch {
-  int rank = 0, world_size = 1, local_rank = 0;
+  int rank = 0, world_size = 1, local_rank = -1;  // -1: the launcher does not say
   std::string launcher;  // "mpirun", "srun", "environment (WORLD_SIZE)"; empty: started alone
 };
 

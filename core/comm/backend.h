@@ -17,7 +17,7 @@ std::string host_name();
 
 // ---- MPI
 /// Starts MPI, fills job_state() and returns the group of all processes.
-GroupPtr start_mpi(int rank, int size, int local_rank);
+GroupPtr start_mpi(int rank, int size, int local_rank, const std::string& version);
 void stop_mpi();
 /// Kills all processes of the job, this one too.
 [[noreturn]] void kill_job(int status);

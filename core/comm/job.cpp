@@ -50,11 +50,11 @@ std::string host_name() {
   return name;
 }
 
-GroupPtr init_world(int rank, int size, int local_rank) {
+GroupPtr init_world(int rank, int size, int local_rank, const std::string& version) {
   KRAIT_CHECK(!job_state().running, "the job was started twice");
   if (size == 1) return single_group("world");
   timeout();  // a bad KRAIT_COMM_TIMEOUT is reported here, not in the first collective
-  GroupPtr world = start_mpi(rank, size, local_rank);
+  GroupPtr world = start_mpi(rank, size, local_rank, version);
   std::atexit(end_at_exit);
   return world;
 }

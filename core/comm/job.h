@@ -6,9 +6,10 @@
 namespace krait::comm {
 
 /// All processes that a launcher started; call once, from the main thread. rank, size and local_rank are what the
-/// launcher says. A job of one process is a group of one and never starts MPI. Otherwise MPI is started, and Error is
-/// thrown when this build lacks it or it sees another number of processes.
-GroupPtr init_world(int rank, int size, int local_rank);
+/// launcher says (local_rank -1: nothing). A job of one process is a group of one and never starts MPI. Otherwise MPI is
+/// started, where its own launcher has not started the processes with the other ranks at MASTER_ADDR:MASTER_PORT; Error is
+/// thrown when this build lacks it, it sees another number of processes, or ranks that meet differ in `version`.
+GroupPtr init_world(int rank, int size, int local_rank, const std::string& version = "");
 
 /// Ends MPI in an orderly way after success; after failure (status is not 0) ends all ranks. Returns the status.
 /// A process that exits in another way ends the job.

@@ -25,6 +25,12 @@ void fail_on_last_rank(F fail) {
 TEST_CASE("fault: killed", "[.]") {
   fail_on_last_rank([] { std::raise(SIGKILL); });
 }
+TEST_CASE("fault: rank 0 killed", "[.]") {
+  Tensor t = ones({3}, DType::f32, kCpu);
+  world()->all_reduce(t).wait();
+  if (world()->rank() == 0) std::raise(SIGKILL);
+  world()->all_reduce(t).wait();
+}
 TEST_CASE("fault: exits", "[.]") {
   fail_on_last_rank([] { std::exit(0); });
 }

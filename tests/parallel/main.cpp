@@ -32,7 +32,7 @@ std::string no_cuda_reason(int ranks) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
+int main(int argc, char** argv) try {
   const auto launch = krait::train::detect_launch();
   for (int i = 1; i < argc; ++i) {
     const char* at = std::strstr(argv[i], "[cuda]");
@@ -43,14 +43,12 @@ int main(int argc, char** argv) {
       return 77;
     }
   }
-  try {
-    krait::testing::the_world = krait::comm::init_world(launch.rank, launch.world_size, launch.local_rank);
-  } catch (const krait::Error& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
-    return 1;
-  }
+  krait::testing::the_world = krait::comm::init_world(launch.rank, launch.world_size, launch.local_rank);
   Catch::Session session;
   session.configData().abortAfter = 1;
   const int failed = session.run(argc, argv);
   return krait::comm::finish(failed == 0 ? 0 : 1);
+} catch (const krait::Error& e) {
+  std::fprintf(stderr, "error: %s\n", e.what());
+  return 1;
 }

@@ -123,6 +123,14 @@ TEST_CASE("launchers: what started this process is found; more than one rank is 
     const Environment step("SLURM_STEP_NUM_TASKS", "8"), rank("SLURM_PROCID", "1");
     CHECK(detect_launch().world_size == 8);
   }
+  {
+    const Environment size("WORLD_SIZE", "2");
+    CHECK(error_of([] { detect_launch(); }) == "environment: WORLD_SIZE=2 without RANK");
+    const Environment rank("RANK", "1");
+    CHECK(detect_launch().local_rank == -1);
+    const Environment local_rank("LOCAL_RANK", "1");
+    CHECK(detect_launch().local_rank == 1);
+  }
   const Environment size("WORLD_SIZE", "two");
   CHECK(error_of([] { detect_launch(); }) == "environment: WORLD_SIZE: found 'two', expected a number >= 0");
 }

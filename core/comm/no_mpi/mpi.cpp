@@ -8,7 +8,7 @@
 
 namespace krait::comm {
 
-GroupPtr start_mpi(int, int size, int) {
+GroupPtr start_mpi(int, int size, int, const std::string&) {
   throw_error(fmt::format("{} processes were started, but this build has no MPI; install libopenmpi-dev and openmpi-bin "
                           "(bash train/setup.sh does), configure again with -DKRAIT_MPI=ON and build",
                           size));
