@@ -8,20 +8,26 @@
 #include "core/stream.h"
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/step_program.h"
+#include "kernels/cuda/step_solo.h"
 #include "kernels/step_scope.h"
 
 namespace krait::kernels::cuda {
 
 namespace {
 
-// Arrivals at the barriers of a device: its launches follow each other on one stream.
-Tensor counter_of(Device device) {
+// What the blocks of a device's launches meet by: its launches follow each other on one stream.
+struct Meeting {
+  Tensor counters;  // arrivals at barriers; beginnings of programs of one row
+  Tensor pairs;
+};
+Meeting meeting_of(Device device) {
   static std::mutex mutex;
-  static auto* all = new std::map<int, Tensor>;
+  static auto* all = new std::map<int, Meeting>;
   const std::lock_guard lock(mutex);
-  Tensor& counter = (*all)[device.index];
-  if (!counter.defined() && !is_capturing(device)) counter = zeros({1}, DType::i64, device);
-  return counter;
+  Meeting& meeting = (*all)[device.index];
+  if (!meeting.pairs.defined() && !is_capturing(device))
+    meeting = {zeros({2}, DType::i64, device), zeros({kSoloSlotPairs}, DType::i64, device)};
+  return meeting;
 }
 
 StepOp operation(StepKind kind, int64_t rows) {
@@ -33,8 +39,10 @@ StepOp operation(StepKind kind, int64_t rows) {
 
 class StepQueue final : public GatheredSteps {
  public:
-  StepQueue(Device device, Tensor counter) : device_(device), counter_(std::move(counter)) {
-    program_.counter = reinterpret_cast<unsigned long long*>(counter_.data<int64_t>());
+  StepQueue(Device device, Meeting meeting) : device_(device), meeting_(std::move(meeting)), blocks_(solo_blocks(device)) {
+    program_.counter = reinterpret_cast<unsigned long long*>(meeting_.counters.data<int64_t>());
+    solo_.counter = program_.counter + 1;
+    solo_.pairs = reinterpret_cast<unsigned long long*>(meeting_.pairs.data<int64_t>());
   }
 
   void flush() override {
@@ -42,7 +50,10 @@ class StepQueue final : public GatheredSteps {
     program_.count = std::exchange(count_, 0);  // the launch itself asks for the stream
     operations += program_.count;
     ++launches;
-    run_steps(program_, device_);
+    if (plan_solo(solo_, program_, blocks_))
+      run_solo(solo_, device_, blocks_);
+    else
+      run_steps(program_, device_);
     held_.clear();
   }
 
@@ -95,8 +106,10 @@ class StepQueue final : public GatheredSteps {
 
  private:
   Device device_;
-  Tensor counter_;
+  Meeting meeting_;
+  int blocks_;
   StepProgram program_{};
+  SoloProgram solo_{};
   int count_ = 0;
   std::vector<Tensor> held_;
 };
@@ -132,7 +145,7 @@ LinearStep rows_of(StepInput input, const Tensor& y) {
 void gather_steps(std::unique_ptr<GatheredSteps>& steps, Device device) {
   static const bool able = device_info(device).compute_capability >= 90;
   if (!able) return;
-  if (Tensor counter = counter_of(device); counter.defined()) steps = std::make_unique<StepQueue>(device, std::move(counter));
+  if (Meeting meeting = meeting_of(device); meeting.pairs.defined()) steps = std::make_unique<StepQueue>(device, std::move(meeting));
 }
 
 bool gather_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual,

@@ -152,3 +152,87 @@ TEST_CASE("a step in one launch: attention_append equals the cpu's", "[cuda]") {
     });
   }
 }
+
+// Programs of one row whose operations follow each other as in a model have a kernel of their own.
+TEST_CASE("a step in one launch: layers of Mamba equal the cpu's", "[cuda]") {
+  struct Sizes { int64_t d, e, n, r; };
+  for (const auto& [d, e, n, r] : {Sizes{768, 1536, 16, 48}, Sizes{264, 520, 6, 4}, Sizes{1032, 2064, 16, 64}, Sizes{64, 96, 5, 3}}) {
+    INFO("d " << d << " e " << e << " n " << n << " r " << r);
+    check_gathered([&, d = d, e = e, n = n, r = r](Maker m) {
+      Tensor x = m.narrow({1, d}), residual = m.narrow({1, d});
+      std::vector<Tensor> out;
+      for (int layer = 0; layer < 2; ++layer) {
+        const auto normed = kernels::add_rms_norm_forward(x, residual, m.wide({d}, 1, 0.2), 1e-5);
+        residual = normed.residual;
+        const Tensor xz = linear(normed.y, m.narrow({2 * e, d}, 0.05));
+        Tensor conv = m.narrow({1, 3, e}), h = m.wide({1, e, n});
+        const kernels::MambaStepWeights w{m.narrow({e, 4}),          layer == 1 ? Tensor{} : m.narrow({e}), m.narrow({r + 2 * n, e}, 0.03), m.narrow({e, r}, 0.1),
+                                          m.wide({e}, -2), m.wide({e, n}, 0.5, 0.5),               m.wide({e})};
+        const Tensor y = kernels::mamba_step(conv, h, xz, w);
+        x = linear(y, m.narrow({d, e}, 0.03));
+        out.insert(out.end(), {residual, xz, y, x, conv, h});
+      }
+      out.push_back(linear(kernels::add_rms_norm_forward(x, residual, m.wide({d}, 1, 0.2), 1e-5).y, m.narrow({5003, d}, 0.05)));
+      return out;
+    });
+  }
+}
+
+TEST_CASE("a step in one launch: layers of Mamba-2 equal the cpu's", "[cuda]") {
+  struct Sizes { int64_t d, heads, p, n; bool norm_first, D_each; };
+  for (const auto& [d, heads, p, n, norm_first, D_each] :
+       {Sizes{768, 24, 64, 128, false, false}, Sizes{264, 8, 20, 20, true, false}, Sizes{1024, 32, 64, 256, false, true}, Sizes{64, 6, 16, 64, false, false}}) {
+    INFO("d " << d << " heads " << heads << " p " << p << " n " << n);
+    check_gathered([&, d = d, heads = heads, p = p, n = n, norm_first = norm_first, D_each = D_each](Maker m) {
+      const int64_t e = heads * p, c = e + 2 * n;
+      Tensor x = m.narrow({1, d}), residual = m.narrow({1, d});
+      std::vector<Tensor> out;
+      for (int layer = 0; layer < 2; ++layer) {
+        const auto normed = kernels::add_rms_norm_forward(x, residual, m.wide({d}, 1, 0.2), 1e-5);
+        residual = normed.residual;
+        const Tensor in = linear(normed.y, m.narrow({e + c + heads, d}, 0.05));
+        Tensor conv = m.narrow({1, 3, c}), h = m.wide({1, heads, p, n});
+        const kernels::Mamba2StepWeights w{m.narrow({c, 4}), m.narrow({c}), m.wide({heads}, -2), m.wide({heads}, 0.5, 0.5),
+                                           D_each ? m.wide({heads, p}) : m.wide({heads}), m.wide({e}, 1, 0.1), 0, 1e30, 1e-5, norm_first};
+        const Tensor y = kernels::mamba2_step(conv, h, in, w);
+        x = linear(y, m.narrow({d, e}, 0.03));
+        out.insert(out.end(), {residual, in, y, x, conv, h});
+      }
+      return out;
+    });
+  }
+}
+
+TEST_CASE("a step in one launch: blocks with attention equal the cpu's", "[cuda]") {
+  struct Sizes { int64_t d, hq, hkv, head, wide; int32_t position; bool rope, alibi; kernels::RopeStyle style; };
+  for (const Sizes& s : {Sizes{768, 12, 12, 64, 3072, 319, false, false, kernels::RopeStyle::half}, Sizes{256, 4, 2, 64, 512, 17, true, false, kernels::RopeStyle::half},
+                         Sizes{96, 3, 3, 32, 264, 0, true, true, kernels::RopeStyle::interleaved}, Sizes{1024, 8, 2, 128, 2816, 1100, true, false, kernels::RopeStyle::half},
+                         Sizes{48, 2, 1, 24, 40, 700, true, true, kernels::RopeStyle::half}}) {
+    INFO("d " << s.d << " hq " << s.hq << " position " << s.position);
+    check_gathered([&](Maker m) {
+      const int64_t capacity = 1200, inner = s.hq * s.head;
+      kernels::AttentionAppend a{.hq = s.hq, .hkv = s.hkv, .style = s.style};
+      if (s.rope) {
+        const auto table = kernels::rope_table(capacity, s.head / 2, 10000, m.device, f32);
+        a.cos = table.cos, a.sin = table.sin;
+      }
+      if (s.alibi) a.alibi_slopes = random_tensor({s.hq}, Uniform{0.01, 0.2}, 77, f32).to(m.device);
+      const Tensor position = from_vector(std::vector<int32_t>{s.position}).to(m.device);
+      Tensor x = m.narrow({1, s.d}), residual = m.narrow({1, s.d});
+      std::vector<Tensor> out;
+      for (int layer = 0; layer < 2; ++layer) {
+        const auto first = kernels::add_layer_norm_forward(x, residual, m.wide({s.d}, 1, 0.2), m.wide({s.d}, 0, 0.2), 1e-5);
+        const Tensor qkv = linear(first.y, m.narrow({(s.hq + 2 * s.hkv) * s.head, s.d}, 0.05), m.narrow({(s.hq + 2 * s.hkv) * s.head}, 0.1));
+        Tensor k = m.narrow({1, capacity, s.hkv, s.head}), v = m.narrow({1, capacity, s.hkv, s.head});
+        const Tensor o = kernels::attention_append(qkv.view({1, s.hq + 2 * s.hkv, s.head}), k, v, position, a);
+        x = linear(o.view({1, inner}), m.narrow({s.d, inner}, 0.05), m.narrow({s.d}, 0.1));
+        const auto second = kernels::add_layer_norm_forward(x, first.residual, m.wide({s.d}, 1, 0.2), m.wide({s.d}, 0, 0.2), 1e-5);
+        residual = second.residual;
+        const Tensor wide = linear(second.y, m.narrow({s.wide, s.d}, 0.05), m.narrow({s.wide}, 0.1), Epilogue::gelu_tanh);
+        x = linear(wide, m.narrow({s.d, s.wide}, 0.03), m.narrow({s.d}, 0.1));
+        out.insert(out.end(), {qkv, o, residual, wide, x, k, v});
+      }
+      return out;
+    });
+  }
+}
