@@ -37,7 +37,8 @@ Upstream through_output(const std::vector<Tensor>& d, const MlstmHeadOutput& out
   if (!output.w.defined() || !d[0].defined()) return up;
   up.output = kernels::mlstm_output_backward(d[0], out.h, output.w.data(), output.skip.data(), output.x_c.data(),
                                              output.z.data(), normed.mean, normed.rstd, output.eps, output.w.grad_in_place(),
-                                             output.skip.grad_in_place());
+                                             output.skip.grad_in_place(),
+                                             output.gradient ? output.gradient->half(1) : Tensor());
   up.cell.dh = up.output.dh;
   up.cell.dots = up.output.dots;
   return up;

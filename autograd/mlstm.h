@@ -19,10 +19,13 @@ struct MlstmResult {
   MlstmMemory last;
 };
 
-/// What follows the cell in its block: mlstm_output (autograd/mlstm_block.h). w undefined: nothing.
+class HalvesGradient;
+/// What follows the cell in its block: mlstm_output (autograd/mlstm_block.h). w undefined: nothing. The gradient of z is the
+/// second half of `gradient`, where that is given.
 struct MlstmHeadOutput {
   Variable w, skip, x_c, z;
   double eps = 1e-5;
+  std::shared_ptr<HalvesGradient> gradient;
 };
 
 /// mLSTM over q, k (b, l, heads, dq), v (b, l, heads, dv), gate pre-activations i, f (b, l, heads), fp32 (fp64 for

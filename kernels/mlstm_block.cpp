@@ -19,6 +19,15 @@ Tensor dense(const Tensor& t) {
   const Tensor c = t.contiguous();
   return reinterpret_cast<uintptr_t>(c.raw_data()) % static_cast<uintptr_t>(4 * size_of(c.dtype())) == 0 ? c : c.clone();
 }
+// The rows of a result that may be part of a wider one.
+Tensor written_rows(const char* name, const Tensor& t, const Tensor& like) {
+  check_same(name, t, like);
+  const Tensor rows = t.flatten_leading();
+  KRAIT_CHECK(t.shape() == like.shape() && rows.storage() == t.storage() &&
+                  (t.device().is_cpu() || rows_of(rows).storage() == t.storage()),
+              "{}: a gradient goes to {}, expected rows of four aligned elements like {}", name, describe(t), describe(like));
+  return rows;
+}
 MlstmMapsWeights dense(const MlstmMapsWeights& w) { return {dense(w.w_q), dense(w.w_k), dense(w.w_v), dense(w.g)}; }
 
 void check_maps(const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w) {
@@ -64,23 +73,28 @@ MlstmMaps mlstm_maps_forward(const Tensor& x_c, const Tensor& x_m, const MlstmMa
 }
 
 MlstmMapsGrad mlstm_maps_backward(const MlstmMapsUpstream& up, const Tensor& x_c, const Tensor& x_m,
-                                  const MlstmMapsWeights& w, const MlstmMapsWeights& into) {
+                                  const MlstmMapsWeights& w, const MlstmMapsWeights& into, const Tensor& dx_m_into,
+                                  const std::function<void(const Tensor& dx_c)>& between) {
   check_maps(x_c, x_m, w);
+  KRAIT_CHECK(!between || dx_m_into.defined(), "mlstm_maps: no gradient of x_m to add to");
   const auto rows = [](const Tensor& t) { return dense(t).flatten_leading(); };
   const auto or_zero = [&](const Tensor& t) { return rows(t.defined() ? t : zeros(x_c.shape(), x_c.dtype(), x_c.device())); };
   const DType a = accum_dtype(x_c.dtype());
-  MlstmMapsGrad out{empty(x_c.shape(), x_c.dtype(), x_c.device()), empty(x_c.shape(), x_c.dtype(), x_c.device()), {}};
+  MlstmMapsGrad out{empty(x_c.shape(), x_c.dtype(), x_c.device()),
+                    dx_m_into.defined() ? dx_m_into : empty(x_c.shape(), x_c.dtype(), x_c.device()), {}};
   WeightGrad q(w.w_q, x_c.dtype(), into.w_q), k(w.w_k, x_c.dtype(), into.w_k), v(w.w_v, x_c.dtype(), into.w_v),
       g(w.g, x_c.dtype(), into.g);
   if (x_c.numel() > 0) {
     const Tensor dgates = up.dgates.defined() ? up.dgates.to(a) : zeros(x_c.shape().with(-1, w.g.size(0)), a, x_c.device());
     const MlstmMapsUpstream all{or_zero(up.dq), or_zero(up.dk), or_zero(up.dv), rows(dgates),
                                 up.dx_more.defined() ? rows(up.dx_more) : Tensor()};
-    Tensor dx_c = out.dx_c.flatten_leading(), dx_m = out.dx_m.flatten_leading();
+    Tensor dx_c = out.dx_c.flatten_leading(), dx_m = written_rows("mlstm_maps", out.dx_m, x_m);
+    const auto then = between ? std::function<void()>([&] { between(out.dx_c); }) : nullptr;
     MlstmMapsWeights dw{q.sum(), k.sum(), v.sum(), g.sum()};
     KRAIT_DISPATCH(x_c.device(), mlstm_maps_backward(dx_c, dx_m, dw, {q.adds(), k.adds(), v.adds(), g.adds()}, all,
-                                                     rows(x_c), rows_of(x_m), dense(w)));
+                                                     rows(x_c), rows_of(x_m), dense(w), then));
   } else {
+    if (between) between(out.dx_c);
     for (WeightGrad* grad : {&q, &k, &v, &g})
       if (!grad->adds()) zero_(grad->sum());
   }
@@ -97,13 +111,16 @@ namespace {
 void check_output(const Tensor& h, const Tensor& w, const Tensor& skip, const Tensor& x_c, const Tensor& z) {
   check_same("mlstm_output", x_c, z);
   check_same("mlstm_output", x_c, skip);
-  check_same("mlstm_output", h, w);
-  KRAIT_CHECK(h.ndim() >= 2 && h.dtype() == accum_dtype(x_c.dtype()) && h.device() == x_c.device(),
+  const DType a = accum_dtype(x_c.dtype());
+  KRAIT_CHECK(w.dtype() == a && w.device() == x_c.device(), "mlstm_output: w is {}, x_c {}", describe(w), describe(x_c));
+  KRAIT_CHECK(h.ndim() >= 2 && (h.dtype() == a || h.dtype() == x_c.dtype()) && h.device() == x_c.device(),
               "mlstm_output: h is {}, x_c {}", describe(h), describe(x_c));
   const Shape c{h.size(-2) * h.size(-1)};
   KRAIT_CHECK(x_c.shape() == h.shape().drop_last().with(-1, c[0]) && z.shape() == x_c.shape() && w.shape() == c && skip.shape() == c,
               "mlstm_output: h is {}, x_c {}, z {}, w {}, skip {}", h.shape(), x_c.shape(), z.shape(), w.shape(), skip.shape());
 }
+
+Tensor of_backend(const Tensor& h) { return dense(h.device().is_cpu() ? h.to(accum_dtype(h.dtype())) : h); }
 
 }  // namespace
 
@@ -111,28 +128,28 @@ MlstmOutput mlstm_output_forward(const Tensor& h, const Tensor& w, const Tensor&
                                  const Tensor& z, double eps) {
   check_output(h, w, skip, x_c, z);
   const Shape heads = h.shape().drop_last();
-  MlstmOutput out{empty(x_c.shape(), x_c.dtype(), x_c.device()), empty(heads, h.dtype(), h.device()),
-                  empty(heads, h.dtype(), h.device())};
+  MlstmOutput out{empty(x_c.shape(), x_c.dtype(), x_c.device()), empty(heads, w.dtype(), h.device()),
+                  empty(heads, w.dtype(), h.device())};
   if (h.numel() > 0)
-    KRAIT_DISPATCH(h.device(), mlstm_output_forward(out, dense(h), dense(w), dense(skip), dense(x_c).flatten_leading(),
+    KRAIT_DISPATCH(h.device(), mlstm_output_forward(out, of_backend(h), dense(w), dense(skip), dense(x_c).flatten_leading(),
                                                     rows_of(z), eps));
   return out;
 }
 
 MlstmOutputGrad mlstm_output_backward(const Tensor& dy, const Tensor& h, const Tensor& w, const Tensor& skip,
                                       const Tensor& x_c, const Tensor& z, const Tensor& mean, const Tensor& rstd,
-                                      double eps, const Tensor& dw_into, const Tensor& dskip_into) {
+                                      double eps, const Tensor& dw_into, const Tensor& dskip_into, const Tensor& dz_into) {
   check_output(h, w, skip, x_c, z);
   KRAIT_CHECK(dy.shape() == x_c.shape(), "mlstm_output: dy is {}, x_c {}", dy.shape(), x_c.shape());
   const auto like = [](const Tensor& t) { return empty(t.shape(), t.dtype(), t.device()); };
   const bool cuda = h.device().is_cuda();
-  MlstmOutputGrad out{empty(h.shape(), cuda ? x_c.dtype() : h.dtype(), h.device()), cuda ? like(mean) : Tensor(), {}, {},
-                      like(x_c), like(z)};
+  MlstmOutputGrad out{empty(h.shape(), cuda ? x_c.dtype() : w.dtype(), h.device()), cuda ? like(mean) : Tensor(), {}, {},
+                      like(x_c), dz_into.defined() ? dz_into : like(z)};
   WeightGrad dw(w, x_c.dtype(), dw_into), dskip(skip, x_c.dtype(), dskip_into);
   if (h.numel() > 0) {
-    MlstmOutputGrad rows{out.dh, out.dots, dw.sum(), dskip.sum(), out.dx_c.flatten_leading(), out.dz.flatten_leading()};
+    MlstmOutputGrad rows{out.dh, out.dots, dw.sum(), dskip.sum(), out.dx_c.flatten_leading(), written_rows("mlstm_output", out.dz, z)};
     KRAIT_DISPATCH(h.device(), mlstm_output_backward(rows, dw.adds(), dskip.adds(), dense(dy).flatten_leading(),
-                                                     dense(h), dense(w), dense(skip), dense(x_c).flatten_leading(),
+                                                     of_backend(h), dense(w), dense(skip), dense(x_c).flatten_leading(),
                                                      rows_of(z), mean, rstd, eps));
   } else {
     for (WeightGrad* grad : {&dw, &dskip})

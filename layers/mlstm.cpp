@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "autograd/activation.h"
-#include "autograd/causal_conv1d.h"
 #include "autograd/elementwise.h"
 #include "autograd/gate_linear.h"
 #include "autograd/head_norm.h"
@@ -123,14 +122,14 @@ Variable Mlstm::mix(const Variable& x, const SequenceInfo& info, LayerState* sta
   const Variable carried = state ? Variable(state->tensors.at("conv")) : Variable();
   const comm::GroupPtr sequence = recurrent ? comm::single_group("sequence") : sequence_;
   const Variable history = convolution_history(up.x_m, config_.conv - 1, sequence, info.segments, carried);
-  const ConvOut conv = causal_conv1d(up.x_m, conv_weight_, conv_bias_, history, true, info.segments);
+  const MlstmConvolved conv = mlstm_conv_maps(up, conv_weight_, conv_bias_, history, info.segments, q_, k_, v_, gate_weight_);
   if (state) state->tensors["conv"] = from_last_piece(conv.final_state.data(), sequence);
-  const MlstmMapped in = mlstm_maps(conv.y, up.x_m_again, q_, k_, v_, gate_weight_);
+  const MlstmMapped& in = conv.maps;
   // The gates look at all channels: every member's part of every head's, then each head's sum where the head is.
   const Variable partial = reshape(in.gates, {x.size(0), x.size(1), 2, heads_ * tensor_->size()});
   const Variable gates =
       reshape(reduce_scatter_to_group(partial, -1, tensor_), {x.size(0), x.size(1), 2 * heads_}) + gate_bias_;
-  const MlstmHeadOutput output{norm_.variable() + 1.0, skip_, in.x_c, up.z, config_.norm_eps};
+  const MlstmHeadOutput output{norm_.variable() + 1.0, skip_, in.x_c, up.z, config_.norm_eps, up.gradient};
   return down_->forward(cell(in.q, in.k, in.v, gates, info, state, recurrent, output));
 }
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/parallel.h"
+#include "kernels/accumulate.h"
 #include "kernels/cpu/chunk_sums.h"
 #include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
@@ -127,7 +128,8 @@ void mlstm_maps_forward(MlstmMaps& out, const Tensor& x_c, const Tensor& x_m, co
 }
 
 void mlstm_maps_backward(Tensor& dx_c, Tensor& dx_m, MlstmMapsWeights& dw, MlstmMapsAdds adds,
-                         const MlstmMapsUpstream& up, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w) {
+                         const MlstmMapsUpstream& up, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w,
+                         const std::function<void()>& between) {
   const int64_t rows = x_c.size(0), e = x_c.size(1), gates = w.g.size(0), chunks = (rows + kChunk - 1) / kChunk;
   const int64_t size = 12 * e + gates * 3 * e;  // dWq, dWk, dWv, dG of a chunk
   visit_float(x_c.dtype(), [&]<class T>() {
@@ -140,7 +142,9 @@ void mlstm_maps_backward(Tensor& dx_c, Tensor& dx_m, MlstmMapsWeights& dw, Mlstm
     const int64_t input_row[2] = {x_c.stride(0), x_m.stride(0)};
     const A* dgates = up.dgates.data<A>();
     A* partial_all = partial.data<A>();
-    T* results[2] = {dx_c.data<T>(), dx_m.data<T>()};
+    const Tensor own = between ? empty(dx_m.shape(), dx_m.dtype(), kCpu) : dx_m;
+    T* results[2] = {dx_c.data<T>(), own.data<T>()};
+    const int64_t result_row[2] = {dx_c.stride(0), own.stride(0)};
     parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
       std::vector<A> t(static_cast<size_t>(e)), dx(static_cast<size_t>(2 * e));
       std::vector<T> y(static_cast<size_t>(e));
@@ -168,13 +172,17 @@ void mlstm_maps_backward(Tensor& dx_c, Tensor& dx_m, MlstmMapsWeights& dw, Mlstm
           map_row_backward(dx.data() + part / 2 * e, sums + part * 4 * e, t.data(), x, blocks[part], e);
         }
         for (int64_t half = 0; half < 2; ++half) {
-          T* to = results[half] + r * e;
+          T* to = results[half] + r * result_row[half];
           const A* from = dx.data() + half * e;
 #pragma omp simd
           for (int64_t c = 0; c < e; ++c) put(to[c], from[c]);
         }
       }
     });
+    if (between) {
+      between();
+      kernels::accumulate(dx_m, own);
+    }
     const A* sums = partial.data<A>();
     add_in_order(dw.w_q, adds.q, sums, chunks, size);
     add_in_order(dw.w_k, adds.k, sums + 4 * e, chunks, size);
@@ -231,7 +239,7 @@ void mlstm_output_backward(MlstmOutputGrad& grad, bool add_dw, bool add_dskip, c
         const A *v = h.data<A>() + i * p, *weight = w.data<A>() + c0;
         const T *by = skip.data<T>() + c0, *x = x_c.data<T>() + at, *gate = z.data<T>() + r * z.stride(0) + c0;
         const T* up = dy.data<T>() + at;
-        T *dz = grad.dz.data<T>() + at, *dx = grad.dx_c.data<T>() + at;
+        T *dz = grad.dz.data<T>() + r * grad.dz.stride(0) + c0, *dx = grad.dx_c.data<T>() + at;
 #pragma omp simd
         for (int64_t j = 0; j < p; ++j) {
           const A xhat = (v[j] - mu) * scale, xv = static_cast<A>(x[j]), zv = static_cast<A>(gate[j]);

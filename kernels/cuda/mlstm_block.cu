@@ -1,6 +1,7 @@
 #include "kernels/mlstm_block.h"
 
 #include "core/cuda/launch.cuh"
+#include "kernels/cuda/mlstm_maps.cuh"
 #include "kernels/cuda/norm_backward.cuh"
 #include "kernels/cuda/packed.cuh"
 
@@ -8,7 +9,7 @@ namespace krait::kernels::cuda {
 
 namespace {
 
-constexpr int kThreads = 128, kGates = 8;
+constexpr int kThreads = 128, kGates = kMapsGates;
 constexpr int kForwardRows = 64, kBackwardRows = 128;  // of one block of threads
 
 template <class T, int N>
@@ -29,27 +30,21 @@ __device__ __forceinline__ void store_four(T* to, const A (&v)[4]) {
 }
 
 template <class T>
-struct Maps {
-  const T *w[3], *g;
-  int blocks;  // of 4 x 4
-
+struct Maps : MapsWeights<T> {
   // Block n of map `part`.
   template <class A>
   __device__ __forceinline__ void load(A (&m)[4][4], int part, int n) const {
 #pragma unroll
     for (int o = 0; o < 4; ++o)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) m[o][i] = static_cast<A>(w[part][(int64_t{n} * 4 + o) * 4 + i]);
-  }
-  __device__ __forceinline__ const T* gates_of(int gate, int part, int n) const {
-    return g + (int64_t{gate} * 3 + part) * blocks * 4 + int64_t{n} * 4;
+      for (int i = 0; i < 4; ++i) m[o][i] = static_cast<A>(this->w[part][(int64_t{n} * 4 + o) * 4 + i]);
   }
   // e += G W of this block: the gates as a map of x.
   template <class A>
   __device__ __forceinline__ void add_gates(A (&e)[kGates][4], const A (&m)[4][4], int part, int n) const {
 #pragma unroll
     for (int k = 0; k < kGates; ++k) {
-      const Side<T, 4> row = load_four(gates_of(k, part, n));
+      const Side<T, 4> row = load_four(this->gates_of(k, part, n));
 #pragma unroll
       for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -139,11 +134,11 @@ __global__ void gates_kernel(A* gates, const A* partial, int64_t total, int warp
 
 // The same walk backwards for the kMaps maps of one input, from `part` on. With E = G W and d = dgates, dx is
 // sum W^T dy + E^T d, and all gradients of weights follow from S = sum dy x^T (16 values a map) and D = sum d x^T (8 x 4):
-// partial (chunks, 16 kMaps + 32, blocks). Bound by memory: (kMaps + 2) r e sizeof(T) bytes.
+// partial (chunks, 16 kMaps + 32, blocks). dx_more may be dx itself. Bound by memory: (kMaps + 2) r e sizeof(T) bytes.
 template <class T, int kMaps>
 __global__ void __launch_bounds__(kThreads)
-    maps_backward_kernel(T* dx, accum_t<T>* partial, const T* dy0, const T* dy1, const accum_t<T>* dgates, const T* dx_more,
-                         const T* x_in, int64_t x_stride, Maps<T> maps, int part, int64_t rows) {
+    maps_backward_kernel(T* dx, int64_t dx_stride, accum_t<T>* partial, const T* dy0, const T* dy1, const accum_t<T>* dgates, const T* dx_more,
+                         int64_t more_stride, const T* x_in, int64_t x_stride, Maps<T> maps, int part, int64_t rows) {
   using A = accum_t<T>;
   const int n = static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (n >= maps.blocks) return;
@@ -165,7 +160,7 @@ __global__ void __launch_bounds__(kThreads)
     const Side<A, 4> low = load_four(dgates + r * kGates), high = load_four(dgates + r * kGates + 4);
     A x[4], out[4] = {};
     if (dx_more != nullptr) {
-      const Side<T, 4> more = load_four(dx_more + at);
+      const Side<T, 4> more = load_four(dx_more + r * more_stride + n * 4);
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[i] = static_cast<A>(more.at[i]);
     }
@@ -191,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
         gate_sums[g][i] += d * x[i];
       }
     }
-    store_four(dx + at, out);
+    store_four(dx + r * dx_stride + n * 4, out);
   }
   A* to = partial + int64_t{blockIdx.y} * (16 * kMaps + 32) * maps.blocks + n;
 #pragma unroll
@@ -245,7 +240,19 @@ __global__ void weights_kernel(accum_t<T>* dq, accum_t<T>* dk, accum_t<T>* dv, a
 
 template <class T>
 Maps<T> maps_of(const MlstmMapsWeights& w) {
-  return {{w.w_q.data<T>(), w.w_k.data<T>(), w.w_v.data<T>()}, w.g.data<T>(), static_cast<int>(w.w_q.size(0))};
+  return {{{w.w_q.data<T>(), w.w_k.data<T>(), w.w_v.data<T>()}, w.g.data<T>(), static_cast<int>(w.w_q.size(0))}};
+}
+
+// Whether tensor cores take these rows: pointers and strides in whole 16 bytes.
+template <class T>
+MapsRows<T> rows_of(const Tensor& t) {
+  return {t.data<T>(), t.stride(0)};
+}
+bool on_tensor_cores(const MlstmMapsWeights& w, std::initializer_list<const Tensor*> rows) {
+  if (w.w_q.dtype() != DType::bf16 || !mlstm_maps_mma_serve(w.w_q.size(0) * 4)) return false;
+  for (const Tensor* t : rows)
+    if (t->defined() && (!aligned16(t->raw_data()) || t->stride(0) % 8 != 0)) return false;
+  return true;
 }
 
 // V neighbouring elements a thread. Bound by memory: 5 r e sizeof(T) bytes.
@@ -268,10 +275,37 @@ __global__ void join_kernel(T* out, const T* a, const T* b, const T* z, int64_t 
 
 constexpr int kWarps = 4, kFour = 4;  // a warp takes one head of a row; a lane 4 channels of every 128
 
-template <class T, int kSteps>
+template <class A>
+__device__ __forceinline__ A sigmoid_of(A x) {
+  return A(1) / (A(1) + exp(-x));
+}
+__device__ __forceinline__ float sigmoid_of(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+
+// What a warp reads of one head of a row.
+template <class T, class H, int kSteps>
+struct HeadRow {
+  Side<H, 4> h[kSteps];
+  Side<T, 4> x[kSteps], gate[kSteps], up[kSteps];
+
+  template <bool kBackward>
+  __device__ __forceinline__ void load(int lane, int p, const H* from_h, const T* from_x, const T* from_gate, const T* from_up) {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const int j = (k * 32 + lane) * kFour;
+      if (j >= p) continue;
+      h[k] = load_four(from_h + j);
+      x[k] = load_four(from_x + j);
+      gate[k] = load_four(from_gate + j);
+      if constexpr (kBackward) up[k] = load_four(from_up + j);
+    }
+  }
+};
+
+// Bound by memory: r c sizeof(H) + 3 r c sizeof(T) bytes.
+template <class T, class H, int kSteps>
 __global__ void __launch_bounds__(32 * kWarps)
     output_forward_kernel(T* __restrict__ y, accum_t<T>* __restrict__ mean, accum_t<T>* __restrict__ rstd,
-                          const accum_t<T>* __restrict__ h, const accum_t<T>* __restrict__ w, const T* __restrict__ skip,
+                          const H* __restrict__ h, const accum_t<T>* __restrict__ w, const T* __restrict__ skip,
                           const T* __restrict__ x_c, const T* __restrict__ z, int64_t z_stride, int64_t n, int heads, int p,
                           accum_t<T> eps) {
   using A = accum_t<T>;
@@ -279,15 +313,17 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (i >= n) return;
   const int64_t r = i / heads, c0 = i % heads * p, at = i * p;
-  Side<A, 4> v[kSteps];
-  A first[1] = {A(0)}, s[2] = {A(0), A(0)};
+  HeadRow<T, H, kSteps> in;
+  in.template load<false>(lane, p, h + at, x_c + at, z + r * z_stride + c0, nullptr);
+  A v[kSteps][4], first[1] = {A(0)}, s[2] = {A(0), A(0)};
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    const int j = (k * 32 + lane) * kFour;
-    if (j >= p) continue;
-    v[k] = load_four(h + at + j);
+    if ((k * 32 + lane) * kFour >= p) continue;
 #pragma unroll
-    for (int q = 0; q < 4; ++q) first[0] += v[k].at[q];
+    for (int q = 0; q < 4; ++q) {
+      v[k][q] = static_cast<A>(in.h[k].at[q]);
+      first[0] += v[k][q];
+    }
   }
   group_sum<32>(first);
   first[0] /= static_cast<A>(p);
@@ -296,7 +332,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     if ((k * 32 + lane) * kFour >= p) continue;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      const A d = v[k].at[q] - first[0];
+      const A d = v[k][q] - first[0];
       s[0] += d;
       s[1] += d * d;
     }
@@ -313,28 +349,30 @@ __global__ void __launch_bounds__(32 * kWarps)
     const int j = (k * 32 + lane) * kFour;
     if (j >= p) continue;
     const Side<A, 4> weight = load_four(w + c0 + j);
-    const Side<T, 4> by = load_four(skip + c0 + j), x = load_four(x_c + at + j), gate = load_four(z + r * z_stride + c0 + j);
+    const Side<T, 4> by = load_four(skip + c0 + j);
     A out[4];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      const A zv = static_cast<A>(gate.at[q]);
-      const A u = (v[k].at[q] - mu) * scale * weight.at[q] + static_cast<A>(by.at[q]) * static_cast<A>(x.at[q]);
-      out[q] = u * zv / (A(1) + exp(-zv));
+      const A zv = static_cast<A>(in.gate[k].at[q]);
+      const A u = (v[k][q] - mu) * scale * weight.at[q] + static_cast<A>(by.at[q]) * static_cast<A>(in.x[k].at[q]);
+      out[q] = u * zv * sigmoid_of(zv);
     }
     store_four(y + at + j, out);
   }
 }
 
-// Grid (chunks of rows, heads over warps). A warp walks down its head's rows with the sums of dw and dskip in registers:
-// partial (2, chunks, heads p). Bound by memory: r c sizeof(A) + 6 r c sizeof(T) bytes.
-template <class T, int kSteps>
-__global__ void __launch_bounds__(32 * kWarps)
+// Grid (chunks of rows, heads over warps). A warp walks down its head's rows with the sums of dw and dskip in registers
+// and the next row on its way: partial (2, chunks, heads p). Bound by memory: r c sizeof(H) + 6 r c sizeof(T) bytes.
+template <class T, class H, int kSteps>
+__global__ void __launch_bounds__(32 * kWarps, kSteps <= 3 && sizeof(T) == 2 ? 3 : 1)
     output_backward_kernel(T* __restrict__ dh, accum_t<T>* __restrict__ dots, T* __restrict__ dx_c, T* __restrict__ dz,
-                           accum_t<T>* __restrict__ partial, const T* __restrict__ dy, const accum_t<T>* __restrict__ h,
-                           const accum_t<T>* __restrict__ w, const T* __restrict__ skip, const T* __restrict__ x_c,
-                           const T* __restrict__ z, int64_t z_stride, const accum_t<T>* __restrict__ mean,
-                           const accum_t<T>* __restrict__ rstd, int64_t rows, int heads, int p, accum_t<T> eps) {
+                           int64_t dz_stride, accum_t<T>* __restrict__ partial, const T* __restrict__ dy,
+                           const H* __restrict__ h, const accum_t<T>* __restrict__ w, const T* __restrict__ skip,
+                           const T* __restrict__ x_c, const T* __restrict__ z, int64_t z_stride,
+                           const accum_t<T>* __restrict__ mean, const accum_t<T>* __restrict__ rstd, int64_t rows, int heads,
+                           int p, accum_t<T> eps) {
   using A = accum_t<T>;
+  constexpr bool kAhead = kSteps <= 4;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int head = static_cast<int>(blockIdx.y) * kWarps + static_cast<int>(threadIdx.x) / 32;
   if (head >= heads) return;
@@ -348,21 +386,22 @@ __global__ void __launch_bounds__(32 * kWarps)
     weight[k] = load_four(w + c0 + j);
     by[k] = load_four(skip + c0 + j);
   }
+  HeadRow<T, H, kSteps> next;
+  A next_mean = A(0), next_rstd = A(0);
+  const auto load = [&](int64_t r) {
+    const int64_t at = (r * heads + head) * p;
+    next.template load<true>(lane, p, h + at, x_c + at, z + r * z_stride + c0, dy + at);
+    next_mean = mean[r * heads + head];
+    next_rstd = rstd[r * heads + head];
+  };
+  if (kAhead) load(blockIdx.x);
   for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
     const int64_t i = r * heads + head, at = i * p;
-    const A mu = mean[i], scale = rstd[i];
-    Side<A, 4> xhat[kSteps], g[kSteps];
-    Side<T, 4> up[kSteps], x[kSteps], gate[kSteps];
-    A s[2] = {A(0), A(0)};
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      const int j = (k * 32 + lane) * kFour;
-      if (j >= p) continue;
-      xhat[k] = load_four(h + at + j);
-      up[k] = load_four(dy + at + j);
-      x[k] = load_four(x_c + at + j);
-      gate[k] = load_four(z + r * z_stride + c0 + j);
-    }
+    if (!kAhead) load(r);
+    const HeadRow<T, H, kSteps> in = next;
+    const A mu = next_mean, scale = next_rstd;
+    if (kAhead && r + gridDim.x < rows) load(r + gridDim.x);
+    A xhat[kSteps][4], g[kSteps][4], s[2] = {A(0), A(0)};
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       const int j = (k * 32 + lane) * kFour;
@@ -370,20 +409,19 @@ __global__ void __launch_bounds__(32 * kWarps)
       A dx_out[4], dz_out[4];
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        const A zv = static_cast<A>(gate[k].at[q]), d = static_cast<A>(up[k].at[q]), xv = static_cast<A>(x[k].at[q]);
-        const A b = static_cast<A>(by[k].at[q]), sigmoid = A(1) / (A(1) + exp(-zv));
-        xhat[k].at[q] = (xhat[k].at[q] - mu) * scale;
-        const A u = xhat[k].at[q] * weight[k].at[q] + b * xv, du = d * zv * sigmoid;
-        dz_out[q] = d * u * sigmoid * (A(1) + zv * (A(1) - sigmoid));
+        const A zv = static_cast<A>(in.gate[k].at[q]), d = static_cast<A>(in.up[k].at[q]), xv = static_cast<A>(in.x[k].at[q]);
+        const A b = static_cast<A>(by[k].at[q]), sigmoid = sigmoid_of(zv);
+        xhat[k][q] = (static_cast<A>(in.h[k].at[q]) - mu) * scale;
+        const A u = xhat[k][q] * weight[k].at[q] + b * xv, ds = d * sigmoid, du = ds * zv;
+        dz_out[q] = ds * u * (A(1) + zv * (A(1) - sigmoid));
         dx_out[q] = du * b;
         dskip[k].at[q] += du * xv;
-        dw[k].at[q] += du * xhat[k].at[q];
-        const A of_norm = du * weight[k].at[q];
-        g[k].at[q] = of_norm;
-        s[0] += of_norm;
-        s[1] += of_norm * xhat[k].at[q];
+        dw[k].at[q] += du * xhat[k][q];
+        g[k][q] = du * weight[k].at[q];
+        s[0] += g[k][q];
+        s[1] += g[k][q] * xhat[k][q];
       }
-      store_four(dz + at + j, dz_out);
+      store_four(dz + r * dz_stride + c0 + j, dz_out);
       store_four(dx_c + at + j, dx_out);
     }
     group_sum<32>(s);
@@ -394,7 +432,7 @@ __global__ void __launch_bounds__(32 * kWarps)
       if (j >= p) continue;
       A out[4];
 #pragma unroll
-      for (int q = 0; q < 4; ++q) out[q] = scale * (g[k].at[q] - mean_g - xhat[k].at[q] * mean_gx);
+      for (int q = 0; q < 4; ++q) out[q] = scale * (g[k][q] - mean_g - xhat[k][q] * mean_gx);
       store_four(dh + at + j, out);
     }
     if (lane == 0) dots[i] = s[1] * eps * scale * scale;
@@ -419,6 +457,16 @@ void with_steps(int64_t p, F&& f) {
   f.template operator()<8>();
 }
 
+// f<T, H>(): of x_c and of h, which is bf16 only beside bf16.
+template <class F>
+void visit_output(const Tensor& x_c, const Tensor& h, F&& f) {
+  visit_float(x_c.dtype(), [&]<class T>() {
+    if constexpr (std::is_same_v<T, bf16>)
+      if (h.dtype() == DType::bf16) return f.template operator()<T, bf16>();
+    f.template operator()<T, accum_t<T>>();
+  });
+}
+
 }  // namespace
 
 void mlstm_join(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& z) {
@@ -437,36 +485,55 @@ void mlstm_join(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& z) 
 }
 
 void mlstm_maps_forward(MlstmMaps& out, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w) {
-  const int64_t rows = x_c.size(0), blocks = w.w_q.size(0), warps = ceil_div(blocks, 32);
+  const int64_t rows = x_c.size(0), blocks = w.w_q.size(0);
   const Stream stream = current_stream(x_c.device());
   visit_float(x_c.dtype(), [&]<class T>() {
     using A = accum_t<T>;
-    const Tensor partial = empty({rows, warps, kGates}, dtype_of<A>, x_c.device());
-    launch(maps_forward_kernel<T>,
-           {.grid = ceil_div(blocks, kThreads), .grid_y = ceil_div(rows, kForwardRows), .block = kThreads, .stream = stream},
-           out.q.data<T>(), out.k.data<T>(), out.v.data<T>(), partial.data<A>(), x_c.data<T>(), x_m.data<T>(),
-           x_m.stride(0), maps_of<T>(w), rows, warps);
+    const bool mma = on_tensor_cores(w, {&x_c, &x_m, &out.q, &out.k, &out.v});
+    const int64_t parts = mma ? mlstm_maps_groups(4 * blocks) : ceil_div(blocks, 32);
+    const Tensor partial = empty({rows, parts, kGates}, dtype_of<A>, x_c.device());
+    if constexpr (std::is_same_v<T, bf16>)
+      if (mma)
+        mlstm_maps_forward_mma(out.q.data<T>(), out.k.data<T>(), out.v.data<T>(), partial.data<A>(), rows_of<const T>(x_c),
+                               rows_of<const T>(x_m), maps_of<T>(w), rows, stream);
+    if (!mma)
+      launch(maps_forward_kernel<T>,
+             {.grid = ceil_div(blocks, kThreads), .grid_y = ceil_div(rows, kForwardRows), .block = kThreads, .stream = stream},
+             out.q.data<T>(), out.k.data<T>(), out.v.data<T>(), partial.data<A>(), x_c.data<T>(), x_m.data<T>(),
+             x_m.stride(0), maps_of<T>(w), rows, parts);
     launch(gates_kernel<A>, {.grid = ceil_div(rows * kGates, 256), .stream = stream}, out.gates.data<A>(),
-           partial.data<A>(), rows * kGates, warps);
+           partial.data<A>(), rows * kGates, parts);
   });
 }
 
 void mlstm_maps_backward(Tensor& dx_c, Tensor& dx_m, MlstmMapsWeights& dw, MlstmMapsAdds adds,
-                         const MlstmMapsUpstream& up, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w) {
-  const int64_t rows = x_c.size(0), blocks = w.w_q.size(0), chunks = ceil_div(rows, kBackwardRows);
+                         const MlstmMapsUpstream& up, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w,
+                         const std::function<void()>& between) {
+  const int64_t rows = x_c.size(0), blocks = w.w_q.size(0);
   const Device device = x_c.device();
   const Stream stream = current_stream(device);
   visit_float(x_c.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     const Maps<T> maps = maps_of<T>(w);
+    const bool mma = on_tensor_cores(w, {&dx_c, &dx_m, &x_c, &x_m, &up.dq, &up.dk, &up.dv, &up.dx_more});
+    const int64_t chunks = mma ? mlstm_maps_chunks(rows, 4 * blocks) : ceil_div(rows, kBackwardRows);
     const Tensor of_c = empty({chunks, 64, blocks}, dtype_of<A>, device), of_m = empty({chunks, 48, blocks}, dtype_of<A>, device);
     const Tensor totals = empty({112, blocks}, dtype_of<A>, device);
-    const LaunchConfig walk{.grid = ceil_div(blocks, kThreads), .grid_y = chunks, .block = kThreads, .stream = stream};
-    launch(maps_backward_kernel<T, 2>, walk, dx_c.data<T>(), of_c.data<A>(), up.dq.data<T>(), up.dk.data<T>(),
-           up.dgates.data<A>(), up.dx_more.defined() ? up.dx_more.data<T>() : nullptr, x_c.data<T>(), x_c.stride(0), maps,
-           0, rows);
-    launch(maps_backward_kernel<T, 1>, walk, dx_m.data<T>(), of_m.data<A>(), up.dv.data<T>(), nullptr, up.dgates.data<A>(),
-           nullptr, x_m.data<T>(), x_m.stride(0), maps, 2, rows);
+    const auto walk = [&](auto kernel, Tensor& dx, const Tensor& more, const Tensor& x, const Tensor& dy0, const T* dy1,
+                          const Tensor& partial, int part) {
+      if constexpr (std::is_same_v<T, bf16>)
+        if (mma)
+          return mlstm_maps_backward_mma({rows_of<T>(dx), more.defined() ? rows_of<const T>(more) : MapsRows<const T>{},
+                                          rows_of<const T>(x), {dy0.data<T>(), dy1}, up.dgates.data<A>(), partial.data<A>(), part},
+                                         maps, rows, stream);
+      launch(kernel, {.grid = ceil_div(blocks, kThreads), .grid_y = chunks, .block = kThreads, .stream = stream},
+             dx.data<T>(), dx.stride(0), partial.data<A>(), dy0.data<T>(), dy1, up.dgates.data<A>(),
+             more.defined() ? more.data<T>() : nullptr, more.defined() ? more.stride(0) : 0, x.data<T>(), x.stride(0), maps,
+             part, rows);
+    };
+    walk(maps_backward_kernel<T, 2>, dx_c, up.dx_more, x_c, up.dq, up.dk.data<T>(), of_c, 0);
+    if (between) between();
+    walk(maps_backward_kernel<T, 1>, dx_m, between ? dx_m : Tensor(), x_m, up.dv, nullptr, of_m, 2);
     launch(totals_kernel<A>, {.grid = ceil_div(112 * blocks, 256), .stream = stream}, totals.data<A>(), of_c.data<A>(),
            of_m.data<A>(), chunks, blocks);
     launch(weights_kernel<T>, {.grid = ceil_div(12 * blocks, 128), .block = 128, .stream = stream}, dw.w_q.data<A>(),
@@ -477,12 +544,12 @@ void mlstm_maps_backward(Tensor& dx_c, Tensor& dx_m, MlstmMapsWeights& dw, Mlstm
 void mlstm_output_forward(MlstmOutput& out, const Tensor& h, const Tensor& w, const Tensor& skip, const Tensor& x_c,
                           const Tensor& z, double eps) {
   const int64_t p = h.size(-1), heads = h.size(-2), n = h.numel() / p;
-  visit_float(x_c.dtype(), [&]<class T>() {
+  visit_output(x_c, h, [&]<class T, class H>() {
     using A = accum_t<T>;
     with_steps(p, [&]<int kSteps>() {
-      launch(output_forward_kernel<T, kSteps>,
+      launch(output_forward_kernel<T, H, kSteps>,
              {.grid = ceil_div(n, kWarps), .block = 32 * kWarps, .stream = current_stream(h.device())}, out.y.data<T>(),
-             out.mean.data<A>(), out.rstd.data<A>(), h.data<A>(), w.data<A>(), skip.data<T>(), x_c.data<T>(), z.data<T>(),
+             out.mean.data<A>(), out.rstd.data<A>(), h.data<H>(), w.data<A>(), skip.data<T>(), x_c.data<T>(), z.data<T>(),
              z.stride(0), n, heads, p, eps);
     });
   });
@@ -495,14 +562,14 @@ void mlstm_output_backward(MlstmOutputGrad& grad, bool add_dw, bool add_dskip, c
   // A number that depends on the shape alone, so that every GPU gives the same bits: three blocks of a multiprocessor.
   const int64_t chunks = std::min<int64_t>(rows, std::max<int64_t>(1, 396 / groups));
   const Stream stream = current_stream(h.device());
-  visit_float(x_c.dtype(), [&]<class T>() {
+  visit_output(x_c, h, [&]<class T, class H>() {
     using A = accum_t<T>;
     const Tensor partial = empty({2, chunks, c}, dtype_of<A>, h.device());
     with_steps(p, [&]<int kSteps>() {
-      launch(output_backward_kernel<T, kSteps>, {.grid = chunks, .grid_y = groups, .block = 32 * kWarps, .stream = stream},
-             grad.dh.data<T>(), grad.dots.data<A>(), grad.dx_c.data<T>(), grad.dz.data<T>(), partial.data<A>(), dy.data<T>(), h.data<A>(),
-             w.data<A>(), skip.data<T>(), x_c.data<T>(), z.data<T>(), z.stride(0), mean.data<A>(), rstd.data<A>(), rows,
-             heads, p, eps);
+      launch(output_backward_kernel<T, H, kSteps>, {.grid = chunks, .grid_y = groups, .block = 32 * kWarps, .stream = stream},
+             grad.dh.data<T>(), grad.dots.data<A>(), grad.dx_c.data<T>(), grad.dz.data<T>(), grad.dz.stride(0),
+             partial.data<A>(), dy.data<T>(), h.data<H>(), w.data<A>(), skip.data<T>(), x_c.data<T>(), z.data<T>(),
+             z.stride(0), mean.data<A>(), rstd.data<A>(), rows, heads, p, eps);
     });
     launch(sum_partials_kernel<A>, {.grid = ceil_div(c, 32), .grid_y = 2, .block = 512, .stream = stream}, grad.dw.data<A>(), add_dw,
            grad.dskip.data<A>(), add_dskip, partial.data<A>(), partial.data<A>() + chunks * c, chunks, c);

@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "autograd/causal_conv1d.h"
+#include "autograd/mlstm.h"
 #include "autograd/shape.h"
 #include "tests/testing/op_case.h"
 
@@ -50,9 +52,35 @@ const OpCase kMaps{.name = "mlstm_maps",
                                      in[0].detach()};
                        },
                    .shapes = {map_shapes(1, 1, 4, 8), map_shapes(2, 3, 24, 8), map_shapes(3, 100, 12, 8),
-                              map_shapes(1, 5, 532, 8), map_shapes(2, 3, 8, 3), map_shapes(0, 2, 8, 8)},
+                              map_shapes(1, 5, 532, 8), map_shapes(1, 37, 32, 8), map_shapes(2, 50, 288, 8), map_shapes(2, 3, 8, 3), map_shapes(0, 2, 8, 8)},
                    .tolerance = {{DType::f32, 2e-5}, {DType::bf16, 2e-2}},
                    .fills = {{5, Normal{0, 0.3}}}};
+
+// [x_m; z] (b, l, 2 e), the filters, the state before them, the maps.
+std::vector<Shape> convolved_shapes(int64_t b, int64_t l, int64_t e, int64_t gates) {
+  return {{b, l, 2 * e}, {e, 4}, {e}, {b, 3, e}, {e / 4, 4, 4}, {e / 4, 4, 4}, {e / 4, 4, 4}, {gates, 3 * e}};
+}
+
+const OpCase kConvolved{.name = "mlstm_conv_maps",
+                        .run =
+                            [](const Vars& in) {
+                              const MlstmHalves up = mlstm_halves(in[0]);
+                              const MlstmConvolved out =
+                                  mlstm_conv_maps(up, in[1], in[2], in[3], {}, in[4], in[5], in[6], in[7]);
+                              const MlstmMapped& m = out.maps;
+                              return Vars{m.q, m.k, m.v, m.gates, m.x_c, out.final_state, up.z};
+                            },
+                        .reference =
+                            [](const Vars& in) {
+                              const Vars h = chunk(in[0], 2, -1);
+                              const ConvOut conv = causal_conv1d(h[0], in[1], in[2], in[3], true);
+                              const MlstmMapped m = mlstm_maps(conv.y, h[0], in[4], in[5], in[6], in[7]);
+                              return Vars{m.q, m.k, m.v, m.gates, m.x_c, conv.final_state, h[1]};
+                            },
+                        .shapes = {convolved_shapes(1, 1, 4, 8), convolved_shapes(2, 5, 24, 8), convolved_shapes(2, 40, 32, 8),
+                                   convolved_shapes(1, 70, 96, 8), convolved_shapes(1, 4, 8, 3), convolved_shapes(0, 2, 8, 8)},
+                        .tolerance = {{DType::f32, 2e-5}, {DType::bf16, 3e-2}},
+                        .fills = {{7, Normal{0, 0.3}}}};
 
 std::vector<Shape> output_shapes(int64_t b, int64_t l, int64_t heads, int64_t p) {
   return {{b, l, heads, p}, {heads * p}, {heads * p}, {b, l, heads * p}, {b, l, heads * p}};
@@ -108,7 +136,38 @@ const OpCase kHalves{.name = "mlstm_halves",
                          },
                      .shapes = {{{1, 2}}, {{2, 3, 10}}, {{5, 48}}, {{3, 70, 16}}, {{0, 4}}}};
 
+// The cell and its output: between them h may be rounded, and its gradient is.
+std::vector<Shape> cell_shapes(int64_t b, int64_t l, int64_t heads, int64_t p) {
+  const Shape head{b, l, heads, p}, gate{b, l, heads}, channels{heads * p}, row{b, l, heads * p};
+  return {head, head, head, gate, gate, channels, channels, row, row};
+}
+
+const OpCase kCell{.name = "mlstm with its output",
+                   .run =
+                       [](const Vars& in) {
+                         const DType a = accum_dtype(in[0].dtype());
+                         return mlstm(in[0], in[1], in[2], cast(in[3], a), cast(in[4], a), {}, {}, {}, {},
+                                      {cast(in[5], a), in[6], in[7], in[8], kEps, nullptr}).h;
+                       },
+                   .reference =
+                       [](const Vars& in) {
+                         return mlstm_output(mlstm(in[0], in[1], in[2], in[3], in[4]).h, in[5], in[6], in[7], in[8], kEps);
+                       },
+                   .shapes = {cell_shapes(1, 1, 1, 4), cell_shapes(2, 9, 2, 8), cell_shapes(1, 5, 1, 192), cell_shapes(1, 70, 2, 12)},
+                   .tolerance = {{DType::f32, 5e-5}, {DType::bf16, 4e-2}},
+                   .fills = {{4, Normal{.mean = 3}}},
+                   .grad_tolerance = 3e-6};
+
 }  // namespace
+
+TEST_CASE("an mLSTM cell with its output matches both apart") { check_reference(kCell); }
+TEST_CASE("an mLSTM cell with its output: cuda equals cpu", "[cuda]") {
+  OpCase c = kCell;
+  c.shapes.push_back(cell_shapes(1, 290, 2, 192));
+  c.shapes.push_back(cell_shapes(1, 300, 1, 384));
+  c.shapes.push_back(cell_shapes(2, 130, 2, 64));
+  check_twin(c);
+}
 
 TEST_CASE("halves with two readers of the first: gradients are added") {
   check_reference(kHalves);
@@ -119,6 +178,36 @@ TEST_CASE("halves with two readers of the first: cuda equals cpu", "[cuda]") { c
 TEST_CASE("the maps of an mLSTM block match plain loops") { check_reference(kMaps); }
 TEST_CASE("the maps of an mLSTM block pass gradcheck") { check_grad(kMaps); }
 TEST_CASE("the maps of an mLSTM block: cuda equals cpu", "[cuda]") { check_twin(kMaps); }
+
+TEST_CASE("convolution and maps of an mLSTM block match the functions apart") { check_reference(kConvolved); }
+TEST_CASE("convolution and maps of an mLSTM block pass gradcheck") { check_grad(kConvolved); }
+TEST_CASE("convolution and maps of an mLSTM block: cuda equals cpu", "[cuda]") { check_twin(kConvolved); }
+
+// With both gradients made where they belong, as in the layer, and a reader of x_m before the convolution.
+TEST_CASE("the gradient of an mLSTM projection is the same made in place and joined") {
+  const int64_t b = 2, l = 9, e = 24;
+  std::vector<Shape> shapes = convolved_shapes(b, l, e, 8);
+  const auto gradient = [&](bool in_place, bool reads_more) {
+    Vars in;
+    for (size_t i = 0; i < shapes.size(); ++i) in.emplace_back(random_tensor(shapes[i], Normal{}, i + 1, DType::f64), i == 0);
+    const Vars w{Variable(random_tensor({e}, Normal{}, 20, DType::f64)), Variable(random_tensor({e}, Normal{}, 21, DType::f64))};
+    const MlstmHalves up = mlstm_halves(in[0]);
+    const MlstmConvolved c = mlstm_conv_maps(up, in[1], in[2], in[3], {}, in[4], in[5], in[6], in[7]);
+    const auto heads = [&](const Variable& x) { return reshape(x, {b, l, 4, e / 4}); };
+    const Vars g = chunk(c.maps.gates, 2, -1);
+    const MlstmResult out = mlstm(heads(c.maps.q), heads(c.maps.k), heads(c.maps.v), g[0], g[1], {}, {}, {}, {},
+                                  {w[0], w[1], c.maps.x_c, up.z, kEps, in_place ? up.gradient : nullptr});
+    Vars ends{out.h};
+    std::vector<Tensor> seeds{random_tensor(out.h.shape(), Normal{}, 30, DType::f64)};
+    if (reads_more) {
+      ends.push_back(up.x_m);
+      seeds.push_back(random_tensor(up.x_m.shape(), Normal{}, 31, DType::f64));
+    }
+    backward(ends, seeds);
+    return in[0].grad();
+  };
+  for (const bool more : {false, true}) CHECK(relative_error(gradient(true, more), gradient(false, more)) < 1e-12);
+}
 
 TEST_CASE("the output of an mLSTM block matches plain loops") { check_reference(kOutput); }
 TEST_CASE("the output of an mLSTM block passes gradcheck") { check_grad(kOutput); }
