@@ -60,6 +60,7 @@ MlstmResult mlstm(const Variable& q, const Variable& k, const Variable& v, const
   if (output.w.defined()) inputs.insert(inputs.end(), {output.w, output.skip, output.x_c, output.z});
   MlstmOptions options = wanted;
   options.keep_states = wants_grad(inputs);
+  options.round_h = output.w.defined();
   Piece piece{{q.data(), k.data(), v.data(), i.data(), f.data(), {initial.c.data(), initial.n.data(), initial.m}, segments},
               {}, {}};
   if (pieces.several()) piece = enter(piece.in, options, pieces);
@@ -75,7 +76,7 @@ MlstmResult mlstm(const Variable& q, const Variable& k, const Variable& v, const
                           kernels::MlstmUpstream& up = all.cell;
                           if (pieces.several()) {
                             for (const Tensor& dlast : {d[1], d[2]}) check_carried("mlstm", pieces, {}, dlast);
-                            if (!up.dh.defined()) up.dh = zeros_like(out.h);
+                            if (!up.dh.defined()) up.dh = zeros(out.h.shape(), accum_dtype(out.h.dtype()), out.h.device());
                             const auto own = kernels::mlstm_initial_gradient(up.dh, piece.in, out, options, up.dots);
                             const std::vector<Tensor> parts = gather_pieces({own.dc0, own.dn0}, pieces);
                             up.dc_last = pass_gradients(parts[0], piece.decays, pieces);

@@ -55,6 +55,11 @@ MlstmInputs complete(const MlstmInputs& in, const MlstmOptions& options) {
   return whole;
 }
 
+MlstmOut with_wide_h(MlstmOut out) {
+  out.h = out.h.to(accum_dtype(out.h.dtype()));
+  return out;
+}
+
 }  // namespace
 
 MlstmOut mlstm_forward(const MlstmInputs& in, const MlstmOptions& options) {
@@ -62,8 +67,9 @@ MlstmOut mlstm_forward(const MlstmInputs& in, const MlstmOptions& options) {
   const DType a = accum_dtype(in.q.dtype());
   const Device device = in.q.device();
   const Shape c = state_shape(in), rows{c[0], c[1], in.q.size(1)};
+  const bool rounds = options.round_h && in.q.size(3) % 192 == 0 && in.v.size(3) % 192 == 0;
   MlstmOut out;
-  out.h = empty(in.v.shape(), a, device);
+  out.h = empty(in.v.shape(), rounds && device.is_cuda() ? in.q.dtype() : a, device);
   out.m = empty(rows, a, device);
   out.r = empty(rows, a, device);
   if (out.h.numel() == 0) {
@@ -78,19 +84,21 @@ MlstmOut mlstm_forward(const MlstmInputs& in, const MlstmOptions& options) {
     const KernelMemory memory(on_gpu.workspace + on_gpu.kept);
     KRAIT_DISPATCH(device, mlstm_forward(out, whole, options));
   }
+  if (rounds) out.h = out.h.to(in.q.dtype());
   if (options.keep_states) out.states = as_kept(out.states, on_gpu.kept);
   return out;
 }
 
-MlstmGrad mlstm_backward(const MlstmUpstream& up, const MlstmInputs& in, const MlstmOut& out,
+MlstmGrad mlstm_backward(const MlstmUpstream& up, const MlstmInputs& in, const MlstmOut& made,
                          const MlstmOptions& options) {
   const MlstmInputs whole = complete(in, options);
+  const MlstmOut out = up.dots.defined() ? made : with_wide_h(made);
   const Shape c = state_shape(in);
   MlstmUpstream upstream = up;
   if (!up.dh.defined()) upstream.dh = zeros_like(out.h);
   if (!up.dots.defined()) check_same("mlstm_backward", upstream.dh, out.h);
   if (up.dots.defined()) {
-    KRAIT_CHECK(up.dots.shape() == out.h.shape().drop_last() && up.dots.dtype() == out.h.dtype(),
+    KRAIT_CHECK(up.dots.shape() == out.h.shape().drop_last() && up.dots.dtype() == accum_dtype(out.h.dtype()),
                 "mlstm_backward: dots are {}, h is {}", describe(up.dots), describe(out.h));
     upstream.dots = up.dots.contiguous();
   }
@@ -139,8 +147,9 @@ MlstmSummary mlstm_summary(const MlstmInputs& in, const MlstmOptions& options) {
   return out;
 }
 
-MlstmInitialGradient mlstm_initial_gradient(const Tensor& dh, const MlstmInputs& in, const MlstmOut& out,
+MlstmInitialGradient mlstm_initial_gradient(const Tensor& dh, const MlstmInputs& in, const MlstmOut& made,
                                             const MlstmOptions& options, const Tensor& dots) {
+  const MlstmOut out = dots.defined() ? made : with_wide_h(made);
   const MlstmInputs whole = complete(in, options);
   if (!dots.defined()) check_same("mlstm_initial_gradient", dh, out.h);
   KRAIT_CHECK(dh.shape() == out.h.shape(), "mlstm_initial_gradient: dh is {}, expected {}", dh.shape(), out.h.shape());

@@ -26,6 +26,7 @@ struct MlstmOptions {
   double eps = 1e-6;
   bool denominator_gradient = true;  // false: dr = 0, what public kernels do; meant for a norm of h behind it
   int64_t chunk = 64;                // positions of a chunk on the CPU; CUDA has its own
+  bool round_h = false;              // h in the dtype of q for heads of multiples of 192; a norm that divides by it follows
   bool keep_states = false;          // of the forward, for the backward (CUDA): else they are made again there
 };
 
@@ -41,7 +42,7 @@ struct MlstmInputs {
   Tensor segments;
 };
 
-/// h (b, l, heads, dv) and its gradient are fp32 (fp64 for fp64): the norm behind the cell leaves dh . h = 0, and at a
+/// h (b, l, heads, dv) and its gradient are fp32 (fp64 for fp64) unless round_h: the norm behind the cell leaves dh . h = 0, and at a
 /// document's first positions the gradients of q, k and i are what remains of that cancellation. Also the state
 /// after the last position; m and r of every position (b, heads, l), for the backward. The states between chunks,
 /// dq dv l / chunk values, and the coefficients of values in h, chunk l, are kept where asked for (by a backend that can).
@@ -82,6 +83,7 @@ std::string mlstm_kernel_name(DType dtype, Device device, int64_t dq, int64_t dv
 
 // Last dimensions of q, k, v are contiguous, everything else is whole. l > 0; the initial state may be undefined, or have
 // an m alone.
+// On CUDA h may be in the dtype of q, in the forward pass, and where `dots` are given.
 KRAIT_BACKENDS(void mlstm_forward(MlstmOut& out, const MlstmInputs& in, const MlstmOptions& options);
                void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& upstream, const MlstmInputs& in,
                                    const MlstmOut& out, const MlstmOptions& options);

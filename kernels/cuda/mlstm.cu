@@ -354,12 +354,16 @@ void mlstm_forward(MlstmOut& out, const MlstmInputs& in, const MlstmOptions& opt
     Tensor c, n;
     forward_states<T>(c, n, in, arrays.gates, s, out.last.c, out.last.n);
     const Tensor products = coefficient_buffer<T>(s, in.q.device());
-    const MlstmMixJob<T> job{out.h.data<A>(), nullptr, Strided<const T>(in.q), Strided<const T>(in.k), Strided<const T>(in.v),
+    const bool rounds = out.h.dtype() != dtype_of<A>;
+    const Tensor wide = rounds && !s.wgmma ? empty(out.h.shape(), dtype_of<A>, out.h.device()) : Tensor();
+    const MlstmMixJob<T> job{wide.defined() ? wide.data<A>() : rounds ? nullptr : out.h.data<A>(),
+                             rounds ? out.h.data<T>() : nullptr, Strided<const T>(in.q), Strided<const T>(in.k), Strided<const T>(in.v),
                              c.data<T>(), n.data<A>(), arrays.gates, static_cast<A>(1 / std::sqrt(static_cast<double>(s.dq))),
                              static_cast<A>(options.eps), out.m.data<A>(), out.r.data<A>(), Strided<const T>(in.q),
                              nullptr, s, mlstm_tiles(s, s.dv), optional<T>(products)};
     coefficients(Mix::read, job, stream);
     mix(Mix::read, job, stream);
+    if (wide.defined()) copy_(out.h, wide);
     if (options.keep_states) {
       out.states = c;
       out.n_states = n;

@@ -73,7 +73,7 @@ inline constexpr bool rows_are_keys(Mix m) { return m == Mix::dv || m == Mix::dk
 template <class T>
 struct MlstmMixJob {
   using A = accum_t<T>;
-  A* h;            // read: (b, l, heads, dv)
+  A* h;            // read: (b, l, heads, dv); with wgmma null where it is wanted in `out`
   T* out;          // the others: (b, l, heads, width)
   Strided<const T> rows, columns, values;
   const T* states;

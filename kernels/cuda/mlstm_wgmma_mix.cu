@@ -189,7 +189,7 @@ __device__ __forceinline__ void consume(const MlstmMixJob<bf16>& job, int64_t co
       const int row = row0 + 8 * half;
       const bool valid = row < at.n;
       const int64_t to = ((at.b * s.l + t0 + row) * s.heads + at.h) * width + at.w0;
-      if constexpr (M == Mix::read) {
+      if (M == Mix::read && job.h != nullptr) {
 #pragma unroll
         for (int k = 0; k < kParts; ++k)
 #pragma unroll
