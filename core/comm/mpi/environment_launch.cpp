@@ -55,14 +55,14 @@ void forget_enclosing_job() {
   std::vector<std::string> names;
   for (char** entry = environ; *entry; ++entry) {
     const std::string_view text(*entry);
-    for (const std::string_view prefix : {"OMPI_COMM_WORLD_", "OMPI_MCA_orte_", "OMPI_MCA_ess", "OMPI_MCA_pmix", "PMIX_", "PMI_"})
+    for (const char* prefix : {"OMPI_COMM_WORLD_", "OMPI_MCA_orte_", "OMPI_MCA_ess", "OMPI_MCA_pmix", "PMIX_", "PMI_"})
       if (text.starts_with(prefix)) names.emplace_back(text.substr(0, text.find('=')));
   }
   for (const std::string& name : names) unsetenv(name.c_str());
 }
 
-// Open MPI 3 and 4 ask the PMI library of a job of Flux, which a variable names. The empty name is this very program, in
-// which dlopen finds PMI_*.
+// Open MPI 3 and 4 ask the PMI library of a job of Flux, which a variable names. The empty name is this very program,
+// in which dlopen finds PMI_*.
 void pose_as_flux(const Star& star) {
   forget_enclosing_job();
   setenv("FLUX_JOB_ID", std::to_string(star.job()).c_str(), 1);
@@ -89,16 +89,23 @@ Star* meet_by_environment(int rank, int size, const std::string& version) {
   const std::string host = variable("MASTER_ADDR");
   if (host.empty()) {
     if (!std::getenv("WORLD_SIZE")) return nullptr;
-    throw ConfigError(fmt::format("environment: WORLD_SIZE={} without MASTER_ADDR, the host of RANK=0\n       set MASTER_ADDR and "
-                                  "MASTER_PORT, or start the job with mpirun -n {}", size, size));
+    throw ConfigError(
+        fmt::format("environment: WORLD_SIZE={} without MASTER_ADDR, the host of RANK=0\n       set it and "
+                    "MASTER_PORT, or start the job with mpirun -n {}",
+                    size, size));
   }
   const std::string mpi = mpi_version();
-  auto* star = new Star({.host = host, .port = meeting_port(), .rank = rank, .size = size,
+  auto* star = new Star({.host = host,
+                         .port = meeting_port(),
+                         .rank = rank,
+                         .size = size,
                          .version = (version.empty() ? "" : version + " with ") + mpi,
                          .limit = std::clamp(timeout(), kMeetingLimits[0], kMeetingLimits[1])});
   if (!mpi.starts_with("Open MPI v3.") && !mpi.starts_with("Open MPI v4."))
-    star->fail(fmt::format("{} takes no job that RANK and WORLD_SIZE describe (Open MPI 3 and 4 do)\n       start the job with "
-                           "mpirun -n {}", mpi, size));
+    star->fail(
+        fmt::format("{} takes no job that RANK and WORLD_SIZE describe (Open MPI 3 and 4 do)\n       start the job "
+                    "with mpirun -n {}",
+                    mpi, size));
   pose_as_flux(*star);
   keep_files_together(*star);
   serve_pmi(*star, rank, size);

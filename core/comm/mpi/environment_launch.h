@@ -5,9 +5,9 @@
 
 namespace krait::comm {
 
-/// Where something that is no launcher of MPI's (torchrun, a loop in a shell) has set MASTER_ADDR and MASTER_PORT: meets
-/// the other ranks there and makes MPI start as one job with them. Null: MPI's own launcher is there, or nothing is said.
-/// Before MPI is started. Error for values that are missing or do not fit.
+/// Where something that is no launcher of MPI's (torchrun, a loop in a shell) has set MASTER_ADDR and MASTER_PORT:
+/// meets the other ranks there and makes MPI start as one job with them. Null: MPI's own launcher is there, or nothing
+/// is said. Before MPI is started. Error for values that are missing or do not fit.
 Star* meet_by_environment(int rank, int size, const std::string& version);
 
 }  // namespace krait::comm

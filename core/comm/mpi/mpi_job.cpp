@@ -18,7 +18,7 @@ GroupPtr at_end;  // all ranks again, so that the wait for the last one matches 
 
 GroupPtr start_mpi(int rank, int size, int local_rank, const std::string& version) {
   star = meet_by_environment(rank, size, version);
-  if (star) job_state() = {rank, size, local_rank, 1, true};  // an error from here on ends the others
+  if (star) job_state() = {rank, size, local_rank, 1, true};  // from here on an error ends the others
   int level = 0;
   MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &level);  // the watchdog may end the job from its thread
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
@@ -26,7 +26,7 @@ GroupPtr start_mpi(int rank, int size, int local_rank, const std::string& versio
   MPI_Comm_size(MPI_COMM_WORLD, &mpi_size);
   MPI_Comm_rank(MPI_COMM_WORLD, &mpi_rank);
   if (mpi_size != size || mpi_rank != rank) {
-    if (star) star->fail(fmt::format("{} did not start as a job of {} ranks; start it with mpirun -n {}", mpi_version(), size, size));
+    if (star) star->fail(fmt::format("{} sees {} ranks of {}; start the job with mpirun", mpi_version(), mpi_size, size));
     MPI_Finalize();
     throw_error(fmt::format(
         "the launcher says rank {} of {}, but {} sees rank {} of {}; start the job with the mpirun of this MPI, or with "

@@ -86,8 +86,10 @@ int listen_at(int port) {
     if (error == 0) return listener;
     if (listener >= 0) close(listener);
   }
-  throw_error(fmt::format("rank 0 cannot wait for the other ranks at port {}: {}\n       choose another with "
-                          "KRAIT_RENDEZVOUS_PORT, the same for all ranks", port, std::strerror(error)));
+  throw_error(
+      fmt::format("rank 0 cannot wait for the other ranks at port {}: {}\n       choose another with "
+                  "KRAIT_RENDEZVOUS_PORT, the same for all ranks",
+                  port, std::strerror(error)));
 }
 
 int connect_to(const std::string& host, int port, double seconds) {
@@ -102,7 +104,9 @@ int connect_to(const std::string& host, int port, double seconds) {
       reason = gai_strerror(status);
       list = nullptr;
     }
-    const std::unique_ptr<addrinfo, void (*)(addrinfo*)> addresses(list, [](addrinfo* a) { if (a) freeaddrinfo(a); });
+    const std::unique_ptr<addrinfo, void (*)(addrinfo*)> addresses(list, [](addrinfo* a) {
+      if (a) freeaddrinfo(a);
+    });
     for (const addrinfo* a = list; a; a = a->ai_next) {
       int error = 0;
       const int socket = connect_within(*a, 2000, error);
@@ -119,14 +123,18 @@ int connect_to(const std::string& host, int port, double seconds) {
       close(socket);
       // Closed at once: rank 0 of this job may be about to end, or another program's socket to be reused.
       if (greeting || Clock::now() - begin > std::chrono::duration<double>(kGreetingLimit - 1))
-        throw_error(fmt::format("what listens at {}:{} is not rank 0 of this job\n       choose another port with "
-                                "KRAIT_RENDEZVOUS_PORT, the same for all ranks", host, port));
+        throw_error(
+            fmt::format("what listens at {}:{} is not rank 0 of this job\n       choose another port with "
+                        "KRAIT_RENDEZVOUS_PORT, the same for all ranks",
+                        host, port));
       reason = "the connection was closed";
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
   } while (Clock::now() < end);
-  throw_error(fmt::format("rank 0 was not found at {}:{} within {:g} s: {}\n       MASTER_ADDR must be the host of the "
-                          "process with RANK=0, and the port open", host, port, seconds, reason));
+  throw_error(
+      fmt::format("rank 0 was not found at {}:{} within {:g} s: {}\n       MASTER_ADDR must be the host of the "
+                  "process with RANK=0, and the port open",
+                  host, port, seconds, reason));
 }
 
 }  // namespace krait::comm

@@ -26,7 +26,8 @@ std::string machine() {
   std::string boot;
   std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
   std::error_code ignored;
-  return fmt::format("{} {} {}", host_name(), boot, std::filesystem::read_symlink("/proc/self/ns/pid", ignored).string());
+  return fmt::format("{} {} {}", host_name(), boot,
+                     std::filesystem::read_symlink("/proc/self/ns/pid", ignored).string());
 }
 
 void allow_sockets(int count) {
@@ -50,8 +51,8 @@ Star::Star(const Options& o) : rank_(o.rank), size_(o.size) {
   } else {
     socket_ = connect_to(o.host, o.port, o.limit);
   }
-  const std::string hello = pack({std::to_string(rank_), std::to_string(size_), o.version, host_name(), machine(),
-                                  std::to_string(getpid())});
+  const std::string hello =
+      pack({std::to_string(rank_), std::to_string(size_), o.version, host_name(), machine(), std::to_string(getpid())});
   if (rank_ == 0) receive_bytes(socket_, kGreeting.size(), 0);
   send_frame(socket_, Kind::hello, hello);
   meet(o.limit);
@@ -138,8 +139,10 @@ void Star::ended(std::string_view order) {
 void Star::lost_rank_0() {
   const int first = local_ranks_[0] == 0 && local_ranks_.size() > 1 ? local_ranks_[1] : local_ranks_[0];
   if (rank_ == first)
-    std::fputs(fmt::format("error: rank {} of {} ({}): rank 0 ({}) has ended before the job's end; was it killed?\n", rank_,
-                           size_, host_name(), host_of_0_).c_str(), stderr);
+    std::fputs(fmt::format("error: rank {} of {} ({}): rank 0 ({}) has ended before the job's end; was it killed?\n",
+                           rank_, size_, host_name(), host_of_0_)
+                   .c_str(),
+               stderr);
   else
     std::this_thread::sleep_for(std::chrono::milliseconds(300));
   exit_now(1);

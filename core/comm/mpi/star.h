@@ -11,9 +11,9 @@
 
 namespace krait::comm {
 
-/// The processes of a job that no launcher of MPI's started, each with a TCP connection to a thread of rank 0. It carries
-/// what MPI's processes tell each other at their start, sees at once when one of them dies, and ends them all. It lives
-/// until the process ends.
+/// The processes of a job that no launcher of MPI's started, each with a TCP connection to a thread of rank 0. It
+/// carries what MPI's processes tell each other at their start, sees at once when one of them dies, and ends them all.
+/// It lives until the process ends.
 class Star {
  public:
   struct Options {

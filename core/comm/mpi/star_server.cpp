@@ -39,7 +39,7 @@ bool closes_before(std::chrono::steady_clock::time_point end, int socket) {
   }
 }
 
-// Two halves of 15 bits that are not 0: Open MPI 4.1's processes do not reach each other in a job whose number has bit 15.
+// Two halves of 15 bits that are not 0: the processes of Open MPI 4.1 do not reach each other in a job with bit 15.
 uint32_t job_number() {
   std::random_device random;
   const auto half = [&] { return random() % 0x7ffe + 1; };
@@ -116,12 +116,14 @@ void StarServer::take(Peer& peer, const Frame& frame) {
       peer.part = frame.body;
       if (parts_ == static_cast<size_t>(size_)) finish_round();
       return;
-    case Kind::end: return end_all(name(peer) + " has ended the job", number(frame.body), peer.machine);
+    case Kind::end:
+      return end_all(name(peer) + " has ended the job", number(frame.body), peer.machine);
     case Kind::bye:
       if (left_++ == 0) begin_ = Clock::now();
       peer.left = true;
       return;
-    default: return;
+    default:
+      return;
   }
 }
 
@@ -138,7 +140,8 @@ void StarServer::welcome(Peer& peer, const std::string& hello) {
   peer.machine = (*fields)[4];
   peer.process = (*fields)[5];
   const std::string who = fmt::format("rank {} ({}, process {})", rank, peer.host, peer.process);
-  if (size != size_ || rank >= size_) return end_all(fmt::format("{} has WORLD_SIZE={}, but rank 0 has {}", who, size, size_), 1, "");
+  if (size != size_ || rank >= size_)
+    return end_all(fmt::format("{} has WORLD_SIZE={}, but rank 0 has {}", who, size, size_), 1, "");
   if (version != version_) return end_all(fmt::format("{} is {}, but rank 0 is {}", who, version, version_), 1, "");
   if (const Peer* other = of_rank(rank))
     return end_all(fmt::format("{} and {} have the same RANK", name(*other), who.substr(who.find('(')), rank), 1, "");
@@ -176,11 +179,14 @@ void StarServer::check_time() {
     std::string missing;
     for (int r = 0, named = 0; r < size_ && named < 8; ++r)
       if (!of_rank(r)) missing += (named++ ? ", " : "") + std::to_string(r);
-    end_all(fmt::format("{} of {} ranks have come within {:g} s; not there: rank {}", ranks_, size_, limit_, missing), 1, "");
+    end_all(fmt::format("{} of {} ranks have come within {:g} s; not there: rank {}", ranks_, size_, limit_, missing),
+            1, "");
   } else if (parts_ > 0 && waited > timeout()) {
     const auto late = std::find_if(peers_.begin(), peers_.end(), [](const Peer& p) { return p.rank >= 0 && !p.part; });
-    end_all(fmt::format("the other ranks have waited {:.1f} s for {} (if it only is slow, raise KRAIT_COMM_TIMEOUT, {:g} s)",
-                        waited, name(*late), timeout()), 1, "");
+    end_all(fmt::format("the other ranks have waited {:.1f} s for {} (if it only is slow, raise KRAIT_COMM_TIMEOUT, "
+                        "{:g} s)",
+                        waited, name(*late), timeout()),
+            1, "");
   } else if (left_ > 0 && waited > kLeaving) {
     ended_ = true;
   }
