@@ -16,6 +16,7 @@ namespace krait::kernels::cuda::ssd::mma64 {
 namespace {
 
 constexpr int kMaxBundle = 3;
+constexpr int kCarryThreads = 256, kCarryEach = 4;  // values of a state that a thread carries
 constexpr int64_t kSmallest = 163 * 1024;  // shared memory of a block that every kernel here makes do with
 constexpr float kGone = -256.0f;  // 2^kGone is 0
 
@@ -305,22 +306,45 @@ __global__ void __launch_bounds__(kMaxBundle * 128, 1)
     }
 }
 
-// The own states of pieces to the states before them (in reverse: after them). A thread carries one element.
-__global__ void carry_kernel(float* states, const float* start, const float* decays, Sizes d, int64_t pieces, int64_t piece,
-                             bool reverse) {
-  const int64_t size = d.p * d.n, at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (at >= d.b * d.heads * size) return;
-  const int64_t element = at % size, h = at / size % d.heads, b = at / size / d.heads;
-  float running = start != nullptr ? start[at] : 0.0f;
+// The decay over the whole of each piece, (b, pieces, heads). A warp each.
+__global__ void piece_decay_kernel(float* totals, const float* decays, Sizes d, int64_t pieces, int64_t piece) {
+  const int64_t at = int64_t{blockIdx.x} * (kCarryThreads / 32) + threadIdx.x / 32;
+  if (at >= d.b * pieces * d.heads) return;
+  const int64_t h = at % d.heads, i = at / d.heads % pieces, b = at / d.heads / pieces;
+  const int64_t end = min((i + 1) * piece, d.chunks);
+  float total = 1;
+  for (int64_t c = i * piece + threadIdx.x % 32; c < end; c += 32) total *= Decay(decays + d.unit(b, c, h) * kDecays).total();
+  for (int other = 16; other > 0; other /= 2) total *= __shfl_xor_sync(0xffffffff, total, other);
+  if (threadIdx.x % 32 == 0) totals[at] = total;
+}
+
+// The own states of pieces to the states before them (in reverse: after them). `tiles` blocks share a head.
+__global__ void __launch_bounds__(kCarryThreads)
+    carry_kernel(float* states, const float* start, const float* totals, Sizes d, int64_t pieces, int tiles, bool reverse) {
+  const int64_t size = d.p * d.n, unit = blockIdx.x / tiles, h = unit % d.heads, b = unit / d.heads;
+  const int64_t first = int64_t{blockIdx.x % tiles} * (kCarryThreads * kCarryEach) + threadIdx.x;
+  float running[kCarryEach];
+#pragma unroll
+  for (int j = 0; j < kCarryEach; ++j) {
+    const int64_t element = first + j * kCarryThreads;
+    running[j] = start != nullptr && element < size ? start[unit * size + element] : 0.0f;
+  }
   for (int64_t k = 0; k < pieces; ++k) {
-    const int64_t i = reverse ? pieces - 1 - k : k;
-    float total = 1;
-    for (int64_t c = i * piece; c < min((i + 1) * piece, d.chunks); ++c)
-      total *= Decay(decays + d.unit(b, c, h) * kDecays).total();
-    float& own = states[((b * pieces + i) * d.heads + h) * size + element];
-    const float before = running;
-    running = total * running + own;
-    own = before;
+    const int64_t piece = (b * pieces + (reverse ? pieces - 1 - k : k)) * d.heads + h;
+    const float total = totals[piece];
+    float* own = states + piece * size;
+    float here[kCarryEach];
+#pragma unroll
+    for (int j = 0; j < kCarryEach; ++j) {
+      const int64_t element = first + j * kCarryThreads;
+      here[j] = element < size ? own[element] : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < kCarryEach; ++j) {
+      const int64_t element = first + j * kCarryThreads;
+      if (element < size) own[element] = running[j];
+      running[j] = total * running[j] + here[j];
+    }
   }
 }
 
@@ -378,8 +402,14 @@ void walk(Scan in, const Tensor& start, const Tensor& last, const Tensor& C, con
     in.last = carried.data<float>();
     in.last_of_each = true;
     states_only();
-    launch(carry_kernel, {.grid = ceil_div(in.d.b * in.d.heads * in.d.p * in.d.n, 256), .block = 256, .stream = stream},
-           carried.data<float>(), data_or_null<float>(start), in.decays, in.d, cut.pieces, cut.piece, in.reverse);
+    const Tensor totals = empty({in.d.b, cut.pieces, in.d.heads}, DType::f32, like.device());
+    launch(piece_decay_kernel,
+           {.grid = ceil_div(totals.numel(), kCarryThreads / 32), .block = kCarryThreads, .stream = stream},
+           totals.data<float>(), in.decays, in.d, cut.pieces, cut.piece);
+    const int64_t tiles = ceil_div(in.d.p * in.d.n, kCarryThreads * kCarryEach);
+    launch(carry_kernel, {.grid = in.d.b * in.d.heads * tiles, .block = kCarryThreads, .stream = stream},
+           carried.data<float>(), data_or_null<float>(start), totals.data<float>(), in.d, cut.pieces,
+           static_cast<int>(tiles), in.reverse);
     in.start = carried.data<float>();
     in.states = states;
     in.last_of_each = false;
