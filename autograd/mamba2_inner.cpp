@@ -15,14 +15,15 @@ using kernels::Epilogue;
 // The parts of zxbcdt and of [x; B; C], as views.
 struct Sizes {
   explicit Sizes(const Mamba2InnerArguments& in)
-      : h(in.sizes.heads), g(in.sizes.groups), n(in.sizes.d_state), e((in.zxbcdt.size(2) - h) / 2 - g * n) {
-    KRAIT_CHECK(e > 0 && e % h == 0 && in.zxbcdt.size(2) == 2 * e + 2 * g * n + h,
-                "mamba2_inner: {} does not split into [z; x; B; C; dt] of {} heads and {} groups of {}", in.zxbcdt.shape(),
-                h, g, n);
+      : h(in.sizes.heads), g(in.sizes.groups), n(in.sizes.d_state), e(in.norm_weight.data().numel()) {
+    KRAIT_CHECK(e > 0 && e % h == 0 && in.zxbcdt.size(2) >= 2 * e + 2 * g * n + h,
+                "mamba2_inner: {} does not split into [z; x; B; C; dt] of {} channels, {} heads and {} groups of {}",
+                in.zxbcdt.shape(), e, h, g, n);
   }
   Tensor z(const Tensor& t) const { return t.slice(2, 0, e); }
   Tensor xbc(const Tensor& t) const { return t.slice(2, e, 2 * e + 2 * g * n); }
   Tensor dt(const Tensor& t) const { return t.slice(2, 2 * e + 2 * g * n, 2 * e + 2 * g * n + h); }
+  Tensor rest(const Tensor& t) const { return t.slice(2, 2 * e + 2 * g * n + h, t.size(2)); }
   Tensor x(const Tensor& xbc) const { return heads(xbc.slice(2, 0, e)); }
   Tensor B(const Tensor& xbc) const { return groups(xbc.slice(2, e, e + g * n)); }
   Tensor C(const Tensor& xbc) const { return groups(xbc.slice(2, e + g * n, e + 2 * g * n)); }
@@ -94,6 +95,7 @@ Grads differentiate(const Mamba2InnerArguments& in, const ConvFilter& filter, co
   const auto conv = kernels::causal_conv1d_backward(
       dxbc, dconv_state, sizes.xbc(zxbcdt), filter.weight, filter.bias, in.conv_state.data(), true, in.options.segments,
       in.conv_weight.grad_in_place(), in.conv_bias.grad_in_place(), sizes.xbc(dzxbcdt));
+  if (Tensor rest = sizes.rest(dzxbcdt); rest.numel() > 0) zero_(rest);
   return {dzxbcdt,
           in_dtype_of(in.conv_weight, conv.dweight),
           in_dtype_of(in.conv_bias, conv.dbias),

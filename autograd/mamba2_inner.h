@@ -6,7 +6,8 @@
 namespace krait {
 inline namespace autograd {
 
-/// What a Mamba-2 layer does behind its inner projection, on zxbcdt (b, l, 2e + 2gn + h) = [z; x; B; C; dt]:
+/// What a Mamba-2 layer does behind its inner projection, on zxbcdt (b, l, 2e + 2gn + h or more) = [z; x; B; C; dt], what
+/// is more being ignored (norm_weight has e values):
 ///   [x~; B~; C~] = silu(conv1d([x; B; C]))     y = ssd(x~, dt', a, B~, C~, D)     out = gated_rms_norm(y, z) out_weight^T
 /// The same as causal_conv1d, ssd_time_step, ssd_packed, gated_rms_norm and linear one after the other, but backward
 /// computes the convolution, the time steps and the normalised y again and writes the gradients of the five parts where
