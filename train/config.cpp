@@ -161,6 +161,7 @@ void read_parallelism(ConfigNode& section, ParallelismConfig& c) {
   options.read("bucket_mb", c.bucket_mb, above(0));
   options.choice("reduce_dtype", c.reduce_dtype, {"float32", "bfloat16"});
   options.read("multiprocessors", c.multiprocessors, between(0, 128));
+  options.read("copy_engines", c.copy_engines);
   options.finish();
   if (c.data == 0) options.fail("data", "found 0, expected -1 or a number of ranks", "data: -1");
 }

@@ -96,6 +96,7 @@ struct ParallelismConfig {
   std::string reduce_dtype = "float32";
   /// Of a GPU, that sums beside the backward pass and gathers beside the forward pass may take; 0: as many as NCCL likes.
   int64_t multiprocessors = 4;
+  bool copy_engines = true;  // instead of multiprocessors where NCCL and the machine can
 };
 
 struct Config {

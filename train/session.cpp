@@ -94,7 +94,7 @@ void build_model(Session& s, const layers::ModelConfig& model) {
   const int64_t ranks = s.mesh.replicas->size();
   if (ranks > 1 || config.parallelism.zero > 0)
     store.bucket = static_cast<int64_t>(config.parallelism.bucket_mb * 1048576.0) / size_of(master);
-  if (config.parallelism.zero > 0 || config.runtime.strict) store.granule = ranks * 128;
+  if (ranks > 1 || config.parallelism.zero > 0) store.granule = ranks * 128;
   store.fp32_apart = config.parallelism.zero > 0;
   s.parameters = std::make_unique<layers::ParameterStore>(*s.model, store);
 }

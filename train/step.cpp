@@ -73,9 +73,9 @@ ScheduleOptions schedule_options(const Config& c) {
 TrainStep::TrainStep(Session& session)
     : session_(session), schedule_(schedule_options(session.config)), uploader_(session.device),
       use_graphs_(session.device.is_cuda() && session.config.runtime.cuda_graphs), pool_(session.device) {
-  const int beside = static_cast<int>(session.config.parallelism.multiprocessors);
-  background_ = comm::background_group(session.mesh.replicas, beside);
-  if (session.mesh.replicas->size() > 1) kernels::set_spare_multiprocessors(beside);
+  const ParallelismConfig& p = session.config.parallelism;
+  background_ = comm::background_group(session.mesh.replicas, {static_cast<int>(p.multiprocessors), p.copy_engines});
+  kernels::set_spare_multiprocessors(comm::multiprocessors_beside(background_, session.device));
   build_optimizer();
   const layers::ParameterStore& store = *session.parameters;
   const DType wide = accum_dtype(store.options().compute);
@@ -185,9 +185,10 @@ void TrainStep::count_targets(const std::vector<data::Batch>& batches) {
   int64_t targets = 0;
   for (const data::Batch& b : batches) targets += b.n_targets;
   if (session_.mesh.data->size() == 1) return fill_(target_count_, static_cast<double>(targets));
-  const Tensor count = full({}, static_cast<double>(targets), DType::f64, session_.device);
+  // Between the hosts, which are ahead: GPUs that met here would wait for the slowest of each step once more.
+  const Tensor count = full({}, static_cast<double>(targets), DType::f64, kCpu);
   session_.mesh.data->all_reduce(count).wait();
-  copy_(target_count_, count);
+  fill_(target_count_, count.item());
 }
 
 // What the update before left in the ranks' pieces is gathered here and not behind it, so that the forward pass can begin.

@@ -2,7 +2,7 @@
 #include <functional>
 #include <string>
 
-#include "core/comm/process_group.h"
+#include "core/comm/background.h"
 
 // What job.cpp and the MPI group need of each other and of the optional libraries. A build without one of them has
 // the file in no_mpi/ or no_nccl/ in its place.
@@ -27,8 +27,11 @@ void set_max_count(int64_t elements);
 // ---- NCCL
 /// Gives every member the bytes of member 0.
 using Share = std::function<void(void* bytes, int64_t count)>;
-/// The collectives of CUDA tensors of the group, each on at most `multiprocessors` (0: as many as NCCL likes). A call of
-/// all members. barrier() and split() are not for use.
-GroupPtr make_nccl_group(const ProcessGroup& group, Device device, const Share& share, int multiprocessors);
+/// The collectives of CUDA tensors of the group. A call of all members. barrier() and split() are not for use.
+struct NcclStart {
+  GroupPtr group;
+  bool copy_engines = false;  // asked for, and there
+};
+NcclStart make_nccl_group(const ProcessGroup& group, Device device, const Share& share, const Beside& beside);
 
 }  // namespace krait::comm

@@ -3,10 +3,19 @@
 
 namespace krait::comm {
 
-/// A second group of the same members for collectives of CUDA tensors beside computation: each takes at most
-/// `multiprocessors`, because a product whose tiles fill the GPU once takes twice as long when some are gone, and NCCL
-/// by itself takes two dozen, also while it waits for the other ranks. In a group of one, and with 0, the
-/// group itself. A call of all members.
-GroupPtr background_group(const GroupPtr& group, int multiprocessors);
+/// How collectives of CUDA tensors go on beside computation.
+struct Beside {
+  /// At most so many; 0: as many as NCCL likes. A product whose tiles fill the GPU once takes twice as long when some are
+  /// gone, and NCCL by itself takes two dozen, also while it waits for the other ranks.
+  int multiprocessors = 0;
+  /// Large sums and gathers by the copy engines, which takes none, where NCCL and the machine can (one host).
+  bool copy_engines = false;
+};
+
+/// A second group of the same members for what goes on beside computation. Of a group of one, and with nothing asked for,
+/// the group itself. A call of all members.
+GroupPtr background_group(const GroupPtr& group, const Beside& beside);
+/// How many multiprocessors it takes on the device for large sums. A call of all members, before anything is captured.
+int multiprocessors_beside(const GroupPtr& background, Device device);
 
 }  // namespace krait::comm

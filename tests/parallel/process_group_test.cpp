@@ -146,7 +146,7 @@ void check_overlap(Device device) {
 }  // namespace
 
 TEST_CASE("collectives give what one rank computes, for every dtype and size") { check_all(*world(), kCpu); }
-TEST_CASE("a background group does the same") { check_all(*background_group(world(), 4), kCpu); }
+TEST_CASE("a background group does the same") { check_all(*background_group(world(), {4, true}), kCpu); }
 TEST_CASE("groups of a mesh hold the right ranks and work side by side") { check_mesh(kCpu); }
 TEST_CASE("collectives under way together keep apart") { check_overlap(kCpu); }
 
@@ -200,7 +200,7 @@ TEST_CASE("NCCL: collectives may be recorded in a graph", "[cuda]") {
   const int64_t n = 1003;
   Tensor t = ones({n}, DType::f32, device), whole = zeros({n * p}, DType::f32, device);
   Tensor other = zeros({n}, DType::f32, device), beside = zeros({n}, DType::f32, device);
-  const GroupPtr background = background_group(world(), 4);
+  const GroupPtr background = background_group(world(), {4, true});
   const auto step = [&] {
     fill_(beside, 2);
     Work slow = background->all_reduce(beside), sum = world()->all_reduce(t);  // two communicators at once
@@ -232,9 +232,50 @@ TEST_CASE("NCCL: collectives may be recorded in a graph", "[cuda]") {
   }
 }
 
+TEST_CASE("NCCL: large sums and gathers beside computation, at once and in a graph", "[cuda]") {
+  const Device device = local_cuda_device();
+  const int p = world()->size(), rank = world()->rank();
+  const GroupPtr background = background_group(world(), {4, true});
+  const int beside = multiprocessors_beside(background, device);
+  CHECK((beside == 0 || beside == 4));
+  for (const int64_t n : {int64_t{1} << 17, (int64_t{1} << 20) + 64, int64_t{9000000}})  // the last in several pieces
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      const Tensor whole = full({n * p}, rank + 1, dtype, device), piece = zeros({n}, dtype, device), t = zeros({n * p}, dtype, device);
+      Tensor place = whole.slice(0, n, 2 * n), sum = t, own = full({n}, 10 + rank, dtype, device);
+      const Tensor gathered = zeros({n * p}, dtype, device);
+      const auto step = [&] {
+        fill_(place, 3 * (rank + 1));
+        fill_(sum, rank + 2);
+        Work first = background->reduce_scatter(whole, piece), second = background->all_reduce(t);
+        Work third = background->all_gather(own, gathered);
+        first.wait();
+        second.wait();
+        third.wait();
+      };
+      const auto right = [&] {
+        CHECK(equals(piece, [&](int64_t) { return (rank == 1 ? 3 : 1) * p * (p + 1) / 2; }));
+        CHECK(equals(t, [&](int64_t) { return p * (p + 3) / 2; }));
+        CHECK(equals(gathered, [&](int64_t i) { return 10 + i / n; }));
+      };
+      step();
+      right();
+      CapturedGraph graph(device);
+      graph.begin();
+      step();
+      graph.end();
+      for (int k = 0; k < 3; ++k) {
+        for (Tensor out : {piece, gathered}) zero_(out);
+        graph.replay();
+        watch_device(device, "a replay");
+        right();
+        if (k == 1) step();
+      }
+    }
+}
+
 TEST_CASE("NCCL: many collectives in flight on a busy device keep their order and their memory", "[cuda]") {
   const Device device = local_cuda_device();
-  const GroupPtr other = background_group(world(), 4);
+  const GroupPtr other = background_group(world(), {4, true});
   const int64_t n = (int64_t{1} << 20) + 3;
   for (int round = 0; round < 20; ++round) {
     std::vector<Tensor> sums;

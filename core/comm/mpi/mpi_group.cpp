@@ -125,11 +125,13 @@ ProcessGroup& MpiGroup::nccl(const char* collective, Device device) {
   if (!nccl_) {
     KRAIT_CHECK(!is_capturing(device), "{} of group '{}': its first collective of CUDA tensors cannot be recorded in a "
                 "graph; run the step once without", collective, name_);
-    nccl_ = make_nccl_group(*this, device, [this](void* bytes, int64_t count) {
+    const NcclStart start = make_nccl_group(*this, device, [this](void* bytes, int64_t count) {
       auto call = std::make_shared<Call>(*this, "the start of NCCL", std::vector<Tensor>{});
       check_mpi(MPI_Ibcast(bytes, as_int(count), MPI_BYTE, 0, comm_, call->request()), "MPI_Ibcast");
       call->wait();
-    }, multiprocessors_);
+    }, beside_);
+    nccl_ = start.group;
+    copy_engines_ = start.copy_engines;
   }
   return *nccl_;
 }
@@ -256,11 +258,20 @@ GroupPtr MpiGroup::split(int color, const std::string& name) {
   return std::make_shared<MpiGroup>(part, name);
 }
 
-GroupPtr background_group(const GroupPtr& group, int multiprocessors) {
-  if (group->size() == 1 || multiprocessors == 0) return group;
+int MpiGroup::multiprocessors(Device device) {
+  if (device.is_cuda()) nccl("the start", device);
+  return copy_engines_ ? 0 : beside_.multiprocessors;
+}
+
+GroupPtr background_group(const GroupPtr& group, const Beside& beside) {
+  if (group->size() == 1 || (beside.multiprocessors == 0 && !beside.copy_engines)) return group;
   GroupPtr second = group->split(0, group->name() + ", beside computation");
-  dynamic_cast<MpiGroup&>(*second).limit_multiprocessors(multiprocessors);
+  dynamic_cast<MpiGroup&>(*second).set_beside(beside);
   return second;
+}
+
+int multiprocessors_beside(const GroupPtr& background, Device device) {
+  return background->size() == 1 ? 0 : dynamic_cast<MpiGroup&>(*background).multiprocessors(device);
 }
 
 }  // namespace krait::comm

@@ -1,7 +1,7 @@
 #pragma once
 #include <mpi.h>
 
-#include "core/comm/process_group.h"
+#include "core/comm/background.h"
 
 namespace krait::comm {
 
@@ -21,7 +21,8 @@ class MpiGroup final : public ProcessGroup {
   void barrier() override;
   GroupPtr split(int color, const std::string& name) override;
   /// See background_group(); before the first collective of CUDA tensors.
-  void limit_multiprocessors(int n) { multiprocessors_ = n; }
+  void set_beside(const Beside& beside) { beside_ = beside; }
+  int multiprocessors(Device device);
 
  private:
   ProcessGroup& nccl(const char* collective, Device device);
@@ -29,7 +30,8 @@ class MpiGroup final : public ProcessGroup {
 
   MPI_Comm comm_;
   std::string members_;  // "world ranks 0, 2", for messages
-  int multiprocessors_ = 0;  // that NCCL may take; 0: as many as it likes
+  Beside beside_;
+  bool copy_engines_ = false;
   GroupPtr nccl_;
 };
 

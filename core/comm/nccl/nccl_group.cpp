@@ -3,6 +3,7 @@
 #include "core/comm/backend.h"
 #include "core/comm/job.h"
 #include "core/comm/nccl/check.h"
+#include "core/comm/nccl/copy_engines.h"
 #include "core/comm/nccl/watchdog.h"
 #include "core/comm/work.h"
 #include "core/stream.h"
@@ -57,7 +58,7 @@ class NcclWork final : public Work::State {
 
 class NcclGroup final : public ProcessGroup {
  public:
-  NcclGroup(const ProcessGroup& group, Device device, const Share& share, int multiprocessors)
+  NcclGroup(const ProcessGroup& group, Device device, const Share& share, const Beside& beside)
       : ProcessGroup(group.rank(), group.size(), group.name()), device_(device),
         place_(std::make_shared<std::string>(fmt::format("group '{}' of {} ranks (NCCL, {})", name_, size_, device))) {
     check(cudaSetDevice(device.index));
@@ -67,10 +68,15 @@ class NcclGroup final : public ProcessGroup {
     {
       const Watchdog::Blocking watched({"the start", place_, ""});
       ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-      if (multiprocessors > 0) config.minCTAs = config.maxCTAs = multiprocessors;
+      if (beside.multiprocessors > 0) config.minCTAs = config.maxCTAs = beside.multiprocessors;
       check(ncclCommInitRankConfig(&comm_, size_, id, rank_, &config));
     }
     Watchdog::instance().watch(comm_, place_);
+    if (beside.copy_engines) {
+      const Watchdog::Blocking watched({"the start of the copy engines", place_, ""});
+      engines_ = CopyEngines::make(*this, share, comm_);
+    }
+    if (engines_) Watchdog::instance().watch(engines_->comm(), place_);
     int least = 0, greatest = 0;
     check(cudaDeviceGetStreamPriorityRange(&least, &greatest));
     check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest));  // before the backward's kernels
@@ -80,17 +86,20 @@ class NcclGroup final : public ProcessGroup {
 
   Work all_reduce(Tensor t, Reduce op) override {
     return run("all_reduce", {t}, [&] {
+      if (op == Reduce::sum && by_engines(t)) return engines_->all_reduce(t, stream_);
       check(ncclAllReduce(t.raw_data(), t.raw_data(), count(t), nccl_type(t.dtype()), op == Reduce::sum ? ncclSum : ncclMax,
                           comm_, stream_));
     });
   }
   Work all_gather(const Tensor& piece, Tensor whole) override {
     return run("all_gather", {piece, whole}, [&] {
+      if (by_engines(whole)) return engines_->all_gather(piece, whole, stream_);
       check(ncclAllGather(piece.raw_data(), whole.raw_data(), count(piece), nccl_type(piece.dtype()), comm_, stream_));
     });
   }
   Work reduce_scatter(const Tensor& whole, Tensor piece) override {
     return run("reduce_scatter", {piece, whole}, [&] {
+      if (by_engines(whole)) return engines_->reduce_scatter(whole, piece, stream_);
       check(ncclReduceScatter(whole.raw_data(), piece.raw_data(), count(piece), nccl_type(piece.dtype()), ncclSum, comm_,
                               stream_));
     });
@@ -126,10 +135,13 @@ class NcclGroup final : public ProcessGroup {
       check(ncclGroupEnd());
     });
   }
+  /// Whether large sums leave all multiprocessors to others.
+  bool has_engines() const { return engines_ != nullptr; }
   void barrier() override { KRAIT_ASSERT(false, "the MPI group has barriers."); }
   GroupPtr split(int, const std::string&) override { KRAIT_ASSERT(false, "the MPI group is split."); }
 
  private:
+  bool by_engines(const Tensor& whole) const { return engines_ && engines_->serves(whole); }
   static size_t count(const Tensor& t) { return static_cast<size_t>(t.numel()); }
 
   // f queues the collective on stream_, which waits for the work of the current stream so far.
@@ -159,14 +171,16 @@ class NcclGroup final : public ProcessGroup {
   Device device_;
   std::shared_ptr<const std::string> place_;
   ncclComm_t comm_ = nullptr;
+  std::unique_ptr<CopyEngines> engines_;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t start_ = nullptr;
 };
 
 }  // namespace
 
-GroupPtr make_nccl_group(const ProcessGroup& group, Device device, const Share& share, int multiprocessors) {
-  return std::make_shared<NcclGroup>(group, device, share, multiprocessors);
+NcclStart make_nccl_group(const ProcessGroup& group, Device device, const Share& share, const Beside& beside) {
+  const auto nccl = std::make_shared<NcclGroup>(group, device, share, beside);
+  return {nccl, nccl->has_engines()};
 }
 
 std::string nccl_version() {

@@ -13,7 +13,8 @@ GroupPtr start_mpi(int, int size, int, const std::string&) {
                           "(bash train/setup.sh does), configure again with -DKRAIT_MPI=ON and build",
                           size));
 }
-GroupPtr background_group(const GroupPtr& group, int) { return group; }
+GroupPtr background_group(const GroupPtr& group, const Beside&) { return group; }
+int multiprocessors_beside(const GroupPtr&, Device) { return 0; }
 void stop_mpi() {}
 void kill_job(int status) { _exit(status); }
 std::string roll_call() { return ""; }

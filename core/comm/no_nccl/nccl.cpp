@@ -4,7 +4,7 @@
 
 namespace krait::comm {
 
-GroupPtr make_nccl_group(const ProcessGroup& group, Device, const Share&, int) {
+NcclStart make_nccl_group(const ProcessGroup& group, Device, const Share&, const Beside&) {
   throw_error(fmt::format("group '{}' of {} ranks: collectives of CUDA tensors need NCCL, which this build lacks; install "
                           "libnccl-dev, or configure with -DNCCL_ROOT=DIR (holding include/nccl.h), and build again",
                           group.name(), group.size()));
