@@ -22,12 +22,17 @@ struct RowFunction {
   std::function<Vars(const Vars&)> f;
 };
 
-KernelBench rows_bench(const RowFunction& r, const std::vector<std::pair<int64_t, std::pair<double, double>>>& widths) {
+struct RowsCase {
+  int64_t rows, width;
+  double goal_forward = 0, goal_backward = 0;
+};
+
+KernelBench rows_bench(const RowFunction& r, const std::vector<RowsCase>& cases) {
   KernelBench k;
   k.op = r.op;
   k.dtype = DType::bf16;
   k.check = {{{"R", 131}, {"C", 200}}};
-  for (const auto& [width, goals] : widths) k.cuda.push_back({{{{"R", 16384}, {"C", width}}}, goals.first, goals.second});
+  for (const RowsCase& c : cases) k.cuda.push_back({{{{"R", c.rows}, {"C", c.width}}}, c.goal_forward, c.goal_backward});
   k.make = [r](Inputs& make, const Sizes& s, bool backward) {
     Vars in;
     for (int64_t i = 0; i < r.inputs; ++i) in.push_back(Inputs::leaf(make.normal({s["R"], s["C"]})));
@@ -121,18 +126,24 @@ std::vector<KernelBench> pointwise_benches() {
                               const AddNorm n = add_rms_norm(v[0], v[1], v[2], 1e-5);
                               return {n.residual, n.y};
                             }};
+  const RowFunction add_layer{"add_layer_norm", 2, 2, 4, 4, [](const Vars& v) -> Vars {
+                                const AddNorm n = add_layer_norm(v[0], v[1], v[2], v[3], 1e-5);
+                                return {n.residual, n.y};
+                              }};
   const RowFunction gelu_rows{"gelu", 1, 0, 2, 3, [](const Vars& v) -> Vars { return {gelu(v[0], GeluForm::tanh)}; }};
   const RowFunction silu_rows{"silu", 1, 0, 2, 3, [](const Vars& v) -> Vars { return {silu(v[0])}; }};
   const Sizes small{{{"R", 4096}, {"C", 768}}};
-  return {rows_bench(rms, {{768, {0.020, 0.063}}, {4096, {0.094, 0.298}}}),
+  // 16,384 rows are the peers' sizes; a step of GPT-2 124M at B64 has 65,536 of width 768.
+  return {rows_bench(rms, {{16384, 768, 0.020, 0.063}, {65536, 768}, {16384, 4096, 0.094, 0.298}}),
           on_cpu(rows_bench(rms, {}), small),
-          rows_bench(layer, {{768, {0.020, 0.063}}, {4096, {}}}),
+          rows_bench(layer, {{16384, 768, 0.020, 0.063}, {65536, 768}, {16384, 4096}}),
           on_cpu(rows_bench(layer, {}), small),
-          rows_bench(add_rms, {{768, {}}, {4096, {}}}),
+          rows_bench(add_rms, {{16384, 768}, {65536, 768}, {16384, 4096}}),
           on_cpu(rows_bench(add_rms, {}), small),
-          rows_bench(gelu_rows, {{3072, {}}}),
+          rows_bench(add_layer, {{65536, 768}}),
+          rows_bench(gelu_rows, {{16384, 3072}}),
           on_cpu(rows_bench(gelu_rows, {}), small),
-          rows_bench(silu_rows, {{3072, {}}}),
+          rows_bench(silu_rows, {{16384, 3072}}),
           on_cpu(rows_bench(silu_rows, {}), small),
           add_bench(),
           on_cpu(add_bench(), {{{"N", 16777216}}}),
