@@ -1,4 +1,5 @@
 #include "kernels/cuda/causal_conv1d.cuh"
+#include "kernels/cuda/overlap.cuh"
 
 // Any filter: a thread walks along a tile of positions of one channel with the last kWidth inputs in registers;
 // neighbouring threads have neighbouring channels. Filters wider than 8 re-read their inputs. Filters of width 4 over
@@ -184,6 +185,7 @@ __global__ void sum_taps_kernel(A* dweight, bool add_dweight, A* dbias, bool add
   const int tx = static_cast<int>(threadIdx.x) % 32, ty = static_cast<int>(threadIdx.x) / 32;
   const int tap = static_cast<int>(blockIdx.y);
   const int64_t channel = int64_t{blockIdx.x} * 32 + tx;
+  take_over();
   A s = 0;
   if (channel < c)
 #pragma unroll 8
@@ -208,10 +210,10 @@ int64_t tile_of(int64_t b, int64_t l) { return std::min(l, std::max<int64_t>(64,
 void sum_conv_taps(Tensor& dweight, bool add_dweight, Tensor& dbias, bool add_dbias, const Tensor& partial) {
   const int64_t c = partial.size(2), taps = partial.size(1);
   const auto run = [&]<class A>(A /*zero*/) {
-    launch(sum_taps_kernel<A>,
-           {.grid = ceil_div(c, 32), .grid_y = taps, .block = 512, .stream = current_stream(partial.device())},
-           dweight.data<A>(), add_dweight, conv_pointer<A>(dbias), add_dbias, partial.data<A>(), partial.size(0), c,
-           static_cast<int>(taps - 1));
+    launch_overlapped(sum_taps_kernel<A>,
+                      {.grid = ceil_div(c, 32), .grid_y = taps, .block = 512, .stream = current_stream(partial.device())},
+                      dweight.data<A>(), add_dweight, conv_pointer<A>(dbias), add_dbias, partial.data<A>(), partial.size(0),
+                      c, static_cast<int>(taps - 1));
   };
   if (partial.dtype() == DType::f64)
     run(double{});

@@ -1,16 +1,24 @@
+#include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/causal_conv1d.cuh"
+#include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
 
-// The causal convolution of width 4: a thread walks along a tile of positions with a vector of channels, the last three
-// inputs in registers and the next eight positions on their way. Bound by memory: forward 2 b l c sizeof(T) bytes,
+// The causal convolution of width 4. A thread has a vector of channels. Bound by memory: forward 2 b l c sizeof(T) bytes,
 // backward 3; at 3 TB/s in bf16 B32 L2048 C1536 0.13 and 0.20 ms. silu needs 2 special functions a value, 0.06 ms.
-// A tile's start is as dear as a dozen positions: its filters lie 16 bytes a channel apart.
 namespace krait::kernels::cuda {
 
 namespace {
 
-constexpr int kFourThreads = 128, kNext = 8;
-constexpr int kForwardBlocks = 4, kBackwardBlocks = 4;  // on a multiprocessor
+constexpr int kFourThreads = 128;
+constexpr int64_t kMostThreads = (int64_t{1} << 31) - kFourThreads;
+template <class T>
+constexpr int kFourValues = 8 / static_cast<int>(sizeof(T));  // channels of a thread
+// Forward a thread brings so many positions at once and is gone. Longer walks are slower, by up to 10 %: blocks that
+// follow each other then read far from each other.
+constexpr int kForwardTile = 8;
+// Backward it walks along a tile and keeps sums; what it reads next is on its way into shared memory, where a thread has
+// places of its own: kStep positions together, kAhead of such groups.
+constexpr int kStep = 4, kAhead = 4, kBackwardBlocks = 4;
 
 // V values in one access of 4, 8 or 16 bytes, packed.
 template <class T, int V>
@@ -21,6 +29,13 @@ struct ConvVector {
   Word word;
 
   __device__ static ConvVector load(const T* p) { return {*reinterpret_cast<const Word*>(p)}; }
+  // The same into shared memory, on its way until copy_wait().
+  __device__ void bring(const T* p) {
+    if constexpr (kBytes == 16)
+      copy_async(this, p, true);
+    else
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(this)), "l"(p), "n"(kBytes) : "memory");
+  }
   template <class A>
   __device__ void unpack(A (&to)[V]) const {
     T v[V];
@@ -39,16 +54,16 @@ struct ConvVector {
   }
 };
 
-// Which tile and channels a thread has: neighbours have neighbouring channels.
+// Which tile and channels a thread has: neighbours have neighbouring channels. There are fewer than 2^31 threads.
 struct ConvPlace {
-  int64_t piece, row, channel;
-  int t0, t1;
-  __device__ ConvPlace(int64_t groups, int values, int64_t l, int64_t tiles, int64_t tile) {
-    const int64_t thread = int64_t{blockIdx.x} * kFourThreads + threadIdx.x;
+  int piece, row, t0, t1;
+  int64_t channel;
+  __device__ ConvPlace(int groups, int values, int64_t l, int tiles, int tile) {
+    const int thread = static_cast<int>(blockIdx.x) * kFourThreads + static_cast<int>(threadIdx.x);
     piece = thread / groups;
-    channel = thread % groups * values;
+    channel = (thread - piece * groups) * int64_t{values};
     row = piece / tiles;
-    t0 = static_cast<int>(piece % tiles * tile);
+    t0 = (piece - row * tiles) * tile;
     t1 = static_cast<int>(t0 + tile < l ? t0 + tile : l);
   }
 };
@@ -59,7 +74,7 @@ struct FourTaps {
   float w[4][V], bias[V], x[3][V];
 
   template <class T>
-  __device__ void start(const ConvInputs<T>& in, const ConvLine<T>& line, int64_t channel, int t0) {
+  __device__ FourTaps(const ConvInputs<T>& in, int64_t channel) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const float4 taps = reinterpret_cast<const float4*>(in.weight)[channel + i];
@@ -70,19 +85,18 @@ struct FourTaps {
       bias[i] = 0;
     }
     if (in.bias != nullptr) load_values(bias, in.bias + channel);
+  }
+  // Input s = t0 - 3 + j, which is `here`, as position t0 sees it.
+  template <class T>
+  __device__ void start(const ConvLine<T>& line, int j, int t0, const ConvVector<T, V>& here) {
+    const int s = t0 - 3 + j;
+    forget(j);
+    if (!line.together(s, t0)) return;
+    if (s >= 0)
+      here.unpack(x[j]);
+    else if (line.initial != nullptr)
 #pragma unroll
-    for (int j = 0; j < 3; ++j) {
-      const int s = t0 - 3 + j;
-      if (!line.together(s, t0)) {
-        forget(j);
-      } else if (s >= 0) {
-        ConvVector<T, V>::load(line.x + s * line.stride).unpack(x[j]);
-      } else {
-#pragma unroll
-        for (int i = 0; i < V; ++i)
-          x[j][i] = line.initial == nullptr ? 0.0f : static_cast<float>(line.initial[(s + 3) * line.c + i]);
-      }
-    }
+      for (int i = 0; i < V; ++i) x[j][i] = static_cast<float>(line.initial[(s + 3) * line.c + i]);
   }
   __device__ void forget(int j) {
 #pragma unroll
@@ -107,50 +121,38 @@ struct FourTaps {
 
 // kPacked: with documents.
 template <class T, int V, bool kPacked>
-__global__ void __launch_bounds__(kFourThreads, kForwardBlocks)
-    conv_four_forward_kernel(T* __restrict__ y, T* __restrict__ final_state, const ConvInputs<T> in, int64_t groups,
-                             int64_t pieces, int64_t tiles, int64_t tile) {
+__global__ void __launch_bounds__(kFourThreads)
+    conv_four_forward_kernel(T* __restrict__ y, T* __restrict__ final_state, const __grid_constant__ ConvInputs<T> in,
+                             int groups, int pieces, int tiles) {
   using Vector = ConvVector<T, V>;
-  const ConvPlace at(groups, V, in.l, tiles, tile);
+  const ConvPlace at(groups, V, in.l, tiles, kForwardTile);
   if (at.piece >= pieces) return;
   const ConvLine<T> line = in.line(at.row, at.channel);
-  y += at.row * in.l * in.c + at.channel;
-  const int full = at.t0 + (at.t1 - at.t0) / kNext * kNext;
-  Vector raw[kNext];
-  if (full > at.t0) {
+  const T* from = line.x + (at.t0 - 3) * line.stride;
+  const int x_step = static_cast<int>(line.stride), y_step = static_cast<int>(in.c);
+  Vector raw[kForwardTile + 3];  // of positions t0 - 3 on
 #pragma unroll
-    for (int s = 0; s < kNext; ++s) raw[s] = Vector::load(line.x + (at.t0 + s) * line.stride);
-  }
-  FourTaps<V> taps;
-  taps.start(in, line, at.channel, at.t0);
-
-  const auto step = [&](int t, const float(&now)[V]) {
-    if (kPacked && t > at.t0 && !line.together(t - 1, t)) taps.forget();
-    float out[V];
+  for (int s = 0; s < kForwardTile + 3; ++s)
+    if (at.t0 + s >= 3 && at.t0 + s - 3 < at.t1) raw[s] = Vector::load(from + s * x_step);
+  FourTaps<V> taps(in, at.channel);
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const float p = taps.filter(i, now[i]);
-      out[i] = in.silu ? silu_of(p) : p;
-    }
-    Vector::store(y + t * in.c, out);
+  for (int j = 0; j < 3; ++j) taps.start(line, j, at.t0, raw[j]);
+  T* to = y + (at.row * in.l + at.t0) * in.c + at.channel;
+#pragma unroll
+  for (int s = 0; s < kForwardTile; ++s) {
+    const int t = at.t0 + s;
+    if (t >= at.t1) break;
+    float now[V], out[V];
+    raw[s + 3].unpack(now);
+    if (kPacked && s > 0 && !line.together(t - 1, t)) taps.forget();
+#pragma unroll
+    for (int i = 0; i < V; ++i) out[i] = taps.filter(i, now[i]);
+    if (in.silu)
+#pragma unroll
+      for (int i = 0; i < V; ++i) out[i] = silu_of(out[i]);
+    Vector::store(to + s * y_step, out);
     taps.push(now);
-  };
-  for (int t = at.t0; t < full; t += kNext) {
-    const T* next = line.x + (t + kNext < full ? t + kNext : t) * line.stride;
-#pragma unroll
-    for (int s = 0; s < kNext; ++s) {
-      float now[V];
-      raw[s].unpack(now);
-      raw[s] = Vector::load(next + s * line.stride);
-      step(t + s, now);
-    }
   }
-  for (int t = full; t < at.t1; ++t) {
-    float now[V];
-    Vector::load(line.x + t * line.stride).unpack(now);
-    step(t, now);
-  }
-
   if (at.t1 < in.l) return;
   for (int j = 0; j < 3; ++j)
     for (int i = 0; i < V; ++i)
@@ -158,11 +160,50 @@ __global__ void __launch_bounds__(kFourThreads, kForwardBlocks)
           static_cast<T>(in.line(at.row, at.channel + i).template input<float>(in.l - 3 + j, in.l - 1));
 }
 
+// Positions of one thread on their way through shared memory, kStep at a time: of x and of dy.
+template <class T, int V>
+struct ConvRing {
+  using Vector = ConvVector<T, V>;
+  static constexpr int kBytes = kAhead * kStep * 2 * kFourThreads * static_cast<int>(sizeof(Vector));
+  Vector* own;  // the thread's first; the others are kFourThreads apart
+  const T *x, *dy;
+  int x_step, dy_step;  // from a position to the next
+  int left;             // positions to bring
+  int to = 0, at = 0;
+
+  __device__ Vector& place(int group, int s, int stream) const { return own[((group * kStep + s) * 2 + stream) * kFourThreads]; }
+  __device__ void bring() {
+#pragma unroll
+    for (int s = 0; s < kStep; ++s)
+      if (s < left) {
+        place(to, s, 0).bring(x + s * x_step);
+        place(to, s, 1).bring(dy + s * dy_step);
+      }
+    copy_commit();
+    x += kStep * x_step;
+    dy += kStep * dy_step;
+    left -= kStep;
+    to = (to + 1) % kAhead;
+  }
+  __device__ void start() {
+#pragma unroll
+    for (int k = 0; k < kAhead - 1; ++k) bring();
+  }
+  // f(group): the next kStep positions are in its places.
+  template <class F>
+  __device__ void next(const F& f) {
+    copy_wait<kAhead - 2>();
+    bring();
+    f(at);
+    at = (at + 1) % kAhead;
+  }
+};
+
 // A gradient at either end of the sequence: before its first position or in the final state.
 template <class T, int V>
 __device__ __noinline__ void store_edge(const ConvGradients<T>& grad, const ConvInputs<T>& in, int64_t row,
-                                        int64_t channel, int s, float2 d) {
-  const float values[2] = {d.x, d.y};
+                                        int64_t channel, int s, float4 d) {
+  const float values[4] = {d.x, d.y, d.z, d.w};
 #pragma unroll
   for (int i = 0; i < V; ++i)
     grad.template store<float>(in.line(row, channel + i), row, channel + i, s, values[i]);
@@ -173,25 +214,26 @@ template <class T, int V, bool kPacked>
 __global__ void __launch_bounds__(kFourThreads, kBackwardBlocks)
     conv_four_backward_kernel(const __grid_constant__ ConvGradients<T> grad, float* __restrict__ partial,
                               const __grid_constant__ ConvInputs<T> in,
-                              int64_t groups, int64_t pieces, int64_t tiles, int64_t tile) {
+                              int groups, int pieces, int tiles, int tile) {
   using Vector = ConvVector<T, V>;
+  extern __shared__ __align__(16) unsigned char shared[];
   const ConvPlace at(groups, V, in.l, tiles, tile);
   if (at.piece >= pieces) return;
-  const int l = static_cast<int>(in.l);
+  const int l = static_cast<int>(in.l), seen = at.t1 + 3 < l ? at.t1 + 3 : l;
   const ConvLine<T> line = in.line(at.row, at.channel);
   const T* dy = grad.dy + at.row * grad.dy_batch + at.channel;
   T* dx_row = grad.dx + at.row * grad.dx_batch + at.channel;
-  const int full = at.t0 + (at.t1 - at.t0) / kNext * kNext, seen = at.t1 + 3 < l ? at.t1 + 3 : l;
-  Vector raw_x[kNext], raw_dy[kNext];
-  if (full > at.t0) {
+  ConvRing<T, V> ring{reinterpret_cast<Vector*>(shared) + threadIdx.x,
+                      line.x + at.t0 * line.stride,
+                      dy + at.t0 * grad.dy_row,
+                      static_cast<int>(line.stride),
+                      static_cast<int>(grad.dy_row),
+                      seen - at.t0};
+  ring.start();
+  FourTaps<V> taps(in, at.channel);
 #pragma unroll
-    for (int s = 0; s < kNext; ++s) {
-      raw_x[s] = Vector::load(line.x + (at.t0 + s) * line.stride);
-      raw_dy[s] = Vector::load(dy + (at.t0 + s) * grad.dy_row);
-    }
-  }
-  FourTaps<V> taps;
-  taps.start(in, line, at.channel, at.t0);
+  for (int j = 0; j < 3; ++j)
+    taps.start(line, j, at.t0, at.t0 > 0 ? Vector::load(line.x + (at.t0 - 3 + j) * line.stride) : Vector{});
   float dw[4][V] = {}, db[V] = {}, dx[3][V] = {};  // dx[j]: of input t - 3 + j, when t comes
   int back = 0;                                     // from how far back t may still be seen
   for (int j = 1; j < 4 && line.together(at.t0 - j, at.t0); ++j) back = j;
@@ -200,12 +242,12 @@ __global__ void __launch_bounds__(kFourThreads, kBackwardBlocks)
   const auto store = [&](int s, float(&d)[V]) {
     if (s < oldest) return;
     if (s < 0 || (grad.dfinal != nullptr && s >= l - 3))
-      store_edge<T, V>(grad, in, at.row, at.channel, s, {d[0], d[1]});
+      store_edge<T, V>(grad, in, at.row, at.channel, s, {d[0], d[1], d[V - 2], d[V - 1]});
     else
       Vector::store(dx_row + s * grad.dx_row, d);
   };
   // kInside: gradients of t - 3 are this tile's, and not an edge's.
-  const auto step = [&]<bool kInside>(int t, const float(&now)[V], float(&g)[V], bool own) {
+  const auto step = [&]<bool kInside>(int t, const float(&now)[V], float(&g)[V], T* to) {
     if (kPacked && t > at.t0) {
       back = back < 3 ? back + 1 : 3;
       if (!line.together(t - 1, t)) {
@@ -213,16 +255,17 @@ __global__ void __launch_bounds__(kFourThreads, kBackwardBlocks)
         back = 0;
       }
     }
+    if (in.silu)
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      if (in.silu) g[i] *= silu_slope(taps.filter(i, now[i]));
-      if (own) {
+      for (int i = 0; i < V; ++i) g[i] *= silu_slope(taps.filter(i, now[i]));
+    if (kInside || t < at.t1)
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
         db[i] += g[i];
         dw[3][i] = fmaf(g[i], now[i], dw[3][i]);
 #pragma unroll
         for (int j = 0; j < 3; ++j) dw[j][i] = fmaf(g[i], taps.x[j][i], dw[j][i]);
       }
-    }
 #pragma unroll
     for (int j = 0; j < 3; ++j) {
       const bool seen = !kPacked || 3 - j <= back;
@@ -230,7 +273,7 @@ __global__ void __launch_bounds__(kFourThreads, kBackwardBlocks)
       for (int i = 0; i < V; ++i) dx[j][i] = fmaf(seen ? taps.w[j][i] : 0.0f, g[i], dx[j][i]);
     }
     if constexpr (kInside)
-      Vector::store(dx_row + (t - 3) * grad.dx_row, dx[0]);
+      Vector::store(to, dx[0]);
     else
       store(t - 3, dx[0]);
 #pragma unroll
@@ -242,37 +285,32 @@ __global__ void __launch_bounds__(kFourThreads, kBackwardBlocks)
     taps.push(now);
   };
 
-  const int x_step = static_cast<int>(line.stride), dy_step = static_cast<int>(grad.dy_row);
-  const T *next_x = line.x + at.t0 * line.stride, *next_dy = dy + at.t0 * grad.dy_row;
-  const auto batch = [&]<bool kInside>(int t) {
-    if (t + kNext < full) {  // else the last once more
-      next_x += kNext * x_step;
-      next_dy += kNext * dy_step;
-    }
+  const int dx_step = static_cast<int>(grad.dx_row);
+  const auto batch = [&]<bool kInside>(int group, int t, T* to) {
 #pragma unroll
-    for (int s = 0; s < kNext; ++s) {
+    for (int s = 0; s < kStep; ++s) {
+      if (!kInside && t + s >= seen) break;
       float now[V], g[V];
-      raw_x[s].unpack(now);
-      raw_dy[s].unpack(g);
-      raw_x[s] = Vector::load(next_x + s * x_step);
-      raw_dy[s] = Vector::load(next_dy + s * dy_step);
-      step.template operator()<kInside>(t + s, now, g, true);
+      ring.place(group, s, 0).unpack(now);
+      ring.place(group, s, 1).unpack(g);
+      step.template operator()<kInside>(t + s, now, g, to + s * dx_step);
     }
   };
-  if (full > at.t0) batch.template operator()<false>(at.t0);
-  for (int t = at.t0 + kNext; t < full; t += kNext) batch.template operator()<true>(t);
-  for (int t = full; t < seen; ++t) {
-    float now[V], g[V];
-    Vector::load(line.x + t * line.stride).unpack(now);
-    Vector::load(dy + t * grad.dy_row).unpack(g);
-    step.template operator()<false>(t, now, g, t < at.t1);
-  }
+  T* to = dx_row + (at.t0 - 3) * grad.dx_row;
+  for (int t = at.t0; t < seen; t += kStep, to += kStep * dx_step)
+    ring.next([&](int group) {
+      if (t > at.t0 && t + kStep <= at.t1)
+        batch.template operator()<true>(group, t, to);
+      else
+        batch.template operator()<false>(group, t, to);
+    });
+  let_next_begin();
   // Inputs that no later position sees: the last ones of the sequence.
 #pragma unroll
   for (int j = 0; j < 3; ++j)
     if (seen - 3 + j < at.t1) store(seen - 3 + j, dx[j]);
 
-  float* sums = partial + at.piece * 5 * in.c + at.channel;
+  float* sums = partial + int64_t{at.piece} * 5 * in.c + at.channel;
 #pragma unroll
   for (int j = 0; j < 4; ++j) ConvVector<float, V>::store(sums + j * in.c, dw[j]);
   ConvVector<float, V>::store(sums + 4 * in.c, db);
@@ -292,30 +330,11 @@ bool served(const CausalConv1dInputs& in) {
   return aligned && in.weight.size(1) == 4 && in.x.size(1) < (int64_t{1} << 30) && in.x.stride(1) < (int64_t{1} << 28);
 }
 
-// Positions of a tile so that whole waves of blocks have the least to do. The number of multiprocessors is a fixed one, so
-// that every GPU gives the same bits.
-int64_t tile_of_four(int64_t b, int64_t l, int64_t groups, int64_t blocks) {
-  constexpr int64_t kMultiprocessors = 132, kStart = 12;
-  int64_t best = 0, least = 0;
-  for (int64_t tile = 32; tile <= 512; tile += kNext) {
-    const int64_t waves = ceil_div(ceil_div(b * ceil_div(l, tile) * groups, kFourThreads), kMultiprocessors * blocks);
-    const int64_t cost = waves * (tile + kStart);
-    if (best == 0 || cost < least) {
-      best = tile;
-      least = cost;
-    }
-  }
-  return std::min(l, best);
-}
-
-template <class F>
-void launch_four(const CausalConv1dInputs& in, int values, int64_t blocks, const F& run) {
-  const int64_t b = in.x.size(0), l = in.x.size(1), groups = in.x.size(2) / values;
-  const int64_t tile = tile_of_four(b, l, groups, blocks), tiles = ceil_div(l, tile), pieces = b * tiles;
-  run(LaunchConfig{.grid = ceil_div(pieces * groups, kFourThreads),
-                   .block = kFourThreads,
-                   .stream = current_stream(in.x.device())},
-      groups, pieces, tiles, tile);
+// Positions of a backward tile: long, since each writes sums, where there is work for all multiprocessors then.
+int64_t backward_tile(int64_t b, int64_t l, int64_t groups) {
+  int64_t tile = 128;
+  while (tile > 32 && b * ceil_div(l, tile) * groups < 2 * 132 * kFourThreads) tile /= 2;
+  return tile;
 }
 
 template <class F>
@@ -328,15 +347,15 @@ bool visit_four(DType type, const F& f) {
 bool conv_four_forward(Tensor& y, Tensor& final_state, const CausalConv1dInputs& in) {
   if (!served(in)) return false;
   return visit_four(in.x.dtype(), [&]<class T>() {
-    constexpr int V = 4;  // with more the start of a tile would be dearer
+    constexpr int V = kFourValues<T>;
     if (in.x.size(2) % V != 0 || !vectors<T>(in.x, V) || !vectors<T>(y, V)) return false;
-    launch_four(in, V, kForwardBlocks, [&](const LaunchConfig& config, int64_t groups, int64_t pieces, int64_t tiles,
-                                           int64_t tile) {
-      const auto kernel =
-          in.segments.defined() ? conv_four_forward_kernel<T, V, true> : conv_four_forward_kernel<T, V, false>;
-      launch(kernel, config, y.data<T>(), conv_pointer<T>(final_state), conv_inputs<T>(in),
-             groups, pieces, tiles, tile);
-    });
+    const int64_t groups = in.x.size(2) / V, tiles = ceil_div(in.x.size(1), kForwardTile), pieces = in.x.size(0) * tiles;
+    if (pieces * groups >= kMostThreads) return false;
+    const auto kernel =
+        in.segments.defined() ? conv_four_forward_kernel<T, V, true> : conv_four_forward_kernel<T, V, false>;
+    launch(kernel,
+           {.grid = ceil_div(pieces * groups, kFourThreads), .block = kFourThreads, .stream = current_stream(y.device())},
+           y.data<T>(), conv_pointer<T>(final_state), conv_inputs<T>(in), groups, pieces, tiles);
     return true;
   });
 }
@@ -345,18 +364,21 @@ bool conv_four_backward(Tensor& dx, Tensor& dinitial, Tensor& dweight, bool add_
                         const Tensor& dy, const Tensor& dfinal, const CausalConv1dInputs& in) {
   if (!served(in)) return false;
   return visit_four(in.x.dtype(), [&]<class T>() {
-    constexpr int V = 2;  // with more the gradients' registers would leave too few threads
+    constexpr int V = kFourValues<T>;
     if (in.x.size(2) % V != 0 || !vectors<T>(in.x, V) || !vectors<T>(dx, V) || !vectors<T>(dy, V)) return false;
-    if (dy.stride(1) >= int64_t{1} << 28) return false;
-    launch_four(in, V, kBackwardBlocks, [&](const LaunchConfig& config, int64_t groups, int64_t pieces, int64_t tiles,
-                                            int64_t tile) {
-      const Tensor partial = empty({pieces, 5, in.x.size(2)}, DType::f32, in.x.device());
-      const auto kernel =
-          in.segments.defined() ? conv_four_backward_kernel<T, V, true> : conv_four_backward_kernel<T, V, false>;
-      launch(kernel, config, conv_gradients<T>(dx, dinitial, dy, dfinal),
-             partial.data<float>(), conv_inputs<T>(in), groups, pieces, tiles, tile);
-      sum_conv_taps(dweight, add_dweight, dbias, add_dbias, partial);
-    });
+    if (dy.stride(1) >= int64_t{1} << 28 || dx.stride(1) >= int64_t{1} << 28) return false;
+    const int64_t b = in.x.size(0), l = in.x.size(1), groups = in.x.size(2) / V, tile = backward_tile(b, l, groups);
+    const int64_t tiles = ceil_div(l, tile), pieces = b * tiles;
+    if (pieces * groups >= kMostThreads) return false;
+    const Tensor partial = empty({pieces, 5, in.x.size(2)}, DType::f32, in.x.device());
+    const auto kernel =
+        in.segments.defined() ? conv_four_backward_kernel<T, V, true> : conv_four_backward_kernel<T, V, false>;
+    launch(kernel,
+           {.grid = ceil_div(pieces * groups, kFourThreads), .block = kFourThreads, .shared = ConvRing<T, V>::kBytes,
+            .stream = current_stream(dx.device())},
+           conv_gradients<T>(dx, dinitial, dy, dfinal), partial.data<float>(), conv_inputs<T>(in), groups, pieces, tiles,
+           tile);
+    sum_conv_taps(dweight, add_dweight, dbias, add_dbias, partial);
     return true;
   });
 }
