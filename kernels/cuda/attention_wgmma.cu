@@ -13,21 +13,12 @@
 
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/attention_own.h"
+#include "kernels/cuda/attention_wgmma.cuh"
 #include "kernels/cuda/hopper.h"
-#include "kernels/cuda/tensor_map.h"
-#include "kernels/cuda/tma.cuh"
-#include "kernels/cuda/wgmma.cuh"
 
 namespace krait::kernels::cuda {
 
 namespace {
-
-constexpr int kRows = 64;              // of a box: a warpgroup's queries or keys, and what a step takes
-constexpr int kGroups = 2;             // warpgroups that compute
-constexpr int kTile = kRows * kGroups;
-constexpr int kThreads = (kGroups + 1) * 128;
-constexpr int kBox = kRows * 128;      // bytes of 64 rows of 64 values
-constexpr int kStatBytes = 2 * kRows * 4;
 
 struct Problem {
   int b, lq, lk, hq, hkv;
@@ -35,164 +26,10 @@ struct Problem {
   float scale;
   const float* lse;  // (b, hq, lq)
   float* stats;      // (b, hq, query_blocks(), 2, 64): lse log2(e), infinite from row lq on, and D
+  uint32_t* tickets;  // one for each kernel
   __host__ __device__ int query_blocks() const { return (lq + kRows - 1) / kRows; }
   __host__ __device__ int key_blocks() const { return (lk + kRows - 1) / kRows; }
 };
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define KRAIT_WGMMA_BODY 1
-#else
-#define KRAIT_WGMMA_BODY 0
-#endif
-
-// The tiles of a block, head after head. In a causal head they differ in length: a long and a short one make a pair, so
-// that pairs are alike.
-struct Walk {
-  int tiles, items, at, half = 0;
-  __device__ Walk(int heads, int tiles_) : tiles(tiles_), items(heads * ((tiles_ + 1) / 2)), at(blockIdx.x) {}
-  __device__ bool next(int& head, int& tile) {
-    if (at >= items) return false;
-    const int pairs = (tiles + 1) / 2, first = at % pairs, second = tiles - 1 - first;
-    head = at / pairs;
-    tile = half ? second : first;
-    if (half || first == second) {
-      half = 0;
-      at += gridDim.x;
-    } else {
-      half = 1;
-    }
-    return true;
-  }
-};
-
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-#if KRAIT_WGMMA_BODY
-
-__device__ __forceinline__ float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ float2 load_pair(uint32_t shared) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(shared) : "memory");
-  return v;
-}
-
-// 64 rows of kD values from (batch, head, row): kD / 64 boxes.
-template <int kD>
-__device__ __forceinline__ void bring_rows(uint32_t to, const CUtensorMap& map, uint32_t barrier, int row, int head, int batch) {
-#pragma unroll
-  for (int x = 0; x < kD; x += 64) bring_box(to + x / 64 * kBox, map, barrier, x, row, head, batch);
-}
-
-// This warp's 16 of 64 rows as left operands in registers.
-template <int kD>
-__device__ __forceinline__ void load_rows(uint32_t (&a)[kD / 16][4], uint32_t tile) {
-  const int lane = threadIdx.x % 32, m = lane / 8, r = lane % 8, row = threadIdx.x % 128 / 32 * 16 + m % 2 * 8 + r;
-#pragma unroll
-  for (int s = 0; s < kD / 16; ++s)
-    load_matrices(a[s], tile + s / 4 * kBox + row * 128 + (((s % 4 * 2 + m / 2) ^ r) << 4));
-}
-
-// s (64 rows, 64 rows of b) = a b^T.
-template <int kD>
-__device__ __forceinline__ void multiply_rows(float (&s)[32], const uint32_t (&a)[kD / 16][4], uint32_t b) {
-  const uint64_t rows = along_lines(b);
-#pragma unroll
-  for (int x = 0; x < kD / 16; ++x) wgmma(s, a[x], further(rows, x / 4 * kBox + x % 4 * 32), x > 0);
-}
-template <int kD>
-__device__ __forceinline__ void multiply_rows(float (&s)[32], uint32_t a, uint32_t b) {
-  const uint64_t left = along_lines(a), rows = along_lines(b);
-#pragma unroll
-  for (int x = 0; x < kD / 16; ++x) {
-    const int bytes = x / 4 * kBox + x % 4 * 32;
-    wgmma(s, further(left, bytes), further(rows, bytes), x > 0);
-  }
-}
-
-// acc (64, kD) = w (64, 64) rows (64, kD), w in registers; added to what is there when `add`.
-template <int kD>
-__device__ __forceinline__ void accumulate(float (&acc)[kD / 2], const uint32_t (&w)[4][4], uint32_t rows, bool add = true) {
-  const uint64_t b = across_lines(rows, kBox);
-#pragma unroll
-  for (int x = 0; x < 4; ++x) wgmma<1>(acc, w[x], further(b, x * 2048), add || x > 0);
-}
-
-// An accumulator as a left operand, in bf16.
-__device__ __forceinline__ void to_operand(uint32_t (&a)[4][4], const float (&s)[32]) {
-#pragma unroll
-  for (int x = 0; x < 4; ++x)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) a[x][i] = pack(s[8 * x + 2 * i], s[8 * x + 2 * i + 1]);
-}
-// acc times a factor to 64 rows of boxes in shared memory, as bf16 and swizzled.
-template <int kD>
-__device__ __forceinline__ void put_rows(uint32_t to, const float (&acc)[kD / 2], float factor) {
-  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, row = threadIdx.x % 128 / 32 * 16 + g;
-#pragma unroll
-  for (int j = 0; j < kD / 8; ++j)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + j / 8 * kBox + (row + 8 * half) * 128 + (((j % 8) ^ g) << 4) + 4 * c),
-                   "r"(pack(acc[4 * j + 2 * half] * factor, acc[4 * j + 2 * half + 1] * factor))
-                   : "memory");
-}
-template <int kD>
-__device__ __forceinline__ void store_rows(const CUtensorMap& map, uint32_t from, int row, int head, int batch) {
-#pragma unroll
-  for (int x = 0; x < kD; x += 64) store_box(map, from + x / 64 * kBox, x, row, head, batch);
-}
-
-// The sum over the four lanes of a row.
-__device__ __forceinline__ float row_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-__device__ __forceinline__ float dot_pair(uint32_t a, uint32_t b) {
-  const float2 x = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&a));
-  const float2 y = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&b));
-  return x.x * y.x + x.y * y.y;
-}
-
-__device__ __forceinline__ uint32_t aligned_shared() {
-  extern __shared__ unsigned char dynamic[];
-  return (shared_address(dynamic) + 1023) / 1024 * 1024;
-}
-
-__device__ __forceinline__ void init_barriers(uint32_t resident, uint32_t ring, int stages) {
-  if (threadIdx.x == 0) {
-    barrier_init(resident, 1);
-    barrier_init(resident + 8, 4 * kGroups);
-    for (int i = 0; i < stages; ++i) {
-      barrier_init(ring + 16 * i, 1);
-      barrier_init(ring + 16 * i + 8, 4 * kGroups);
-    }
-    barriers_visible();
-  }
-  __syncthreads();
-}
-// One arrival a warp.
-__device__ __forceinline__ void release(uint32_t barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
-}
-
-#endif
-
-constexpr float kLog2e = 1.4426950408889634f;
 
 // Shared memory of query_gradient: q, do and o of the tile, a ring of keys and values, dq on its way out. A barrier pair
 // is "full" and, 8 bytes on, "empty".
@@ -200,7 +37,7 @@ template <int kD>
 struct QuerySide {
   static constexpr int kPanel = kD / 64 * kBox, kStages = kD == 64 ? 6 : 3;
   static constexpr int kQ = 0, kDo = kQ + kGroups * kPanel, kO = kDo + kGroups * kPanel, kOut = kO + kGroups * kPanel,
-                       kRing = kOut + kGroups * kPanel, kResident = kRing + kStages * 2 * kPanel, kFull = kResident + 16,
+                       kRing = kOut + kGroups * kPanel, kResident = kRing + kStages * 2 * kPanel, kFull = kResident + 32,
                        kBytes = kFull + 16 * kStages + 1024;
 };
 
@@ -208,7 +45,8 @@ template <int kD>
 __global__ void __launch_bounds__(kThreads, 1)
 query_gradient_kernel(const __grid_constant__ CUtensorMap dq, const __grid_constant__ CUtensorMap q,
                       const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,
-                      const __grid_constant__ CUtensorMap o, const __grid_constant__ CUtensorMap do_, const Problem p) {
+                      const __grid_constant__ CUtensorMap o, const __grid_constant__ CUtensorMap do_, const Problem p,
+                      const Order order) {
 #if KRAIT_WGMMA_BODY
   using Side = QuerySide<kD>;
   constexpr int kPanel = Side::kPanel;
@@ -216,24 +54,28 @@ query_gradient_kernel(const __grid_constant__ CUtensorMap dq, const __grid_const
   init_barriers(resident, full, Side::kStages);
   const int group = threadIdx.x / 128, key_blocks = p.key_blocks(), query_blocks = p.query_blocks();
   const auto block_steps = [&](int tile) { return p.causal ? min(key_blocks, (tile + 1) * kGroups) : key_blocks; };
-  Walk walk(p.b * p.hq, (query_blocks + kGroups - 1) / kGroups);
+  const auto tile_of = [&](int item, int& head) {
+    int rank;
+    order.find(item, head, rank);
+    return order.tiles - 1 - rank;
+  };
   Ring<Side::kStages> ring;
   uint32_t parity = 0;  // of the resident tile
-  int head, tile;
   if (group == kGroups) {
     give_registers<24>();
     if (threadIdx.x != kGroups * 128) return;
-    while (walk.next(head, tile)) {
-      const int h = head % p.hq, batch = head / p.hq, hk = h / (p.hq / p.hkv);
-      barrier_wait(resident + 8, parity ^ 1);
+    hand_out(p.tickets, order.items(), resident, [&](int item) {
+      int head;
+      const int tile = tile_of(item, head), h = head % p.hq, batch = head / p.hq, hk = h / (p.hq / p.hkv);
       barrier_expect(resident, 3 * kGroups * kPanel);
+#pragma unroll 1
       for (int g = 0; g < kGroups; ++g) {
         const int row = (tile * kGroups + g) * kRows;
         bring_rows<kD>(shared + Side::kQ + g * kPanel, q, resident, row, h, batch);
         bring_rows<kD>(shared + Side::kDo + g * kPanel, do_, resident, row, h, batch);
         bring_rows<kD>(shared + Side::kO + g * kPanel, o, resident, row, h, batch);
       }
-      parity ^= 1;
+#pragma unroll 1
       for (int j = 0, n = block_steps(tile); j < n; ++j, ring.advance()) {
         const uint32_t barrier = full + 16 * ring.stage, to = shared + Side::kRing + ring.stage * 2 * kPanel;
         barrier_wait(barrier + 8, ring.parity ^ 1);
@@ -241,20 +83,19 @@ query_gradient_kernel(const __grid_constant__ CUtensorMap dq, const __grid_const
         bring_rows<kD>(to, k, barrier, j * kRows, hk, batch);
         bring_rows<kD>(to + kPanel, v, barrier, j * kRows, hk, batch);
       }
-    }
+    });
     return;
   }
   take_registers<240>();
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, row0 = threadIdx.x % 128 / 32 * 16 + g;
   const float to_exponent = p.scale * kLog2e;
   const uint32_t out = shared + Side::kOut + group * kPanel;
-  while (walk.next(head, tile)) {
-    const int h = head % p.hq, batch = head / p.hq, block = tile * kGroups + group;
+  for (int item; (item = next_item(resident, parity)) < order.items();) {
+    int head;
+    const int tile = tile_of(item, head), h = head % p.hq, batch = head / p.hq, block = tile * kGroups + group;
     const int all = block_steps(tile), n = block >= query_blocks ? 0 : p.causal ? min(all, block + 1) : all;
     uint32_t fq[kD / 16][4], fdo[kD / 16][4];
     float lse[2], delta[2] = {0, 0};
-    barrier_wait(resident, parity);
-    parity ^= 1;
     load_rows<kD>(fq, shared + Side::kQ + group * kPanel);
     load_rows<kD>(fdo, shared + Side::kDo + group * kPanel);
     {
@@ -348,7 +189,7 @@ struct KeySide {
   static constexpr int kPanel = kD / 64 * kBox, kStages = kD == 64 ? 6 : 3;
   static constexpr int kK = 0, kV = kK + kGroups * kPanel, kOut = kV + kGroups * kPanel,
                        kRing = kOut + kGroups * 2 * kPanel, kStats = kRing + kStages * 2 * kPanel,
-                       kResident = kStats + kStages * kStatBytes, kFull = kResident + 16,
+                       kResident = kStats + kStages * kStatBytes, kFull = kResident + 32,
                        kBytes = kFull + 16 * kStages + 1024;
 };
 
@@ -356,7 +197,8 @@ template <int kD>
 __global__ void __launch_bounds__(kThreads, 1)
 key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constant__ CUtensorMap dv,
                     const __grid_constant__ CUtensorMap q, const __grid_constant__ CUtensorMap k,
-                    const __grid_constant__ CUtensorMap v, const __grid_constant__ CUtensorMap do_, const Problem p) {
+                    const __grid_constant__ CUtensorMap v, const __grid_constant__ CUtensorMap do_, const Problem p,
+                    const Order order) {
 #if KRAIT_WGMMA_BODY
   using Side = KeySide<kD>;
   constexpr int kPanel = Side::kPanel;
@@ -364,24 +206,25 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
   const uint32_t shared = aligned_shared(), resident = shared + Side::kResident, full = shared + Side::kFull;
   init_barriers(resident, full, Side::kStages);
   const int group = threadIdx.x / 128, query_blocks = p.query_blocks(), per_key = p.hq / p.hkv;
-  Walk walk(p.b * p.hkv, (p.key_blocks() + kGroups - 1) / kGroups);
   Ring<Side::kStages> ring;
   uint32_t parity = 0;
-  int head, tile;
   if (group == kGroups) {
     give_registers<24>();
     if (threadIdx.x != kGroups * 128) return;
-    while (walk.next(head, tile)) {
+    hand_out(p.tickets + 1, order.items(), resident, [&](int item) {
+      int head, tile;
+      order.find(item, head, tile);
       const int hk = head % p.hkv, batch = head / p.hkv;
-      barrier_wait(resident + 8, parity ^ 1);
       barrier_expect(resident, 2 * kGroups * kPanel);
+#pragma unroll 1
       for (int g = 0; g < kGroups; ++g) {
         const int row = (tile * kGroups + g) * kRows;
         bring_rows<kD>(shared + Side::kK + g * kPanel, k, resident, row, hk, batch);
         bring_rows<kD>(shared + Side::kV + g * kPanel, v, resident, row, hk, batch);
       }
-      parity ^= 1;
+#pragma unroll 1
       for (int h = hk * per_key; h < (hk + 1) * per_key; ++h)
+#pragma unroll 1
         for (int i = p.causal ? tile * kGroups : 0; i < query_blocks; ++i, ring.advance()) {
           const uint32_t barrier = full + 16 * ring.stage, to = shared + Side::kRing + ring.stage * 2 * kPanel;
           barrier_wait(barrier + 8, ring.parity ^ 1);
@@ -391,7 +234,7 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
           bring_bytes(shared + Side::kStats + ring.stage * kStatBytes,
                       p.stats + ((int64_t{batch} * p.hq + h) * query_blocks + i) * (2 * kRows), kStatBytes, barrier);
         }
-    }
+    });
     return;
   }
   take_registers<240>();
@@ -399,12 +242,12 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
   const float to_exponent = p.scale * kLog2e;
   const uint32_t out = shared + Side::kOut + group * 2 * kPanel;
   const uint32_t own_k = shared + Side::kK + group * kPanel, own_v = shared + Side::kV + group * kPanel;
-  while (walk.next(head, tile)) {
+  for (int item; (item = next_item(resident, parity)) < order.items();) {
+    int head, tile;
+    order.find(item, head, tile);
     const int hk = head % p.hkv, batch = head / p.hkv, block = tile * kGroups + group;
     const int begin = p.causal ? tile * kGroups : 0, own_begin = p.causal ? min(block, query_blocks) : 0;
     uint32_t fk[kD / 16][4], fv[kD / 16][4];
-    barrier_wait(resident, parity);
-    parity ^= 1;
     if constexpr (kInRegisters) {
       load_rows<kD>(fk, own_k);
       load_rows<kD>(fv, own_v);
@@ -530,40 +373,21 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
 #endif
 }
 
-// (b, l, heads, d) in memory.
-struct Rows {
-  const void* data;
-  int64_t b, l, h, d, batch, row, head;  // sizes, then strides in elements
-};
-CUtensorMap map_of(const Rows& r) {
-  const int64_t sizes[4] = {r.d, r.l, r.h, r.b}, strides[3] = {r.row, r.head, r.batch};
-  const int box[4] = {64, kRows, 1, 1};
-  return tensor_map(r.data, DType::bf16, sizes, strides, box);
-}
-
 template <int kD>
 void backward(const Rows& dq, const Rows& dk, const Rows& dv, const Rows& do_, const Rows& q, const Rows& k, const Rows& v,
               const Rows& o, const Problem& p, int multiprocessors, Stream stream) {
-  const auto grid = [&](int heads, int blocks) {
-    const int64_t tiles = ceil_div(blocks, kGroups);
-    return std::min<int64_t>(multiprocessors, heads * ((tiles + 1) / 2));
+  const auto order = [&](int heads, int blocks) {
+    const int tiles = (blocks + kGroups - 1) / kGroups;
+    return Order{heads, tiles, (2 * multiprocessors + tiles - 1) / tiles};
   };
+  const Order queries = order(p.b * p.hq, p.query_blocks()), keys = order(p.b * p.hkv, p.key_blocks());
   const CUtensorMap mq = map_of(q), mk = map_of(k), mv = map_of(v), mdo = map_of(do_);
   launch(query_gradient_kernel<kD>,
-         {.grid = grid(p.b * p.hq, p.query_blocks()), .block = kThreads, .shared = QuerySide<kD>::kBytes, .stream = stream},
-         map_of(dq), mq, mk, mv, map_of(o), mdo, p);
+         {.grid = std::min(multiprocessors, queries.items()), .block = kThreads, .shared = QuerySide<kD>::kBytes, .stream = stream},
+         map_of(dq), mq, mk, mv, map_of(o), mdo, p, queries);
   launch(key_gradient_kernel<kD>,
-         {.grid = grid(p.b * p.hkv, p.key_blocks()), .block = kThreads, .shared = KeySide<kD>::kBytes, .stream = stream},
-         map_of(dk), map_of(dv), mq, mk, mv, mdo, p);
-}
-
-Rows rows_of(const Tensor& t) {
-  return {t.raw_data(), t.size(0), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-bool serves(const Tensor& t) {
-  return t.stride(0) % 8 == 0 && t.stride(1) % 8 == 0 && t.stride(2) % 8 == 0 &&
-         reinterpret_cast<uintptr_t>(t.raw_data()) % 16 == 0;
+         {.grid = std::min(multiprocessors, keys.items()), .block = kThreads, .shared = KeySide<kD>::kBytes, .stream = stream},
+         map_of(dk), map_of(dv), mq, mk, mv, mdo, p, keys);
 }
 
 int multiprocessors(Device device) {
@@ -588,9 +412,12 @@ bool attention_backward_wgmma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& 
     if (!serves(t)) return false;
   Problem p{static_cast<int>(q.size(0)), static_cast<int>(q.size(1)), static_cast<int>(k.size(1)),
             static_cast<int>(q.size(2)), static_cast<int>(k.size(2)), options.causal,
-            static_cast<float>(options.scale), lse.data<float>(), nullptr};
+            static_cast<float>(options.scale), lse.data<float>(), nullptr, nullptr};
   const Tensor stats = empty({p.b, p.hq, p.query_blocks(), 2, kRows}, DType::f32, q.device());
   p.stats = stats.data<float>();
+  Tensor tickets = empty({2}, DType::i32, q.device());
+  zero_(tickets);
+  p.tickets = reinterpret_cast<uint32_t*>(tickets.data<int32_t>());
   const auto run = q.size(3) == 64 ? backward<64> : backward<128>;
   run(rows_of(dq), rows_of(dk), rows_of(dv), rows_of(do_), rows_of(q), rows_of(k), rows_of(v), rows_of(o), p,
       multiprocessors(q.device()), current_stream(q.device()));

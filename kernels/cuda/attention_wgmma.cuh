@@ -1,0 +1,218 @@
+#pragma once
+// Pieces of attention's backward on Hopper: tiles of 64 rows (boxes of a tensor map, 128-byte swizzle) as operands of
+// wgmma, and accumulators as operands.
+#include <cmath>
+#include <cstdint>
+
+#include "core/tensor.h"
+#include "kernels/cuda/tensor_map.h"
+#include "kernels/cuda/tma.cuh"
+#include "kernels/cuda/wgmma.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define KRAIT_WGMMA_BODY 1
+#else
+#define KRAIT_WGMMA_BODY 0
+#endif
+
+namespace krait::kernels::cuda {
+
+namespace {
+
+constexpr int kRows = 64;              // of a box: a warpgroup's queries or keys, and what a step takes
+constexpr int kGroups = 2;             // warpgroups that compute
+constexpr int kTile = kRows * kGroups;
+constexpr int kThreads = (kGroups + 1) * 128;
+constexpr int kBox = kRows * 128;      // bytes of 64 rows of 64 values
+constexpr int kStatBytes = 2 * kRows * 4;
+constexpr float kLog2e = 1.4426950408889634f;
+
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The order of tiles: heads in groups, rank after rank of a group, which is to say all its longest tiles first, or all its
+// shortest.
+struct Order {
+  int heads, tiles, group;
+  __host__ __device__ int items() const { return heads * tiles; }
+  __device__ void find(int item, int& head, int& rank) const {
+    const int begin = item / (group * tiles) * group, at = item - begin * tiles, n = min(group, heads - begin);
+    head = begin + at % n;
+    rank = at / n;
+  }
+};
+
+// (b, l, heads, d) in memory.
+struct Rows {
+  const void* data;
+  int64_t b, l, h, d, batch, row, head;  // sizes, then strides in elements
+};
+CUtensorMap map_of(const Rows& r) {
+  const int64_t sizes[4] = {r.d, r.l, r.h, r.b}, strides[3] = {r.row, r.head, r.batch};
+  const int box[4] = {64, kRows, 1, 1};
+  return tensor_map(r.data, DType::bf16, sizes, strides, box);
+}
+
+Rows rows_of(const Tensor& t) {
+  return {t.raw_data(), t.size(0), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+bool serves(const Tensor& t) {
+  return t.stride(0) % 8 == 0 && t.stride(1) % 8 == 0 && t.stride(2) % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(t.raw_data()) % 16 == 0;
+}
+
+__device__ __forceinline__ float dot_pair(uint32_t a, uint32_t b) {
+  const float2 x = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&a));
+  const float2 y = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&b));
+  return x.x * y.x + x.y * y.y;
+}
+
+#if KRAIT_WGMMA_BODY
+
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float2 load_pair(uint32_t shared) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(shared) : "memory");
+  return v;
+}
+
+// 64 rows of kD values from (batch, head, row): kD / 64 boxes.
+template <int kD>
+__device__ __forceinline__ void bring_rows(uint32_t to, const CUtensorMap& map, uint32_t barrier, int row, int head, int batch) {
+#pragma unroll
+  for (int x = 0; x < kD; x += 64) bring_box(to + x / 64 * kBox, map, barrier, x, row, head, batch);
+}
+
+// This warp's 16 of 64 rows as left operands in registers.
+template <int kD>
+__device__ __forceinline__ void load_rows(uint32_t (&a)[kD / 16][4], uint32_t tile) {
+  const int lane = threadIdx.x % 32, m = lane / 8, r = lane % 8, row = threadIdx.x % 128 / 32 * 16 + m % 2 * 8 + r;
+#pragma unroll
+  for (int s = 0; s < kD / 16; ++s)
+    load_matrices(a[s], tile + s / 4 * kBox + row * 128 + (((s % 4 * 2 + m / 2) ^ r) << 4));
+}
+
+// s (64 rows, 64 rows of b) = a b^T.
+template <int kD>
+__device__ __forceinline__ void multiply_rows(float (&s)[32], const uint32_t (&a)[kD / 16][4], uint32_t b) {
+  const uint64_t rows = along_lines(b);
+#pragma unroll
+  for (int x = 0; x < kD / 16; ++x) wgmma(s, a[x], further(rows, x / 4 * kBox + x % 4 * 32), x > 0);
+}
+template <int kD>
+__device__ __forceinline__ void multiply_rows(float (&s)[32], uint32_t a, uint32_t b) {
+  const uint64_t left = along_lines(a), rows = along_lines(b);
+#pragma unroll
+  for (int x = 0; x < kD / 16; ++x) {
+    const int bytes = x / 4 * kBox + x % 4 * 32;
+    wgmma(s, further(left, bytes), further(rows, bytes), x > 0);
+  }
+}
+
+// acc (64, kD) = w (64, 64) rows (64, kD), w in registers; added to what is there when `add`.
+template <int kD>
+__device__ __forceinline__ void accumulate(float (&acc)[kD / 2], const uint32_t (&w)[4][4], uint32_t rows, bool add = true) {
+  const uint64_t b = across_lines(rows, kBox);
+#pragma unroll
+  for (int x = 0; x < 4; ++x) wgmma<1>(acc, w[x], further(b, x * 2048), add || x > 0);
+}
+
+// An accumulator as a left operand, in bf16.
+__device__ __forceinline__ void to_operand(uint32_t (&a)[4][4], const float (&s)[32]) {
+#pragma unroll
+  for (int x = 0; x < 4; ++x)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[x][i] = pack(s[8 * x + 2 * i], s[8 * x + 2 * i + 1]);
+}
+// acc times a factor to 64 rows of boxes in shared memory, as bf16 and swizzled.
+template <int kD>
+__device__ __forceinline__ void put_rows(uint32_t to, const float (&acc)[kD / 2], float factor) {
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4, row = threadIdx.x % 128 / 32 * 16 + g;
+#pragma unroll
+  for (int j = 0; j < kD / 8; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + j / 8 * kBox + (row + 8 * half) * 128 + (((j % 8) ^ g) << 4) + 4 * c),
+                   "r"(pack(acc[4 * j + 2 * half] * factor, acc[4 * j + 2 * half + 1] * factor))
+                   : "memory");
+}
+template <int kD>
+__device__ __forceinline__ void store_rows(const CUtensorMap& map, uint32_t from, int row, int head, int batch) {
+#pragma unroll
+  for (int x = 0; x < kD; x += 64) store_box(map, from + x / 64 * kBox, x, row, head, batch);
+}
+
+// The sum over the four lanes of a row.
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+__device__ __forceinline__ uint32_t aligned_shared() {
+  extern __shared__ unsigned char dynamic[];
+  return (shared_address(dynamic) + 1023) / 1024 * 1024;
+}
+
+__device__ __forceinline__ void init_barriers(uint32_t resident, uint32_t ring, int stages) {
+  if (threadIdx.x == 0) {
+    barrier_init(resident, 1);
+    barrier_init(resident + 8, 4 * kGroups);
+    for (int i = 0; i < stages; ++i) {
+      barrier_init(ring + 16 * i, 1);
+      barrier_init(ring + 16 * i + 8, 4 * kGroups);
+    }
+    barriers_visible();
+  }
+  __syncthreads();
+}
+// One arrival a warp.
+__device__ __forceinline__ void release(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
+
+// Tiles of a block come by a counter of the whole grid, so that a block that starts late or runs beside other work takes
+// fewer. One thread takes them and brings what they need (`bring`, which expects it at barrier `resident`); the number
+// lies behind the barrier pair. Number `items` is the end.
+template <class Bring>
+__device__ __forceinline__ void hand_out(uint32_t* ticket, int items, uint32_t resident, const Bring& bring) {
+  uint32_t parity = 1;
+  while (true) {
+    const int item = min(static_cast<int>(atomicAdd(ticket, 1)), items);
+    barrier_wait(resident + 8, parity);
+    parity ^= 1;
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(resident + 16), "r"(item) : "memory");
+    if (item == items) break;
+    bring(item);
+  }
+  barrier_arrive(resident);
+}
+// The other threads' side; the memory of the tile is theirs until they arrive at resident + 8.
+__device__ __forceinline__ int next_item(uint32_t resident, uint32_t& parity) {
+  barrier_wait(resident, parity);
+  parity ^= 1;
+  int item;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(item) : "r"(resident + 16) : "memory");
+  return item;
+}
+
+#endif
+
+}  // namespace
+
+}  // namespace krait::kernels::cuda
