@@ -7,7 +7,7 @@
 #include "core/tensor.h"
 
 // Blocked product after Goto & van de Geijn 2008, for the shapes of small models, where packing and threading cost
-// more than the library's arithmetic. b is packed into panels of kNR columns, shared by all threads. Contiguous rows
+// more than the library's arithmetic. b is packed into panels of kNR columns by all threads, for all of them. Contiguous rows
 // of a are read where they lie: their elements are broadcast one by one, so packing would only save address
 // arithmetic. Contiguous columns are packed by each thread, since walking them touches a page per element.
 namespace krait::kernels::cpu {
@@ -234,22 +234,24 @@ void sgemm(int64_t m, int64_t n, int64_t k, float alpha, MatrixRef a, MatrixRef 
   const int64_t depth = divide_up(divide_up(k, pieces), kLanes) * kLanes;
   const int64_t width = std::max<int64_t>(kNR, std::min(divide_up(n, kNR) * kNR, kPacked / std::max<int64_t>(depth, 1) / kNR * kNR));
   const double flops = 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k);
-  const int64_t threads = omp_in_parallel() || flops < 4e5 ? 1 : num_threads();
+  const int64_t threads = in_parallel() || flops < 4e5 ? 1 : num_threads();
   const Grid grid = thread_grid(divide_up(m, kMR), divide_up(std::min(n, width), kNR), threads);
   const int64_t team = grid.rows * grid.columns;
   const int64_t a_row = spread_a ? depth + kLanes : a.row_stride;
   const int64_t own = spread_a ? kRows * a_row : row_a ? 0 : kRows * depth;  // floats of copied a per thread
-  const Tensor buffer = empty({depth * width + team * own}, DType::f32, kCpu);
+  const Tensor buffer = empty({depth * width + threads * own}, DType::f32, kCpu);
   float* packed = buffer.data<float>();
+  // A thread's rows in a few pieces, so that another one can help.
+  const int64_t tiles = divide_up(m, kMR), parts = team == 1 ? 1 : std::clamp<int64_t>(tiles * kMR / grid.rows / kRows, 1, 4);
+  const int64_t row_pieces = grid.rows * parts;
 
-  const auto work = [&](int64_t id) {
-    float* packed_a = packed + depth * width + id * own;
-    for (int64_t j0 = 0; j0 < n; j0 += width) {
-      const int64_t nj = std::min(width, n - j0), panels = divide_up(nj, kNR);
-      for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t p0 = piece * depth, np = std::max<int64_t>(0, std::min(depth, k - p0));
-        const int64_t pack_end = panels * (id + 1) / team, together = b.col_stride == 1 ? kPanels : 1;
-        for (int64_t q = panels * id / team; q < pack_end; q += together) {
+  for (int64_t j0 = 0; j0 < n; j0 += width) {
+    const int64_t nj = std::min(width, n - j0), panels = divide_up(nj, kNR);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t p0 = piece * depth, np = std::max<int64_t>(0, std::min(depth, k - p0));
+      const auto pack = [&](int64_t part, int64_t count) {
+        const int64_t pack_end = panels * (part + 1) / count, together = b.col_stride == 1 ? kPanels : 1;
+        for (int64_t q = panels * part / count; q < pack_end; q += together) {
           const int64_t columns = std::min(nj, std::min(q + together, pack_end) * kNR) - q * kNR;
           const float* from = b.data + p0 * b.row_stride + (j0 + q * kNR) * b.col_stride;
           if (b.col_stride == 1)
@@ -257,14 +259,14 @@ void sgemm(int64_t m, int64_t n, int64_t k, float alpha, MatrixRef a, MatrixRef 
           else
             pack_transposed(packed + q * kNR * depth, from, b.col_stride, np, columns);
         }
-        if (team > 1) {
-#pragma omp barrier
-        }
-        const int64_t tiles = divide_up(m, kMR), gr = id / grid.columns, gc = id % grid.columns;
-        const int64_t i_begin = tiles * gr / grid.rows * kMR, i_end = std::min(m, tiles * (gr + 1) / grid.rows * kMR);
+      };
+      // Block (gr, gc) of row_pieces x grid.columns.
+      const auto multiply = [&](int64_t gr, int64_t gc, int64_t thread) {
+        float* packed_a = packed + depth * width + thread * own;
+        const int64_t i_begin = tiles * gr / row_pieces * kMR, i_end = std::min(m, tiles * (gr + 1) / row_pieces * kMR);
         const int64_t q_begin = panels * gc / grid.columns, q_end = panels * (gc + 1) / grid.columns;
-        const bool idle = gr >= grid.rows || q_begin == q_end;
-        for (int64_t i0 = i_begin; !idle && i0 < i_end; i0 += kRows) {
+        if (q_begin == q_end) return;
+        for (int64_t i0 = i_begin; i0 < i_end; i0 += kRows) {
           const int64_t i1 = std::min(i_end, i0 + kRows);
           if (!row_a) pack_columns(packed_a, a.data + i0 + p0 * a.col_stride, a.col_stride, np, i1 - i0);
           for (int64_t i = i0; spread_a && i < i1; ++i)
@@ -283,21 +285,21 @@ void sgemm(int64_t m, int64_t n, int64_t k, float alpha, MatrixRef a, MatrixRef 
           }
           if (done && piece == pieces - 1) done(i0, i1, j0 + q_begin * kNR, std::min(n, j0 + q_end * kNR));
         }
-        if (team > 1 && (piece + 1 < pieces || j0 + width < n)) {
-#pragma omp barrier
-        }
+      };
+      if (team == 1) {
+        pack(0, 1);
+        multiply(0, 0, 0);
+        continue;
       }
+      // Few panels: each thread's share at once, since neighbours are packed together.
+      run_pieces(threads, [&](int64_t part, int) { pack(part, threads); });
+      run_pieces(row_pieces * grid.columns, [&](int64_t i, int thread) {
+        // A share of the pieces is one thread's cell of the grid.
+        const int64_t cell = i / parts;
+        multiply(cell / grid.columns * parts + i % parts, cell % grid.columns, thread);
+      });
     }
-  };
-  if (team == 1) return work(0);
-  int started = 0;
-#pragma omp parallel num_threads(static_cast<int>(team))
-  {
-#pragma omp single
-    started = omp_get_num_threads();
-    if (started == team) work(omp_get_thread_num());
   }
-  KRAIT_CHECK(started == team, "OpenMP started {} of {} threads; check OMP_THREAD_LIMIT", started, team);
 }
 
 }  // namespace krait::kernels::cpu

@@ -1,6 +1,7 @@
 #include "kernels/matmul.h"
 
 #include <cblas.h>
+#include <omp.h>
 
 #include "core/parallel.h"
 #include "kernels/cpu/gemm.h"
@@ -15,6 +16,12 @@ MatrixRef ref(const float* data, bool trans, int64_t ld) {
   return trans ? MatrixRef{data, 1, ld} : MatrixRef{data, ld, 1};
 }
 
+// Within a piece of parallel work the BLAS, whose threads are OpenMP's, stays on the calling thread.
+struct BlasThreads {
+  BlasThreads() { omp_set_num_threads(in_parallel() ? 1 : num_threads()); }
+  ~BlasThreads() { omp_set_num_threads(num_threads()); }
+};
+
 void check_blas_sizes(const Gemm& g) {
   constexpr int64_t kMax = INT32_MAX;
   KRAIT_CHECK(g.m <= kMax && g.n <= kMax && g.k <= kMax && g.lda <= kMax && g.ldb <= kMax && g.ldc <= kMax,
@@ -28,6 +35,7 @@ void product(const Gemm& g, const float* a, const float* b, float* c) {
     return;
   }
   check_blas_sizes(g);
+  const BlasThreads threads;
   const auto i = [](int64_t v) { return static_cast<int>(v); };
   cblas_sgemm(CblasRowMajor, op(g.trans_a), op(g.trans_b), i(g.m), i(g.n), i(g.k), alpha, a, i(g.lda), b, i(g.ldb),
               beta, c, i(g.ldc));
@@ -35,6 +43,7 @@ void product(const Gemm& g, const float* a, const float* b, float* c) {
 
 void product(const Gemm& g, const double* a, const double* b, double* c) {
   check_blas_sizes(g);
+  const BlasThreads threads;
   const auto i = [](int64_t v) { return static_cast<int>(v); };
   cblas_dgemm(CblasRowMajor, op(g.trans_a), op(g.trans_b), i(g.m), i(g.n), i(g.k), g.alpha, a, i(g.lda), b, i(g.ldb),
               g.beta, c, i(g.ldc));
@@ -119,7 +128,7 @@ void blocked_product(const Gemm& g, const BlockDone& done) {
 void gemm(const Gemm& g) {
   visit_float(g.dtype, [&]<class T>() {
     if (g.batch == 1) return entry<T>(g, 0);
-    // Enough entries: one thread each. BLAS and sgemm see the parallel region and stay on their thread.
+    // Enough entries: one thread each.
     const bool large = 2 * g.batch >= 3 * num_threads() || g.m * g.n * g.k < 100'000;
     parallel_for(0, g.batch, large ? 1 : g.batch, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) entry<T>(g, i);

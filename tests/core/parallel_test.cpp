@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "tests/testing/catch.h"
@@ -67,4 +68,33 @@ TEST_CASE("set_num_threads(0) restores the default") {
   CHECK(num_threads() == 1);
   set_num_threads(0);
   CHECK(num_threads() == usual);
+}
+
+TEST_CASE("every piece runs once, also while another thread starts work of its own") {
+  set_num_threads(3);
+  const auto rounds = [] {
+    for (int round = 0; round < 2000; ++round) {
+      const int64_t n = round % 23;
+      std::vector<std::atomic<int>> seen(static_cast<size_t>(n));
+      run_pieces(n, [&](int64_t piece, int thread) {
+        seen[static_cast<size_t>(piece)] += thread >= 0 && thread < 3 ? 1 : 100;
+      });
+      for (auto& s : seen)
+        if (s != 1) return false;
+    }
+    return true;
+  };
+  bool other = false;
+  std::thread second([&] { other = rounds(); });
+  CHECK(rounds());
+  second.join();
+  CHECK(other);
+  set_num_threads(0);
+}
+
+TEST_CASE("pieces of few units are as many as the threads, or equal shares of them") {
+  CHECK(piece_count(3, 4) == 3);
+  CHECK(piece_count(5, 4) == 4);
+  CHECK(piece_count(11, 4) == 8);
+  CHECK(piece_count(1000, 4) == 16);
 }
