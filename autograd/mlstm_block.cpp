@@ -75,9 +75,16 @@ MlstmConvolved mlstm_conv_maps(const MlstmHalves& up, const Variable& conv_weigh
     const ConvOut conv = causal_conv1d(x, conv_weight, conv_bias, initial_state, true, segments);
     return {mlstm_maps(conv.y, x, w_q, w_k, w_v, gates), conv.final_state};
   }
-  const auto conv = kernels::causal_conv1d_forward(x.data(), conv_weight.data(), conv_bias.data(), initial_state.data(),
-                                                   true, segments);
-  const kernels::MlstmMaps out = kernels::mlstm_maps_forward(conv.y, x.data(), w);
+  kernels::CausalConv1dOut conv;
+  kernels::MlstmMaps out;
+  if (!initial_state.defined() && !segments.defined() && kernels::mlstm_conv_maps_serve(x.data(), conv_weight.data(), w)) {
+    auto both = kernels::mlstm_conv_maps_forward(x.data(), conv_weight.data(), conv_bias.data(), w);
+    conv = {both.x_c, x.data().slice(1, x.size(1) - conv_weight.size(1) + 1, x.size(1))};
+    out = both.maps;
+  } else {
+    conv = kernels::causal_conv1d_forward(x.data(), conv_weight.data(), conv_bias.data(), initial_state.data(), true, segments);
+    out = kernels::mlstm_maps_forward(conv.y, x.data(), w);
+  }
   const Vars y = record(
       "mlstm_conv_maps", {x, conv_weight, conv_bias, initial_state, w_q, w_k, w_v, gates},
       {out.q, out.k, out.v, out.gates, conv.y, conv.final_state},

@@ -72,6 +72,32 @@ MlstmMaps mlstm_maps_forward(const Tensor& x_c, const Tensor& x_m, const MlstmMa
   return out;
 }
 
+bool mlstm_conv_maps_serve(const Tensor& x_m, const Tensor& conv_weight, const MlstmMapsWeights& w) {
+  if (x_m.ndim() != 3 || x_m.numel() == 0 || !mlstm_maps_serve(x_m, w) || x_m.size(1) < conv_weight.size(1) - 1) return false;
+  if (x_m.device().is_cpu()) return true;
+  const Tensor rows = dense_rows(x_m);
+  return x_m.dtype() == DType::bf16 && conv_weight.size(1) == 4 && x_m.size(1) >= 16 && x_m.size(2) % 32 == 0 &&
+         rows.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(rows.raw_data()) % 16 == 0;
+}
+
+MlstmConvMaps mlstm_conv_maps_forward(const Tensor& x_m, const Tensor& conv_weight, const Tensor& conv_bias,
+                                      const MlstmMapsWeights& w) {
+  check_maps(x_m, x_m, w);
+  const int64_t e = x_m.size(-1);
+  KRAIT_CHECK(conv_weight.ndim() == 2 && conv_weight.size(0) == e && (!conv_bias.defined() || conv_bias.shape() == Shape{e}) &&
+                  (!conv_bias.defined() || conv_bias.dtype() == conv_weight.dtype()),
+              "mlstm_conv_maps: filters {}, bias {}, x_m {}", conv_weight.shape(),
+              conv_bias.defined() ? conv_bias.shape() : Shape{}, x_m.shape());
+  const auto like = [&] { return empty(x_m.shape(), x_m.dtype(), x_m.device()); };
+  MlstmConvMaps out{like(), {like(), like(), like(), empty(x_m.shape().with(-1, w.g.size(0)), accum_dtype(x_m.dtype()), x_m.device())}};
+  MlstmMaps rows{out.maps.q.flatten_leading(), out.maps.k.flatten_leading(), out.maps.v.flatten_leading(),
+                 out.maps.gates.flatten_leading()};
+  Tensor x_c = out.x_c.flatten_leading();
+  KRAIT_DISPATCH(x_m.device(), mlstm_conv_maps_forward(rows, x_c, rows_of(x_m), x_m.size(1), conv_weight.contiguous(),
+                                                       conv_bias.defined() ? conv_bias.contiguous() : Tensor(), dense(w)));
+  return out;
+}
+
 MlstmMapsGrad mlstm_maps_backward(const MlstmMapsUpstream& up, const Tensor& x_c, const Tensor& x_m,
                                   const MlstmMapsWeights& w, const MlstmMapsWeights& into, const Tensor& dx_m_into,
                                   const std::function<void(const Tensor& dx_c)>& between) {

@@ -20,6 +20,12 @@ Tensor mlstm_join(const Tensor& a, const Tensor& b, const Tensor& z);
 /// sums, not rounded.
 struct MlstmMaps { Tensor q, k, v, gates; };
 struct MlstmMapsWeights { Tensor w_q, w_k, w_v, g; };
+/// x_c = silu(conv(x_m)) (kernels/causal_conv1d.h) and its maps in one pass over x_m (b, l, e), for sequences without a state
+/// before them and documents in them.
+struct MlstmConvMaps { Tensor x_c; MlstmMaps maps; };
+bool mlstm_conv_maps_serve(const Tensor& x_m, const Tensor& conv_weight, const MlstmMapsWeights& w);
+MlstmConvMaps mlstm_conv_maps_forward(const Tensor& x_m, const Tensor& conv_weight, const Tensor& conv_bias,
+                                      const MlstmMapsWeights& w);
 /// dx_more (undefined: zero) is added to dx_c. The gradients of weights are added to `into` where that is defined (a
 /// gradient buffer) and returned undefined. `between`, where given, is called with dx_c and fills dx_m_into (like x_m, rows
 /// may be apart), to which the maps' part is added: what goes from x_c back to x_m needs no buffer of its own.
@@ -57,6 +63,8 @@ struct MlstmMapsAdds { bool q, k, v, g; };
 KRAIT_BACKENDS(
     void mlstm_join(Tensor& out, const Tensor& a, const Tensor& b, const Tensor& z);
     void mlstm_maps_forward(MlstmMaps& out, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w);
+    void mlstm_conv_maps_forward(MlstmMaps& out, Tensor& x_c, const Tensor& x_m, int64_t l, const Tensor& conv_weight,
+                                 const Tensor& conv_bias, const MlstmMapsWeights& w);
     void mlstm_maps_backward(Tensor& dx_c, Tensor& dx_m, MlstmMapsWeights& dw, MlstmMapsAdds adds,
                              const MlstmMapsUpstream& up, const Tensor& x_c, const Tensor& x_m, const MlstmMapsWeights& w,
                              const std::function<void()>& between);

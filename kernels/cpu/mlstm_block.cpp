@@ -6,6 +6,7 @@
 
 #include "core/parallel.h"
 #include "kernels/accumulate.h"
+#include "kernels/causal_conv1d.h"
 #include "kernels/cpu/chunk_sums.h"
 #include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
@@ -125,6 +126,16 @@ void mlstm_maps_forward(MlstmMaps& out, const Tensor& x_c, const Tensor& x_m, co
       }
     });
   });
+}
+
+void mlstm_conv_maps_forward(MlstmMaps& out, Tensor& x_c, const Tensor& x_m, int64_t l, const Tensor& conv_weight,
+                             const Tensor& conv_bias, const MlstmMapsWeights& w) {
+  const int64_t e = x_m.size(1);
+  const Shape sequences{x_m.size(0) / l, l, e};
+  const DType a = accum_dtype(x_m.dtype());
+  Tensor y = x_c.view(sequences), last = empty(sequences.with(1, conv_weight.size(1) - 1), x_m.dtype(), kCpu);
+  causal_conv1d_forward(y, last, {x_m.reshape(sequences), conv_weight.to(a), conv_bias.defined() ? conv_bias.to(a) : Tensor(), {}, {}, true});
+  mlstm_maps_forward(out, x_c, x_m, w);
 }
 
 void mlstm_maps_backward(Tensor& dx_c, Tensor& dx_m, MlstmMapsWeights& dw, MlstmMapsAdds adds,

@@ -494,8 +494,8 @@ void mlstm_maps_forward(MlstmMaps& out, const Tensor& x_c, const Tensor& x_m, co
     const Tensor partial = empty({rows, parts, kGates}, dtype_of<A>, x_c.device());
     if constexpr (std::is_same_v<T, bf16>)
       if (mma)
-        mlstm_maps_forward_mma(out.q.data<T>(), out.k.data<T>(), out.v.data<T>(), partial.data<A>(), rows_of<const T>(x_c),
-                               rows_of<const T>(x_m), maps_of<T>(w), rows, stream);
+        mlstm_maps_forward_mma({out.q.data<T>(), out.k.data<T>(), out.v.data<T>(), partial.data<A>(), x_c.data<T>(),
+                                rows_of<const T>(x_m), {}}, maps_of<T>(w), rows, stream);
     if (!mma)
       launch(maps_forward_kernel<T>,
              {.grid = ceil_div(blocks, kThreads), .grid_y = ceil_div(rows, kForwardRows), .block = kThreads, .stream = stream},
@@ -504,6 +504,20 @@ void mlstm_maps_forward(MlstmMaps& out, const Tensor& x_c, const Tensor& x_m, co
     launch(gates_kernel<A>, {.grid = ceil_div(rows * kGates, 256), .stream = stream}, out.gates.data<A>(),
            partial.data<A>(), rows * kGates, parts);
   });
+}
+
+void mlstm_conv_maps_forward(MlstmMaps& out, Tensor& x_c, const Tensor& x_m, int64_t l, const Tensor& conv_weight,
+                             const Tensor& conv_bias, const MlstmMapsWeights& w) {
+  const int64_t rows = x_m.size(0), parts = mlstm_maps_groups(x_m.size(1));
+  const Stream stream = current_stream(x_m.device());
+  const Tensor partial = empty({rows, parts, kGates}, DType::f32, x_m.device());
+  mlstm_maps_forward_mma({out.q.data<bf16>(), out.k.data<bf16>(), out.v.data<bf16>(), partial.data<float>(), nullptr,
+                          rows_of<const bf16>(x_m),
+                          {x_c.data<bf16>(), conv_weight.raw_data(), conv_bias.defined() ? conv_bias.raw_data() : nullptr,
+                           conv_weight.dtype() == DType::f32, l}},
+                         maps_of<bf16>(w), rows, stream);
+  launch(gates_kernel<float>, {.grid = ceil_div(rows * kGates, 256), .stream = stream}, out.gates.data<float>(),
+         partial.data<float>(), rows * kGates, parts);
 }
 
 void mlstm_maps_backward(Tensor& dx_c, Tensor& dx_m, MlstmMapsWeights& dw, MlstmMapsAdds adds,

@@ -28,8 +28,22 @@ struct MapsRows {
 bool mlstm_maps_mma_serve(int64_t e);
 /// Sums of the gates over groups of channels: partial (rows, mlstm_maps_groups(e), 8).
 int64_t mlstm_maps_groups(int64_t e);
-void mlstm_maps_forward_mma(bf16* q, bf16* k, bf16* v, float* partial, MapsRows<const bf16> x_c, MapsRows<const bf16> x_m,
-                            const MapsWeights<bf16>& maps, int64_t rows, Stream stream);
+/// x_c = silu of a convolution of width 4 over x_m in sequences of `l` rows, made on the way: weight (e, 4), bias (e) or
+/// null, both bf16 or (wide) fp32. x_c null: it is there.
+struct MapsConvolution {
+  bf16* x_c = nullptr;
+  const void *weight = nullptr, *bias = nullptr;
+  bool wide = false;
+  int64_t l = 1;
+};
+struct MapsForwardJob {
+  bf16 *q, *k, *v;
+  float* partial;
+  const bf16* x_c;  // where there is no convolution
+  MapsRows<const bf16> x_m;
+  MapsConvolution convolution;
+};
+void mlstm_maps_forward_mma(const MapsForwardJob& job, const MapsWeights<bf16>& maps, int64_t rows, Stream stream);
 
 /// dx = more + sum W^T dy + E^T dgates of the maps `part` on of one input, one of them or (dy[1] given) two, with E = G W;
 /// more may be dx itself, or null. And S = sum dy x^T of each map, D = sum dgates x^T: partial (chunks, 16 maps + 32, blocks).

@@ -5,6 +5,7 @@
 // neighbouring pairs are a block of 4 x 4 of every lane, zero where lanes differ.
 // What is not bf16 (G W, dgates) is the sum of two bf16 values, good for 16 bits.
 #include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/causal_conv1d.cuh"
 #include "kernels/cuda/mlstm_maps.cuh"
 
 namespace krait::kernels::cuda {
@@ -58,8 +59,9 @@ struct Ring {
   __device__ __forceinline__ void bring(int stage, int piece, const bf16* from, bool valid) const {
     copy_async(at(stage, piece), from, valid);
   }
-  __device__ __forceinline__ Eight take(int stage, int piece) const {
-    const uint4 v = *at(stage, piece);
+  /// `lanes` further: that thread's, behind its wait.
+  __device__ __forceinline__ Eight take(int stage, int piece, int lanes = 0) const {
+    const uint4 v = at(stage, piece)[lanes];
     return {{v.x, v.y, v.z, v.w}};
   }
   static constexpr int kBytes = kStages * kPieces * kThreads * 16;
@@ -69,17 +71,45 @@ __device__ __forceinline__ void put(bf16* to, const Eight& v) {
   *reinterpret_cast<uint4*>(to) = make_uint4(v.two[0], v.two[1], v.two[2], v.two[3]);
 }
 
-using ForwardRing = Ring<32 * kForwardWarps, 4>;
 using ForwardSums = float[kForwardWarps][kStep][kMapsGates];
+template <bool kConvolves>
+struct ForwardShared {
+  using Ring = cuda::Ring<32 * kForwardWarps, kConvolves ? 2 : 4>;
+  ForwardSums sums[2];
+  float4 taps[kConvolves ? kForwardWarps : 1][kWarpChannels];  // [channel of a lane][t4], so that lanes' lie side by side
+  float bias[kConvolves ? kForwardWarps : 1][kWarpChannels];
+  static constexpr int kBytes() { return Ring::kBytes + static_cast<int>(sizeof(ForwardShared)); }
+};
 
-// Bound by memory: 5 r e 2 bytes.
+__device__ __forceinline__ float value_of(const void* from, bool wide, int64_t i) {
+  return wide ? static_cast<const float*>(from)[i] : static_cast<float>(static_cast<const bf16*>(from)[i]);
+}
+
+// silu(conv) of rows r - 3 to r, as the convolution's own kernels sum it.
+__device__ __forceinline__ Eight convolved(const Eight (&x)[4], const float4* taps, const float* bias) {
+  Eight out;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    float y[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float4 w = taps[(2 * j + i) * 4];
+      const auto of = [&](int row) { return i == 0 ? low_of(x[row].two[j]) : high_of(x[row].two[j]); };
+      y[i] = silu_of(fmaf(w.x, of(0), fmaf(w.y, of(1), fmaf(w.z, of(2), fmaf(w.w, of(3), bias[(2 * j + i) * 4])))));
+    }
+    out.two[j] = pack(y[0], y[1]);
+  }
+  return out;
+}
+
+// Bound by memory: 5 r e 2 bytes, with the convolution as without.
+template <bool kConvolves>
 __global__ void __launch_bounds__(32 * kForwardWarps, 2)
-    maps_forward_mma_kernel(bf16* __restrict__ q, bf16* __restrict__ k, bf16* __restrict__ v, float* __restrict__ partial,
-                            MapsRows<const bf16> x_c, MapsRows<const bf16> x_m, const MapsWeights<bf16> maps, int64_t rows,
-                            int64_t own_rows) {
+    maps_forward_mma_kernel(const MapsForwardJob job, const MapsWeights<bf16> maps, int64_t rows, int64_t own_rows) {
+  using Shared = ForwardShared<kConvolves>;
   extern __shared__ uint4 raw[];
-  const ForwardRing ring(raw);
-  auto* const sums = reinterpret_cast<ForwardSums*>(raw + ForwardRing::kBytes / 16);  // two of them
+  const typename Shared::Ring ring(raw);
+  Shared& shared = *reinterpret_cast<Shared*>(raw + Shared::Ring::kBytes / 16);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, g = lane / 4, t4 = lane % 4;
   const int e = maps.blocks * 4, channel = (static_cast<int>(blockIdx.x) * kForwardWarps + warp) * kWarpChannels + 8 * t4;
   const bool real = channel < e;  // of all lanes of a warp alike
@@ -94,14 +124,27 @@ __global__ void __launch_bounds__(32 * kForwardWarps, 2)
       const int64_t r = r0 + 8 * half;
       const bool valid = real && r < last;
       const int64_t row = valid ? r : first;
-      ring.bring(stage, half, x_c.data + row * x_c.stride + c, valid);
-      ring.bring(stage, 2 + half, x_m.data + row * x_m.stride + c, valid);
+      ring.bring(stage, half, job.x_m.data + row * job.x_m.stride + c, valid);
+      if constexpr (!kConvolves) ring.bring(stage, 2 + half, job.x_c + row * e + c, valid);
     }
   };
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < steps) bring(s);
     copy_commit();
+  }
+  [[maybe_unused]] const float4* taps = nullptr;
+  [[maybe_unused]] const float* bias = nullptr;
+  [[maybe_unused]] int64_t t = 0;  // of row g
+  if constexpr (kConvolves) {
+    const MapsConvolution& v = job.convolution;
+    t = (first + g) % v.l;
+    const int64_t own = c + g;  // 8 lanes of a t4 have its 8 channels
+    const auto tap = [&](int j) { return value_of(v.weight, v.wide, own * 4 + j); };
+    shared.taps[warp][g * 4 + t4] = make_float4(tap(0), tap(1), tap(2), tap(3));
+    shared.bias[warp][g * 4 + t4] = v.bias != nullptr ? value_of(v.bias, v.wide, own) : 0.0f;
+    taps = shared.taps[warp] + t4;
+    bias = shared.bias[warp] + t4;
   }
 
   uint32_t w[3][2][2][2] = {}, by_c[2][2][2], by_m[2][2][2];  // [map][block][tile][half of the block]; [block][half][most, rest]
@@ -127,7 +170,38 @@ __global__ void __launch_bounds__(32 * kForwardWarps, 2)
   for (int s = 0; s < steps; ++s) {
     const int stage = s % kStages;
     copy_wait<kStages - 2>();
-    const Eight in_c[2] = {ring.take(stage, 0), ring.take(stage, 1)}, in_m[2] = {ring.take(stage, 2), ring.take(stage, 3)};
+    const int64_t r0 = first + int64_t{s} * kStep;
+    Eight in_c[2], in_m[2] = {ring.take(stage, 0), ring.take(stage, 1)};
+    if constexpr (kConvolves) {
+      __syncwarp();  // the rows before are other lanes'
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Eight x[4];
+        x[3] = in_m[half];
+#pragma unroll
+        for (int j = 1; j < 4; ++j) {
+          const int row = g + 8 * half - j;
+          const int64_t at = t + 8 * half, in_sequence = at < job.convolution.l ? at : at - job.convolution.l;
+          if (in_sequence < j) {
+            x[3 - j] = {};
+          } else if (row >= 0) {
+            x[3 - j] = ring.take(stage, row / 8, -4 * (g - row % 8));
+          } else if (s > 0) {
+            x[3 - j] = ring.take((s - 1) % kStages, 1, 4 * (row + 8 - g));
+          } else {
+            const uint4 v = real ? *reinterpret_cast<const uint4*>(job.x_m.data + (first + row) * job.x_m.stride + c) : uint4{};
+            x[3 - j] = {{v.x, v.y, v.z, v.w}};
+          }
+        }
+        in_c[half] = convolved(x, taps, bias);
+        if (const int64_t r = r0 + g + 8 * half; real && r < last) put(job.convolution.x_c + r * e + c, in_c[half]);
+      }
+      for (t += kStep; t >= job.convolution.l;) t -= job.convolution.l;
+      __syncwarp();  // before what they need is written over
+    } else {
+      in_c[0] = ring.take(stage, 2);
+      in_c[1] = ring.take(stage, 3);
+    }
     if (s + kStages - 1 < steps) bring(s + kStages - 1);
     copy_commit();
     float gate[4] = {};
@@ -151,16 +225,15 @@ __global__ void __launch_bounds__(32 * kForwardWarps, 2)
         mma(gate, of_m, by_m[u][0][x], by_m[u][1][x]);
       }
     }
-    const int64_t r0 = first + int64_t{s} * kStep;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t r = r0 + g + 8 * half, to = r * e + c;
       if (real && r < last) {
-        put(q + to, out[0][half]);
-        put(k + to, out[1][half]);
-        put(v + to, out[2][half]);
+        put(job.q + to, out[0][half]);
+        put(job.k + to, out[1][half]);
+        put(job.v + to, out[2][half]);
       }
-      *reinterpret_cast<float2*>(&sums[s % 2][warp][g + 8 * half][2 * t4]) =
+      *reinterpret_cast<float2*>(&shared.sums[s % 2][warp][g + 8 * half][2 * t4]) =
           real ? make_float2(gate[2 * half], gate[2 * half + 1]) : make_float2(0.0f, 0.0f);
     }
     __syncthreads();  // one a step is enough: the other half of the sums is written before the next
@@ -168,8 +241,8 @@ __global__ void __launch_bounds__(32 * kForwardWarps, 2)
       const int row = thread / kMapsGates, of = thread % kMapsGates;
       float sum = 0.0f;
 #pragma unroll
-      for (int x = 0; x < kForwardWarps; ++x) sum += sums[s % 2][x][row][of];
-      if (r0 + row < last) partial[((r0 + row) * gridDim.x + blockIdx.x) * kMapsGates + of] = sum;
+      for (int x = 0; x < kForwardWarps; ++x) sum += shared.sums[s % 2][x][row][of];
+      if (r0 + row < last) job.partial[((r0 + row) * gridDim.x + blockIdx.x) * kMapsGates + of] = sum;
     }
   }
 }
@@ -333,12 +406,18 @@ int64_t mlstm_maps_chunks(int64_t rows, int64_t e) {
   return ceil_div(rows, rows_of_block(rows, backward_groups(e), kBackwardBlocks));
 }
 
-void mlstm_maps_forward_mma(bf16* q, bf16* k, bf16* v, float* partial, MapsRows<const bf16> x_c, MapsRows<const bf16> x_m,
-                            const MapsWeights<bf16>& maps, int64_t rows, Stream stream) {
+void mlstm_maps_forward_mma(const MapsForwardJob& job, const MapsWeights<bf16>& maps, int64_t rows, Stream stream) {
   const int64_t groups = mlstm_maps_groups(int64_t{maps.blocks} * 4), own = rows_of_block(rows, groups, kForwardBlocks);
-  launch(maps_forward_mma_kernel,
-         {.grid = groups, .grid_y = ceil_div(rows, own), .block = 32 * kForwardWarps, .shared = ForwardRing::kBytes + 2 * sizeof(ForwardSums), .stream = stream},
-         q, k, v, partial, x_c, x_m, maps, rows, own);
+  const auto with = [&]<bool kConvolves>() {
+    launch(maps_forward_mma_kernel<kConvolves>,
+           {.grid = groups, .grid_y = ceil_div(rows, own), .block = 32 * kForwardWarps,
+            .shared = ForwardShared<kConvolves>::kBytes(), .stream = stream},
+           job, maps, rows, own);
+  };
+  if (job.convolution.x_c != nullptr)
+    with.template operator()<true>();
+  else
+    with.template operator()<false>();
 }
 
 void mlstm_maps_backward_mma(const MapsBackwardJob& job, const MapsWeights<bf16>& maps, int64_t rows, Stream stream) {

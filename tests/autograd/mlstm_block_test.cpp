@@ -82,6 +82,23 @@ const OpCase kConvolved{.name = "mlstm_conv_maps",
                         .tolerance = {{DType::f32, 2e-5}, {DType::bf16, 3e-2}},
                         .fills = {{7, Normal{0, 0.3}}}};
 
+// Without a state before it: in one pass.
+OpCase convolved_from_zero() {
+  OpCase c = kConvolved;
+  c.name += " from zero";
+  const auto inputs = [](const Vars& in) {
+    Vars all = in;
+    all.insert(all.begin() + 3, Variable());
+    return all;
+  };
+  c.run = [inputs](const Vars& in) { return kConvolved.run(inputs(in)); };
+  c.reference = [inputs](const Vars& in) { return kConvolved.reference(inputs(in)); };
+  c.shapes.push_back(convolved_shapes(3, 21, 64, 8));
+  for (auto& shapes : c.shapes) shapes.erase(shapes.begin() + 3);
+  c.fills = {{6, Normal{0, 0.3}}};
+  return c;
+}
+
 std::vector<Shape> output_shapes(int64_t b, int64_t l, int64_t heads, int64_t p) {
   return {{b, l, heads, p}, {heads * p}, {heads * p}, {b, l, heads * p}, {b, l, heads * p}};
 }
@@ -179,9 +196,18 @@ TEST_CASE("the maps of an mLSTM block match plain loops") { check_reference(kMap
 TEST_CASE("the maps of an mLSTM block pass gradcheck") { check_grad(kMaps); }
 TEST_CASE("the maps of an mLSTM block: cuda equals cpu", "[cuda]") { check_twin(kMaps); }
 
-TEST_CASE("convolution and maps of an mLSTM block match the functions apart") { check_reference(kConvolved); }
-TEST_CASE("convolution and maps of an mLSTM block pass gradcheck") { check_grad(kConvolved); }
-TEST_CASE("convolution and maps of an mLSTM block: cuda equals cpu", "[cuda]") { check_twin(kConvolved); }
+TEST_CASE("convolution and maps of an mLSTM block match the functions apart") {
+  check_reference(kConvolved);
+  check_reference(convolved_from_zero());
+}
+TEST_CASE("convolution and maps of an mLSTM block pass gradcheck") {
+  check_grad(kConvolved);
+  check_grad(convolved_from_zero());
+}
+TEST_CASE("convolution and maps of an mLSTM block: cuda equals cpu", "[cuda]") {
+  check_twin(kConvolved);
+  check_twin(convolved_from_zero());
+}
 
 // With both gradients made where they belong, as in the layer, and a reader of x_m before the convolution.
 TEST_CASE("the gradient of an mLSTM projection is the same made in place and joined") {
