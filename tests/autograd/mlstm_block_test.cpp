@@ -170,7 +170,8 @@ const OpCase kCell{.name = "mlstm with its output",
                        [](const Vars& in) {
                          return mlstm_output(mlstm(in[0], in[1], in[2], in[3], in[4]).h, in[5], in[6], in[7], in[8], kEps);
                        },
-                   .shapes = {cell_shapes(1, 1, 1, 4), cell_shapes(2, 9, 2, 8), cell_shapes(1, 5, 1, 192), cell_shapes(1, 70, 2, 12)},
+                   // A single position would leave rounding errors alone: dh . h = 0 is all that its q, k and i see.
+                   .shapes = {cell_shapes(2, 9, 2, 8), cell_shapes(1, 5, 1, 192), cell_shapes(1, 70, 2, 12)},
                    .tolerance = {{DType::f32, 5e-5}, {DType::bf16, 4e-2}},
                    .fills = {{4, Normal{.mean = 3}}},
                    .grad_tolerance = 3e-6};
