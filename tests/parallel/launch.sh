@@ -27,19 +27,23 @@ expect() {
 }
 fault() { expect "$1" "$2" 1 "$start" -n 3 "$program" "fault: $1"; }
 
+
+# beside command: runs along with what follows.
+beside() {
+  (
+    "$@"
+    exit $failed
+  ) &
+}
+beside fault "stalls" "^error: rank 0 of 3 .*: all_reduce of float32 \(3,\) cpu in group 'world' \(.*\) has not ended after 3"
+beside fault "stopped" "^ +rank 2 does not answer"
 fault "killed" "^error: rank 0 of 3 .*: rank 2 \(.*, process [0-9]+\) has ended before the job's end; was it killed\?"
 fault "rank 0 killed" "^error: rank 1 of 3 .*: rank 0 \(.*\) has ended before the job's end; was it killed\?"
 fault "leaves without a word" "^error: rank 0 of 3 .*: rank 2 .* has ended before the job's end"
 fault "exits" "^error: rank 2 of 3 .*: the process exits before the job's end"
 fault "error" "^error: rank 2 of 3 .*: the disk is full"
 fault "exception" "^error: rank 2 of 3 .*: ends with status 1"
-fault "stalls" "^error: rank 0 of 3 .*: all_reduce of float32 \(3,\) cpu in group 'world' \(.*\) has not ended after 3"
-fault "stopped" "^ +rank 2 does not answer"
 fault "error on all ranks" "^error: rank 0 of 3 .*: no such file"
-if pgrep -f "$program fault:" >/dev/null; then
-  echo "FAILED: processes are left"
-  failed=1
-fi
 
 # ranks PATTERN LINES "variables of one rank" ...: all at once, on a port of their own; runs beside the other cases.
 ranks() {
@@ -49,10 +53,7 @@ ranks() {
     script+="env $variables '$program' 'fault: exits' & "
   done
   script+="status=0; for job in \$(jobs -p); do wait \$job || status=\$?; done; exit \$status"
-  (
-    expect "$*" "$pattern" "$lines" env MASTER_PORT=$port bash -c "$script"
-    exit $failed
-  ) &
+  beside expect "$*" "$pattern" "$lines" env MASTER_PORT=$port bash -c "$script"
 }
 case_number=$((RANDOM % 2000))
 ranks "^error: environment: RANK=2 does not fit WORLD_SIZE=2" 1 "RANK=2 WORLD_SIZE=2"
@@ -71,6 +72,10 @@ ranks "^error: (rank 0 cannot wait for the other ranks at port .*: Address alrea
 for job in $(jobs -p); do
   wait "$job" || failed=1
 done
+if pgrep -f "$program fault:" >/dev/null; then
+  echo "FAILED: processes are left"
+  failed=1
+fi
 
 # Losses of a run on 1, 2 and 4 ranks.
 unset KRAIT_COMM_TIMEOUT

@@ -204,7 +204,7 @@ TEST_CASE("parallelism: auto splits further, or shards, where the memory is shor
   CHECK_FALSE(auto_of(1, large, 0.8 * needed).choice.found());
 
   // A wide model and few activations: the optimizer's state is what must be shared.
-  const std::vector<std::string> wide{"model.d_model=1024", "train.micro_batch_size=1", "train.tokens_per_step=128",
+  const std::vector<std::string> wide{"model.d_model=256", "train.micro_batch_size=1", "train.tokens_per_step=128",
                                       "model.attention.n_heads=8", "model.mlp.ratio=4", "data.context=64"};
   const auto gib_of = [](const Auto& a, int64_t zero) {
     for (const auto& c : a.choice.candidates)
