@@ -23,7 +23,7 @@ struct AttributedLaunch {
 template <class... P>
 void allow_shared(void (*kernel)(P...), int64_t bytes) {
   if (bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    core::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
 
 template <class... P, class... A>
@@ -33,7 +33,7 @@ void launch_with(const cudaLaunchAttribute& attribute, void (*kernel)(P...), con
               "CUDA grid ({}, {}, {}) is too large; use a smaller batch", c.grid, c.grid_y, c.grid_z);
   allow_shared(kernel, c.shared);
   const AttributedLaunch launch(attribute, c);
-  check(cudaLaunchKernelEx(&launch.config, kernel, static_cast<P>(arguments)...));
+  core::check(cudaLaunchKernelEx(&launch.config, kernel, static_cast<P>(arguments)...));
 }
 
 }  // namespace krait::kernels::cuda

@@ -5,6 +5,7 @@
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/blas.h"
+#include "kernels/cuda/overlap.cuh"
 #include "kernels/epilogue.h"
 
 namespace krait::kernels::cuda {
@@ -95,22 +96,27 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
 }
 
-// Block of 32 columns: db (or +=) the sum of the partials, 8 interleaved parts joined in order.
+constexpr int kTotalWarps = 32;
+
+// Block of 32 columns: db (or +=) the sum of the partials, kTotalWarps interleaved parts joined in order. Bound by the
+// latency of a thread's loads: eight at a time.
 template <class D, class A>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kTotalWarps)
     column_total_kernel(D* db, const A* partial, int64_t chunks, int64_t n, bool add) {
-  __shared__ A sums[kWarps][32];
+  __shared__ A sums[kTotalWarps][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t c = int64_t{blockIdx.x} * 32 + lane;
+  take_over();
   A sum = A(0);
   if (c < n)
-    for (int64_t q = warp; q < chunks; q += kWarps) sum += partial[q * n + c];
+#pragma unroll 8
+    for (int64_t q = warp; q < chunks; q += kTotalWarps) sum += partial[q * n + c];
   sums[warp][lane] = sum;
   __syncthreads();
   if (warp != 0 || c >= n) return;
   A total = add ? static_cast<A>(db[c]) : A(0);
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) total += sums[w][lane];
+  for (int w = 0; w < kTotalWarps; ++w) total += sums[w][lane];
   db[c] = static_cast<D>(total);
 }
 
@@ -161,9 +167,9 @@ template <class A>
 void total(Tensor& db, bool add, const Tensor& partial) {
   const int64_t chunks = partial.size(0), n = partial.size(1);
   visit_float(db.dtype(), [&]<class D>() {
-    launch(column_total_kernel<D, A>,
-           {.grid = ceil_div(n, 32), .block = 32 * kWarps, .stream = current_stream(db.device())}, db.data<D>(),
-           partial.data<A>(), chunks, n, add);
+    launch_overlapped(column_total_kernel<D, A>,
+                      {.grid = ceil_div(n, 32), .block = 32 * kTotalWarps, .stream = current_stream(db.device())},
+                      db.data<D>(), partial.data<A>(), chunks, n, add);
   });
 }
 
