@@ -4,11 +4,6 @@
 
 namespace krait::autograd {
 
-namespace {
-
-// The gradient buffer of a leaf that has one.
-}  // namespace
-
 Variable layer_norm(const Variable& x, const Variable& w, const Variable& b, double eps) {
   auto [y, mean, rstd] = kernels::layer_norm_forward(x.data(), w.data(), b.data(), eps);
   return record("layer_norm", {x, w, b}, y, [x = x.data(), w, b, mean = mean, rstd = rstd](const Tensor& dy) -> Grads {
