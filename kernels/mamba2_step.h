@@ -18,7 +18,19 @@ struct Mamba2StepWeights {
 };
 Tensor mamba2_step(Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeights& w);
 
-// Backends: everything contiguous.
-KRAIT_BACKENDS(void mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeights& w))
+/// Positions that h has not taken in: with them a step reads h and writes it once in `size` positions, all at once, so
+/// that h may be bf16 and is rounded that seldom. The same numbers up to rounding. On GPUs, for what recent_positions()
+/// allows.
+struct RecentPositions {
+  Tensor x, B;   // (b, heads, size, p), (b, size, n), like zxbcdt
+  Tensor steps;  // (b, heads, size, 2) fp32: dt', and the logarithm of the decays' product since h
+  Tensor count;  // (b, heads) int32
+};
+Tensor mamba2_step(Tensor& conv, Tensor& h, RecentPositions& recent, const Tensor& zxbcdt, const Mamba2StepWeights& w);
+/// None yet, for a state h; undefined where such steps are not served.
+RecentPositions recent_positions(const Tensor& h, const Tensor& conv);
+
+// Backends: everything contiguous; recent may be null.
+KRAIT_BACKENDS(void mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions* recent, const Tensor& zxbcdt, const Mamba2StepWeights& w))
 
 }  // namespace krait::kernels

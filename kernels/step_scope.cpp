@@ -4,9 +4,9 @@
 
 namespace krait::kernels {
 
-StepScope::StepScope(Device device) {
+StepScope::StepScope(Device device, int64_t rows) {
   KRAIT_ASSERT(current_deferred() == nullptr, "a step within a step");
-  KRAIT_DISPATCH(device, gather_steps(steps_, device));
+  KRAIT_DISPATCH(device, gather_steps(steps_, device, rows));
   current_deferred() = steps_.get();
 }
 

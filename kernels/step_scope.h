@@ -11,12 +11,13 @@ struct GatheredSteps : Deferred {
   int64_t operations = 0, launches = 0;
 };
 
-/// While it lives, this thread's kernels of a decoding step are gathered on a GPU that can (bf16, few rows, sm_90), and
-/// what has been gathered runs as one launch: linear maps, norms, mamba_step, mamba2_step, attention_append. The
-/// results are there when anything else of this thread reads them: using the stream ends a launch.
+/// While it lives, this thread's kernels of a decoding step of so many rows are gathered on a GPU that can (bf16, sm_90).
+/// Of few rows, what has been gathered runs as one launch: linear maps, norms, mamba_step, mamba2_step, attention_append;
+/// of more, neighbours run as one kernel where there is such. The results are there when anything else of this thread
+/// reads them: using the stream ends a launch.
 class StepScope {
  public:
-  explicit StepScope(Device device);
+  explicit StepScope(Device device, int64_t rows = 1);
   ~StepScope();
   StepScope(const StepScope&) = delete;
   StepScope& operator=(const StepScope&) = delete;
@@ -30,6 +31,6 @@ class StepScope {
 };
 
 /// Null where steps cannot be gathered.
-KRAIT_BACKENDS(void gather_steps(std::unique_ptr<GatheredSteps>& steps, Device device))
+KRAIT_BACKENDS(void gather_steps(std::unique_ptr<GatheredSteps>& steps, Device device, int64_t rows))
 
 }  // namespace krait::kernels

@@ -122,6 +122,7 @@ Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variabl
 
 Variable Mamba2::forward(const Variable& u, const SequenceInfo& info, LayerState* state) {
   if (!state) return apply(u, {}, {}, info.segments).y;
+  KRAIT_CHECK(!state->tensors.contains("recent_count"), "mamba2: a state that is behind its positions serves single steps only");
   Tensor &conv = state->tensors.at("conv"), &ssm = state->tensors.at("ssm");
   const Out out = apply(u, Variable(conv), Variable(ssm), info.segments);
   conv = from_last_piece(out.conv.data(), sequence_).contiguous();
@@ -130,14 +131,35 @@ Variable Mamba2::forward(const Variable& u, const SequenceInfo& info, LayerState
   return out.y;
 }
 
+bool keep_recent_positions(LayerState& state, DType dtype) {
+  const auto ssm = state.tensors.find("ssm"), conv = state.tensors.find("conv");
+  if (ssm == state.tensors.end() || conv == state.tensors.end()) return false;
+  const kernels::RecentPositions recent = kernels::recent_positions(ssm->second, conv->second);
+  if (!recent.count.defined()) return false;
+  ssm->second = ssm->second.to(dtype);
+  state.tensors["recent_x"] = recent.x;
+  state.tensors["recent_B"] = recent.B;
+  state.tensors["recent_steps"] = recent.steps;
+  state.tensors["recent_count"] = recent.count;
+  return true;
+}
+
 Tensor Mamba2::step(const Tensor& u, LayerState& state) {
   const NoGrad guard;
   if (tensor_->size() > 1) return forward(Variable(u), {}, &state).data();
   const auto data = [](const Parameter& p) { return p.defined() ? p.variable().data() : Tensor(); };
   const Tensor zxbcdt = linear(Variable(u.select(1, 0)), in_weight_, optional(in_bias_)).data();
-  const Tensor y = kernels::mamba2_step(state.tensors.at("conv"), state.tensors.at("ssm"), zxbcdt,
-                                        {data(conv_weight_), data(conv_bias_), data(dt_bias_), data(A_log_), data(D_),
-                                         data(norm_weight_), dt_low_, dt_high_, eps_, config_.norm_before_gate});
+  Tensor &conv = state.tensors.at("conv"), &ssm = state.tensors.at("ssm");
+  const kernels::Mamba2StepWeights weights{data(conv_weight_), data(conv_bias_), data(dt_bias_), data(A_log_), data(D_),
+                                           data(norm_weight_), dt_low_, dt_high_, eps_, config_.norm_before_gate};
+  Tensor y;
+  if (state.tensors.contains("recent_count")) {
+    kernels::RecentPositions recent{state.tensors.at("recent_x"), state.tensors.at("recent_B"), state.tensors.at("recent_steps"),
+                                    state.tensors.at("recent_count")};
+    y = kernels::mamba2_step(conv, ssm, recent, zxbcdt, weights);
+  } else {
+    y = kernels::mamba2_step(conv, ssm, zxbcdt, weights);
+  }
   ++state.length;
   return linear(Variable(y), out_weight_, optional(out_bias_)).data().unsqueeze(1);
 }

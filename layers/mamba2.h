@@ -48,6 +48,10 @@ class Mamba2 final : public Mixer {
 };
 
 /// The layer kind `mamba2`.
+/// Turns a layer's state into one that step() alone advances from here on and that it writes once in several positions,
+/// kept in `dtype` (fp32 or bf16; kernels/mamba2_step.h). False, and nothing happens, where that is not served.
+bool keep_recent_positions(LayerState& state, DType dtype);
+
 LayerKind mamba2_kind();
 
 }  // namespace krait::layers

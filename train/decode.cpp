@@ -3,12 +3,13 @@
 #include <optional>
 
 #include "kernels/step_scope.h"
+#include "layers/mamba2.h"
 
 namespace krait::train {
 
 DecodeLoop::DecodeLoop(layers::LanguageModel& model, const layers::StoreOptions& store, int64_t batch, int64_t max_length,
-                       int64_t max_new, const kernels::SampleOptions& sampling, bool graphs)
-    : model_(model), device_(store.device), sampling_(sampling), graphs_(graphs && store.device.is_cuda()),
+                       int64_t max_new, const kernels::SampleOptions& sampling, bool graphs, DType states)
+    : model_(model), device_(store.device), sampling_(sampling), states_(states), graphs_(graphs && store.device.is_cuda()),
       state_(model.initial_state(batch, max_length, store)), tokens_(zeros({batch, 1}, DType::i64, device_)),
       position_(zeros({batch}, DType::i32, device_)), step_(zeros({1}, DType::i64, device_)),
       made_(zeros({batch, max_new}, DType::i64, device_)), pool_(device_) {
@@ -38,6 +39,10 @@ void DecodeLoop::prefill(const Tensor& prompts) {
     for (auto& [name, value] : layer.tensors)
       // From here on tensors are written in place: none may be shared with anybody else.
       if (name != "k" && name != "v" && name != "position") value = value.clone();
+  bool kept = states_ == DType::f32;
+  for (layers::LayerState& layer : state_.layers)  // few sequences have a kernel of their own, for plain states
+    if (states_ != DType::f32 || tokens_.size(0) > 8) kept |= layers::keep_recent_positions(layer, states_);
+  KRAIT_CHECK(kept, "states in {}: kept so on a GPU, in bf16, for mamba2 with d_state 128 and head_dim up to 64", states_);
   const Tensor drawn = kernels::sample(logits, step_, sampling_);
   fill_(position_, static_cast<double>(prompts.size(1) - 1));
   kernels::sample_advance(made_, tokens_, position_, step_, drawn);
@@ -63,7 +68,7 @@ void DecodeLoop::keep(const layers::DecoderState& after) {
 void DecodeLoop::run_step() {
   const NoGrad guard;
   std::optional<kernels::StepScope> together;
-  if (gathers_) together.emplace(device_);
+  if (gathers_) together.emplace(device_, tokens_.size(0));
   layers::DecoderState now = state_;
   now.positions = position_.view({position_.size(0), 1});
   const Tensor logits = model_.next_logits(tokens_, now);

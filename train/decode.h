@@ -13,9 +13,10 @@ namespace krait::train {
 /// and random numbers counted on the device.
 class DecodeLoop {
  public:
-  /// max_length bounds prompt and new tokens together, max_new those that drawn() holds.
+  /// max_length bounds prompt and new tokens together, max_new those that drawn() holds. states: what Mamba-2's are kept in
+  /// between steps; bf16 (on GPUs) halves what many sequences read.
   DecodeLoop(layers::LanguageModel& model, const layers::StoreOptions& store, int64_t batch, int64_t max_length,
-             int64_t max_new, const kernels::SampleOptions& sampling, bool graphs = true);
+             int64_t max_new, const kernels::SampleOptions& sampling, bool graphs = true, DType states = DType::f32);
   ~DecodeLoop();
 
   /// Consumes the prompts (b, l) and draws the first new token. Once, before the steps.
@@ -26,6 +27,7 @@ class DecodeLoop {
   Tensor drawn() const;
   int64_t count() const { return count_; }
   bool captured() const { return graph_ != nullptr; }
+  const layers::DecoderState& state() const { return state_; }
 
  private:
   void run_step();
@@ -34,6 +36,7 @@ class DecodeLoop {
   layers::LanguageModel& model_;
   Device device_;
   kernels::SampleOptions sampling_;
+  DType states_;
   bool graphs_, gathers_ = true;  // steps run in one launch
   int64_t count_ = 0, plain_steps_ = 0;
   layers::DecoderState state_;

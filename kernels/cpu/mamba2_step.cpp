@@ -7,7 +7,8 @@
 
 namespace krait::kernels::cpu {
 
-void mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeights& w) {
+void mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions* recent, const Tensor& zxbcdt, const Mamba2StepWeights& w) {
+  KRAIT_CHECK(recent == nullptr, "mamba2_step: a state behind its positions is a GPU's");
   const int64_t b = h.size(0), heads = h.size(1), p = h.size(2), n = h.size(3), e = heads * p;
   const int64_t channels = w.conv_weight.size(0), g = (channels - e) / (2 * n);
   const Tensor mixed = causal_conv1d_step(conv, zxbcdt.slice(1, e, e + channels), w.conv_weight, w.conv_bias, true);

@@ -3,6 +3,7 @@
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
+#include "kernels/cuda/rows_queue.h"
 #include "kernels/cuda/step_queue.h"
 
 namespace krait::kernels::cuda {
@@ -90,6 +91,7 @@ bool linear_few_rows(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epil
   const int64_t width = 16 / size_of(g.dtype);
   if (g.k % width != 0 || g.lda % width != 0 || g.ldb % width != 0 || !aligned16(static_cast<const char*>(g.a), static_cast<const char*>(g.b)))
     return false;
+  if (gather_rows_linear(y, g, bias, epilogue)) return true;
   if (g.m > 8) return linear_batch_rows(y, g, bias, epilogue);
   if (gather_linear(y, g, bias, epilogue)) return true;
   if (g.dtype == DType::bf16)

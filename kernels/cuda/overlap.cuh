@@ -4,7 +4,8 @@
 // Programmatic dependent launch, for chains of kernels that are too short to hide their own start: a kernel launched
 // with launch_overlapped may begin while those before it run. Until wait_for_previous(), which returns when the kernel
 // before has finished, it may ask for weights to be brought into the L2 cache and nothing else: it neither reads nor
-// writes memory. Before sm_90 all of it is nothing.
+// writes memory. Before sm_90 all of it is nothing. Where let_next_begin() follows wait_for_previous(), all but that one
+// kernel have finished when the next begins, which may then read what older ones wrote.
 namespace krait::kernels::cuda {
 
 __device__ __forceinline__ void wait_for_previous() {
@@ -31,6 +32,13 @@ __device__ __forceinline__ void bring_into_l2(const void* from, int64_t bytes) {
 __device__ __forceinline__ void take_over() {
   let_next_begin();
   wait_for_previous();
+}
+
+/// For kernels of much shared memory that are to begin beside one another: they ask for the same division of a
+/// multiprocessor's memory, which changes only when nothing runs there.
+template <class... P>
+void keep_shared_memory(void (*kernel)(P...)) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
 }
 
 /// launch() for a kernel that calls wait_for_previous() in every thread before it reads or writes memory.

@@ -7,6 +7,7 @@
 
 #include "core/stream.h"
 #include "kernels/cuda/aligned.h"
+#include "kernels/cuda/rows_queue.h"
 #include "kernels/cuda/step_program.h"
 #include "kernels/cuda/step_solo.h"
 #include "kernels/step_scope.h"
@@ -142,7 +143,11 @@ LinearStep rows_of(StepInput input, const Tensor& y) {
 
 }  // namespace
 
-void gather_steps(std::unique_ptr<GatheredSteps>& steps, Device device) {
+void gather_steps(std::unique_ptr<GatheredSteps>& steps, Device device, int64_t rows) {
+  if (rows > kMaxStepRows) {
+    steps = gather_rows(device);
+    return;
+  }
   static const bool able = device_info(device).compute_capability >= 90;
   if (!able) return;
   if (Meeting meeting = meeting_of(device); meeting.pairs.defined()) steps = std::make_unique<StepQueue>(device, std::move(meeting));

@@ -3,6 +3,8 @@
 #include "kernels/cuda/block_reduce.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
+#include "kernels/cuda/rows_linear.h"
+#include "kernels/cuda/rows_state.h"
 #include "kernels/linear.h"
 
 namespace krait::kernels::cuda {
@@ -19,7 +21,8 @@ constexpr int kTaps = 4, kMixThreads = 128;
 __global__ void __launch_bounds__(kMixThreads)
     mix_kernel(bf16* mixed, bf16* conv, const bf16* in, const bf16* weight, const bf16* bias, int64_t rows, int64_t channels, int64_t in_row) {
   const int64_t vectors = channels / 8, at = int64_t{blockIdx.x} * kMixThreads + threadIdx.x;
-  take_over();
+  wait_for_previous();
+  let_next_begin();  // not before: rows_state_kernel reads what the position before left
   if (at >= rows * vectors) return;
   const int64_t row = at / vectors, c = at % vectors * 8;
   bf16* const past = conv + row * (kTaps - 1) * channels + c;
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(kLanes * kChannels)
   }
 }
 
-constexpr int kHeadStates = 128, kHeadWarps = 8, kAhead = 8;  // channels that a warp reads ahead
+constexpr int kHeadWarps = 8, kAhead = 8;  // channels that a warp reads ahead
 
 struct Head {
   const bf16 *mixed, *zxbcdt;
@@ -220,15 +223,23 @@ bool mamba_step_rows(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, const
   return true;
 }
 
-bool mamba2_step_rows(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeights& w) {
+bool mamba2_step_rows(Tensor& y, Tensor& conv, Tensor& h, RecentPositions* recent, const Tensor& zxbcdt, const Mamba2StepWeights& w) {
   const int64_t rows = h.size(0), heads = h.size(1), p = h.size(2), n = h.size(3), e = heads * p;
   const int64_t channels = w.conv_weight.size(0), groups = (channels - e) / (2 * n), input = zxbcdt.size(1);
+  if (recent != nullptr && !rows_state_fits(h, zxbcdt, w)) return false;
   if (zxbcdt.dtype() != DType::bf16 || n != kHeadStates || groups != 1 || e % 8 != 0 || e > kNormThreads * kNormVectors * 8 || rows >= 65536 ||
       !mixes(conv, w.conv_weight, w.conv_bias, zxbcdt.data<bf16>() + e, input) ||
-      !aligned16(zxbcdt.data<bf16>(), h.data<float>(), w.norm_weight.data<float>()))
+      !aligned16(zxbcdt.data<bf16>(), static_cast<const char*>(h.raw_data()), w.norm_weight.data<float>()))
     return false;
   const Stream stream = current_stream(h.device());
   const Tensor mixed = mix(conv, zxbcdt.data<bf16>() + e, input, w.conv_weight, w.conv_bias);
+  if (recent != nullptr) {
+    const Tensor weighted = empty({rows, e}, DType::bf16, h.device()), squares = empty({rows, heads}, DType::f32, h.device());
+    rows_state(rows_state_of(weighted, squares, h, recent, mixed, zxbcdt, w), stream);
+    scale_rows({squares.data<float>(), static_cast<int>(heads), static_cast<float>(w.eps), y.data<bf16>(), nullptr}, weighted.data<bf16>(),
+               static_cast<int>(rows), static_cast<int>(e), stream);
+    return true;
+  }
   const Tensor u = empty({rows, e}, DType::bf16, h.device());
   launch_overlapped(state_rows_kernel, {.grid = heads, .grid_y = rows, .block = 32 * kHeadWarps, .stream = stream}, u.data<bf16>(),
                     h.data<float>(),

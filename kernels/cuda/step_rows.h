@@ -7,6 +7,6 @@
 namespace krait::kernels::cuda {
 
 bool mamba_step_rows(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, const MambaStepWeights& w);
-bool mamba2_step_rows(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeights& w);
+bool mamba2_step_rows(Tensor& y, Tensor& conv, Tensor& h, RecentPositions* recent, const Tensor& zxbcdt, const Mamba2StepWeights& w);
 
 }  // namespace krait::kernels::cuda

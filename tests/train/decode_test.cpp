@@ -11,18 +11,19 @@ namespace {
 constexpr int64_t kBatch = 3, kPrompt = 7, kNew = 12;
 
 struct Setup {
-  explicit Setup(const std::string& base, Device device)
-      : config(bench::bench_config({base, base, kBatch, kPrompt + kNew, false, 0}, device)), session(bench::bench_session(config)),
+  explicit Setup(const std::string& base, Device device, int64_t rows = kBatch)
+      : batch(rows), config(bench::bench_config({base, base, rows, kPrompt + kNew, false, 0}, device)), session(bench::bench_session(config)),
         model(session.language_model("the test")), prompts(bench::random_batch(config, 3).tokens.slice(1, 0, kPrompt).contiguous()) {
     model.set_training(false);
   }
   std::vector<int64_t> decode(const kernels::SampleOptions& sampling, bool graphs) {
-    DecodeLoop loop(model, session.parameters->options(), kBatch, kPrompt + kNew, kNew, sampling, graphs);
+    DecodeLoop loop(model, session.parameters->options(), batch, kPrompt + kNew, kNew, sampling, graphs);
     loop.prefill(prompts);
     while (loop.count() < kNew) loop.step();
     captured = loop.captured();
     return loop.drawn().to_vector<int64_t>();
   }
+  int64_t batch;
   Config config;
   Session session;
   layers::LanguageModel& model;
@@ -67,6 +68,23 @@ TEST_CASE("a captured decoding step draws the same tokens as plain launches", "[
       CHECK(s.captured);
     }
   }
+}
+
+TEST_CASE("captured steps of many sequences draw the same tokens as plain launches", "[cuda]") {
+  for (const char* base : {"mamba-130m", "mamba2-130m", "llama-124m"})
+    for (const int64_t rows : {9, 65}) {
+      INFO(base << ", " << rows << " sequences");
+      Setup s(base, cuda_device(), rows);
+      const auto plain = s.decode({.temperature = 0}, false);
+      CHECK(s.decode({.temperature = 0}, true) == plain);
+      CHECK(s.captured);
+    }
+}
+
+TEST_CASE("states in bf16 are refused where they are not served") {
+  Setup s("mamba-small", kCpu);
+  DecodeLoop loop(s.model, s.session.parameters->options(), kBatch, kPrompt + 2, 2, {.temperature = 0}, true, DType::bf16);
+  CHECK(contains(error_of([&] { loop.prefill(s.prompts); }), "for mamba2 with d_state 128"));
 }
 
 TEST_CASE("decoding refuses a second prompt and more tokens than asked for") {

@@ -1,0 +1,209 @@
+#include "kernels/cuda/rows_queue.h"
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "core/stream.h"
+#include "kernels/cuda/aligned.h"
+#include "kernels/cuda/rows_linear.h"
+#include "kernels/cuda/rows_scan.h"
+#include "kernels/cuda/rows_state.h"
+
+namespace krait::kernels::cuda {
+
+namespace {
+
+// y and rstd of what a kernel left unscaled (RowScale), for a linear map that scales its sums instead.
+struct WaitingNorm {
+  Tensor y, rstd, x, squares;
+  double eps;
+  RowScale scale() const {
+    return {squares.data<float>(), static_cast<int>(squares.size(1)), static_cast<float>(eps), y.data<bf16>(),
+            rstd.defined() ? rstd.data<float>() : nullptr};
+  }
+};
+struct WaitingLinear {
+  RowsLinear map;
+  Tensor y;
+  std::vector<Tensor> reads;  // whose memory nobody else may take before the launch
+};
+
+class RowsQueue final : public GatheredSteps {
+ public:
+  explicit RowsQueue(Device device) : device_(device) {}
+
+  void flush() override {  // the launches ask for the stream themselves
+    if (const std::optional<WaitingLinear> linear = std::exchange(linear_, {})) {
+      known_ = linear->y;
+      rows_linear(linear->map, current_stream(device_));
+    }
+    if (const std::optional<WaitingNorm> norm = std::exchange(norm_, {}))
+      scale_rows(norm->scale(), norm->x.data<bf16>(), static_cast<int>(norm->squares.size(0)), static_cast<int>(norm->x.size(-1)), current_stream(device_));
+  }
+
+  void wait(WaitingNorm norm) {
+    flush();
+    norm_ = std::move(norm);
+  }
+  void wait(WaitingLinear linear) {
+    flush();
+    linear_ = std::move(linear);
+  }
+  /// What the thread's next linear map may read: its memory is held.
+  void know(const Tensor& t) { known_ = t; }
+  const Tensor& known() const { return known_; }
+  std::optional<WaitingNorm>& norm() { return norm_; }
+  /// The map that waits, when it makes t.
+  std::optional<WaitingLinear> take_linear(const Tensor& t) {
+    if (!linear_ || linear_->y.raw_data() != t.raw_data() || linear_->y.numel() != t.numel()) return {};
+    return std::exchange(linear_, {});
+  }
+  void give_back(std::optional<WaitingLinear> linear) { linear_ = std::move(linear); }
+  Device device() const { return device_; }
+
+ private:
+  Device device_;
+  std::optional<WaitingNorm> norm_;
+  std::optional<WaitingLinear> linear_;  // at most one of the two
+  Tensor known_;
+};
+
+RowsQueue* current_queue(Device device) {
+  auto* queue = dynamic_cast<RowsQueue*>(current_deferred());
+  return queue != nullptr && queue->device() == device ? queue : nullptr;
+}
+
+template <class T>
+T* pointer(const Tensor& t) {
+  return t.defined() ? t.data<T>() : nullptr;
+}
+
+}  // namespace
+
+std::unique_ptr<GatheredSteps> gather_rows(Device device) {
+  static const bool able = device_info(device).compute_capability >= 90;
+  return able ? std::make_unique<RowsQueue>(device) : nullptr;
+}
+
+bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, const Tensor& residual, const Tensor& w, double eps) {
+  RowsQueue* const queue = current_queue(x.device());
+  if (queue == nullptr || x.dtype() != DType::bf16) return false;
+  std::optional<WaitingLinear> linear;
+  if (residual.defined() && residual.dtype() == DType::bf16 && aligned(residual, w)) linear = queue->take_linear(x);
+  if (!linear) {
+    queue->flush();
+    queue->know(y);
+    return false;
+  }
+  RowsLinear& map = linear->map;
+  const Tensor weighted = empty(y.shape(), DType::bf16, y.device());
+  const Tensor squares = empty({map.rows, rows_linear_blocks(map)}, DType::f32, y.device());
+  map.residual = residual.data<bf16>();
+  map.weight = w.data<float>();
+  map.sum = sum.data<bf16>();
+  map.weighted = weighted.data<bf16>();
+  map.squares = squares.data<float>();
+  rows_linear(map, current_stream(x.device()));
+  queue->wait(WaitingNorm{y, rstd, weighted, squares, eps});
+  return true;
+}
+
+bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
+  constexpr int64_t kMaxRows = 128, kMaxColumns = 8192;  // beyond, products read their weights too often here
+  RowsQueue* const queue = current_queue(g.device);
+  if (queue == nullptr || g.dtype != DType::bf16 || g.ldb != g.k || g.ldc != g.n || g.m > kMaxRows || g.n > kMaxColumns) return false;
+  WaitingLinear linear{};
+  RowsLinear& map = linear.map;
+  map.x = static_cast<const bf16*>(g.a);
+  map.w = static_cast<const bf16*>(g.b);
+  map.bias = pointer<bf16>(bias);
+  map.y = y.data<bf16>();
+  map.x_row = g.lda;
+  map.y_row = g.ldc;
+  map.rows = static_cast<int>(g.m);
+  map.n = static_cast<int>(g.n);
+  map.k = static_cast<int>(g.k);
+  map.epilogue = epilogue;
+  linear.y = y;
+  std::optional<WaitingNorm>& norm = queue->norm();
+  const bool scaled = norm && norm->y.raw_data() == g.a && norm->y.size(-1) == g.k && norm->squares.size(0) == g.m;
+  if (scaled) {
+    map.x = norm->x.data<bf16>();
+    map.x_row = g.k;
+    map.scale = norm->scale();
+    linear.reads = {norm->x, norm->squares, norm->y, norm->rstd};
+  } else if (queue->known().defined() && queue->known().raw_data() == g.a) {
+    linear.reads = {queue->known()};
+  } else {
+    return false;
+  }
+  if (!rows_linear_fits(map)) return false;
+  if (scaled) {
+    queue->know(norm->y);  // further maps may read it
+    norm.reset();
+  }
+  queue->wait(std::move(linear));
+  return true;
+}
+
+bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, const MambaStepWeights& w) {
+  RowsQueue* const queue = current_queue(xz.device());
+  const int64_t rows = xz.size(0), e = w.A_log.size(0), n = w.A_log.size(1), r = w.dt_proj.size(1), outputs = r + 2 * n;
+  if (queue == nullptr || xz.dtype() != DType::bf16 || n != kScanStates || r > kScanMaxRank || r % 4 != 0 || w.conv_weight.size(1) != 4 ||
+      !aligned(h, w.A_log, w.dt_proj, w.conv_weight, conv))
+    return false;
+  std::optional<WaitingLinear> linear = queue->take_linear(xz);
+  if (!linear) return false;
+  RowsLinear map = linear->map;
+  map.conv = conv.data<bf16>();
+  map.conv_weight = w.conv_weight.data<bf16>();
+  map.conv_bias = pointer<bf16>(w.conv_bias);
+  map.conv_end = static_cast<int>(e);
+  map.project = w.x_proj.data<bf16>();
+  map.outputs = static_cast<int>(outputs);
+  if (!rows_linear_fits(map)) {
+    queue->give_back(std::move(linear));
+    return false;
+  }
+  const int64_t parts = e / projected_columns(map);
+  const Tensor mixed = empty({rows, e}, DType::bf16, xz.device()), part = empty({rows, parts, outputs}, DType::f32, xz.device());
+  map.mixed = mixed.data<bf16>();
+  map.part = part.data<float>();
+  const Stream stream = current_stream(xz.device());
+  rows_linear(map, stream);
+  rows_scan({y.data<bf16>(), h.data<float>(), mixed.data<bf16>(), xz.data<bf16>(), w.dt_proj.data<bf16>(), part.data<float>(),
+             w.dt_bias.data<float>(), w.A_log.data<float>(), w.D.data<float>(), static_cast<int>(rows), static_cast<int>(e),
+             static_cast<int>(r), static_cast<int>(parts)},
+            stream);
+  queue->know(y);
+  return true;
+}
+
+bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions* recent, const Tensor& zxbcdt, const Mamba2StepWeights& w) {
+  RowsQueue* const queue = current_queue(zxbcdt.device());
+  if (queue == nullptr || !rows_state_fits(h, zxbcdt, w) || !aligned(w.conv_weight, conv)) return false;
+  std::optional<WaitingLinear> linear = queue->take_linear(zxbcdt);
+  if (!linear) return false;
+  const int64_t rows = h.size(0), heads = h.size(1), e = heads * h.size(2), channels = w.conv_weight.size(0);
+  RowsLinear map = linear->map;
+  map.conv = conv.data<bf16>();
+  map.conv_weight = w.conv_weight.data<bf16>();
+  map.conv_bias = pointer<bf16>(w.conv_bias);
+  map.conv_begin = static_cast<int>(e);
+  map.conv_end = static_cast<int>(e + channels);
+  if (!rows_linear_fits(map)) {
+    queue->give_back(std::move(linear));
+    return false;
+  }
+  const Tensor mixed = empty({rows, channels}, DType::bf16, h.device()), weighted = empty({rows, e}, DType::bf16, h.device());
+  const Tensor squares = empty({rows, heads}, DType::f32, h.device());
+  map.mixed = mixed.data<bf16>();
+  const Stream stream = current_stream(h.device());
+  rows_linear(map, stream);
+  rows_state(rows_state_of(weighted, squares, h, recent, mixed, zxbcdt, w), stream);
+  queue->wait(WaitingNorm{y, {}, weighted, squares, w.eps});
+  return true;
+}
+
+}  // namespace krait::kernels::cuda

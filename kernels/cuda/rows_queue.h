@@ -1,0 +1,23 @@
+#pragma once
+#include "kernels/linear.h"
+#include "kernels/mamba2_step.h"
+#include "kernels/mamba_step.h"
+#include "kernels/step_scope.h"
+
+// A decoding step of more rows than one persistent kernel serves: an operation waits for the next one, and the two run as
+// one kernel where there is such: RMSNorm and the linear map behind it, a linear map and the sum with the residual stream,
+// Mamba's in_proj, convolution and x_proj. Kernels begin while the one in front still runs (overlap.cuh).
+namespace krait::kernels::cuda {
+
+/// Null where steps cannot be gathered.
+std::unique_ptr<GatheredSteps> gather_rows(Device device);
+
+/// Each is true when it took the operation, with outputs allocated by the caller; false without such a scope, or where it
+/// does not serve.
+bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, const Tensor& residual, const Tensor& w, double eps);
+bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue);
+bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, const MambaStepWeights& w);
+
+bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions* recent, const Tensor& zxbcdt, const Mamba2StepWeights& w);
+
+}  // namespace krait::kernels::cuda
