@@ -6,6 +6,7 @@
 
 #include "core/comm/job.h"
 #include "train/agreement.h"
+#include "train/parallelism.h"
 #include "train/progress.h"
 #include "train/session.h"
 
@@ -29,10 +30,6 @@ std::vector<int64_t> divisors(int64_t n, int64_t most) {
   for (int64_t d = 1; d <= std::min(n, most); ++d)
     if (n % d == 0) all.push_back(d);
   return all;
-}
-
-bool is_kan_network(const Config& c) {
-  return c.model.type != "language_model" && c.model.layers == std::vector<std::string>{"kan"};
 }
 
 std::vector<int64_t> zero_levels(const Config& config, int64_t replicas, bool adapts) {
@@ -85,6 +82,7 @@ MeshChoice choose_mesh(const Config& config, const Launch& launch, const Machine
         c.mesh.sequence = sequence;
         c.mesh.tensor = tensor;
         c.mesh.zero = zero;
+        c.mesh.default_zero = false;
         try {
           Config trained = config;
           trained.parallelism = c.mesh;

@@ -153,6 +153,7 @@ void read_parallelism(ConfigNode& section, ParallelismConfig& c) {
     empty.set_path(section.path());
     section = std::move(empty);
   }
+  c.default_zero = !c.automatic && !section.find("zero");
   OptionReader options(section);
   options.read("data", c.data, at_least(-1));
   options.read("tensor", c.tensor, at_least(1));

@@ -90,7 +90,8 @@ struct ParallelismConfig {
   bool automatic = false;  // parallelism: auto; choose_mesh() fills in the rest
   int64_t data = -1, tensor = 1, sequence = 1;  // ranks; data: -1 takes what is left
   int64_t zero = 0;         // what the ranks that share gradients keep a part of: 1 optimizer state, 2 also gradients, 3 also parameters
-  double bucket_mb = 25;    // MiB of gradients summed at a time, while the backward pass goes on
+  bool default_zero = false;  // it was left out: default_zero() decides when the ranks are known
+  double bucket_mb = 50;    // MiB of gradients summed at a time, while the backward pass goes on
   /// In which gradients travel between the ranks. bfloat16: half of the bytes, and sums with 8 digits where the
   /// gradients of a rank have 24: losses differ from those of one rank by more than rounding in fp32.
   std::string reduce_dtype = "float32";

@@ -60,10 +60,22 @@ void fit_step(Config& c, int64_t data_ranks) {
 
 }  // namespace
 
+bool is_kan_network(const Config& config) {
+  return config.model.type != "language_model" && config.model.layers == std::vector<std::string>{"kan"};
+}
+
+int64_t default_zero(const Config& config, int64_t replicas) {
+  return replicas > 1 && !config.runtime.strict && !is_kan_network(config) ? 1 : 0;
+}
+
 MeshShape fit_to_ranks(Config& config, const Launch& launch) {
   check_carried(config);
   const MeshShape shape = mesh_shape(config, launch);
   fit_step(config, shape.data);
+  if (config.parallelism.default_zero) {
+    config.parallelism.zero = default_zero(config, shape.data * shape.sequence);
+    OptionReader(*config.tree.find("parallelism")).resolve("zero", config.parallelism.zero);
+  }
   if (config.data.context % shape.sequence != 0)
     config.fail("data.context",
                 fmt::format("{} tokens cannot be cut into {} equal pieces (parallelism.sequence)", config.data.context, shape.sequence),

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "train/parallelism.h"
 #include "train/plan_probe.h"
 #include "train/session.h"
 
@@ -20,7 +21,6 @@ void lay_out(Plan& plan, const Config& config) {
   const ParallelismConfig& p = config.parallelism;
   plan.tensor = p.tensor;
   plan.sequence = p.sequence;
-  plan.zero = p.zero;
   const int64_t inner = p.tensor * p.sequence;
   if (plan.ranks % inner != 0)
     config.fail("parallelism.tensor", fmt::format("tensor {} x sequence {} does not divide {} ranks", p.tensor,
@@ -32,6 +32,7 @@ void lay_out(Plan& plan, const Config& config) {
                                                 plan.data, p.sequence, p.tensor, plan.data * inner, plan.ranks),
                 "data: -1");
   const int64_t of_all = config.train.micro_batch_size * config.data.context * plan.data;
+  plan.zero = p.default_zero ? default_zero(config, plan.data * plan.sequence) : p.zero;
   plan.micro_batches = std::max<int64_t>(1, config.train.tokens_per_step / of_all);
   plan.tokens_per_step = plan.micro_batches * of_all;
   if (!config.train.default_tokens_per_step && plan.tokens_per_step != config.train.tokens_per_step)

@@ -125,7 +125,7 @@ struct MeshRow {
   double losses = 1e-5, parameters = 1e-5;
 };
 const std::vector<MeshRow> kMeshes{
-    {"data 2", 2, "data.context=23 train.tokens_per_step=184 eval.context=31 eval.stride=17"},
+    {"data 2", 2, "data.context=23 train.tokens_per_step=184 eval.context=31 eval.stride=17 parallelism.zero=0"},
     {"data 4", 4, "", {"lm/mamba2", "lm/moe"}},
     {"tensor 2", 2, "parallelism.tensor=2"},
     {"sequence 2", 2, "parallelism.sequence=2"},
@@ -136,7 +136,7 @@ const std::vector<MeshRow> kMeshes{
     {"zero 1", 2, "parallelism.zero=1 parallelism.bucket_mb=0.05", {"lm/transformer", "lm/mamba2"}},
     {"zero 2", 2, "parallelism.zero=2 parallelism.bucket_mb=0.05", {"lm/transformer", "lm/moe"}},
     {"zero 3", 4, "parallelism.zero=3 parallelism.bucket_mb=0.05 train.recompute=block", {"lm/transformer", "lm/mamba2"}},
-    {"data 2, sums in bf16", 2, "parallelism.reduce_dtype=bfloat16 parallelism.bucket_mb=0.05", {"lm/transformer"}, 1e-4, 5e-3},
+    {"data 2, sums in bf16", 2, "parallelism.zero=0 parallelism.reduce_dtype=bfloat16 parallelism.bucket_mb=0.05", {"lm/transformer"}, 1e-4, 5e-3},
     {"zero 1, sums in bf16", 2, "parallelism.reduce_dtype=bfloat16 parallelism.zero=1 parallelism.bucket_mb=0.05", {"lm/mamba"}, 1e-4, 5e-3},
     {"zero 2, sums in bf16", 4, "parallelism.reduce_dtype=bfloat16 parallelism.zero=2 parallelism.multiprocessors=0", {"lm/transformer"}, 1e-4, 5e-3},
 };

@@ -110,13 +110,16 @@ TEST_CASE("a plan counts what the GPU's kernels take, on a CPU and with any numb
 TEST_CASE("a plan's volumes are the formulas of ring collectives") {
   const train::Plan one = plan_of();
   const double n = static_cast<double>(one.parameters);
-  const train::Plan four = plan_of({"train.tokens_per_step=1024"}, 4);
+  const train::Plan four = plan_of({"train.tokens_per_step=1024", "parallelism.zero=0"}, 4);
   CHECK(four.data == 4);
   CHECK(bytes_of(four, "data") == Approx(2.0 * 3 / 4 * 4 * n));
   CHECK(four.efficiency < 1.0);
   const train::Plan sharded = plan_of({"train.tokens_per_step=1024", "parallelism.zero=1"}, 4);
   CHECK(sharded.memory.optimizer == Approx(8 * n / 4));
   CHECK(bytes_of(sharded, "data") == Approx(3.0 / 4 * (4 + 4) * n));
+  CHECK(plan_of({"train.tokens_per_step=1024"}, 4).memory.optimizer == sharded.memory.optimizer);  // what is left out is 1
+  CHECK(plan_of({"train.tokens_per_step=1024", "runtime.deterministic=strict"}, 4).zero == 0);
+  CHECK(one.zero == 0);
 
   // Each layer reduces (b, l, d) after attention and after the mlp, forward and backward; the embedding forward and
   // the head backward once each, and the loss a few floats a token.
