@@ -54,19 +54,15 @@ query_gradient_kernel(const __grid_constant__ CUtensorMap dq, const __grid_const
   init_barriers(resident, full, Side::kStages);
   const int group = threadIdx.x / 128, key_blocks = p.key_blocks(), query_blocks = p.query_blocks();
   const auto block_steps = [&](int tile) { return p.causal ? min(key_blocks, (tile + 1) * kGroups) : key_blocks; };
-  const auto tile_of = [&](int item, int& head) {
-    int rank;
-    order.find(item, head, rank);
-    return order.tiles - 1 - rank;
-  };
   Ring<Side::kStages> ring;
   uint32_t parity = 0;  // of the resident tile
   if (group == kGroups) {
     give_registers<24>();
     if (threadIdx.x != kGroups * 128) return;
-    hand_out(p.tickets, order.items(), resident, [&](int item) {
-      int head;
-      const int tile = tile_of(item, head), h = head % p.hq, batch = head / p.hq, hk = h / (p.hq / p.hkv);
+    hand_out(p.tickets, order, resident, [&](int item) {
+      int head, tile;
+      order.find(item, head, tile);
+      const int h = head % p.hq, batch = head / p.hq, hk = h / (p.hq / p.hkv);
       barrier_expect(resident, 3 * kGroups * kPanel);
 #pragma unroll 1
       for (int g = 0; g < kGroups; ++g) {
@@ -91,8 +87,9 @@ query_gradient_kernel(const __grid_constant__ CUtensorMap dq, const __grid_const
   const float to_exponent = p.scale * kLog2e;
   const uint32_t out = shared + Side::kOut + group * kPanel;
   for (int item; (item = next_item(resident, parity)) < order.items();) {
-    int head;
-    const int tile = tile_of(item, head), h = head % p.hq, batch = head / p.hq, block = tile * kGroups + group;
+    int head, tile;
+    order.find(item, head, tile);
+    const int h = head % p.hq, batch = head / p.hq, block = tile * kGroups + group;
     const int all = block_steps(tile), n = block >= query_blocks ? 0 : p.causal ? min(all, block + 1) : all;
     uint32_t fq[kD / 16][4], fdo[kD / 16][4];
     float lse[2], delta[2] = {0, 0};
@@ -211,7 +208,7 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
   if (group == kGroups) {
     give_registers<24>();
     if (threadIdx.x != kGroups * 128) return;
-    hand_out(p.tickets + 1, order.items(), resident, [&](int item) {
+    hand_out(p.tickets + 1, order, resident, [&](int item) {
       int head, tile;
       order.find(item, head, tile);
       const int hk = head % p.hkv, batch = head / p.hkv;
@@ -376,17 +373,14 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
 template <int kD>
 void backward(const Rows& dq, const Rows& dk, const Rows& dv, const Rows& do_, const Rows& q, const Rows& k, const Rows& v,
               const Rows& o, const Problem& p, int multiprocessors, Stream stream) {
-  const auto order = [&](int heads, int blocks) {
-    const int tiles = (blocks + kGroups - 1) / kGroups;
-    return Order{heads, tiles, (2 * multiprocessors + tiles - 1) / tiles};
-  };
+  const auto order = [&](int heads, int blocks) { return Order{heads, (blocks + kGroups - 1) / kGroups}; };
   const Order queries = order(p.b * p.hq, p.query_blocks()), keys = order(p.b * p.hkv, p.key_blocks());
   const CUtensorMap mq = map_of(q), mk = map_of(k), mv = map_of(v), mdo = map_of(do_);
   launch(query_gradient_kernel<kD>,
-         {.grid = std::min(multiprocessors, queries.items()), .block = kThreads, .shared = QuerySide<kD>::kBytes, .stream = stream},
+         {.grid = std::min(multiprocessors, queries.items() / 2), .block = kThreads, .shared = QuerySide<kD>::kBytes, .stream = stream},
          map_of(dq), mq, mk, mv, map_of(o), mdo, p, queries);
   launch(key_gradient_kernel<kD>,
-         {.grid = std::min(multiprocessors, keys.items()), .block = kThreads, .shared = KeySide<kD>::kBytes, .stream = stream},
+         {.grid = std::min(multiprocessors, keys.items() / 2), .block = kThreads, .shared = KeySide<kD>::kBytes, .stream = stream},
          map_of(dk), map_of(dv), mq, mk, mv, mdo, p, keys);
 }
 

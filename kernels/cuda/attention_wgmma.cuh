@@ -39,15 +39,21 @@ struct Ring {
   }
 };
 
-// The order of tiles: heads in groups, rank after rank of a group, which is to say all its longest tiles first, or all its
-// shortest.
+// The order of tiles, head after head. In a causal head they differ in length: a long and a short one make a pair, so that
+// pairs are alike, and a block takes pairs.
 struct Order {
-  int heads, tiles, group;
-  __host__ __device__ int items() const { return heads * tiles; }
-  __device__ void find(int item, int& head, int& rank) const {
-    const int begin = item / (group * tiles) * group, at = item - begin * tiles, n = min(group, heads - begin);
-    head = begin + at % n;
-    rank = at / n;
+  int heads, tiles;
+  __host__ __device__ int pairs() const { return (tiles + 1) / 2; }
+  __host__ __device__ int items() const { return heads * pairs() * 2; }
+  __device__ void find(int item, int& head, int& tile) const {
+    const int pair = item / 2 % pairs();
+    head = item / 2 / pairs();
+    tile = item % 2 ? tiles - 1 - pair : pair;
+  }
+  // Whether the other tile of the pair comes after this one.
+  __device__ bool follows(int item) const {
+    const int pair = item / 2 % pairs();
+    return item % 2 == 0 && pair != tiles - 1 - pair;
   }
 };
 
@@ -188,12 +194,13 @@ __device__ __forceinline__ void release(uint32_t barrier) {
 
 // Tiles of a block come by a counter of the whole grid, so that a block that starts late or runs beside other work takes
 // fewer. One thread takes them and brings what they need (`bring`, which expects it at barrier `resident`); the number
-// lies behind the barrier pair. Number `items` is the end.
+// lies behind the barrier pair. Number order.items() is the end.
 template <class Bring>
-__device__ __forceinline__ void hand_out(uint32_t* ticket, int items, uint32_t resident, const Bring& bring) {
+__device__ __forceinline__ void hand_out(uint32_t* ticket, const Order& order, uint32_t resident, const Bring& bring) {
   uint32_t parity = 1;
-  while (true) {
-    const int item = min(static_cast<int>(atomicAdd(ticket, 1)), items);
+  const int items = order.items();
+  for (int item = 1;;) {
+    item = order.follows(item) ? item + 1 : min(2 * static_cast<int>(atomicAdd(ticket, 1)), items);
     barrier_wait(resident + 8, parity);
     parity ^= 1;
     asm volatile("st.shared.s32 [%0], %1;" ::"r"(resident + 16), "r"(item) : "memory");
