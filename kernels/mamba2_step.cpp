@@ -38,12 +38,14 @@ Tensor mamba2_step(Tensor& conv, Tensor& h, RecentPositions& recent, const Tenso
   return step(conv, h, &recent, zxbcdt, w);
 }
 
-RecentPositions recent_positions(const Tensor& h, const Tensor& conv) {
+RecentPositions recent_positions(const Tensor& h, const Tensor& conv, const Mamba2StepWeights& w) {
   constexpr int64_t kSize = 16;  // reading what is recent costs about what h's writes still do
+  constexpr int64_t kMostChannels = 4096;
   const Device device = h.device();
   if (h.ndim() != 4 || conv.ndim() != 3 || !device.is_cuda() || device_info(device).compute_capability < 80) return {};
   const int64_t b = h.size(0), heads = h.size(1), p = h.size(2), n = h.size(3);
-  const bool served = conv.dtype() == DType::bf16 && n == 128 && p % 8 == 0 && p <= 64 && conv.size(1) == 3 && conv.size(2) == heads * p + 2 * n;
+  const bool served = conv.dtype() == DType::bf16 && n == 128 && p % 8 == 0 && p <= 64 && heads % 8 == 0 && heads * p <= kMostChannels &&
+                      b < 65536 && conv.size(1) == 3 && conv.size(2) == heads * p + 2 * n && !w.norm_first;
   if (!served) return {};
   return {zeros({b, heads, kSize, p}, conv.dtype(), device), zeros({b, kSize, n}, conv.dtype(), device),
           zeros({b, heads, kSize, 2}, DType::f32, device), zeros({b, heads}, DType::i32, device)};

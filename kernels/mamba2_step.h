@@ -27,8 +27,8 @@ struct RecentPositions {
   Tensor count;  // (b, heads) int32
 };
 Tensor mamba2_step(Tensor& conv, Tensor& h, RecentPositions& recent, const Tensor& zxbcdt, const Mamba2StepWeights& w);
-/// None yet, for a state h; undefined where such steps are not served.
-RecentPositions recent_positions(const Tensor& h, const Tensor& conv);
+/// None yet, for a state h and steps with w; undefined where such steps are not served.
+RecentPositions recent_positions(const Tensor& h, const Tensor& conv, const Mamba2StepWeights& w);
 
 // Backends: everything contiguous; recent may be null.
 KRAIT_BACKENDS(void mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions* recent, const Tensor& zxbcdt, const Mamba2StepWeights& w))

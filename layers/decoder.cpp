@@ -60,6 +60,12 @@ DecoderState Decoder::initial_state(int64_t batch, int64_t max_length, DType dty
   return state;
 }
 
+bool Decoder::keep_recent_positions(DecoderState& state, DType dtype) const {
+  bool any = false;
+  for (size_t i = 0; i < blocks_.size(); ++i) any |= blocks_[i]->mixer().keep_recent_positions(state.layers[i], dtype);
+  return any;
+}
+
 std::string Decoder::kind_without_stream() const {
   for (size_t i = 0; i < blocks_.size(); ++i)
     if (!blocks_[i]->mixer().carries_state()) return kinds_[i];

@@ -24,6 +24,8 @@ class Decoder final : public Module {
   /// x (b, l, d) to the normalised residual stream (b, l, d).
   Variable forward(const Variable& x, const SequenceInfo& info, DecoderState* state);
   DecoderState initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const;
+  /// See Mixer; whether any layer's state was turned.
+  bool keep_recent_positions(DecoderState& state, DType dtype) const;
   double extra_flops_per_token(int64_t context) const;
   /// The first layer kind that cannot carry its state through a stream of any length; empty when all can.
   std::string kind_without_stream() const;

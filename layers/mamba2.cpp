@@ -8,7 +8,6 @@
 #include "autograd/shape.h"
 #include "autograd/shared_rows.h"
 #include "core/random.h"
-#include "kernels/mamba2_step.h"
 #include "kernels/ssd.h"
 #include "layers/inverse_softplus.h"
 #include "layers/sequence_history.h"
@@ -131,12 +130,18 @@ Variable Mamba2::forward(const Variable& u, const SequenceInfo& info, LayerState
   return out.y;
 }
 
-bool keep_recent_positions(LayerState& state, DType dtype) {
-  const auto ssm = state.tensors.find("ssm"), conv = state.tensors.find("conv");
-  if (ssm == state.tensors.end() || conv == state.tensors.end()) return false;
-  const kernels::RecentPositions recent = kernels::recent_positions(ssm->second, conv->second);
+kernels::Mamba2StepWeights Mamba2::step_weights() const {
+  const auto data = [](const Parameter& p) { return p.defined() ? p.variable().data() : Tensor(); };
+  return {data(conv_weight_), data(conv_bias_), data(dt_bias_), data(A_log_), data(D_),
+          data(norm_weight_), dt_low_, dt_high_, eps_, config_.norm_before_gate};
+}
+
+bool Mamba2::keep_recent_positions(LayerState& state, DType dtype) const {
+  if (tensor_->size() > 1) return false;
+  Tensor& ssm = state.tensors.at("ssm");
+  const kernels::RecentPositions recent = kernels::recent_positions(ssm, state.tensors.at("conv"), step_weights());
   if (!recent.count.defined()) return false;
-  ssm->second = ssm->second.to(dtype);
+  ssm = ssm.to(dtype);
   state.tensors["recent_x"] = recent.x;
   state.tensors["recent_B"] = recent.B;
   state.tensors["recent_steps"] = recent.steps;
@@ -147,11 +152,9 @@ bool keep_recent_positions(LayerState& state, DType dtype) {
 Tensor Mamba2::step(const Tensor& u, LayerState& state) {
   const NoGrad guard;
   if (tensor_->size() > 1) return forward(Variable(u), {}, &state).data();
-  const auto data = [](const Parameter& p) { return p.defined() ? p.variable().data() : Tensor(); };
   const Tensor zxbcdt = linear(Variable(u.select(1, 0)), in_weight_, optional(in_bias_)).data();
   Tensor &conv = state.tensors.at("conv"), &ssm = state.tensors.at("ssm");
-  const kernels::Mamba2StepWeights weights{data(conv_weight_), data(conv_bias_), data(dt_bias_), data(A_log_), data(D_),
-                                           data(norm_weight_), dt_low_, dt_high_, eps_, config_.norm_before_gate};
+  const kernels::Mamba2StepWeights weights = step_weights();
   Tensor y;
   if (state.tensors.contains("recent_count")) {
     kernels::RecentPositions recent{state.tensors.at("recent_x"), state.tensors.at("recent_B"), state.tensors.at("recent_steps"),

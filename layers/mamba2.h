@@ -1,5 +1,6 @@
 #pragma once
 #include "autograd/state_passing.h"
+#include "kernels/mamba2_step.h"
 #include "layers/layer_context.h"
 #include "layers/mamba2_config.h"
 #include "layers/mixer.h"
@@ -29,11 +30,13 @@ class Mamba2 final : public Mixer {
   Variable forward(const Variable& u, const SequenceInfo& info, LayerState* state) override;
   Tensor step(const Tensor& u, LayerState& state) override;
   LayerState initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const override;
+  bool keep_recent_positions(LayerState& state, DType dtype) const override;
   double extra_flops_per_token(int64_t context) const override;
   std::string kernel_name(int64_t batch, int64_t context, DType dtype, Device device,
                           bool has_segments) const override;
 
  private:
+  kernels::Mamba2StepWeights step_weights() const;
   Variable history(const Variable& xbc, const Tensor& segments, const Variable& carried) const;
   int64_t conv_width() const { return config_.inner + 2 * config_.n_groups * config_.d_state; }
   /// Whether several members hold the B and C of a group.
@@ -48,10 +51,6 @@ class Mamba2 final : public Mixer {
 };
 
 /// The layer kind `mamba2`.
-/// Turns a layer's state into one that step() alone advances from here on and that it writes once in several positions,
-/// kept in `dtype` (fp32 or bf16; kernels/mamba2_step.h). False, and nothing happens, where that is not served.
-bool keep_recent_positions(LayerState& state, DType dtype);
-
 LayerKind mamba2_kind();
 
 }  // namespace krait::layers

@@ -32,6 +32,9 @@ class Mixer : public Module {
   virtual Tensor step(const Tensor& x, LayerState& state) = 0;
   /// State before the first position. max_length bounds key/value caches.
   virtual LayerState initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const = 0;
+  /// Turns a state into one that step() alone advances from here on, in which it is written once in several positions and
+  /// kept in `dtype` (fp32 or bf16). False, and nothing happens, where that is not served.
+  virtual bool keep_recent_positions(LayerState& /*state*/, DType /*dtype*/) const { return false; }
   /// Whether streams of any length can carry the state on: its size does not grow, all its tensors are zero at the
   /// start and have the batch as their first dimension, so that a row starts anew by zeros.
   virtual bool carries_state() const { return true; }

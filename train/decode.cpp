@@ -3,7 +3,7 @@
 #include <optional>
 
 #include "kernels/step_scope.h"
-#include "layers/mamba2.h"
+#include "layers/decoder.h"
 
 namespace krait::train {
 
@@ -40,9 +40,9 @@ void DecodeLoop::prefill(const Tensor& prompts) {
       // From here on tensors are written in place: none may be shared with anybody else.
       if (name != "k" && name != "v" && name != "position") value = value.clone();
   bool kept = states_ == DType::f32;
-  for (layers::LayerState& layer : state_.layers)  // few sequences have a kernel of their own, for plain states
-    if (states_ != DType::f32 || tokens_.size(0) > 8) kept |= layers::keep_recent_positions(layer, states_);
-  KRAIT_CHECK(kept, "states in {}: kept so on a GPU, in bf16, for mamba2 with d_state 128 and head_dim up to 64", states_);
+  if (!kept || tokens_.size(0) > 8)  // few sequences have a kernel of their own, for plain states
+    kept |= model_.decoder().keep_recent_positions(state_, states_);
+  KRAIT_CHECK(kept, "states in {}: kept so on a GPU, in bf16, for mamba2 with d_state 128, head_dim 8 to 64 and a multiple of 8 heads", states_);
   const Tensor drawn = kernels::sample(logits, step_, sampling_);
   fill_(position_, static_cast<double>(prompts.size(1) - 1));
   kernels::sample_advance(made_, tokens_, position_, step_, drawn);
