@@ -8,7 +8,7 @@ namespace krait::comm {
 
 namespace {
 
-constexpr int64_t kCapacity = int64_t{48} << 20;  // bytes of each buffer: a bucket of 25 MiB and the parameter that fills it
+constexpr int64_t kCapacity = int64_t{48} << 20;  // bytes of each buffer; larger sums go in chunks
 constexpr int64_t kLeast = 256 << 10;             // less is faster through NCCL's kernels
 
 char* at(void* p, int64_t bytes) { return static_cast<char*>(p) + bytes; }
