@@ -144,7 +144,7 @@ TEST_CASE("plans of a hundred thousand GPUs, of too little memory, and of sizes 
   write_text(tmp / "small.yaml", kModel);
   const Outcome text = krait_command(fmt::format("plan {} --ranks 4 --machine a100", tmp / "small.yaml"));
   CHECK(text.status == 0);
-  CHECK(contains(text.out, "small: 4 x a100, data 4 x sequence 1 x tensor 1, ZeRO 0"));
+  CHECK(contains(text.out, "small: 4 x a100, data 4 x sequence 1 x tensor 1, ZeRO 1"));
   CHECK(krait_command("plan --show-hardware").status == 0);
   CHECK(krait_command("plan").status == 2);
 }
