@@ -11,4 +11,9 @@ bool aligned(const T&... tensors) {
   return ((!tensors.defined() || reinterpret_cast<uintptr_t>(tensors.raw_data()) % 16 == 0) && ...);
 }
 
+template <class T>
+T* pointer_or_null(const Tensor& t) {
+  return t.defined() ? t.data<T>() : nullptr;
+}
+
 }  // namespace krait::kernels::cuda

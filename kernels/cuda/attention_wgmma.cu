@@ -143,7 +143,7 @@ query_gradient_kernel(const __grid_constant__ CUtensorMap dq, const __grid_const
             if (i / 4 * 8 + 2 * c + i % 2 > (i % 4 / 2 ? last1 : last0)) s[i] = -INFINITY;
         }
 #pragma unroll
-        for (int i = 0; i < 32; ++i) s[i] = exp2_of(fmaf(s[i], to_exponent, -lse[i % 4 / 2]));
+        for (int i = 0; i < 32; ++i) s[i] = exp2_fast(fmaf(s[i], to_exponent, -lse[i % 4 / 2]));
         wgmma_wait<0>();
         hold(dp);
 #pragma unroll
@@ -291,10 +291,10 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
             const float2 lse = load_pair(stats + 32 * j);
-            s[4 * j] = exp2_of(fmaf(s[4 * j], to_exponent, -lse.x));
-            s[4 * j + 1] = exp2_of(fmaf(s[4 * j + 1], to_exponent, -lse.y));
-            s[4 * j + 2] = exp2_of(fmaf(s[4 * j + 2], to_exponent, -lse.x));
-            s[4 * j + 3] = exp2_of(fmaf(s[4 * j + 3], to_exponent, -lse.y));
+            s[4 * j] = exp2_fast(fmaf(s[4 * j], to_exponent, -lse.x));
+            s[4 * j + 1] = exp2_fast(fmaf(s[4 * j + 1], to_exponent, -lse.y));
+            s[4 * j + 2] = exp2_fast(fmaf(s[4 * j + 2], to_exponent, -lse.x));
+            s[4 * j + 3] = exp2_fast(fmaf(s[4 * j + 3], to_exponent, -lse.y));
           }
           if (p.causal && i == block) {
 #pragma unroll
@@ -328,7 +328,7 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int e = 4 * j + 2 * half, column = 8 * j + 2 * c, row = row0 + 8 * half;
-              float x = exp2_of(fmaf(s[e], to_exponent, -lse.x)), y = exp2_of(fmaf(s[e + 1], to_exponent, -lse.y));
+              float x = exp2_fast(fmaf(s[e], to_exponent, -lse.x)), y = exp2_fast(fmaf(s[e + 1], to_exponent, -lse.y));
               if (diagonal && column < row) x = 0;
               if (diagonal && column + 1 < row) y = 0;
               w[j / 2][j % 2 * 2 + half] = pack(x, y);

@@ -36,4 +36,13 @@ void launch_with(const cudaLaunchAttribute& attribute, void (*kernel)(P...), con
   core::check(cudaLaunchKernelEx(&launch.config, kernel, static_cast<P>(arguments)...));
 }
 
+/// launch() of blocks that wait for each other: all run at once, or none.
+template <class... P, class... A>
+void launch_cooperative(void (*kernel)(P...), const LaunchConfig& c, A&&... arguments) {
+  cudaLaunchAttribute a{};
+  a.id = cudaLaunchAttributeCooperative;
+  a.val.cooperative = 1;
+  launch_with(a, kernel, c, std::forward<A>(arguments)...);
+}
+
 }  // namespace krait::kernels::cuda

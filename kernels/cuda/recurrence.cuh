@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "core/cuda/launch.cuh"
+#include "kernels/cuda/aligned.h"
 #include "kernels/cuda/recurrence_plan.h"
 #include "kernels/cuda/shared_limit.h"
 #include "kernels/recurrence.h"
@@ -443,11 +444,6 @@ void run_recurrence(RecurrenceArgs<T> a, const Tensor& w, const Cell& cell) {
                                       dim3(static_cast<unsigned>(groups * plan.split)), dim3(kRecurrenceThreads),
                                       arguments, static_cast<size_t>(plan.shared), native(stream)));
   }
-}
-
-template <class P>
-P* pointer_or_null(const Tensor& t) {
-  return t.defined() ? t.data<P>() : nullptr;
 }
 
 template <class Cell, class T>

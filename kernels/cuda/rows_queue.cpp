@@ -6,6 +6,7 @@
 
 #include "core/stream.h"
 #include "kernels/cuda/aligned.h"
+#include "kernels/cuda/gathering.h"
 #include "kernels/cuda/rows_linear.h"
 #include "kernels/cuda/rows_scan.h"
 #include "kernels/cuda/rows_state.h"
@@ -69,16 +70,6 @@ class RowsQueue final : public GatheredSteps {
   Tensor known_;
 };
 
-RowsQueue* current_queue(Device device) {
-  auto* queue = dynamic_cast<RowsQueue*>(current_deferred());
-  return queue != nullptr && queue->device() == device ? queue : nullptr;
-}
-
-template <class T>
-T* pointer(const Tensor& t) {
-  return t.defined() ? t.data<T>() : nullptr;
-}
-
 }  // namespace
 
 std::unique_ptr<GatheredSteps> gather_rows(Device device) {
@@ -87,7 +78,7 @@ std::unique_ptr<GatheredSteps> gather_rows(Device device) {
 }
 
 bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, const Tensor& residual, const Tensor& w, double eps) {
-  RowsQueue* const queue = current_queue(x.device());
+  RowsQueue* const queue = gathering<RowsQueue>(x.device());
   if (queue == nullptr || x.dtype() != DType::bf16) return false;
   std::optional<WaitingLinear> linear;
   if (residual.defined() && residual.dtype() == DType::bf16 && aligned(residual, w)) linear = queue->take_linear(x);
@@ -111,13 +102,13 @@ bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, con
 
 bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
   constexpr int64_t kMaxRows = 128, kMaxColumns = 8192;  // beyond, products read their weights too often here
-  RowsQueue* const queue = current_queue(g.device);
+  RowsQueue* const queue = gathering<RowsQueue>(g.device);
   if (queue == nullptr || g.dtype != DType::bf16 || g.ldb != g.k || g.ldc != g.n || g.m > kMaxRows || g.n > kMaxColumns) return false;
   WaitingLinear linear{};
   RowsLinear& map = linear.map;
   map.x = static_cast<const bf16*>(g.a);
   map.w = static_cast<const bf16*>(g.b);
-  map.bias = pointer<bf16>(bias);
+  map.bias = pointer_or_null<bf16>(bias);
   map.y = y.data<bf16>();
   map.x_row = g.lda;
   map.y_row = g.ldc;
@@ -148,7 +139,7 @@ bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue e
 }
 
 bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, const MambaStepWeights& w) {
-  RowsQueue* const queue = current_queue(xz.device());
+  RowsQueue* const queue = gathering<RowsQueue>(xz.device());
   const int64_t rows = xz.size(0), e = w.A_log.size(0), n = w.A_log.size(1), r = w.dt_proj.size(1), outputs = r + 2 * n;
   if (queue == nullptr || xz.dtype() != DType::bf16 || n != kScanStates || r > kScanMaxRank || r % 4 != 0 || w.conv_weight.size(1) != 4 ||
       !aligned(h, w.A_log, w.dt_proj, w.conv_weight, conv))
@@ -158,7 +149,7 @@ bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz
   RowsLinear map = linear->map;
   map.conv = conv.data<bf16>();
   map.conv_weight = w.conv_weight.data<bf16>();
-  map.conv_bias = pointer<bf16>(w.conv_bias);
+  map.conv_bias = pointer_or_null<bf16>(w.conv_bias);
   map.conv_end = static_cast<int>(e);
   map.project = w.x_proj.data<bf16>();
   map.outputs = static_cast<int>(outputs);
@@ -181,7 +172,7 @@ bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz
 }
 
 bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions* recent, const Tensor& zxbcdt, const Mamba2StepWeights& w) {
-  RowsQueue* const queue = current_queue(zxbcdt.device());
+  RowsQueue* const queue = gathering<RowsQueue>(zxbcdt.device());
   if (queue == nullptr || !rows_state_fits(h, zxbcdt, w) || !aligned(w.conv_weight, conv)) return false;
   std::optional<WaitingLinear> linear = queue->take_linear(zxbcdt);
   if (!linear) return false;
@@ -189,7 +180,7 @@ bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions
   RowsLinear map = linear->map;
   map.conv = conv.data<bf16>();
   map.conv_weight = w.conv_weight.data<bf16>();
-  map.conv_bias = pointer<bf16>(w.conv_bias);
+  map.conv_bias = pointer_or_null<bf16>(w.conv_bias);
   map.conv_begin = static_cast<int>(e);
   map.conv_end = static_cast<int>(e + channels);
   if (!rows_linear_fits(map)) {

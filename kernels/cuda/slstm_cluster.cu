@@ -531,11 +531,6 @@ bool with_warps(int64_t warps, F&& f) {
   }
 }
 
-template <class P>
-P* pointer_or_null(const Tensor& t) {
-  return t.defined() ? t.data<P>() : nullptr;
-}
-
 }  // namespace
 
 bool slstm_cluster_forward(RecurrenceForward& r, SlstmForget forget) {

@@ -1,5 +1,5 @@
-#include "core/cuda/launch.cuh"
 #include "kernels/cuda/epilogue.cuh"
+#include "kernels/cuda/launch_with.cuh"
 #include "kernels/cuda/step_inputs.cuh"
 #include "kernels/cuda/step_mixers.cuh"
 
@@ -185,27 +185,18 @@ __global__ void __launch_bounds__(kWorkers + 32, 1) step_kernel(const __grid_con
 
 }  // namespace step
 
+int step_blocks(Device device) {
+  int blocks = 0;
+  check(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device.index));
+  return blocks;
+}
+
 void run_steps(const StepProgram& program, Device device) {
   constexpr int kShared = static_cast<int>(sizeof(step::Shared));
   static_assert(kShared <= 227 * 1024 && sizeof(StepProgram) <= 32764, "more than a block, or a launch, may have");
-  static const bool ready = [] {
-    check(cudaFuncSetAttribute(step::step_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-    return true;
-  }();
-  KRAIT_ASSERT(ready);
-  int blocks = 0;
-  check(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device.index));
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(step::kWorkers + 32);
-  config.dynamicSmemBytes = kShared;
-  config.stream = native(current_stream(device));
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, step::step_kernel, program));
+  launch_cooperative(step::step_kernel,
+                     {.grid = step_blocks(device), .block = step::kWorkers + 32, .shared = kShared, .stream = current_stream(device)},
+                     program);
 }
 
 }  // namespace krait::kernels::cuda

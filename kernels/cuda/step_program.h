@@ -111,6 +111,7 @@ struct StepProgram {
   StepOp ops[kMaxStepOps];
 };
 
+int step_blocks(Device device);  // of a launch: one a multiprocessor
 void run_steps(const StepProgram& program, Device device);
 
 }  // namespace krait::kernels::cuda

@@ -7,6 +7,7 @@
 
 #include "core/stream.h"
 #include "kernels/cuda/aligned.h"
+#include "kernels/cuda/gathering.h"
 #include "kernels/cuda/rows_queue.h"
 #include "kernels/cuda/step_program.h"
 #include "kernels/cuda/step_solo.h"
@@ -40,7 +41,7 @@ StepOp operation(StepKind kind, int64_t rows) {
 
 class StepQueue final : public GatheredSteps {
  public:
-  StepQueue(Device device, Meeting meeting) : device_(device), meeting_(std::move(meeting)), blocks_(solo_blocks(device)) {
+  StepQueue(Device device, Meeting meeting) : device_(device), meeting_(std::move(meeting)), blocks_(step_blocks(device)) {
     program_.counter = reinterpret_cast<unsigned long long*>(meeting_.counters.data<int64_t>());
     solo_.counter = program_.counter + 1;
     solo_.pairs = reinterpret_cast<unsigned long long*>(meeting_.pairs.data<int64_t>());
@@ -115,16 +116,6 @@ class StepQueue final : public GatheredSteps {
   std::vector<Tensor> held_;
 };
 
-StepQueue* current_queue(Device device) {
-  auto* queue = dynamic_cast<StepQueue*>(current_deferred());
-  return queue != nullptr && queue->device() == device ? queue : nullptr;
-}
-
-template <class T>
-T* pointer(const Tensor& t) {
-  return t.defined() ? t.data<T>() : nullptr;
-}
-
 // A map of rows of k values by w (n, k).
 bool linear_fits(int64_t rows, int64_t n, int64_t k) {
   return rows >= 1 && rows <= kMaxStepRows && k % 8 == 0 && rows * k * 2 <= kStepRowBytes && k * 2 <= kStepStageBytes &&
@@ -155,32 +146,32 @@ void gather_steps(std::unique_ptr<GatheredSteps>& steps, Device device, int64_t 
 
 bool gather_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual,
                  const Tensor& w, const Tensor& b, double eps) {
-  StepQueue* const queue = current_queue(x.device());
+  StepQueue* const queue = gathering<StepQueue>(x.device());
   const int64_t k = x.size(-1), rows = x.numel() / k;
   if (queue == nullptr || x.dtype() != DType::bf16 || (residual.defined() && residual.dtype() != DType::bf16) || !norm_fits(rows, k) ||
       !aligned(y, sum, x, residual, w, b))
     return false;
   StepOp op = operation(StepKind::input, rows);
   op.linear = rows_of(StepInput::norm, y);
-  op.norm = {x.data<bf16>(),       pointer<bf16>(residual), y.data<bf16>(),    pointer<bf16>(sum),       pointer<float>(mean),
-             rstd.data<float>(), w.data<float>(),         pointer<float>(b), static_cast<float>(eps), centred ? 1 : 0};
+  op.norm = {x.data<bf16>(),       pointer_or_null<bf16>(residual), y.data<bf16>(),    pointer_or_null<bf16>(sum),       pointer_or_null<float>(mean),
+             rstd.data<float>(), w.data<float>(),         pointer_or_null<float>(b), static_cast<float>(eps), centred ? 1 : 0};
   queue->add(op, {y, sum, mean, rstd, x, residual});
   return true;
 }
 
 bool gather_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
-  StepQueue* const queue = current_queue(g.device);
+  StepQueue* const queue = gathering<StepQueue>(g.device);
   if (queue == nullptr || g.dtype != DType::bf16 || g.ldb != g.k || g.lda % 8 != 0 || !linear_fits(g.m, g.n, g.k) || queue->works_on(g.b))
     return false;
   StepOp op = operation(StepKind::linear, g.m);
-  op.linear = {static_cast<const bf16*>(g.a), static_cast<const bf16*>(g.b), pointer<bf16>(bias), y.data<bf16>(), g.lda, g.ldc,
+  op.linear = {static_cast<const bf16*>(g.a), static_cast<const bf16*>(g.b), pointer_or_null<bf16>(bias), y.data<bf16>(), g.lda, g.ldc,
                static_cast<int>(g.n), static_cast<int>(g.k), epilogue, StepInput::plain};
   queue->add_linear(op, y);
   return true;
 }
 
 bool gather_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, const MambaStepWeights& w) {
-  StepQueue* const queue = current_queue(xz.device());
+  StepQueue* const queue = gathering<StepQueue>(xz.device());
   const int64_t rows = xz.size(0), e = w.A_log.size(0), n = w.A_log.size(1), r = w.dt_proj.size(1), outputs = r + 2 * n;
   if (queue == nullptr || xz.dtype() != DType::bf16 || w.conv_weight.size(1) != 4 || n > kScanLanes || r > kScanLanes * kScanRanks ||
       e % 8 != 0 || !linear_fits(rows, outputs, e) || !aligned(xz, conv, w.conv_weight, w.conv_bias, w.x_proj))
@@ -189,19 +180,19 @@ bool gather_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, con
   StepOp project = operation(StepKind::linear, rows);
   project.linear = {nullptr, w.x_proj.data<bf16>(), nullptr, dbc.data<bf16>(), e, outputs,
                     static_cast<int>(outputs), static_cast<int>(e), Epilogue::none, StepInput::convolved};
-  project.convolved = {xz.data<bf16>(), conv.data<bf16>(), w.conv_weight.data<bf16>(), pointer<bf16>(w.conv_bias)};
+  project.convolved = {xz.data<bf16>(), conv.data<bf16>(), w.conv_weight.data<bf16>(), pointer_or_null<bf16>(w.conv_bias)};
   queue->apart_from(conv.data<bf16>());
   queue->add(project, {xz, conv, dbc});
   StepOp scan = operation(StepKind::mamba_scan, rows);
   scan.scan = {y.data<bf16>(), conv.data<bf16>(), h.data<float>(), xz.data<bf16>(), dbc.data<bf16>(), w.conv_weight.data<bf16>(),
-               pointer<bf16>(w.conv_bias), w.dt_proj.data<bf16>(), w.dt_bias.data<float>(), w.A_log.data<float>(), w.D.data<float>(),
+               pointer_or_null<bf16>(w.conv_bias), w.dt_proj.data<bf16>(), w.dt_bias.data<float>(), w.A_log.data<float>(), w.D.data<float>(),
                static_cast<int>(e), static_cast<int>(n), static_cast<int>(r)};
   queue->add(scan, {y, conv, h, xz, dbc});
   return true;
 }
 
 bool gather_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeights& w) {
-  StepQueue* const queue = current_queue(zxbcdt.device());
+  StepQueue* const queue = gathering<StepQueue>(zxbcdt.device());
   const int64_t rows = h.size(0), heads = h.size(1), p = h.size(2), n = h.size(3), e = heads * p;
   const int64_t channels = w.conv_weight.size(0), groups = (channels - e) / (2 * n), input = zxbcdt.size(1);
   if (queue == nullptr || zxbcdt.dtype() != DType::bf16 || !norm_fits(rows, e) || groups != 1 || w.conv_weight.size(1) != 4 || n % 4 != 0 || n > 128 * kStateQuads ||
@@ -211,7 +202,7 @@ bool gather_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt
   Tensor u = empty({rows, e}, zxbcdt.dtype(), zxbcdt.device());
   StepOp state = operation(StepKind::mamba2_state, rows);
   state.state = {u.data<bf16>(), h.data<float>(), conv.data<bf16>(), zxbcdt.data<bf16>(), w.conv_weight.data<bf16>(),
-                 pointer<bf16>(w.conv_bias), w.dt_bias.data<float>(), w.A_log.data<float>(), w.D.data<float>(),
+                 pointer_or_null<bf16>(w.conv_bias), w.dt_bias.data<float>(), w.A_log.data<float>(), w.D.data<float>(),
                  static_cast<float>(w.dt_low), static_cast<float>(w.dt_high), static_cast<int>(heads), static_cast<int>(p),
                  static_cast<int>(n), static_cast<int>(groups), static_cast<int>(channels), static_cast<int>(input),
                  w.D.ndim() == 1 ? 1 : static_cast<int>(p)};
@@ -227,7 +218,7 @@ bool gather_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt
 
 bool gather_attention_append(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor& v_cache, const Tensor& position,
                              const AttentionAppend& a) {
-  StepQueue* const queue = current_queue(qkv.device());
+  StepQueue* const queue = gathering<StepQueue>(qkv.device());
   const int64_t rows = qkv.size(0), d = qkv.size(2);
   if (queue == nullptr || qkv.dtype() != DType::bf16 || rows > kMaxStepRows || d % 8 != 0 || d > 256 || !aligned(k_cache, v_cache))
     return false;
@@ -235,7 +226,7 @@ bool gather_attention_append(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tens
   while (lanes * 8 < d) lanes *= 2;
   StepOp op = operation(StepKind::attention, rows);
   op.attention = {o.data<bf16>(), k_cache.data<bf16>(), v_cache.data<bf16>(), qkv.data<bf16>(), position.data<int32_t>(),
-                  pointer<float>(a.cos), pointer<float>(a.sin), pointer<float>(a.alibi_slopes), qkv.stride(0),
+                  pointer_or_null<float>(a.cos), pointer_or_null<float>(a.sin), pointer_or_null<float>(a.alibi_slopes), qkv.stride(0),
                   static_cast<int>(k_cache.size(1)), static_cast<int>(a.hq), static_cast<int>(a.hkv), static_cast<int>(d),
                   a.cos.defined() ? static_cast<int>(a.cos.size(1)) : 0, a.style == RopeStyle::interleaved ? 1 : 0, lanes,
                   static_cast<float>(a.scale)};

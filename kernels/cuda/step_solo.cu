@@ -1,4 +1,4 @@
-#include "core/cuda/launch.cuh"
+#include "kernels/cuda/launch_with.cuh"
 #include "kernels/cuda/step_solo_linear.cuh"
 #include "kernels/cuda/step_solo_mixers.cuh"
 
@@ -163,31 +163,10 @@ __global__ void __launch_bounds__(kSoloThreads + 32, 1) solo_kernel(const __grid
 
 namespace krait::kernels::cuda {
 
-int solo_blocks(Device device) {
-  int blocks = 0;
-  check(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device.index));
-  return blocks;
-}
-
 void run_solo(const SoloProgram& program, Device device, int blocks) {
   constexpr int kShared = static_cast<int>(sizeof(solo::Shared));
   static_assert(kShared <= 227 * 1024 && sizeof(SoloProgram) <= 32764, "more than a block, or a launch, may have");
-  static const bool ready = [] {
-    check(cudaFuncSetAttribute(solo::solo_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-    return true;
-  }();
-  KRAIT_ASSERT(ready);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kSoloThreads + 32);
-  config.dynamicSmemBytes = kShared;
-  config.stream = native(current_stream(device));
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, solo::solo_kernel, program));
+  launch_cooperative(solo::solo_kernel, {.grid = blocks, .block = kSoloThreads + 32, .shared = kShared, .stream = current_stream(device)}, program);
 }
 
 }  // namespace krait::kernels::cuda

@@ -115,8 +115,6 @@ struct SoloProgram {
   SoloPackage package[kMaxSoloPackages];
 };
 
-int solo_blocks(Device device);  // of a launch
-
 /// False where the program is not one for this kernel. Where states and values are is told by pointers: those of tensors
 /// that the program works on are different.
 bool plan_solo(SoloProgram& solo, const StepProgram& program, int blocks);
