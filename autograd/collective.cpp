@@ -4,16 +4,25 @@
 
 namespace krait::autograd {
 
+namespace {
+// x is not looked at again: values that nobody else refers to are summed where they lie.
+Tensor sum(const Tensor& x, comm::ProcessGroup& group) {
+  if (x.use_count() > 1 || !x.is_contiguous()) return comm::all_reduce(x, group);
+  group.all_reduce(x).wait();
+  return x;
+}
+}  // namespace
+
 Variable copy_to_group(const Variable& x, const comm::GroupPtr& group) {
   if (group->size() == 1) return x;
   return record("copy_to_group", {x}, x.data(),
-                [group](const Tensor& dy) -> Grads { return {comm::all_reduce(dy, *group)}; });
+                [group](const Tensor& dy) -> Grads { return {sum(dy, *group)}; });
 }
 
-Variable reduce_from_group(const Variable& x, const comm::GroupPtr& group) {
+Variable reduce_from_group(Variable x, const comm::GroupPtr& group) {
   if (group->size() == 1) return x;
-  return record("reduce_from_group", {x}, comm::all_reduce(x.data(), *group),
-                [](const Tensor& dy) -> Grads { return {dy}; });
+  const Tensor y = sum(x.data(), *group);
+  return record("reduce_from_group", {std::move(x)}, y, [](const Tensor& dy) -> Grads { return {dy}; });
 }
 
 Variable gather_from_group(const Variable& x, int64_t dim, const comm::GroupPtr& group) {

@@ -10,8 +10,8 @@ inline namespace autograd {
 
 /// Megatron's f: x replicated, used by each member for a part of its own. Identity; dx = sum of the members' dy.
 Variable copy_to_group(const Variable& x, const comm::GroupPtr& group);
-/// Megatron's g: y = sum of the members' x, replicated. dx = dy.
-Variable reduce_from_group(const Variable& x, const comm::GroupPtr& group);
+/// Megatron's g: y = sum of the members' x, replicated. dx = dy. An x that nobody else holds (move it) is summed in place.
+Variable reduce_from_group(Variable x, const comm::GroupPtr& group);
 /// y = the members' x joined along dim in rank order, replicated (every member goes on to compute the same).
 /// dx = own part of dy.
 Variable gather_from_group(const Variable& x, int64_t dim, const comm::GroupPtr& group);

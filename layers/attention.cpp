@@ -44,8 +44,7 @@ std::pair<Variable, Variable> Attention::projection() const {
   if (group_->size() > config_.n_kv_heads) {
     const int64_t d = config_.head_dim, k = q_.count() * d, v = k + kv_.count() * d, all = config_.n_kv_heads * d;
     const std::vector<SharedRows> copies{{k, v, kv_.begin * d}, {v, heads() * d, all + kv_.begin * d}};
-    weight = share_rows(weight, copies, 2 * all, group_);
-    if (bias.defined()) bias = share_rows(bias, copies, 2 * all, group_);
+    share_rows({{weight, copies}, {bias, copies}}, 2 * all, group_);
   }
   return {weight, bias};
 }

@@ -75,8 +75,8 @@ Mamba::Result Mamba::run(const Variable& u, const Tensor& segments, const Variab
   in.segments = segments;
   in.pieces = sequence_pieces(sequence, segments);
   in.tensor = tensor_;
-  const MambaInnerOut inner = mamba_inner(in);
-  const Variable out = reduce_from_group(inner.out, tensor_);
+  MambaInnerOut inner = mamba_inner(in);
+  const Variable out = reduce_from_group(std::move(inner.out), tensor_);
   return {out_bias_.defined() ? out + out_bias_ : out, inner.conv_state, inner.ssm_state};
 }
 

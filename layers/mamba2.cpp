@@ -77,11 +77,15 @@ Mamba2::Mamba2(const Mamba2Config& config, const LayerContext& context)
   if (config.bias) out_bias_ = parameter("out_proj.bias", {m}, constant(0.0), plain);
 }
 
-// With copies of B and C, whose rows begin at `first`: their gradients are summed over the members that hold them.
-Variable Mamba2::shared(const Parameter& parameter, int64_t first) const {
-  if (!parameter.defined() || !copied()) return optional(parameter);
+// Copies of B and C: the gradients of their rows are summed over the members that hold them.
+void Mamba2::share(Variable& in_weight, Variable& in_bias, Variable& conv_weight, Variable& conv_bias) const {
+  if (!copied()) return;
   const int64_t n = config_.d_state, here = config_.n_groups * n, all = whole_.n_groups * n, at = groups_.begin * n;
-  return share_rows(parameter, {{first, first + here, at}, {first + here, first + 2 * here, all + at}}, 2 * all, tensor_);
+  const auto from = [&](int64_t first) -> std::vector<SharedRows> {
+    return {{first, first + here, at}, {first + here, first + 2 * here, all + at}};
+  };
+  const int64_t e = config_.inner;
+  share_rows({{in_weight, from(2 * e)}, {in_bias, from(2 * e)}, {conv_weight, from(e)}, {conv_bias, from(e)}}, 2 * all, tensor_);
 }
 
 // What lies before the convolution's own piece of the sequence.
@@ -93,13 +97,14 @@ Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variabl
   const SequencePieces pieces = sequence_pieces(sequence_, segments);
   const bool sums = tensor_->size() > 1;
   const int64_t e = config_.inner;
-  const Variable zxbcdt =
-      linear(copy_to_group(u, tensor_), padded(shared(in_weight_, 2 * e)), padded(shared(in_bias_, 2 * e)));
+  Variable in_weight = in_weight_, in_bias = optional(in_bias_), conv_weight = conv_weight_, conv_bias = optional(conv_bias_);
+  share(in_weight, in_bias, conv_weight, conv_bias);
+  const Variable zxbcdt = linear(copy_to_group(u, tensor_), padded(in_weight), padded(in_bias));
   const Variable xbc = slice(zxbcdt, 2, e, e + conv_width());
   const NormMembers members = copied() ? NormMembers{tensor_, whole_.n_groups, groups_.begin} : NormMembers{};
-  const Mamba2InnerOut out = mamba2_inner({.zxbcdt = zxbcdt,
-                                           .conv_weight = shared(conv_weight_, e),
-                                           .conv_bias = shared(conv_bias_, e),
+  Mamba2InnerOut out = mamba2_inner({.zxbcdt = zxbcdt,
+                                           .conv_weight = conv_weight,
+                                           .conv_bias = conv_bias,
                                            .dt_bias = dt_bias_,
                                            .A_log = A_log_,
                                            .D = D_,
@@ -115,7 +120,7 @@ Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variabl
                                            .norm_eps = eps_,
                                            .norm_first = config_.norm_before_gate,
                                            .norm_members = members});
-  const Variable y = reduce_from_group(out.y, tensor_);
+  const Variable y = reduce_from_group(std::move(out.y), tensor_);
   return {sums && out_bias_.defined() ? y + out_bias_ : y, out.conv_state, out.ssm_state};
 }
 

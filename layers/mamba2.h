@@ -41,7 +41,7 @@ class Mamba2 final : public Mixer {
   int64_t conv_width() const { return config_.inner + 2 * config_.n_groups * config_.d_state; }
   /// Whether several members hold the B and C of a group.
   bool copied() const { return tensor_->size() > whole_.n_groups; }
-  Variable shared(const Parameter& p, int64_t first) const;
+  void share(Variable& in_weight, Variable& in_bias, Variable& conv_weight, Variable& conv_bias) const;
 
   Mamba2Config whole_, config_;  // config_: inner, heads and n_groups of this member
   comm::GroupPtr sequence_, tensor_;  // share each sequence, and the heads

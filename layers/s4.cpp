@@ -103,7 +103,9 @@ Shard S4::of_copies(int64_t dim) const {
 Variable S4::shared(const Parameter& set) const {
   if (!set.defined()) return {};
   if (tensor_->size() <= config_.n_ssm) return set.variable();
-  return share_rows(set, {{0, sets_.count(), sets_.begin}}, config_.n_ssm, tensor_);
+  Variable own = set;
+  share_rows({{own, {{0, sets_.count(), sets_.begin}}}}, config_.n_ssm, tensor_);
+  return own;
 }
 
 S4::System S4::make_system(const std::string& name, const System* shared) {

@@ -97,6 +97,23 @@ TEST_CASE("inputs and gradients with other strides are accepted") {
   CHECK(relative_error(x.grad().contiguous(), full({4, 3}, g->size(), DType::f64, kCpu)) < 1e-14);
 }
 
+TEST_CASE("values that somebody else holds are not summed in place, others are") {
+  const comm::GroupPtr& g = world();
+  const Tensor mine = local({4, 3}, 1, g->rank(), kCpu), whole = summed({4, 3}, 1);
+  const Variable kept(mine.clone());
+  CHECK(relative_error(reduce_from_group(kept, g).data(), whole) < 1e-14);
+  CHECK(relative_error(kept.data(), mine) == 0);
+  Variable given(mine.clone());
+  const void* place = given.data().raw_data();
+  const Variable sum = reduce_from_group(std::move(given), g);
+  CHECK(sum.data().raw_data() == place);
+  CHECK(relative_error(sum.data(), whole) < 1e-14);
+  // A gradient that goes two ways is one tensor of two.
+  Variable x(mine.clone(), true);
+  backward({copy_to_group(x, g) + x}, {mine});
+  CHECK(relative_error(x.grad(), (Variable(whole) + Variable(mine)).data()) < 1e-14);
+}
+
 TEST_CASE("a group of one returns its input") {
   const comm::GroupPtr g = comm::single_group("tensor");
   const Variable x(ones({4, 6}, DType::f64, kCpu), true);
