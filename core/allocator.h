@@ -27,6 +27,8 @@ class Allocator {
   virtual void reset_peak() = 0;
   /// Gives cached blocks back to the system.
   virtual void release_cached() = 0;
+  /// Memory that a library has taken on the device for us, for good: it counts as handed out.
+  virtual void note_taken(int64_t bytes) = 0;
 };
 
 Allocator& allocator(Device device);

@@ -51,6 +51,7 @@ ParameterStore::ParameterStore(Module& module, const StoreOptions& options)
   for (const NamedParameter& p : parameters_) {
     const bool fp32 = in_fp32(p);
     if (buckets_.empty() || (options.bucket > 0 && numel_ - buckets_.back().begin >= options.bucket) ||
+        (options.bucket > 0 && entries_.back().options.embedding && !p.data->options.embedding) ||
         (options.fp32_apart && fp32 != buckets_.back().fp32)) {
       end_bucket();
       buckets_.push_back({numel_, numel_, entries_.size(), 0, fp32});
@@ -89,6 +90,13 @@ ParameterStore::ParameterStore(Module& module, const StoreOptions& options)
   }
 }
 
+size_t ParameterStore::outer_buckets() const {
+  for (size_t b = 0; b < buckets_.size(); ++b)
+    for (size_t e = buckets_[b].first_entry; e < buckets_[b].first_entry + buckets_[b].entries; ++e)
+      if (entries_[e].options.embedding) return b + 1;
+  return 1;
+}
+
 void ParameterStore::release_masters() {
   KRAIT_ASSERT(options_.fp32_apart && compute_.defined(), "every master weight is in use.");
   int64_t kept = 0;
@@ -97,6 +105,22 @@ void ParameterStore::release_masters() {
   master_ = master_.slice(0, 0, kept).clone();
   for (size_t i = 0; i < entries_.size(); ++i)
     if (entries_[i].options.keep_fp32) parameters_[i].data->value.set_data(entry_view(master_, entries_[i]));
+}
+
+void ParameterStore::move_grads(Tensor to) {
+  KRAIT_ASSERT(to.shape() == grad_.shape() && to.dtype() == grad_.dtype(), "{} for gradients of {}", describe(to), describe(grad_));
+  copy_(to, grad_);
+  grad_ = std::move(to);
+  for (size_t i = 0; i < entries_.size(); ++i)
+    if (entries_[i].options.trainable) parameters_[i].data->value.set_grad(entry_view(grad_, entries_[i]));
+}
+
+void ParameterStore::move_compute(Tensor to) {
+  KRAIT_ASSERT(compute_.defined() && to.shape() == compute_.shape() && to.dtype() == compute_.dtype(), "{} for compute copies", describe(to));
+  copy_(to, compute_);
+  compute_ = std::move(to);
+  for (size_t i = 0; i < entries_.size(); ++i)
+    if (!entries_[i].options.keep_fp32) parameters_[i].data->value.set_data(entry_view(compute_, entries_[i]));
 }
 
 void ParameterStore::release_grads(const std::function<Tensor(size_t)>& make) {

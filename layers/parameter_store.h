@@ -13,7 +13,8 @@ struct StoreOptions {
   DType compute = DType::f32;  // f32, bf16, or f64 with an f64 master
   uint64_t seed = 0;
   /// How the flat buffers are cut for collectives: a bucket ends with the parameter that fills it, and its length is
-  /// a multiple of `granule`. 0: one bucket.
+  /// a multiple of `granule`. 0: one bucket. Embeddings, whose gradients are the backward pass's last, share none with
+  /// what follows them.
   int64_t bucket = 0;   // elements
   int64_t granule = 0;  // 0: kAlignment, which divides it
   /// Beside a compute copy, parameters used in fp32 come first, in buckets of their own.
@@ -49,6 +50,9 @@ class ParameterStore {
     bool fp32 = false;                  // the values that layers use are in master, not in compute
   };
   const std::vector<Bucket>& buckets() const { return buckets_; }
+  /// How many there are up to the one with the embedding: those that the forward pass wants first, and of which the
+  /// backward pass is done only when it ends. At least 1.
+  size_t outer_buckets() const;
   int64_t numel() const { return numel_; }                      // flat length, gaps included
   int64_t parameter_count() const { return parameter_count_; }  // of the whole model, without gaps
   const StoreOptions& options() const { return options_; }
@@ -59,6 +63,9 @@ class ParameterStore {
   /// Keeps of the master weights only those in fp32 buckets, which come first (fp32_apart), in their place: somebody
   /// else updates the masters and writes compute.
   void release_masters();
+  /// Moves gradients (compute copies) into a buffer of the same length and dtype.
+  void move_grads(Tensor to);
+  void move_compute(Tensor to);
   /// Lets the gradients go: `make` gives an entry's buffer, zeroed, when the first contribution comes.
   void release_grads(const std::function<Tensor(size_t entry)>& make);
   /// Lets the values that layers use go, and what holds them: somebody else sets them before each use.

@@ -62,19 +62,12 @@ class BucketOrder {
 /// nothing left to compute beside. Decided by the layout alone, because all ranks must use one group for a bucket.
 class BucketGroups {
  public:
-  BucketGroups(const layers::ParameterStore& store, const Replicas& replicas) : replicas_(replicas), last_of_tail_(last_of_tail(store)) {}
-  comm::ProcessGroup& of(size_t bucket) const { return bucket <= last_of_tail_ ? *replicas_.group : *replicas_.background; }
+  BucketGroups(const layers::ParameterStore& store, const Replicas& replicas) : replicas_(replicas), tail_(store.outer_buckets()) {}
+  comm::ProcessGroup& of(size_t bucket) const { return bucket < tail_ ? *replicas_.group : *replicas_.background; }
 
  private:
-  static size_t last_of_tail(const layers::ParameterStore& store) {
-    for (size_t b = 0; b < store.buckets().size(); ++b)
-      for (size_t e = store.buckets()[b].first_entry; e < store.buckets()[b].first_entry + store.buckets()[b].entries; ++e)
-        if (store.entries()[e].options.embedding) return b;
-    return 0;
-  }
-
   Replicas replicas_;
-  size_t last_of_tail_;
+  size_t tail_;
 };
 
 Tensor to_travel(const Tensor& gradients, ReduceDtype dtype) {
@@ -93,12 +86,13 @@ class OverlappedReduction final : public GradientReduction {
   void end(bool last) override {
     if (!last) return;
     order_.end();
+    // The last one, of the tail, is still under way while the others' gradients are zeroed.
     for (Sum& sum : under_way_) {
       sum.work.wait();
       if (dtype_ != ReduceDtype::as_is) copy_(sum.wanted, sum.travelled);
+      if (shards_.sharded()) zero_(sum.whole);
     }
     under_way_.clear();
-    if (shards_.sharded()) zero_(store_.grad());
   }
 
  private:
@@ -108,15 +102,16 @@ class OverlappedReduction final : public GradientReduction {
     comm::ProcessGroup& group = groups_.of(b);
     const Tensor sent = to_travel(whole, dtype_);
     if (!shards_.sharded()) {
-      under_way_.push_back({whole, sent, group.all_reduce(sent)});
+      under_way_.push_back({whole, whole, sent, group.all_reduce(sent)});
       return;
     }
     const Tensor own = shards_.piece_of(shards_.grad(), b);
     const Tensor piece = dtype_ == ReduceDtype::as_is ? own : empty(own.shape(), sent.dtype(), sent.device());
-    under_way_.push_back({own, piece, group.reduce_scatter(sent, piece)});
+    under_way_.push_back({whole, own, piece, group.reduce_scatter(sent, piece)});
   }
 
   struct Sum {
+    Tensor whole;              // the bucket's gradients
     Tensor wanted, travelled;  // of another dtype, or the same tensor
     comm::Work work;
   };

@@ -1,5 +1,6 @@
 #include "train/optimizer.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 
@@ -26,12 +27,18 @@ std::string_view name_of(OptimizerType type) {
 }
 
 Optimizer::Optimizer(const OptimizerOptions& options, Tensor param, Tensor grad, Tensor compute,
-                     const std::vector<kernels::SegmentSpec>& segments)
+                     const std::vector<kernels::SegmentSpec>& segments, int64_t first)
     : options_(options),
       buffers_{.param = std::move(param), .grad = std::move(grad), .compute = std::move(compute),
-               .hyper = {}, .clip = {}},
-      segments_(kernels::make_optimizer_segments(segments, buffers_.param.numel(), buffers_.param.device())) {
+               .hyper = {}, .clip = {}} {
   const Device device = buffers_.param.device();
+  const auto cut = std::find_if(segments.begin(), segments.end(), [&](const auto& s) { return s.offset >= first; });
+  const auto add_part = [&](int64_t begin, int64_t end, std::vector<kernels::SegmentSpec> of) {
+    for (kernels::SegmentSpec& s : of) s.offset -= begin;
+    parts_.push_back({begin, end, kernels::make_optimizer_segments(of, end - begin, device)});
+  };
+  if (first > 0) add_part(0, first, {segments.begin(), cut});
+  if (first < buffers_.param.numel()) add_part(first, buffers_.param.numel(), {cut, segments.end()});
   buffers_.hyper = zeros({3}, DType::f64, device);
   skipped_ = zeros({1}, DType::i64, device);
   if (options_.type != OptimizerType::sgd || options_.momentum > 0) exp_avg_ = zeros_like(buffers_.param);
@@ -46,15 +53,24 @@ void Optimizer::prepare(double lr, int64_t step) {
   kernels::set_scalars(buffers_.hyper, values);
 }
 
-void Optimizer::update(const kernels::GradNorm& clip, bool zero_grad) {
+void Optimizer::update(const kernels::GradNorm& clip, bool zero_grad, const std::function<void()>& between) {
   kernels::FlatUpdate u = buffers_;
   u.clip = clip.values;
   u.zero_grad = zero_grad;
+  for (const Part& part : parts_) {
+    update(part, u);
+    if (between && part.begin == 0) between();
+  }
+}
+
+void Optimizer::update(const Part& part, kernels::FlatUpdate u) {
+  const auto of_part = [&](const Tensor& t) { return t.defined() ? t.slice(0, part.begin, part.end) : t; };
+  for (Tensor* t : {&u.param, &u.grad, &u.compute}) *t = of_part(*t);
+  const Tensor m = of_part(exp_avg_), v = of_part(exp_avg_sq_);
   switch (options_.type) {
-    case OptimizerType::adamw:
-      return kernels::adamw_(u, exp_avg_, exp_avg_sq_, segments_, {options_.beta1, options_.beta2, options_.eps});
-    case OptimizerType::sgd: return kernels::sgd_(u, exp_avg_, segments_, {options_.momentum, options_.nesterov});
-    case OptimizerType::lion: return kernels::lion_(u, exp_avg_, segments_, {options_.beta1, options_.beta2});
+    case OptimizerType::adamw: return kernels::adamw_(u, m, v, part.segments, {options_.beta1, options_.beta2, options_.eps});
+    case OptimizerType::sgd: return kernels::sgd_(u, m, part.segments, {options_.momentum, options_.nesterov});
+    case OptimizerType::lion: return kernels::lion_(u, m, part.segments, {options_.beta1, options_.beta2});
   }
 }
 

@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,14 +31,15 @@ struct OptimizerOptions {
 class Optimizer {
  public:
   /// param fp32 or fp64 (n), grad like param or bf16 (n), compute bf16 (n) or undefined; see kernels::FlatUpdate.
+  /// `first`: how many elements, up to the end of a segment, are updated before the others.
   Optimizer(const OptimizerOptions& options, Tensor param, Tensor grad, Tensor compute,
-            const std::vector<kernels::SegmentSpec>& segments);
+            const std::vector<kernels::SegmentSpec>& segments, int64_t first = 0);
 
   /// Sets the scalars of step = 0, 1, ...; queued on the stream, never waits.
   void prepare(double lr, int64_t step);
   /// Reads nothing from the host. A step with a non-finite norm changes nothing but zeroes the gradients; it
-  /// counts as a step of the bias correction.
-  void update(const kernels::GradNorm& clip = {}, bool zero_grad = true);
+  /// counts as a step of the bias correction. `between` is called when the first elements' update has been queued.
+  void update(const kernels::GradNorm& clip = {}, bool zero_grad = true, const std::function<void()>& between = {});
   void step(double lr, int64_t step_index, const kernels::GradNorm& clip = {}, bool zero_grad = true) {
     prepare(lr, step_index);
     update(clip, zero_grad);
@@ -50,9 +52,15 @@ class Optimizer {
   const OptimizerOptions& options() const { return options_; }
 
  private:
+  struct Part {
+    int64_t begin, end;
+    kernels::OptimizerSegments segments;
+  };
+  void update(const Part& part, kernels::FlatUpdate u);
+
   OptimizerOptions options_;
   kernels::FlatUpdate buffers_;
-  kernels::OptimizerSegments segments_;
+  std::vector<Part> parts_;
   Tensor exp_avg_, exp_avg_sq_;  // exp_avg_ is the velocity of SGD
   Tensor skipped_;
 };

@@ -4,9 +4,15 @@
 
 namespace krait::train {
 
-ParameterShards::ParameterShards(layers::ParameterStore& store, comm::GroupPtr replicas, int64_t zero)
-    : store_(store), replicas_(std::move(replicas)), zero_(zero), master_(store.master()), grad_(store.grad()),
-      compute_(store.compute()) {
+ParameterShards::ParameterShards(layers::ParameterStore& store, comm::GroupPtr replicas, int64_t zero,
+                                 const comm::ReachableMemory& reachable)
+    : store_(store), replicas_(std::move(replicas)), zero_(zero), by_engines_(reachable != nullptr) {
+  if (reachable && zero_ <= 1) store.move_grads(reachable(store.numel(), store.grad().dtype()));
+  if (reachable && gathers() && store.compute().defined())
+    store.move_compute(reachable(store.numel(), store.compute().dtype()));
+  master_ = store.master();
+  grad_ = store.grad();
+  compute_ = store.compute();
   for (const auto& part : store.parts(store.master()))
     parts_.push_back({part.name, part.value.offset(), part.value.shape(), part.whole, part.shard});
   const int64_t ranks = replicas_->size(), rank = replicas_->rank();
@@ -32,17 +38,17 @@ ParameterShards::ParameterShards(layers::ParameterStore& store, comm::GroupPtr r
           if (!under_way_.empty()) under_way_[b].wait();
         };
 
-  const auto own = [&](const Tensor& flat) {
+  const auto own = [&](const Tensor& flat, bool travels) {
     if (!flat.defined()) return Tensor();
-    Tensor out = empty({numel_}, flat.dtype(), flat.device());
+    Tensor out = travels && reachable ? reachable(numel_, flat.dtype()) : empty({numel_}, flat.dtype(), flat.device());
     for (const Piece& p : pieces_) {
       Tensor to = out.slice(0, p.at, p.at + p.end - p.begin);
       copy_(to, flat.slice(0, p.begin, p.end));
     }
     return out;
   };
-  master_ = own(store.master());
-  compute_ = own(store.compute());
+  master_ = own(store.master(), false);
+  compute_ = own(store.compute(), gathers());
   grad_ = zeros({numel_}, store.grad().dtype(), store.grad().device());
   if (zero_ == 3)
     store.release_values();
@@ -77,13 +83,22 @@ void ParameterShards::gather() {
   for (comm::Work& w : works) w.wait();
 }
 
+int64_t ParameterShards::outer() const {
+  KRAIT_ASSERT(gathers(), "nothing is gathered.");
+  const size_t n = store_.outer_buckets();
+  return n < pieces_.size() ? pieces_[n].at : numel_;
+}
+
+// The update beside it leaves the multiprocessors that the whole GPU's collectives take.
+void ParameterShards::begin_outer(comm::ProcessGroup& background) {
+  KRAIT_ASSERT(gathers() && under_way_.empty(), "a gather is under way.");
+  for (size_t b = 0; b < store_.outer_buckets(); ++b) under_way_.push_back(fetch(b, by_engines_ ? background : *replicas_));
+}
+
 void ParameterShards::begin_gather(comm::ProcessGroup& background) {
   KRAIT_ASSERT(gathers() && under_way_.empty(), "a gather is under way.");
-  bool at_once = true;  // fp32 parameters are used everywhere; the next bucket has the embedding
-  for (size_t b = 0; b < store_.buckets().size(); ++b) {
-    under_way_.push_back(fetch(b, at_once ? *replicas_ : background));
-    at_once = at_once && store_.buckets()[b].fp32;
-  }
+  for (size_t b = 0; b < store_.buckets().size(); ++b)
+    under_way_.push_back(b < store_.outer_buckets() ? comm::Work() : fetch(b, background));
 }
 
 void ParameterShards::end_gather() {

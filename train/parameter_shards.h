@@ -1,7 +1,7 @@
 #pragma once
 #include <vector>
 
-#include "core/comm/process_group.h"
+#include "core/comm/background.h"
 #include "layers/parameter_store.h"
 
 namespace krait::train {
@@ -19,7 +19,8 @@ struct Replicas {
 ///   zero 3  also the values that layers use; a bucket is gathered when one of its parameters is used
 class ParameterShards {
  public:
-  ParameterShards(layers::ParameterStore& store, comm::GroupPtr replicas, int64_t zero);
+  /// What travels lies in `reachable` memory, where there is such a thing.
+  ParameterShards(layers::ParameterStore& store, comm::GroupPtr replicas, int64_t zero, const comm::ReachableMemory& reachable = {});
 
   /// [begin, end) of the flat buffers lies at `at` of the rank's own.
   struct Piece {
@@ -52,8 +53,11 @@ class ParameterShards {
   /// After an update: every rank gets the pieces that the others have updated. Of ZeRO-1 and 2; the others have none.
   bool gathers() const { return zero_ == 1 || zero_ == 2; }
   void gather();
-  /// The same while the forward pass goes on: each bucket is waited for where one of its parameters is first used. The
-  /// first buckets, wanted at once, are fetched by the whole GPU, the others through `background`.
+  /// The same in two parts. What the forward pass begins with, up to the embedding, lies in the first outer() of the own
+  /// elements: gathered beside the update of the others.
+  int64_t outer() const;
+  void begin_outer(comm::ProcessGroup& background);
+  /// The rest while the forward pass goes on: each bucket is waited for where one of its parameters is first used.
   void begin_gather(comm::ProcessGroup& background);
   void end_gather();
   /// After the own master weights were set (from a checkpoint): everything that follows from them.
@@ -67,11 +71,12 @@ class ParameterShards {
   layers::ParameterStore& store_;
   comm::GroupPtr replicas_;
   int64_t zero_, numel_ = 0;
+  bool by_engines_;
   std::vector<Piece> pieces_;  // by bucket; a single one without ZeRO
   std::vector<Part> parts_;
   std::vector<std::pair<int64_t, int64_t>> primary_;
   Tensor master_, grad_, compute_;
-  std::vector<comm::Work> under_way_;  // by bucket, between begin_gather and end_gather
+  std::vector<comm::Work> under_way_;  // by bucket, until end_gather
 };
 
 }  // namespace krait::train

@@ -101,7 +101,10 @@ void TrainStep::build_optimizer() {
   if (config.parallelism.zero > 0 && session_.model->adapts())
     config.fail("parallelism.zero", "this model changes its own parameters between steps, which needs all of them on every rank",
                 "zero: 0");
-  shards_ = std::make_unique<ParameterShards>(store, replicas, config.parallelism.zero);
+  // A model that adapts comes here again and again, and such memory is never given back.
+  const comm::ReachableMemory reachable =
+      session_.model->adapts() ? comm::ReachableMemory() : comm::reachable_memory(background_, session_.device);
+  shards_ = std::make_unique<ParameterShards>(store, replicas, config.parallelism.zero, reachable);
   if (shards_->zero() == 3) gather_ = std::make_unique<ParameterGather>(store, *shards_, both);
   const ReduceDtype dtype = config.parallelism.reduce_dtype == "bfloat16" ? ReduceDtype::bf16 : ReduceDtype::as_is;
   if (config.runtime.strict)
@@ -112,7 +115,8 @@ void TrainStep::build_optimizer() {
     reduction_ = overlapped_reduction(store, *shards_, both, dtype);
   norm_ranges_ = norm_ranges(store, *shards_, config.runtime.strict);
   optimizer_ = std::make_unique<Optimizer>(optimizer_options(config.optimizer), shards_->master(), shards_->grad(),
-                                           shards_->compute(), segments_of(store, *shards_, config.optimizer));
+                                           shards_->compute(), segments_of(store, *shards_, config.optimizer),
+                                           shards_->gathers() ? shards_->outer() : 0);
 }
 
 // What the model wants to change between steps: values, or its shapes, with the optimizer's state kept by name.
@@ -191,7 +195,8 @@ void TrainStep::count_targets(const std::vector<data::Batch>& batches) {
   fill_(target_count_, count.item());
 }
 
-// What the update before left in the ranks' pieces is gathered here and not behind it, so that the forward pass can begin.
+// What the update before left in the ranks' pieces is gathered here and not behind it, so that the forward pass can begin;
+// but for what it begins with.
 void TrainStep::micro_step(bool first, bool last) {
   layers::DecoderState state;
   if (carried_) {
@@ -261,7 +266,9 @@ Tensor TrainStep::sum_squares() const {
 
 void TrainStep::update() {
   norm_ = kernels::norm_clip(sum_squares(), session_.config.optimizer.grad_clip, optimizer_->skipped_steps());
-  optimizer_->update(norm_);
+  if (!shards_->gathers()) return optimizer_->update(norm_);
+  optimizer_->update(norm_, true, [&] { shards_->begin_outer(*background_); });
+  shards_->end_gather();
 }
 
 void TrainStep::run(const std::vector<data::Batch>& batches, int64_t step) {

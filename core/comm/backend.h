@@ -30,7 +30,7 @@ using Share = std::function<void(void* bytes, int64_t count)>;
 /// The collectives of CUDA tensors of the group. A call of all members. barrier() and split() are not for use.
 struct NcclStart {
   GroupPtr group;
-  bool copy_engines = false;  // asked for, and there
+  ReachableMemory reachable = {};  // of copy engines, if they were asked for and are there
 };
 NcclStart make_nccl_group(const ProcessGroup& group, Device device, const Share& share, const Beside& beside);
 

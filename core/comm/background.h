@@ -1,4 +1,6 @@
 #pragma once
+#include <functional>
+
 #include "core/comm/process_group.h"
 
 namespace krait::comm {
@@ -17,5 +19,9 @@ struct Beside {
 GroupPtr background_group(const GroupPtr& group, const Beside& beside);
 /// How many multiprocessors it takes on the device for large sums. A call of all members, before anything is captured.
 int multiprocessors_beside(const GroupPtr& background, Device device);
+/// Makes (numel) zeros that the group's copy engines read and write where they lie; everything else is copied through
+/// buffers of theirs. Kept until the process ends. A call of all members with the same sizes. Null without copy engines.
+using ReachableMemory = std::function<Tensor(int64_t numel, DType dtype)>;
+ReachableMemory reachable_memory(const GroupPtr& background, Device device);
 
 }  // namespace krait::comm

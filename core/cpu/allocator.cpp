@@ -76,6 +76,12 @@ class CpuAllocator final : public Allocator {
     const std::lock_guard lock(mutex_);
     release_locked();
   }
+  void note_taken(int64_t bytes) override {
+    const std::lock_guard lock(mutex_);
+    stats_.current_bytes += bytes;
+    stats_.reserved_bytes += bytes;
+    stats_.peak_bytes = std::max(stats_.peak_bytes, stats_.current_bytes);
+  }
 
  private:
   static size_t rounded(size_t bytes) {

@@ -108,6 +108,13 @@ class CudaAllocator final : public Allocator {
     release_locked();
   }
 
+  void note_taken(int64_t bytes) override {
+    const std::lock_guard lock(mutex_);
+    stats_.current_bytes += bytes;
+    stats_.reserved_bytes += bytes;
+    stats_.peak_bytes = std::max(stats_.peak_bytes, stats_.current_bytes);
+  }
+
   int create_pool() {
     const std::lock_guard lock(mutex_);
     return next_pool_++;

@@ -146,7 +146,11 @@ void check_overlap(Device device) {
 }  // namespace
 
 TEST_CASE("collectives give what one rank computes, for every dtype and size") { check_all(*world(), kCpu); }
-TEST_CASE("a background group does the same") { check_all(*background_group(world(), {4, true}), kCpu); }
+TEST_CASE("a background group does the same") {
+  const GroupPtr background = background_group(world(), {4, true});
+  check_all(*background, kCpu);
+  CHECK(!reachable_memory(background, kCpu));
+}
 TEST_CASE("groups of a mesh hold the right ranks and work side by side") { check_mesh(kCpu); }
 TEST_CASE("collectives under way together keep apart") { check_overlap(kCpu); }
 
@@ -232,17 +236,17 @@ TEST_CASE("NCCL: collectives may be recorded in a graph", "[cuda]") {
   }
 }
 
-TEST_CASE("NCCL: large sums and gathers beside computation, at once and in a graph", "[cuda]") {
-  const Device device = local_cuda_device();
-  const int p = world()->size(), rank = world()->rank();
-  const GroupPtr background = background_group(world(), {4, true});
-  const int beside = multiprocessors_beside(background, device);
-  CHECK((beside == 0 || beside == 4));
+// All tensors from `make`.
+static void check_beside(ProcessGroup& group, Device device, const ReachableMemory& make) {
+  const auto background = &group;
+  const int p = group.size(), rank = group.rank();
   for (const int64_t n : {int64_t{1} << 17, (int64_t{1} << 20) + 64, int64_t{9000000}})  // the last in several pieces
     for (const DType dtype : {DType::f32, DType::bf16}) {
-      const Tensor whole = full({n * p}, rank + 1, dtype, device), piece = zeros({n}, dtype, device), t = zeros({n * p}, dtype, device);
-      Tensor place = whole.slice(0, n, 2 * n), sum = t, own = full({n}, 10 + rank, dtype, device);
-      const Tensor gathered = zeros({n * p}, dtype, device);
+      Tensor whole = make(n * p, dtype), piece = make(n, dtype), t = make(n * p, dtype), own = make(n, dtype);
+      fill_(whole, rank + 1);
+      fill_(own, 10 + rank);
+      Tensor place = whole.slice(0, n, 2 * n), sum = t;
+      const Tensor gathered = make(n * p, dtype);
       const auto step = [&] {
         fill_(place, 3 * (rank + 1));
         fill_(sum, rank + 2);
@@ -271,6 +275,31 @@ TEST_CASE("NCCL: large sums and gathers beside computation, at once and in a gra
         if (k == 1) step();
       }
     }
+}
+
+TEST_CASE("NCCL: large sums and gathers beside computation, at once and in a graph", "[cuda]") {
+  const Device device = local_cuda_device();
+  const GroupPtr background = background_group(world(), {4, true});
+  const int beside = multiprocessors_beside(background, device);
+  CHECK((beside == 0 || beside == 4));
+  check_beside(*background, device, [&](int64_t numel, DType dtype) { return zeros({numel}, dtype, device); });
+}
+TEST_CASE("NCCL: memory that copy engines reach is summed and gathered where it lies", "[cuda]") {
+  const Device device = local_cuda_device();
+  const GroupPtr background = background_group(world(), {4, true});
+  const ReachableMemory reachable = reachable_memory(background, device);
+  if (!reachable) return;  // of several hosts, or an older NCCL
+  check_beside(*background, device, reachable);
+  // Pieces of one block, and a sum that stays in it.
+  const int p = world()->size(), rank = world()->rank();
+  const int64_t n = int64_t{1} << 18;
+  const Tensor block = reachable(3 * n * p, DType::f32);
+  Tensor middle = block.slice(0, n * p, 2 * n * p);
+  for (int k = 1; k < 4; ++k) {
+    fill_(middle, k * (rank + 1));
+    background->all_reduce(middle).wait();
+    CHECK(equals(block, [&](int64_t i) { return i / (n * p) == 1 ? k * p * (p + 1) / 2 : 0; }));
+  }
 }
 
 TEST_CASE("NCCL: many collectives in flight on a busy device keep their order and their memory", "[cuda]") {

@@ -131,7 +131,7 @@ ProcessGroup& MpiGroup::nccl(const char* collective, Device device) {
       call->wait();
     }, beside_);
     nccl_ = start.group;
-    copy_engines_ = start.copy_engines;
+    reachable_ = start.reachable;
   }
   return *nccl_;
 }
@@ -259,8 +259,12 @@ GroupPtr MpiGroup::split(int color, const std::string& name) {
 }
 
 int MpiGroup::multiprocessors(Device device) {
+  return reachable(device) ? 0 : beside_.multiprocessors;
+}
+
+ReachableMemory MpiGroup::reachable(Device device) {
   if (device.is_cuda()) nccl("the start", device);
-  return copy_engines_ ? 0 : beside_.multiprocessors;
+  return reachable_;
 }
 
 GroupPtr background_group(const GroupPtr& group, const Beside& beside) {
@@ -272,6 +276,10 @@ GroupPtr background_group(const GroupPtr& group, const Beside& beside) {
 
 int multiprocessors_beside(const GroupPtr& background, Device device) {
   return background->size() == 1 ? 0 : dynamic_cast<MpiGroup&>(*background).multiprocessors(device);
+}
+
+ReachableMemory reachable_memory(const GroupPtr& background, Device device) {
+  return background->size() == 1 ? ReachableMemory() : dynamic_cast<MpiGroup&>(*background).reachable(device);
 }
 
 }  // namespace krait::comm

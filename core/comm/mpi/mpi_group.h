@@ -23,6 +23,7 @@ class MpiGroup final : public ProcessGroup {
   /// See background_group(); before the first collective of CUDA tensors.
   void set_beside(const Beside& beside) { beside_ = beside; }
   int multiprocessors(Device device);
+  ReachableMemory reachable(Device device);
 
  private:
   ProcessGroup& nccl(const char* collective, Device device);
@@ -31,8 +32,8 @@ class MpiGroup final : public ProcessGroup {
   MPI_Comm comm_;
   std::string members_;  // "world ranks 0, 2", for messages
   Beside beside_;
-  bool copy_engines_ = false;
   GroupPtr nccl_;
+  ReachableMemory reachable_;  // of the copy engines; empty without
 };
 
 }  // namespace krait::comm

@@ -135,8 +135,12 @@ class NcclGroup final : public ProcessGroup {
       check(ncclGroupEnd());
     });
   }
-  /// Whether large sums leave all multiprocessors to others.
   bool has_engines() const { return engines_ != nullptr; }
+  /// See reachable_memory().
+  Tensor reachable(int64_t numel, DType dtype) {
+    const Watchdog::Blocking watched({"the registration of memory", place_, ""});
+    return engines_->reachable(numel, dtype, device_);
+  }
   void barrier() override { KRAIT_ASSERT(false, "the MPI group has barriers."); }
   GroupPtr split(int, const std::string&) override { KRAIT_ASSERT(false, "the MPI group is split."); }
 
@@ -180,7 +184,8 @@ class NcclGroup final : public ProcessGroup {
 
 NcclStart make_nccl_group(const ProcessGroup& group, Device device, const Share& share, const Beside& beside) {
   const auto nccl = std::make_shared<NcclGroup>(group, device, share, beside);
-  return {nccl, nccl->has_engines()};
+  if (!nccl->has_engines()) return {nccl};
+  return {nccl, [nccl](int64_t numel, DType dtype) { return nccl->reachable(numel, dtype); }};
 }
 
 std::string nccl_version() {

@@ -15,6 +15,7 @@ GroupPtr start_mpi(int, int size, int, const std::string&) {
 }
 GroupPtr background_group(const GroupPtr& group, const Beside&) { return group; }
 int multiprocessors_beside(const GroupPtr&, Device) { return 0; }
+ReachableMemory reachable_memory(const GroupPtr&, Device) { return {}; }
 void stop_mpi() {}
 void kill_job(int status) { _exit(status); }
 std::string roll_call() { return ""; }
