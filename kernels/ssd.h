@@ -13,8 +13,9 @@ namespace kernels {
 /// With s_i = a_1 + ... + a_i inside a chunk and M_ij = e^{s_i - s_j} for i >= j, 0 above:
 ///   y_i = sum_j (C_i . B_j) M_ij dt_j x_j + e^{s_i} h_in C_i + D x_i
 ///   h_out = e^{s_q} h_in + sum_j e^{s_q - s_j} dt_j x_j (x) B_j
-/// Where the segment changes, h_{t-1} counts as zero. Any chunk length gives the same result; cost per position grows
-/// with the chunk, states in memory (heads p n each) shrink with it.
+/// Where the segment changes, h_{t-1} counts as zero. Any chunk length gives the same result up to
+/// rounding; cost per position grows with the chunk, states in memory (heads p n each) shrink with it. It is the GPU's
+/// chunk: the CPU takes 32 positions at a time, fewer where `chunk` is less or decays are fast (cpu/ssd_chunk.h).
 struct SsdInput {
   Tensor x;              // (b, l, heads, p) fp32, bf16 or fp64; slices of a wider tensor are read in place
   Tensor dt;             // (b, l, heads) or undefined: 1. Like a in fp32 (fp64 with fp64 x)

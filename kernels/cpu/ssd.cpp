@@ -1,128 +1,120 @@
+#include <memory>
+
 #include "kernels/cpu/ssd_chunk.h"
 
 namespace krait::kernels::cpu {
 
 namespace ssd {
-
-// Each chunk's own contribution in parallel, then a pass over the chunks of every head.
-template <class T>
-States<T>::States(const SsdInput& in, Tensor* final_state) {
-  const Sizes<A> z(in);
-  before = empty(z.states(), dtype_of<A>, kCpu);
-  totals = empty({z.b, z.chunks, z.heads}, dtype_of<A>, kCpu);
-  const View<const T> x(in.x), B(in.B);
-  A* states = before.data<A>();
-  A* total = totals.data<A>();
-  const A* a = in.a.data<A>();
-  const A* dt = in.dt.defined() ? in.dt.data<A>() : nullptr;
-  const int32_t* segments = in.segments.defined() ? in.segments.data<int32_t>() : nullptr;
-
-  const auto scratch = [&] { return OuterScratch<A>(z); };
-  for_each_unit<A>(z, scratch, [&](OuterScratch<A>& s, int64_t b, int64_t c, int64_t g, int64_t t0, int64_t q) {
-    pack_rows<A>(s.rows, z.np, B.at(b, t0, g), B.row, q, z.n, z.qp);
-    for (int64_t h = g * z.group; h < (g + 1) * z.group; ++h) {
-      const int64_t at = (b * z.l + t0) * z.heads + h;
-      s.decay.fill(a + at, z.heads, segments ? segments + b * z.l + t0 : nullptr, t0 == 0, q);
-      pack_rows<A>(s.others, z.pp, x.at(b, t0, h), x.row, q, z.p, z.qp);
-      if (dt)
-        for (int64_t j = 0; j < q; ++j) s.decay.out[j] *= dt[at + j * z.heads];
-      scale_rows(s.others, s.others, s.decay.out, q, z.pp);
-      const int64_t unit = (b * z.chunks + c) * z.heads + h;
-      outer_sum(states + unit * z.state(), s.rows, s.others, q, z);
-      total[unit] = s.decay.total;
-    }
-  });
-
-  carry_over_chunks(states, total, in.initial_state, final_state, false, z);
-}
-
-template struct States<float>;
-template struct States<double>;
-template struct States<bf16>;
-
 namespace {
 
 template <class A>
 struct ForwardScratch {
   Workspace<A> w;
-  A *rows, *c_rows, *ct, *gt, *m, *xs, *acc;
-  Decay<A> decay;
+  A *b_rows, *c_rows, *bt, *ct, *seen, *gt, *u, *y, *state, *factor;
+  Decays<A> decays;
   explicit ForwardScratch(const Sizes<A>& z)
-      : w(z.qp * (3 * z.np + 2 * z.qp + 2 * z.pp) + 1024 + Decay<A>::values(z.qp)), rows(w.take(z.qp * z.np)),
-        c_rows(w.take(z.qp * z.np)), ct(w.take(z.qp * z.np)), gt(w.take(z.qp * z.qp)), m(w.take(z.qp * z.qp)),
-        xs(w.take(z.qp * z.pp)), acc(w.take(z.qp * z.pp)), decay(w, z.qp) {}
+      : w(kChunk * (5 * z.np + kChunk + 2 * z.ws) + z.state() + z.width + 1024), b_rows(w.take(kChunk * z.np)),
+        c_rows(w.take(kChunk * z.np)), bt(w.take(kChunk * z.np)), ct(w.take(kChunk * z.np)), seen(w.take(kChunk * z.np)),
+        gt(w.take(kChunk * kChunk)), u(w.take(kChunk * z.ws)), y(w.take(kChunk * z.ws)), state(w.take(z.state())),
+        factor(w.take(z.width)) {}
 };
 
-template <class T, class A>
-void store_rows(T* y, int64_t y_row, const A* __restrict acc, const T* x, int64_t x_row, const A* __restrict D,
-                int64_t q, int64_t p, int64_t pp) {
-  for (int64_t i = 0; i < q; ++i) {
-    T* __restrict to = y + i * y_row;
-    const T* __restrict from = x + i * x_row;
-    const A* __restrict sum = acc + i * pp;
-    if (D) {
-#pragma omp simd
-      for (int64_t c = 0; c < p; ++c) put(to[c], sum[c] + D[c] * static_cast<A>(from[c]));
-    } else {
-#pragma omp simd
-      for (int64_t c = 0; c < p; ++c) put(to[c], sum[c]);
-    }
+// gt (j, i) = B_j . C_i for i >= j of j's document, else 0.
+template <class A>
+void masked_products(A* gt, const A* bt, const A* ct, const int32_t* segments, const Chunk& c, const Sizes<A>& z) {
+  for (int64_t i = 0; i < kChunk; i += kTile<A>)
+    for (int64_t j = 0; j < c.q; j += kStrip)
+      multiply_columns<A>(bt + j, kChunk, ct + i, kChunk, z.n, [&](int r, int v, Vec<A> sum) __attribute__((always_inline)) {
+        store(gt + (j + r) * kChunk + i + v * kLanes<A>, sum);
+      });
+  for (int64_t j = 0, end = 0; j < c.q; ++j) {
+    if (end == j)
+      for (end = j + 1; end < c.q && (c.whole() || segments[end] == segments[j]);) ++end;
+    std::fill(gt + j * kChunk, gt + j * kChunk + j, A(0));
+    std::fill(gt + j * kChunk + end, gt + (j + 1) * kChunk, A(0));
   }
 }
 
-template <class A>
-inline void multiply_row(A* __restrict m, const A* __restrict g, int64_t from, int64_t to) {
+// y = e_i sums + D x.
+template <class T, class A>
+void store_outputs(T* y, int64_t y_row, int64_t y_head, const A* sums, const A* up, const T* x, int64_t x_row, int64_t x_head,
+                   const A* D, const Unit& u, int64_t q, const Sizes<A>& z) {
+  for (int64_t i = 0; i < q; ++i)
+    for (int64_t h = 0; h < u.heads; ++h) {
+      const A f = up[i * u.heads + h];
+      const A* __restrict sum = sums + i * z.ws + h * z.p;
+      T* __restrict to = y + i * y_row + h * y_head;
+      if (D) {
+        const T* __restrict from = x + i * x_row + h * x_head;
+        const A* __restrict d = D + h * z.p;
 #pragma omp simd
-  for (int64_t i = from; i < to; ++i) m[i] *= g[i];
+        for (int64_t c = 0; c < z.p; ++c) put(to[c], f * sum[c] + d[c] * static_cast<A>(from[c]));
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < z.p; ++c) put(to[c], f * sum[c]);
+      }
+    }
 }
+
+template <class T>
+class Forward {
+  using A = accum_t<T>;
+  using S = ForwardScratch<A>;
+
+ public:
+  Forward(Tensor& y, Tensor& final_state, const SsdInput& in)
+      : r_(in), z_(r_.z), y_(y), D_(in.D.defined() ? in.D.data<A>() : nullptr) {
+    std::unique_ptr<PieceStates<T>> pieces;
+    if (z_.pieces > 1) pieces = std::make_unique<PieceStates<T>>(in, Tensor(), in.initial_state, &final_state);
+    for_each_piece<A>(z_, [&] { return S(z_); }, [&](S& s, int64_t unit, int64_t piece) {
+      const Unit u = z_.unit(unit);
+      r_.fill(s.decays, u, piece);
+      load_state(s.state, pieces.get(), in.initial_state, unit, piece, r_);
+      spread<A>(s.factor, s.decays.in.data(), nullptr, u, z_);
+      scale_state(s.state, s.factor, z_);
+      for (size_t k = 0; k < s.decays.chunks.size(); ++k) chunk(s, u, piece, k);
+      if (!pieces) get_state(final_state.data<A>() + (u.b * z_.heads + u.head) * z_.p * z_.n, s.state, u, z_);
+    });
+  }
+
+ private:
+  void chunk(S& s, const Unit& u, int64_t piece, size_t k) {
+    const Chunk& c = s.decays.chunks[k];
+    const int64_t t = piece * z_.piece + c.begin, heads = u.heads, ws = z_.ws;
+    r_.pack_group(s.b_rows, r_.B, c, u, t);
+    r_.pack_group(s.c_rows, r_.C, c, u, t);
+    transpose<A>(s.bt, kChunk, s.b_rows, z_.np, kChunk, z_.np);
+    transpose<A>(s.ct, kChunk, s.c_rows, z_.np, kChunk, z_.np);
+    masked_products(s.gt, s.bt, s.ct, r_.segments ? r_.segments + u.b * z_.l + t : nullptr, c, z_);
+    const A* seen = s.ct;
+    if (!c.whole()) seen = columns_from_to(s.seen, s.ct, 0, c.first, z_);
+    r_.pack_inputs(s.u, s.decays, c, u, t);
+    for (int64_t w = 0; w < z_.width; w += kTile<A>)
+      for (int64_t i = 0; i < c.q; i += kStrip)
+        multiply_tile<A, 2>(1, {seen + i, s.state + w, z_.n, kChunk, ws},
+                            {s.gt + i, s.u + w, std::min(c.q, i + kStrip), kChunk, ws},
+                            [&](int row, int v, Vec<A> sum) __attribute__((always_inline)) {
+                              store(s.y + (i + row) * ws + w + v * kLanes<A>, sum);
+                            });
+    store_outputs(y_.at(u.b, t, u.head), y_.row, y_.head, s.y, s.decays.up.data() + c.begin * heads, r_.x.at(u.b, t, u.head),
+                  r_.x.row, r_.x.head, D_ ? D_ + u.head * z_.p : nullptr, u, c.q, z_);
+    const bool last = k + 1 == s.decays.chunks.size();
+    const A* exit = s.decays.out.data() + static_cast<int64_t>(k) * heads;
+    spread(s.factor, exit, last ? nullptr : s.decays.in.data() + static_cast<int64_t>(k + 1) * heads, u, z_);
+    update_state(s.state, c.whole() ? s.state : nullptr, s.b_rows + c.last * z_.np, s.u + c.last * ws, c.q - c.last, s.factor, z_);
+  }
+
+  Reader<T> r_;
+  const Sizes<A>& z_;
+  View<T> y_;
+  const A* D_;
+};
 
 }  // namespace
 }  // namespace ssd
 
-void ssd_forward(Tensor& y_out, Tensor& final_state, const SsdInput& in) {
-  using namespace ssd;
-  visit_float(in.x.dtype(), [&]<class T>() {
-    using A = accum_t<T>;
-    const Sizes<A> z(in);
-    const States<T> states(in, &final_state);
-    const View<const T> x(in.x), B(in.B), C(in.C);
-    const View<T> y(y_out);
-    const A* before = states.before.template data<A>();
-    const A* a = in.a.data<A>();
-    const A* dt = in.dt.defined() ? in.dt.data<A>() : nullptr;
-    const A* D = in.D.defined() ? in.D.data<A>() : nullptr;
-    const int32_t* segments = in.segments.defined() ? in.segments.data<int32_t>() : nullptr;
-    using S = ForwardScratch<A>;
-    for_each_unit<A>(z, [&] { return S(z); }, [&](S& s, int64_t b, int64_t c, int64_t g, int64_t t0, int64_t q) {
-      pack_rows<A>(s.rows, z.np, B.at(b, t0, g), B.row, q, z.n, z.qp);
-      pack_rows<A>(s.c_rows, z.np, C.at(b, t0, g), C.row, q, z.n, z.qp);
-      transpose<A>(s.ct, z.qp, s.c_rows, z.np, z.qp, z.np);
-      products_of_group(s.gt, s.rows, s.ct, q, z.qp, z.n, z.np);
-      for (int64_t h = g * z.group; h < (g + 1) * z.group; ++h) {
-        const int64_t at = (b * z.l + t0) * z.heads + h;
-        s.decay.fill(a + at, z.heads, segments ? segments + b * z.l + t0 : nullptr, t0 == 0, q);
-        pack_rows<A>(s.xs, z.pp, x.at(b, t0, h), x.row, q, z.p, z.qp);
-        for (int64_t j = 0; j < q; ++j) {
-          const int64_t from = first_column<A>(j);
-          A* row = s.m + j * z.qp;
-          mask_row(row, s.decay.high, s.decay.low, j, s.decay.end[static_cast<size_t>(j)], from, z.qp);
-          multiply_row(row, s.gt + j * z.qp, from, z.qp);
-          if (dt) {
-            const A f = dt[at + j * z.heads];
-            scale_rows(s.xs + j * z.pp, s.xs + j * z.pp, &f, 1, z.pp);
-          }
-        }
-        const A* state = before + ((b * z.chunks + c) * z.heads + h) * z.state();
-        for (int64_t i = 0; i < q; i += kStrip) {  // e^{s_i} h_in C_i + sum_j (C_i . B_j) M_ij dt_j x_j
-          A* out = s.acc + i * z.pp;
-          multiply_strip<A>(out, z.pp, s.c_rows + i * z.np, z.np, 1, state, z.pp, z.pp, z.n, false);
-          scale_rows(out, out, s.decay.in + i, std::min<int64_t>(kStrip, q - i), z.pp);
-          multiply_strip<A>(out, z.pp, s.m + i, 1, z.qp, s.xs, z.pp, z.pp, std::min(q, i + kStrip), true);
-        }
-        store_rows(y.at(b, t0, h), y.row, s.acc, x.at(b, t0, h), x.row, D ? D + h * z.p : nullptr, q, z.p, z.pp);
-      }
-    });
-  });
+void ssd_forward(Tensor& y, Tensor& final_state, const SsdInput& in) {
+  visit_float(in.x.dtype(), [&]<class T>() { ssd::Forward<T>(y, final_state, in); });
 }
 
 void ssd_step(Tensor& y_out, Tensor& state_out, const Tensor& x_in, const Tensor& dt_in, const Tensor& a_in,

@@ -1,3 +1,6 @@
+#include <array>
+#include <memory>
+
 #include "kernels/cpu/ssd_chunk.h"
 
 namespace krait::kernels::cpu {
@@ -5,88 +8,109 @@ namespace krait::kernels::cpu {
 namespace ssd {
 namespace {
 
+// With v_i = e_i dy_i and R = e^{r_q / 2} dh_out (ssd_chunk.h), for the heads together
+//   du_j = sum_i G_ij v_i + B_j R       dh' = R + sum_i C_i (x) v_i
+// and for each of them, because the decay's gradient wants their sums apart,
+//   E_ij = v_i . u_j     W = E G     dC_i += h' v_i     dB_j += R u_j,
+// while dC_i += sum_j E_ij B_j and dB_j += sum_i E_ij C_i take the sum of the heads' E.
 template <class A>
 struct BackwardScratch {
   Workspace<A> w;
-  A *b_rows, *c_rows, *ct, *gt, *m, *et, *x, *xw, *dy, *dyw, *dyt, *u, *state_t, *dstate_t, *wide, *dB, *dC, *gamma;
-  A *running, *da, *from_in, *from_out, *steps, *weights;
-  Decay<A> decay;
+  A *b_rows, *c_rows, *bt, *ct, *reach, *g, *gamma, *gamma_t, *weights, *u, *v, *du, *ut, *vt, *dbt, *dct, *rows, *upward, *factor;
+  A *from_in, *from_out;
+  std::vector<A> states;  // before each chunk, as h'
+  Decays<A> decays;
   explicit BackwardScratch(const Sizes<A>& z)
-      : w(z.qp * (6 * z.np + 4 * z.qp + 6 * z.pp) + 2 * z.state() + 6 * (z.qp + 64) + 2048 + Decay<A>::values(z.qp)),
-        b_rows(w.take(z.qp * z.np)), c_rows(w.take(z.qp * z.np)), ct(w.take(z.qp * z.np)), gt(w.take(z.qp * z.qp)),
-        m(w.take(z.qp * z.qp)), et(w.take(z.qp * z.qp)), x(w.take(z.qp * z.pp)), xw(w.take(z.qp * z.pp)),
-        dy(w.take(z.qp * z.pp)), dyw(w.take(z.qp * z.pp)), dyt(w.take(z.qp * z.pp)), u(w.take(z.qp * z.pp)),
-        state_t(w.take(z.state())), dstate_t(w.take(z.state())), wide(w.take(z.qp * z.np)), dB(w.take(z.qp * z.np)),
-        dC(w.take(z.qp * z.np)), gamma(w.take(z.qp * z.qp)), running(w.take(z.qp)), da(w.take(z.qp + 1)), from_in(w.take(z.qp)),
-        from_out(w.take(z.qp)), steps(w.take(z.qp)), weights(w.take(z.qp)), decay(w, z.qp) {}
+      : w(kChunk * (8 * z.np + 4 * kChunk + 3 * z.ws + 2 * round_up(z.p, kLanes<A>)) + z.state() + z.width + 4096),
+        b_rows(w.take(kChunk * z.np)), c_rows(w.take(kChunk * z.np)), bt(w.take(kChunk * z.np)), ct(w.take(kChunk * z.np)),
+        reach(w.take(kChunk * z.np)), g(w.take(kChunk * kChunk)), gamma(w.take(kChunk * kChunk)),
+        gamma_t(w.take(kChunk * kChunk)), weights(w.take(kChunk * kChunk)), u(w.take(kChunk * z.ws)), v(w.take(kChunk * z.ws)),
+        du(w.take(kChunk * z.ws)), ut(w.take(kChunk * round_up(z.p, kLanes<A>))), vt(w.take(kChunk * round_up(z.p, kLanes<A>))),
+        dbt(w.take(kChunk * z.np)), dct(w.take(kChunk * z.np)), rows(w.take(kChunk * z.np)), upward(w.take(z.state())),
+        factor(w.take(z.width)), from_in(w.take(kChunk)), from_out(w.take(kChunk)) {}
 };
 
+// Zero where j > i or j lies in another document than i.
 template <class A>
-inline A dot(const A* __restrict a, const A* __restrict b, int64_t n) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
-  return sum;
-}
-
-// Row j: m = M, e = dy_i . x_j  ->  m = M (C_i . B_j), e = Gamma; total += Gamma.
-template <class A>
-inline void weigh_row(A* __restrict m, A* __restrict e, A* __restrict total, const A* __restrict g, A dt, int64_t from,
-                      int64_t to) {
-#pragma omp simd
-  for (int64_t i = from; i < to; ++i) {
-    e[i] *= m[i] * dt;
-    total[i] += e[i];
-    m[i] *= g[i];
+void mask(A* square, const int32_t* segments, const Chunk& c) {
+  for (int64_t i = 0, begin = 0; i < c.q; ++i) {
+    if (!c.whole() && i > 0 && segments[i] != segments[i - 1]) begin = i;
+    A* row = square + i * kChunk;
+    std::fill(row, row + begin, A(0));
+    std::fill(row + i + 1, row + kChunk, A(0));
   }
 }
 
-// running_i = sum_{j < r} W_ij grows row by row; returns da_r = sum_{i >= r} running_i for r = j + 1.
+// g (i, j) = C_i . B_j, masked, and zero rows behind.
 template <class A>
-inline A decay_row(A* __restrict running, const A* __restrict gamma, const A* __restrict g, int64_t from, int64_t to) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = from; i < to; ++i) {
-    running[i] += gamma[i] * g[i];
-    sum += running[i];
+void masked_products(A* g, const A* ct, const A* bt, const int32_t* segments, const Chunk& c, const Sizes<A>& z) {
+  for (int64_t j = 0; j < kChunk; j += kTile<A>)
+    for (int64_t i = 0; i < c.q; i += kStrip)
+      multiply_columns<A>(ct + i, kChunk, bt + j, kChunk, z.n, [&](int r, int v, Vec<A> sum) __attribute__((always_inline)) {
+        store(g + (i + r) * kChunk + j + v * kLanes<A>, sum);
+      });
+  mask(g, segments, c);
+  std::fill(g + c.q * kChunk, g + kChunk * kChunk, A(0));
+}
+
+// to (columns, kChunk) = from (kChunk, columns) transposed, columns rounded up to whole vectors.
+template <class A>
+void transpose_head(A* to, const A* from, int64_t columns, const Sizes<A>& z) {
+  transpose<A>(to, kChunk, from, z.ws, kChunk, round_up(columns, kLanes<A>));
+}
+
+// Inputs before `last` do not reach the state behind the chunk, outputs from `first` on do not see the one before it.
+template <class A>
+void clear_columns(A* to, int64_t rows, int64_t begin, int64_t end) {
+  for (int64_t c = 0; c < rows; ++c) std::fill(to + c * kChunk + begin, to + c * kChunk + end, A(0));
+}
+
+// da[r] = sum_{i >= r > j} W_ij, whose sums over i grow from the last row.
+template <class A>
+void decay_sums(A* da, int64_t stride, const A* weights, int64_t q) {
+  static const auto ones = [] {
+    std::array<A, 2 * kChunk> m{};
+    std::fill_n(m.begin(), kChunk, A(1));
+    return m;
+  }();
+  Vec<A> running[kChunk / kLanes<A>] = {};
+  for (int64_t r = q - 1; r >= 0; --r) {
+    Vec<A> sum{};
+    for (int64_t v = 0; v < kChunk / kLanes<A>; ++v) {
+      running[v] += load(weights + r * kChunk + v * kLanes<A>);
+      sum += running[v] * load(ones.data() + kChunk - r + v * kLanes<A>);
+    }
+    da[r * stride] = total<A>(sum);
   }
-  return sum;
 }
 
-template <class A>
-inline void add_rows(A* __restrict to, const A* __restrict from, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] += from[i];
-}
-
+// dx = f du + D dy of one position and head; dD += dy x; returns du . x.
 template <class T, class A>
-inline void put_rows(T* to, int64_t to_row, const A* from, int64_t rows, int64_t d, int64_t from_row) {
-  for (int64_t i = 0; i < rows; ++i) {
-    T* __restrict out = to + i * to_row;
-    const A* __restrict in = from + i * from_row;
-#pragma omp simd
-    for (int64_t c = 0; c < d; ++c) put(out[c], in[c]);
-  }
-}
-
-// dx = dt u + D dy of one row; dD += dy x; returns u . x = ddt.
-template <class T, class A>
-inline A finish_row(T* __restrict dx, A* __restrict dD, const A* __restrict u, const A* __restrict x,
-                    const A* __restrict dy, const A* __restrict D, A dt, int64_t p) {
+inline A finish_row(T* __restrict dx, A* __restrict dD, const A* __restrict du, const T* __restrict x, const T* __restrict dy,
+                    const A* __restrict D, A f, int64_t p) {
   A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t c = 0; c < p; ++c) sum += u[c] * x[c];
   if (D) {
-#pragma omp simd
+#pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < p; ++c) {
-      put(dx[c], dt * u[c] + D[c] * dy[c]);
-      dD[c] += dy[c] * x[c];
+      const A value = static_cast<A>(x[c]), up = static_cast<A>(dy[c]);
+      sum += du[c] * value;
+      put(dx[c], f * du[c] + D[c] * up);
+      dD[c] += up * value;
     }
   } else {
-#pragma omp simd
-    for (int64_t c = 0; c < p; ++c) put(dx[c], dt * u[c]);
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < p; ++c) {
+      sum += du[c] * static_cast<A>(x[c]);
+      put(dx[c], f * du[c]);
+    }
   }
   return sum;
+}
+
+template <class T, class A>
+inline void put_row(T* __restrict to, const A* __restrict from, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) put(to[i], from[i]);
 }
 
 template <class T>
@@ -96,133 +120,217 @@ class Backward {
 
  public:
   Backward(SsdGrad& grad, const Tensor& dy, const Tensor& dfinal, const SsdInput& in)
-      : grad_(grad), in_(in), z_(in), x_(in.x), B_(in.B), C_(in.C), dy_(dy), dx_(grad.dx), dB_(grad.dB), dC_(grad.dC),
-        states_(in, nullptr), dstates_(in, dy, dfinal, grad.dinitial_state.defined() ? &grad.dinitial_state : nullptr),
-        partial_D_(in.D.defined() ? zeros({z_.b * z_.chunks, z_.heads, z_.p}, dtype_of<A>, kCpu) : Tensor()),
-        a_(in.a.data<A>()), dt_(in.dt.defined() ? in.dt.data<A>() : nullptr),
-        segments_(in.segments.defined() ? in.segments.data<int32_t>() : nullptr) {
-    for_each_unit<A>(z_, [&] { return S(z_); }, [&](S& s, int64_t b, int64_t c, int64_t g, int64_t t0, int64_t q) {
-      unit(s, b, c, g, t0, q);
+      : grad_(grad), r_(in), z_(r_.z), dy_(dy), dx_(grad.dx), dB_(grad.dB), dC_(grad.dC),
+        D_(in.D.defined() ? in.D.data<A>() : nullptr) {
+    Tensor* dinitial = grad.dinitial_state.defined() ? &grad.dinitial_state : nullptr;
+    std::unique_ptr<PieceStates<T>> states, gradients;
+    if (z_.pieces > 1) {
+      states = std::make_unique<PieceStates<T>>(in, Tensor(), in.initial_state, nullptr);
+      gradients = std::make_unique<PieceStates<T>>(in, dy, dfinal, dinitial);
+    }
+    if (D_) partial_D_ = zeros({z_.b * z_.pieces, z_.heads, z_.p}, dtype_of<A>, kCpu);
+    if (z_.blocks > 1) partial_ = empty({2, z_.blocks, z_.b, z_.l, z_.g, z_.n}, dtype_of<A>, kCpu);
+    for_each_piece<A>(z_, [&] { return S(z_); }, [&](S& s, int64_t unit, int64_t piece) {
+      const Unit u = z_.unit(unit);
+      r_.fill(s.decays, u, piece);
+      make_states(s, u, piece, [&](A* to) { load_state(to, states.get(), in.initial_state, unit, piece, r_); });
+      load_state(s.upward, gradients.get(), dfinal, unit, piece, r_);
+      const auto chunks = static_cast<int64_t>(s.decays.chunks.size());
+      spread<A>(s.factor, s.decays.out.data() + (chunks - 1) * u.heads, nullptr, u, z_);
+      scale_state(s.upward, s.factor, z_);
+      for (int64_t k = chunks - 1; k >= 0; --k) chunk(s, u, piece, k);
+      if (dinitial && !gradients)
+        get_state(dinitial->data<A>() + (u.b * z_.heads + u.head) * z_.p * z_.n, s.upward, u, z_);
     });
-    if (in.D.defined()) sum_D();
+    if (D_) sum_D();
+    if (z_.blocks > 1) sum_blocks();
   }
 
  private:
-  int64_t state_at(int64_t b, int64_t c, int64_t h) const { return (b * z_.chunks + c) * z_.heads + h; }
-  void fill(Decay<A>& decay, int64_t b, int64_t t0, int64_t h, int64_t q) const {
-    decay.fill(a_ + (b * z_.l + t0) * z_.heads + h, z_.heads, segments_ ? segments_ + b * z_.l + t0 : nullptr, t0 == 0, q);
+  template <class Load>
+  void make_states(S& s, const Unit& u, int64_t piece, Load load_first) {
+    const auto chunks = static_cast<int64_t>(s.decays.chunks.size());
+    s.states.resize(static_cast<size_t>(chunks * z_.state()));
+    load_first(s.states.data());
+    spread<A>(s.factor, s.decays.in.data(), nullptr, u, z_);
+    scale_state(s.states.data(), s.factor, z_);
+    for (int64_t k = 0; k + 1 < chunks; ++k) {
+      const Chunk& c = s.decays.chunks[static_cast<size_t>(k)];
+      const int64_t t = piece * z_.piece + c.begin;
+      A* state = s.states.data() + k * z_.state();
+      r_.pack_group(s.b_rows, r_.B, c, u, t);
+      r_.pack_inputs(s.u, s.decays, c, u, t);
+      spread(s.factor, s.decays.out.data() + k * u.heads, s.decays.in.data() + (k + 1) * u.heads, u, z_);
+      update_state(state + z_.state(), c.whole() ? state : nullptr, s.b_rows + c.last * z_.np, s.u + c.last * z_.ws,
+                   c.q - c.last, s.factor, z_);
+    }
   }
 
-  void unit(S& s, int64_t b, int64_t c, int64_t g, int64_t t0, int64_t q) {
-    pack_rows<A>(s.b_rows, z_.np, B_.at(b, t0, g), B_.row, q, z_.n, z_.qp);
-    pack_rows<A>(s.c_rows, z_.np, C_.at(b, t0, g), C_.row, q, z_.n, z_.qp);
-    transpose<A>(s.ct, z_.qp, s.c_rows, z_.np, z_.qp, z_.np);
-    products_of_group(s.gt, s.b_rows, s.ct, q, z_.qp, z_.n, z_.np);
-    std::fill(s.dB, s.dB + z_.qp * z_.np, A(0));
-    std::fill(s.dC, s.dC + z_.qp * z_.np, A(0));
-    std::fill(s.gamma, s.gamma + z_.qp * z_.qp, A(0));
-    for (int64_t h = g * z_.group; h < (g + 1) * z_.group; ++h) head(s, b, c, h, t0, q);
-    // The heads share B and C, so their Gamma are summed before the products: dC_i += sum_j Gamma_ij B_j and
-    // dB_j += sum_i Gamma_ij C_i.
-    for (int64_t i = 0; i < q; i += kStrip)
-      multiply_strip<A>(s.dC + i * z_.np, z_.np, s.gamma + i, 1, z_.qp, s.b_rows, z_.np, z_.np, std::min(q, i + kStrip), true);
-    for (int64_t j = 0; j < q; j += kStrip) {
-      const int64_t from = first_column<A>(j);
-      multiply_strip<A>(s.dB + j * z_.np, z_.np, s.gamma + j * z_.qp + from, z_.qp, 1, s.c_rows + from * z_.np, z_.np,
-                        z_.np, q - from, true);
-    }
-    put_rows(dB_.at(b, t0, g), dB_.row, s.dB, q, z_.n, z_.np);
-    put_rows(dC_.at(b, t0, g), dC_.row, s.dC, q, z_.n, z_.np);
+  void chunk(S& s, const Unit& u, int64_t piece, int64_t k) {
+    const Chunk& c = s.decays.chunks[static_cast<size_t>(k)];
+    const int64_t t = piece * z_.piece + c.begin, ws = z_.ws;
+    const int32_t* segments = r_.segments ? r_.segments + u.b * z_.l + t : nullptr;
+    r_.pack_group(s.b_rows, r_.B, c, u, t);
+    r_.pack_group(s.c_rows, r_.C, c, u, t);
+    transpose<A>(s.bt, kChunk, s.b_rows, z_.np, kChunk, z_.np);
+    transpose<A>(s.ct, kChunk, s.c_rows, z_.np, kChunk, z_.np);
+    masked_products(s.g, s.ct, s.bt, segments, c, z_);
+    const A* reach = c.whole() ? s.bt : columns_from_to(s.reach, s.bt, c.last, c.q, z_);
+    r_.pack_inputs(s.u, s.decays, c, u, t);
+    pack_scaled<A>(s.v, dy_.at(u.b, t, u.head), dy_.row, dy_.head, s.decays.up.data() + c.begin * u.heads, nullptr, 0, u, c.q, z_);
+
+    for (int64_t w = 0; w < z_.width; w += kTile<A>)
+      for (int64_t j = 0; j < c.q; j += kStrip)
+        multiply_tile<A, 2>(1, {reach + j, s.upward + w, z_.n, kChunk, ws},
+                            {s.g + j * kChunk + j, s.v + j * ws + w, c.q - j, kChunk, ws},
+                            [&](int row, int v, Vec<A> sum) __attribute__((always_inline)) {
+                              store(s.du + (j + row) * ws + w + v * kLanes<A>, sum);
+                            });
+    std::fill(s.gamma, s.gamma + kChunk * kChunk, A(0));
+    std::fill(s.dbt, s.dbt + kChunk * z_.np, A(0));
+    std::fill(s.dct, s.dct + kChunk * z_.np, A(0));
+    for (int64_t h = 0; h < u.heads; ++h) head(s, u, c, k, t, h);
+    inputs(s, u, c, piece, t);
+
+    mask(s.gamma, segments, c);
+    transpose<A>(s.gamma_t, kChunk, s.gamma, kChunk, kChunk, kChunk);
+    for (int64_t i = 0; i < kChunk; i += kTile<A>)
+      for (int64_t n = 0; n < z_.n; n += kStrip) {
+        const auto add_to = [&](A* to) {
+          return [=](int row, int v, Vec<A> sum) __attribute__((always_inline)) {
+            A* at = to + (n + row) * kChunk + i + v * kLanes<A>;
+            store(at, load(at) + sum);
+          };
+        };
+        multiply_columns<A>(s.b_rows + n, z_.np, s.gamma_t + i, kChunk, c.q, add_to(s.dct));
+        multiply_columns<A>(s.c_rows + n, z_.np, s.gamma + i, kChunk, c.q, add_to(s.dbt));
+      }
+    put_group(s, s.dbt, dB_, 0, u, c, t);
+    put_group(s, s.dct, dC_, 1, u, c, t);
+
+    spread(s.factor, s.decays.in.data() + k * u.heads, k > 0 ? s.decays.out.data() + (k - 1) * u.heads : nullptr, u, z_);
+    update_state(s.upward, c.whole() ? s.upward : nullptr, s.c_rows, s.v, c.first, s.factor, z_);
   }
 
-  void head(S& s, int64_t b, int64_t c, int64_t h, int64_t t0, int64_t q) {
-    const int64_t np = z_.np, pp = z_.pp, qp = z_.qp, at = (b * z_.l + t0) * z_.heads + h;
-    fill(s.decay, b, t0, h, q);
-    for (int64_t j = 0; j < q; ++j) {
-      s.steps[j] = dt_ ? dt_[at + j * z_.heads] : A(1);
-      s.weights[j] = s.steps[j] * s.decay.out[j];
-    }
-    pack_rows<A>(s.x, pp, x_.at(b, t0, h), x_.row, q, z_.p, qp);
-    pack_rows<A>(s.dy, pp, dy_.at(b, t0, h), dy_.row, q, z_.p, qp);
-    transpose<A>(s.dyt, qp, s.dy, pp, qp, pp);
-    scale_rows(s.xw, s.x, s.weights, q, pp);
-    scale_rows(s.dyw, s.dy, s.decay.in, q, pp);
-    const A* state = states_.before.template data<A>() + state_at(b, c, h) * z_.state();
-    const A* dstate = dstates_.behind.template data<A>() + state_at(b, c, h) * z_.state();
-    transpose<A>(s.state_t, np, state, pp, np, pp);
-    transpose<A>(s.dstate_t, np, dstate, pp, np, pp);
+  void head(S& s, const Unit& u, const Chunk& c, int64_t k, int64_t t, int64_t h) {
+    const A *state = s.states.data() + k * z_.state() + h * z_.p, *upward = s.upward + h * z_.p;
+    transpose_head(s.ut, s.u + h * z_.p, z_.p, z_);
+    transpose_head(s.vt, s.v + h * z_.p, z_.p, z_);
+    for (int64_t j = 0; j < kChunk; j += kTile<A>)
+      for (int64_t i = 0; i < c.q; i += kStrip)
+        multiply_rows<A>(s.v + i * z_.ws + h * z_.p, z_.ws, s.ut + j, kChunk, z_.p, [&](int row, int v, Vec<A> sum) __attribute__((always_inline)) {
+          const int64_t at = (i + row) * kChunk + j + v * kLanes<A>;
+          store(s.weights + at, sum * load(s.g + at));
+          store(s.gamma + at, load(s.gamma + at) + sum);
+        });
+    A* da = grad_.da.template data<A>() + (u.b * z_.l + t) * z_.heads + u.head + h;
+    decay_sums(da, z_.heads, s.weights, c.q);
 
-    // Gamma^T, (M C B^T)^T and the part of da inside the chunk.
-    products_of_group(s.et, s.x, s.dyt, q, qp, z_.p, pp);
-    std::fill(s.running, s.running + qp, A(0));
-    s.da[0] = 0;
-    for (int64_t j = 0; j < q; ++j) {
-      const int64_t from = first_column<A>(j), end = s.decay.end[static_cast<size_t>(j)];
-      A *m = s.m + j * qp, *e = s.et + j * qp, *gt = s.gt + j * qp;
-      mask_row(m, s.decay.high, s.decay.low, j, end, from, qp);
-      weigh_row(m, e, s.gamma + j * qp, gt, s.steps[j], from, qp);
-      s.da[j + 1] = decay_row(s.running, e, gt, j + 1, q);
+    if (!c.whole()) {
+      clear_columns(s.ut, z_.p, 0, c.last);
+      clear_columns(s.vt, z_.p, c.first, c.q);
     }
-
-    // dC_i += e^{s_i} dy_i h_in;  dB_j += e^{s_q - s_j} dt_j x_j dh_out.
-    for (int64_t i = 0; i < q; i += kStrip) {
-      A* out = s.wide + i * np;
-      multiply_strip<A>(out, np, s.dyw + i * pp, pp, 1, s.state_t, np, np, z_.p, false);
-      for (int64_t r = i; r < std::min(q, i + kStrip); ++r) s.from_in[r] = dot(s.wide + r * np, s.c_rows + r * np, z_.n);
-      add_rows(s.dC + i * np, out, kStrip * np);
-    }
-    for (int64_t j = 0; j < q; j += kStrip)
-      multiply_strip<A>(s.dB + j * np, np, s.xw + j * pp, pp, 1, s.dstate_t, np, np, z_.p, true);
-    // U_j = e^{s_q - s_j} dh_out B_j + sum_i M_ij (C_i . B_j) dy_i
-    for (int64_t j = 0; j < q; j += kStrip) {
-      const int64_t from = first_column<A>(j), rows = std::min<int64_t>(kStrip, q - j);
-      A* out = s.u + j * pp;
-      multiply_strip<A>(out, pp, s.b_rows + j * np, np, 1, dstate, pp, pp, z_.n, false);
-      for (int64_t r = j; r < j + rows; ++r) s.from_out[r] = dot(s.u + r * pp, s.xw + r * pp, pp);
-      scale_rows(out, out, s.decay.out + j, rows, pp);
-      multiply_strip<A>(out, pp, s.m + j * qp + from, qp, 1, s.dy + from * pp, pp, pp, q - from, true);
-    }
-
-    const A* D = in_.D.defined() ? in_.D.template data<A>() + h * z_.p : nullptr;
-    A* dD = D ? partial_D_.template data<A>() + state_at(b, c, h) * z_.p : nullptr;
-    A* ddt = dt_ ? grad_.ddt.template data<A>() + at : nullptr;
-    T* dx = dx_.at(b, t0, h);
-    for (int64_t j = 0; j < q; ++j) {
-      const A u_x = finish_row(dx + j * dx_.row, dD, s.u + j * pp, s.x + j * pp, s.dy + j * pp, D, s.steps[j], z_.p);
-      if (ddt) ddt[j * z_.heads] = u_x;
-    }
-    // The rest of da: outputs after r that read the state before the chunk, inputs before r, the state itself.
-    A through = s.decay.total == A(0) ? A(0) : s.decay.total * dot(state, dstate, z_.n * pp);
-    for (int64_t r = 0; r < q; ++r) {
-      s.da[r] += through;
+    to_states(s.dbt, s.from_out, upward, s.ut, s.bt);
+    to_states(s.dct, s.from_in, state, s.vt, s.ct);
+    // The rest of da: outputs from r on that read the state before the chunk, inputs before r, the state itself.
+    A through = c.whole() ? product(state, upward) : A(0), later = 0;
+    for (int64_t r = 0; r < c.q; ++r) {
+      da[r * z_.heads] += through;
       through += s.from_out[r];
     }
-    A later = 0;
-    A* da = grad_.da.template data<A>() + at;
-    for (int64_t r = q - 1; r >= 0; --r) {
+    for (int64_t r = c.q - 1; r >= 0; --r) {
       later += s.from_in[r];
-      da[r * z_.heads] = s.da[r] + later;
+      da[r * z_.heads] += later;
     }
   }
 
-  void sum_D() {
+  // d (n, kChunk) += state others, and dots[i] = sum_n (state others)_ni rows_ni.
+  void to_states(A* d, A* dots, const A* state, const A* others, const A* rows) const {
+    for (int64_t i = 0; i < kChunk; i += kTile<A>) {
+      Vec<A> dot[2] = {};
+      for (int64_t n = 0; n < z_.n; n += kStrip)
+        multiply_rows<A>(state + n * z_.ws, z_.ws, others + i, kChunk, z_.p, [&](int row, int v, Vec<A> sum) __attribute__((always_inline)) {
+          const int64_t at = (n + row) * kChunk + i + v * kLanes<A>;
+          store(d + at, load(d + at) + sum);
+          dot[v] += sum * load(rows + at);
+        });
+      store(dots + i, dot[0]);
+      store(dots + i + kLanes<A>, dot[1]);
+    }
+  }
+
+  A product(const A* state, const A* upward) const {
+    A sum = 0;
+    for (int64_t n = 0; n < z_.n; ++n) {
+      const A *__restrict x = state + n * z_.ws, *__restrict y = upward + n * z_.ws;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = 0; c < z_.p; ++c) sum += x[c] * y[c];
+    }
+    return sum;
+  }
+
+  void inputs(S& s, const Unit& u, const Chunk& c, int64_t piece, int64_t t) const {
+    for (int64_t j = 0; j < c.q; ++j)
+      for (int64_t h = 0; h < u.heads; ++h) {
+        const int64_t head = u.head + h, at = (u.b * z_.l + t + j) * z_.heads + head;
+        const A down = s.decays.down[static_cast<size_t>((c.begin + j) * u.heads + h)];
+        const A* D = D_ ? D_ + head * z_.p : nullptr;
+        A* dD = D_ ? partial_D_.template data<A>() + ((u.b * z_.pieces + piece) * z_.heads + head) * z_.p : nullptr;
+        const A du_x = finish_row(dx_.at(u.b, t + j, head), dD, s.du + j * z_.ws + h * z_.p, r_.x.at(u.b, t + j, head),
+                                  dy_.at(u.b, t + j, head), D, r_.dt ? down * r_.dt[at] : down, z_.p);
+        if (r_.dt) grad_.ddt.template data<A>()[at] = down * du_x;
+      }
+  }
+
+  // Rows of dB (0) or dC (1): to the result, or to this block's part of it.
+  void put_group(S& s, const A* d, const View<T>& to, int64_t which, const Unit& u, const Chunk& c, int64_t t) const {
+    transpose<A>(s.rows, z_.np, d, kChunk, z_.np, kChunk);
+    for (int64_t i = 0; i < c.q; ++i) {
+      if (z_.blocks == 1)
+        put_row(to.at(u.b, t + i, u.group), s.rows + i * z_.np, z_.n);
+      else
+        std::copy_n(s.rows + i * z_.np, z_.n,
+                    partial_.template data<A>() +
+                        ((((which * z_.blocks + u.block) * z_.b + u.b) * z_.l + t + i) * z_.g + u.group) * z_.n);
+    }
+  }
+
+  void sum_D() const {
     A* dD = grad_.dD.template data<A>();
     const A* partial = partial_D_.template data<A>();
     const int64_t n = z_.heads * z_.p;
     std::fill(dD, dD + n, A(0));
-    for (int64_t k = 0; k < z_.b * z_.chunks; ++k) add_rows(dD, partial + k * n, n);
+    for (int64_t k = 0; k < z_.b * z_.pieces; ++k) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) dD[i] += partial[k * n + i];
+    }
+  }
+
+  void sum_blocks() const {
+    const int64_t all = z_.b * z_.l * z_.g * z_.n;
+    parallel_for(0, z_.b * z_.l, 64, [&](int64_t first, int64_t last) {
+      std::vector<A> row(static_cast<size_t>(z_.n));
+      for (int64_t which = 0; which < 2; ++which)
+        for (int64_t i = first * z_.g; i < last * z_.g; ++i) {
+          const A* from = partial_.template data<A>() + which * z_.blocks * all + i * z_.n;
+          A* __restrict sum = row.data();
+          std::copy_n(from, z_.n, sum);
+          for (int64_t k = 1; k < z_.blocks; ++k) {
+#pragma omp simd
+            for (int64_t n = 0; n < z_.n; ++n) sum[n] += from[k * all + n];
+          }
+          put_row((which == 0 ? dB_ : dC_).at(i / z_.g / z_.l, i / z_.g % z_.l, i % z_.g), sum, z_.n);
+        }
+    });
   }
 
   SsdGrad& grad_;
-  const SsdInput& in_;
-  Sizes<A> z_;
-  View<const T> x_, B_, C_, dy_;
+  Reader<T> r_;
+  const Sizes<A>& z_;
+  View<const T> dy_;
   View<T> dx_, dB_, dC_;
-  States<T> states_;
-  StateGradients<T> dstates_;
-  Tensor partial_D_;
-  const A *a_, *dt_;
-  const int32_t* segments_;
+  const A* D_;
+  Tensor partial_D_, partial_;
 };
 
 }  // namespace

@@ -1,8 +1,16 @@
 #pragma once
-// Chunks of the state-space recurrence on the CPU (kernels/ssd.h). Work units are (batch, chunk, group), so that C B^T
-// is made once for the heads of a group and dB, dC are summed by one thread in order.
-// Tiles are padded with zeros to whole vectors (attention_tile.h); states are held transposed, (n, p).
+// Chunks of the state-space recurrence on the CPU (kernels/ssd.h), as products that all heads of a block share.
+// With r_i = a_2 + ... + a_i in a chunk and e_i = e^{r_i - r_q / 2}, M_ij = e_i / e_j is a product of two factors, so with
+//   u_j = dt_j x_j / e_j      h' = e^{a_1 + r_q / 2} h_in      G_ij = C_i . B_j for i >= j, else 0
+//   y_i = e_i (sum_j G_ij u_j + C_i h') + D x_i                h_out = e^{r_q / 2} (h' + sum_j B_j (x) u_j)
+// and neither G nor the products know of the heads: their channels lie side by side, up to kWidth of them, and the
+// exponentials are two for a position of a head. A chunk ends before |r| of one of the heads passes kRange, so that the
+// factors stay within e^{+-kRange / 2}; a single position fits always. Documents are masks on G, on the positions that
+// see h' (the first document) and on those that reach h_out (the last).
+// States are held transposed, (n, channels), rows `ws` apart: not a multiple of 4 KiB, whose rows would share few sets of
+// the cache.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "core/parallel.h"
@@ -13,8 +21,10 @@
 
 namespace krait::kernels::cpu::ssd {
 
-template <class A> inline constexpr int64_t kPad = std::max<int64_t>(cpu::kLanes<A>, kStrip);
-template <class A> inline int64_t padded(int64_t n) { return round_up(n, kPad<A>); }
+inline constexpr int64_t kChunk = 32, kWidth = 256;
+inline constexpr double kRange = 60;
+template <class A> inline constexpr int64_t kTile = 2 * kLanes<A>;  // columns of a register block
+static_assert(kChunk % kStrip == 0 && kChunk % kTile<float> == 0);
 
 /// A (b, l, heads, d) tensor with any strides but the last.
 template <class T>
@@ -26,16 +36,30 @@ struct View {
   T* at(int64_t b, int64_t l, int64_t h) const { return data + b * batch + l * row + h * head; }
 };
 
-/// Sizes of a call; np, pp, qp are padded.
+/// A block of heads of one group in one sequence.
+struct Unit {
+  int64_t b, group, block, head, heads;
+};
+
+/// What a call is cut into, by its shape alone. Pieces of a sequence go in parallel and bound the states that the
+/// backward keeps.
 template <class A>
 struct Sizes {
-  int64_t b, l, heads, p, g, n, chunk, chunks, group, np, pp, qp;
+  int64_t b, l, heads, p, g, n, chunk, group, block, blocks, np, width, ws, units, piece, pieces;
   explicit Sizes(const SsdInput& in)
       : b(in.x.size(0)), l(in.x.size(1)), heads(in.x.size(2)), p(in.x.size(3)), g(in.B.size(2)), n(in.B.size(3)),
-        chunk(in.chunk), chunks((l + chunk - 1) / chunk), group(heads / g), np(padded<A>(n)), pp(padded<A>(p)),
-        qp(padded<A>(chunk)) {}
-  int64_t state() const { return np * pp; }
-  Shape states() const { return {b, chunks, heads, state()}; }
+        chunk(std::min(in.chunk, kChunk)), group(heads / g), block(std::clamp<int64_t>(kWidth / p, 1, group)),
+        blocks((group + block - 1) / block), np(round_up(n, std::max<int64_t>(kStrip, kLanes<A>))),
+        width(round_up(block * p, kTile<A>)), ws(width + kLanes<A>), units(b * g * blocks) {
+    const int64_t wanted = (16 + units - 1) / units;
+    piece = std::min(l, std::clamp<int64_t>(round_up((l + wanted - 1) / wanted, kChunk), 4 * kChunk, 16 * kChunk));
+    pieces = (l + piece - 1) / piece;
+  }
+  int64_t state() const { return np * ws; }
+  Unit unit(int64_t i) const {
+    const int64_t k = i % blocks, j = i / blocks % g, head = j * group + k * block;
+    return {i / blocks / g, j, k, head, std::min(block, (j + 1) * group - head)};
+  }
 };
 
 /// Pieces of one zeroed block, 64-byte aligned.
@@ -55,172 +79,244 @@ class Workspace {
   A* next_;
 };
 
-/// Decays of one head in one chunk. Sums are made in double and kept as two numbers, so that the difference of two
-/// sums near -1000 keeps the digits of fp32.
-template <class A>
-struct Decay {
-  A *high, *low;              // s_i = high + low
-  A *in, *out;                // e^{s_i} and e^{s_q - s_j}, 0 across a document boundary
-  A total = 0;                // e^{s_q}, or 0
-  std::vector<int64_t> end;   // one past the last position of j's document in the chunk
-
-  Decay(Workspace<A>& w, int64_t qp)
-      : high(w.take(qp)), low(w.take(qp)), in(w.take(qp)), out(w.take(qp)), end(static_cast<size_t>(qp)) {}
-  static int64_t values(int64_t qp) { return 4 * (qp + 64); }
-
-  /// a: log decays, `stride` apart. segments: of the chunk's positions, or null; at `row_start` nothing lies before.
-  void fill(const A* a, int64_t stride, const int32_t* segments, bool row_start, int64_t q) {
-    double s = 0;
-    for (int64_t i = 0; i < q; ++i) {
-      s += static_cast<double>(a[i * stride]);
-      high[i] = static_cast<A>(s);
-      low[i] = static_cast<A>(s - static_cast<double>(high[i]));
-    }
-    end[static_cast<size_t>(q - 1)] = q;
-    for (int64_t j = q - 2; j >= 0; --j) {
-      const bool cut = segments && segments[j] != segments[j + 1];
-      end[static_cast<size_t>(j)] = cut ? j + 1 : end[static_cast<size_t>(j + 1)];
-    }
-    const bool fresh = segments && !row_start && segments[-1] != segments[0];
-    const int64_t carried = fresh ? 0 : end[0];  // positions that see the state before the chunk
-    const A last_high = high[q - 1], last_low = low[q - 1];
-#pragma omp simd
-    for (int64_t i = 0; i < q; ++i) {
-      in[i] = vexp(high[i] + low[i]);
-      out[i] = vexp((last_high - high[i]) + (last_low - low[i]));
-    }
-    total = carried == q ? in[q - 1] : A(0);
-    for (int64_t i = carried; i < q; ++i) in[i] = 0;
-    for (int64_t j = 0; j < q && end[static_cast<size_t>(j)] < q; ++j) out[j] = 0;
-  }
+/// Positions [begin, begin + q) of a piece. The first document in it ends at `first`, the last begins at `last`.
+struct Chunk {
+  int64_t begin, q, first, last;
+  bool whole() const { return first == q; }  // one document: the state passes through
 };
 
-/// Row j of the transposed mask: m[i] = e^{s_i - s_j} for i in [j, end_j), 0 in the rest of [from, qp).
+/// The chunks of a piece and the decays of a block of heads in it.
 template <class A>
-inline void mask_row(A* __restrict m, const A* __restrict high, const A* __restrict low, int64_t j, int64_t end,
-                     int64_t from, int64_t qp) {
-  for (int64_t i = from; i < j; ++i) m[i] = 0;
-  const A h = high[j], l = low[j];
-#pragma omp simd
-  for (int64_t i = j; i < end; ++i) m[i] = vexp((high[i] - h) + (low[i] - l));
-  for (int64_t i = end; i < qp; ++i) m[i] = 0;
-}
+struct Decays {
+  std::vector<Chunk> chunks;
+  std::vector<A> up, down;  // (positions, heads): e_i and 1 / e_i
+  std::vector<A> in, out;   // (chunks, heads): e^{a_1 + r_q / 2}, 0 where a document begins, and e^{r_q / 2}
 
-/// First column of row j's strip that is ever read.
-template <class A> inline int64_t first_column(int64_t j) { return j / kPad<A> * kPad<A>; }
-
-/// gt (qp, qp), rows j, columns i >= j: B_j . C_i. bt: rows of B; ct: C transposed (n, qp).
-template <class A>
-void products_of_group(A* gt, const A* rows, const A* ct, int64_t q, int64_t qp, int64_t k, int64_t row) {
-  for (int64_t j = 0; j < q; j += kStrip) {
-    const int64_t c = first_column<A>(j);
-    multiply_strip<A>(gt + j * qp + c, qp, rows + j * row, row, 1, ct + c, qp, qp - c, k, false);
-  }
-}
-
-/// to (rows, width) = factor_i * from; may be in place.
-template <class A>
-inline void scale_rows(A* to, const A* from, const A* factor, int64_t rows, int64_t width) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const A f = factor[i];
-#pragma omp simd
-    for (int64_t c = 0; c < width; ++c) to[i * width + c] = f * from[i * width + c];
-  }
-}
-
-/// s (n, pp) = rows^T weighted: sum_j rows[j, n] weighted[j, p].
-template <class A>
-inline void outer_sum(A* s, const A* rows, const A* weighted, int64_t q, const Sizes<A>& z) {
-  for (int64_t n = 0; n < z.n; n += kStrip)
-    multiply_strip<A>(s + n * z.pp, z.pp, rows + n, 1, z.np, weighted, z.pp, z.pp, q, false);
-}
-
-/// One pass over all chunks of one direction: calls f(b, chunk, group, first position, length) on every unit.
-template <class A, class Make, class F>
-void for_each_unit(const Sizes<A>& z, Make make_scratch, F f) {
-  parallel_for(0, z.b * z.chunks * z.g, 1, [&](int64_t begin, int64_t end) {
-    auto scratch = make_scratch();
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t g = unit % z.g, c = unit / z.g % z.chunks, b = unit / z.g / z.chunks, t0 = c * z.chunk;
-      f(scratch, b, c, g, t0, std::min(z.chunk, z.l - t0));
-    }
-  });
-}
-
-/// States before each chunk, (b, chunks, heads, np pp), and the decay of each whole chunk, (b, chunks, heads).
-/// Writes the final state where it is defined.
-template <class T>
-struct States {
-  using A = accum_t<T>;
-  Tensor before, totals;
-  States(const SsdInput& in, Tensor* final_state);
-};
-
-/// Gradients of the state behind each chunk, (b, chunks, heads, np pp), from dy and the final state's (may be undefined).
-/// Writes the initial state's where it is wanted.
-template <class T>
-struct StateGradients {
-  using A = accum_t<T>;
-  Tensor behind;
-  StateGradients(const SsdInput& in, const Tensor& dy, const Tensor& dfinal, Tensor* dinitial);
-};
-
-extern template struct States<float>;
-extern template struct States<double>;
-extern template struct States<bf16>;
-extern template struct StateGradients<float>;
-extern template struct StateGradients<double>;
-extern template struct StateGradients<bf16>;
-
-/// What a unit needs to sum outer products of rows (q, np) with others (q, pp), weighted by decays.
-template <class A>
-struct OuterScratch {
-  Workspace<A> w;
-  A *rows, *others;
-  Decay<A> decay;
-  explicit OuterScratch(const Sizes<A>& s)
-      : w(s.qp * (s.np + s.pp) + 256 + Decay<A>::values(s.qp)), rows(w.take(s.qp * s.np)), others(w.take(s.qp * s.pp)),
-        decay(w, s.qp) {}
-};
-
-/// The padded transpose (n, pp) of a state (p, n), and back.
-template <class A>
-void put_state(A* to, const A* from, const Sizes<A>& z) {
-  for (int64_t n = 0; n < z.n; ++n)
-    for (int64_t p = 0; p < z.p; ++p) to[n * z.pp + p] = from[p * z.n + n];
-}
-template <class A>
-void get_state(A* to, const A* from, const Sizes<A>& z) {
-  for (int64_t p = 0; p < z.p; ++p)
-    for (int64_t n = 0; n < z.n; ++n) to[p * z.n + n] = from[n * z.pp + p];
-}
-
-/// In every head, from the first chunk to the last or back: each chunk's own part of the state, (b, chunks, heads, np pp),
-/// is replaced by the state that arrives there, which goes on as total * state + part. `start` (b, heads, p, n) may be
-/// undefined; `end` takes what leaves, where it is wanted.
-template <class A>
-void carry_over_chunks(A* parts, const A* totals, const Tensor& start, Tensor* end, bool backwards, const Sizes<A>& z) {
-  parallel_for(0, z.b * z.heads, 1, [&](int64_t first, int64_t last) {
-    std::vector<A> state(static_cast<size_t>(z.state()));
-    for (int64_t i = first; i < last; ++i) {
-      A* __restrict running = state.data();
-      std::fill(state.begin(), state.end(), A(0));
-      if (start.defined()) put_state(running, start.data<A>() + i * z.p * z.n, z);
-      for (int64_t step = 0; step < z.chunks; ++step) {
-        const int64_t c = backwards ? z.chunks - 1 - step : step;
-        const int64_t unit = (i / z.heads * z.chunks + c) * z.heads + i % z.heads;
-        A* __restrict own = parts + unit * z.state();
-        const A decay = totals[unit];
-#pragma omp simd
-        for (int64_t k = 0; k < z.n * z.pp; ++k) {
-          const A arriving = running[k];
-          running[k] = decay * arriving + own[k];
-          own[k] = arriving;
+  /// a and segments (may be null) from the piece's first position of `l`; a's positions `row` apart. At `row_start`
+  /// nothing lies before.
+  void fill(const A* a, int64_t row, int64_t heads, const int32_t* segments, bool row_start, int64_t l, int64_t most) {
+    const size_t values = static_cast<size_t>(l * heads);
+    chunks.clear();
+    in.clear();
+    out.clear();
+    sums_.assign(values, 0);
+    up.resize(values);
+    down.resize(values);
+    const auto begins = [&](int64_t t) { return segments && (t > 0 || !row_start) && segments[t - 1] != segments[t]; };
+    for (int64_t t = 0; t < l; t += chunks.back().q) {
+      Chunk c{t, 1, 0, 0};
+      for (; t + c.q < l && c.q < most; ++c.q) {
+        const bool cut = begins(t + c.q);
+        double* sum = sums_.data() + (t + c.q) * heads;
+        double widest = 0;
+        for (int64_t h = 0; h < heads; ++h) {
+          sum[h] = sum[h - heads] + (cut ? 0.0 : static_cast<double>(a[(t + c.q) * row + h]));
+          widest = std::max(widest, std::fabs(sum[h]));
         }
+        if (!(widest <= kRange)) break;
+        if (cut && c.first == 0) c.first = c.q;
+        if (cut) c.last = c.q;
       }
-      if (end) get_state(end->data<A>() + i * z.p * z.n, running, z);
+      if (c.first == 0) c.first = c.q;
+      for (int64_t h = 0; h < heads; ++h) {
+        const double half = 0.5 * sums_[static_cast<size_t>((t + c.q - 1) * heads + h)];
+        in.push_back(begins(t) ? A(0) : static_cast<A>(std::exp(static_cast<double>(a[t * row + h]) + half)));
+        out.push_back(static_cast<A>(std::exp(half)));
+        for (int64_t i = t; i < t + c.q; ++i) sums_[static_cast<size_t>(i * heads + h)] -= half;
+      }
+      // A sum that went too far belongs to the next chunk, where it begins with 0.
+      if (t + c.q < l) std::fill_n(sums_.begin() + (t + c.q) * heads, heads, 0.0);
+      chunks.push_back(c);
     }
+    A *to = up.data(), *inverse = down.data();
+    const double* sum = sums_.data();
+#pragma omp simd
+    for (size_t i = 0; i < values; ++i) {
+      const A high = static_cast<A>(sum[i]), low = static_cast<A>(sum[i] - static_cast<double>(high));
+      to[i] = vexp(high) * (A(1) + low);
+      inverse[i] = vexp(-high) * (A(1) - low);
+    }
+  }
+
+ private:
+  std::vector<double> sums_;
+};
+
+/// One register block of kStrip rows by NV vectors: the sum over k of a's column times b's row, where k runs over two
+/// pairs of matrices one after the other; a(i, k) = a[i row + k column]. `done(i, v, sum)` takes every vector.
+template <class A>
+struct Factors {
+  const A *a, *b;
+  int64_t k, a_column, b_row;
+};
+template <class A, int NV, class Done>
+[[gnu::always_inline]] inline void multiply_tile(int64_t a_row, const Factors<A>& one, const Factors<A>& two, Done&& done) {
+  Vec<A> sum[kStrip][NV] = {};
+  const auto add = [&](const Factors<A>& f) __attribute__((always_inline)) {
+    const A *a = f.a, *b = f.b;
+    for (int64_t x = 0; x < f.k; ++x, a += f.a_column, b += f.b_row) {
+      Vec<A> row[NV];
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) row[v] = load(b + v * kLanes<A>);
+#pragma GCC unroll 8
+      for (int i = 0; i < kStrip; ++i) {
+        const A factor = a[i * a_row];
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) sum[i][v] += factor * row[v];
+      }
+    }
+  };
+  add(one);
+  add(two);
+#pragma GCC unroll 8
+  for (int i = 0; i < kStrip; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) done(i, v, sum[i][v]);
+}
+/// The same with a's columns contiguous (its strip's rows next to each other), and one pair.
+template <class A, class Done>
+[[gnu::always_inline]] inline void multiply_columns(const A* a, int64_t a_column, const A* b, int64_t b_row, int64_t k, Done&& done) {
+  multiply_tile<A, 2>(1, {a, b, k, a_column, b_row}, {a, b, 0, 0, 0}, done);
+}
+/// With a's rows contiguous, `a_row` apart.
+template <class A, class Done>
+[[gnu::always_inline]] inline void multiply_rows(const A* a, int64_t a_row, const A* b, int64_t b_row, int64_t k, Done&& done) {
+  multiply_tile<A, 2>(a_row, {a, b, k, 1, b_row}, {a, b, 0, 0, 0}, done);
+}
+
+/// to (rows, ws) = from (rows; heads, p) times a factor of every row and head, zero up to `width` and in the rows up to
+/// kChunk.
+template <class A, class T>
+void pack_scaled(A* to, const T* from, int64_t from_row, int64_t from_head, const A* factors, const A* more, int64_t more_row,
+                 const Unit& u, int64_t rows, const Sizes<A>& z) {
+  for (int64_t i = 0; i < rows; ++i) {
+    A* __restrict out = to + i * z.ws;
+    for (int64_t h = 0; h < u.heads; ++h) {
+      const A f = factors[i * u.heads + h] * (more ? more[i * more_row + h] : A(1));
+      const T* __restrict in = from + i * from_row + h * from_head;
+      A* __restrict at = out + h * z.p;
+#pragma omp simd
+      for (int64_t c = 0; c < z.p; ++c) at[c] = f * static_cast<A>(in[c]);
+    }
+    std::fill(out + u.heads * z.p, out + z.width, A(0));
+  }
+  std::fill(to + rows * z.ws, to + kChunk * z.ws, A(0));
+}
+
+/// The value of each head in its p columns.
+template <class A>
+void spread(A* to, const A* values, const A* times, const Unit& u, const Sizes<A>& z) {
+  for (int64_t h = 0; h < u.heads; ++h)
+    std::fill(to + h * z.p, to + (h + 1) * z.p, times ? values[h] * times[h] : values[h]);
+  std::fill(to + u.heads * z.p, to + z.width, A(0));
+}
+
+/// to (n, ws) = factor of the column * (from + rows^T others), rows (k, np), others (k, ws); `from` null counts as 0 and
+/// may be `to`.
+template <class A>
+void update_state(A* to, const A* from, const A* rows, const A* others, int64_t k, const A* factor, const Sizes<A>& z) {
+  for (int64_t w = 0; w < z.width; w += kTile<A>)
+    for (int64_t n = 0; n < z.n; n += kStrip)
+      multiply_columns<A>(rows + n, z.np, others + w, z.ws, k, [&](int i, int v, Vec<A> sum) __attribute__((always_inline)) {
+        const int64_t at = (n + i) * z.ws + w + v * kLanes<A>;
+        if (from) sum += load(from + at);
+        store(to + at, sum * load(factor + w + v * kLanes<A>));
+      });
+}
+
+/// Columns [first, last) of from (n, kChunk), the others 0.
+template <class A>
+const A* columns_from_to(A* to, const A* from, int64_t first, int64_t last, const Sizes<A>& z) {
+  for (int64_t n = 0; n < z.np; ++n)
+    for (int64_t i = 0; i < kChunk; ++i) to[n * kChunk + i] = i >= first && i < last ? from[n * kChunk + i] : A(0);
+  return to;
+}
+
+/// A state (heads, p, n) of the unit's heads as (n, ws), and back.
+template <class A>
+void put_state(A* to, const A* from, const Unit& u, const Sizes<A>& z) {
+  for (int64_t n = 0; n < z.n; ++n)
+    for (int64_t c = 0; c < u.heads * z.p; ++c) to[n * z.ws + c] = from[c * z.n + n];
+}
+template <class A>
+void get_state(A* to, const A* from, const Unit& u, const Sizes<A>& z) {
+  for (int64_t c = 0; c < u.heads * z.p; ++c)
+    for (int64_t n = 0; n < z.n; ++n) to[c * z.n + n] = from[n * z.ws + c];
+}
+template <class A>
+void scale_state(A* s, const A* factor, const Sizes<A>& z) {
+  for (int64_t n = 0; n < z.n; ++n) {
+    A* __restrict row = s + n * z.ws;
+#pragma omp simd
+    for (int64_t c = 0; c < z.width; ++c) row[c] *= factor[c];
+  }
+}
+
+/// A call's inputs, read by units.
+template <class T>
+struct Reader {
+  using A = accum_t<T>;
+  Sizes<A> z;
+  View<const T> x, B, C;
+  const A *a, *dt;
+  const int32_t* segments;
+  explicit Reader(const SsdInput& in)
+      : z(in), x(in.x), B(in.B), C(in.C), a(in.a.data<A>()), dt(in.dt.defined() ? in.dt.data<A>() : nullptr),
+        segments(in.segments.defined() ? in.segments.data<int32_t>() : nullptr) {}
+  int64_t length(int64_t piece) const { return std::min(z.piece, z.l - piece * z.piece); }
+  void fill(Decays<A>& d, const Unit& u, int64_t piece) const {
+    const int64_t at = u.b * z.l + piece * z.piece;
+    d.fill(a + at * z.heads + u.head, z.heads, u.heads, segments ? segments + at : nullptr, piece == 0, length(piece), z.chunk);
+  }
+  /// u_j of a chunk that begins at t of the sequence.
+  void pack_inputs(A* to, const Decays<A>& d, const Chunk& c, const Unit& u, int64_t t) const {
+    pack_scaled(to, x.at(u.b, t, u.head), x.row, x.head, d.down.data() + c.begin * u.heads,
+                dt ? dt + (u.b * z.l + t) * z.heads + u.head : nullptr, z.heads, u, c.q, z);
+  }
+  /// Rows (q, np) of B or C, zero up to kChunk rows.
+  void pack_group(A* to, const View<const T>& from, const Chunk& c, const Unit& u, int64_t t) const {
+    pack_rows<A>(to, z.np, from.at(u.b, t, u.group), from.row, c.q, z.n, kChunk);
+  }
+  const A* start_of(const Tensor& state, const Unit& u) const {
+    return state.defined() ? state.data<A>() + (u.b * z.heads + u.head) * z.p * z.n : nullptr;
+  }
+};
+
+/// f(scratch, unit number, piece) for all of them.
+template <class A, class Make, class F>
+void for_each_piece(const Sizes<A>& z, Make make_scratch, F f) {
+  parallel_for(0, z.units * z.pieces, 1, [&](int64_t begin, int64_t end) {
+    auto scratch = make_scratch();
+    for (int64_t i = begin; i < end; ++i) f(scratch, i / z.pieces, i % z.pieces);
   });
+}
+
+/// What arrives at each piece: states from the front, or gradients of states from dy and the end.
+template <class T>
+struct PieceStates {
+  using A = accum_t<T>;
+  Tensor arriving;  // (units, pieces, np, ws)
+  /// dy undefined: states. `start` (b, heads, p, n), may be undefined, is what arrives at the first piece (the last);
+  /// `end`, where it is wanted, takes what leaves the last (the first).
+  PieceStates(const SsdInput& in, const Tensor& dy, const Tensor& start, Tensor* end);
+  const A* at(int64_t unit, int64_t piece, const Sizes<A>& z) const {
+    return arriving.data<A>() + (unit * z.pieces + piece) * z.state();
+  }
+};
+extern template struct PieceStates<float>;
+extern template struct PieceStates<double>;
+extern template struct PieceStates<bf16>;
+
+/// What arrives at a piece: of `pieces` where the sequence is cut, else `start`.
+template <class T, class A = accum_t<T>>
+void load_state(A* to, const PieceStates<T>* pieces, const Tensor& start, int64_t unit, int64_t piece, const Reader<T>& r) {
+  const Unit u = r.z.unit(unit);
+  if (pieces) {
+    std::copy_n(pieces->at(unit, piece, r.z), r.z.state(), to);
+    return;
+  }
+  std::fill_n(to, r.z.state(), A(0));
+  if (start.defined()) put_state(to, r.start_of(start, u), u, r.z);
 }
 
 }  // namespace krait::kernels::cpu::ssd

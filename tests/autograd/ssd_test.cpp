@@ -110,6 +110,13 @@ std::vector<Shape> shapes_of(int64_t b, int64_t l, int64_t h, int64_t p, int64_t
   return {{b, l, h, p}, {b, l, h}, {b, l, h}, {b, l, g, n}, {b, l, g, n}, wide_D ? Shape{h, p} : Shape{h}, {b, h, p, n}};
 }
 
+// e^{a_1 + ... + a_q} is far below what fp32 holds.
+OpCase fast_decays() {
+  OpCase c = case_of("ssd, fast decays", 64, true, {shapes_of(2, 70, 3, 4, 1, 3), shapes_of(1, 200, 2, 3, 1, 2)});
+  c.fills[2] = Uniform{-40, -0.01};
+  return c;
+}
+
 const std::vector<OpCase>& cases() {
   static const std::vector<OpCase> all{
       case_of("ssd", 16, false,
@@ -117,7 +124,9 @@ const std::vector<OpCase>& cases() {
                shapes_of(0, 9, 2, 4, 1, 4), shapes_of(2, 0, 2, 4, 1, 4), shapes_of(2, 33, 1, 1, 1, 1)}),
       case_of("ssd with documents", 16, true, {shapes_of(2, 50, 4, 5, 2, 7), shapes_of(1, 1, 2, 4, 1, 3)}),
       case_of("ssd, wide", 64, true, {shapes_of(1, 150, 2, 64, 1, 128), shapes_of(2, 131, 2, 72, 1, 40, true)}),
-      case_of("ssd, one position per chunk", 1, true, {shapes_of(1, 9, 2, 4, 1, 4)})};
+      case_of("ssd, one position per chunk", 1, true, {shapes_of(1, 9, 2, 4, 1, 4)}),
+      // The CPU's pieces of a sequence and blocks of heads.
+      case_of("ssd, pieces", 64, true, {shapes_of(1, 300, 2, 3, 1, 2), shapes_of(1, 140, 3, 130, 1, 3)}), fast_decays()};
   return all;
 }
 // Tiles of the GPU's kernels: several per chunk, several per head and state.
