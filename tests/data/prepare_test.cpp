@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <csignal>
+#include <functional>
 #include <thread>
 
 #include "core/parallel.h"
@@ -68,9 +69,9 @@ std::string some_text(size_t bytes) {
   return text.substr(0, bytes - (text[bytes] < 0));
 }
 
-// Runs the body in a process of its own; the exit status, or minus the signal.
+// Runs the body in a process of its own, which is asked to stop once `stop` says so; the exit status, or minus the signal.
 template <class Body>
-int in_child(Body&& body, rusage* usage = nullptr, int kill_after_ms = 0) {
+int in_child(Body&& body, rusage* usage = nullptr, const std::function<bool()>& stop = {}) {
   const pid_t child = ::fork();
   if (child == 0) {
     int status = 0;
@@ -83,8 +84,8 @@ int in_child(Body&& body, rusage* usage = nullptr, int kill_after_ms = 0) {
     }
     ::_exit(status);
   }
-  if (kill_after_ms > 0) {
-    std::this_thread::sleep_for(std::chrono::milliseconds(kill_after_ms));
+  if (stop) {
+    for (int ms = 0; ms < 60'000 && !stop(); ++ms) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     ::kill(child, SIGTERM);
   }
   int status = 0;
@@ -417,7 +418,7 @@ TEST_CASE("large input takes constant memory, and a signal leaves nothing") {
 
   o.overwrite = true;
   const std::string before = testing::read_file(dir / "large.h5");
-  CHECK(in_child([&] { prepare(o); }, nullptr, 100) == 3);
+  CHECK(in_child([&] { prepare(o); }, nullptr, [&] { return files_in(dir) == 3; }) == 3);
   CHECK(files_in(dir) == 2);
   CHECK((testing::read_file(dir / "large.h5") == before));
 }

@@ -1,6 +1,6 @@
 #include "kernels/accumulate.h"
 
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 

@@ -4,7 +4,7 @@
 #include "kernels/set_scalars.h"
 #include "kernels/sgd.h"
 #include "tests/testing/golden.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 using namespace krait::kernels;

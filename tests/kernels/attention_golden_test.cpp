@@ -1,7 +1,7 @@
 #include "kernels/attention.h"
 #include "tests/testing/catch.h"
 #include "tests/testing/golden.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait {
 namespace {

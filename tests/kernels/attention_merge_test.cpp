@@ -1,7 +1,7 @@
 #include "kernels/attention_merge.h"
 
 #include "kernels/attention.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 using kernels::AttentionOptions;

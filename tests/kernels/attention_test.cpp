@@ -6,7 +6,7 @@
 #include "core/allocator.h"
 #include "core/parallel.h"
 #include "core/stream.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait {
 namespace {

@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "core/parallel.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 using namespace krait::kernels;

@@ -10,7 +10,7 @@
 #include "kernels/lion.h"
 #include "kernels/set_scalars.h"
 #include "kernels/sgd.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 using namespace krait::kernels;

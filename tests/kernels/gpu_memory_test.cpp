@@ -2,7 +2,7 @@
 #include "kernels/gpu_memory.h"
 
 #include "core/allocator.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 using namespace krait::kernels;

@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "core/parallel.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 using namespace krait::kernels;

@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "kernels/cross_entropy.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 using kernels::CrossEntropyOptions;

@@ -3,7 +3,7 @@
 #include "kernels/kan.h"
 #include "kernels/kan_fit.h"
 #include "tests/testing/golden.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 

@@ -4,7 +4,7 @@
 
 #include "core/parallel.h"
 #include "kernels/cpu/gemm.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 

@@ -4,7 +4,7 @@
 #include <map>
 
 #include "core/random.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 using kernels::SampleOptions;

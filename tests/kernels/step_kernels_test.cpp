@@ -4,7 +4,7 @@
 #include "kernels/linear.h"
 #include "kernels/mamba2_step.h"
 #include "kernels/mamba_step.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 using kernels::Epilogue;

@@ -7,7 +7,7 @@
 #include "kernels/mamba2_step.h"
 #include "kernels/mamba_step.h"
 #include "kernels/rms_norm.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 using kernels::Epilogue;

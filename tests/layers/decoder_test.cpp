@@ -4,7 +4,7 @@
 #include "core/random.h"
 #include "layers/attention_config.h"
 #include "layers/model.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait::layers {
 

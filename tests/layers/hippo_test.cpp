@@ -5,7 +5,7 @@
 
 #include "autograd/s4_kernel.h"
 #include "kernels/s4_kernel.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 using namespace krait::layers;

@@ -5,7 +5,7 @@
 #include "kernels/kan_fit.h"
 #include "layers/kan_network.h"
 #include "tests/testing/golden.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait::layers {
 

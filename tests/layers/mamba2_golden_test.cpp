@@ -1,7 +1,7 @@
 #include "layers/mamba2.h"
 #include "layers/model.h"
 #include "tests/testing/golden.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait::layers {
 

@@ -4,7 +4,7 @@
 
 #include "core/config_node.h"
 #include "layers/model.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait::layers {
 

@@ -3,7 +3,7 @@
 #include "layers/mamba.h"
 #include "layers/model.h"
 #include "tests/testing/golden.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait::layers {
 

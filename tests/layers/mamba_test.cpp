@@ -5,7 +5,7 @@
 #include "autograd/elementwise.h"
 #include "core/allocator.h"
 #include "layers/parameter_store.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait::layers {
 

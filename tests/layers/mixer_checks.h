@@ -2,7 +2,7 @@
 #include "autograd/elementwise.h"
 #include "layers/mixer.h"
 #include "layers/parameter_store.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 // What every recurrent mixer is held to, whatever its family. Layer: a struct with a mixer and its store.
 namespace krait::layers {

@@ -6,7 +6,7 @@
 #include "autograd/reduce.h"
 #include "autograd/shape.h"
 #include "layers/parameter_store.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait::layers {
 

@@ -5,7 +5,7 @@
 #include "autograd/elementwise.h"
 #include "layers/model.h"
 #include "tests/testing/golden.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait::layers {
 

@@ -3,7 +3,7 @@
 #include "layers/parameter_store.h"
 #include "layers/s4.h"
 #include "tests/testing/golden.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait::layers {
 

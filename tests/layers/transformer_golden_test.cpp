@@ -6,7 +6,7 @@
 #include "layers/mlp.h"
 #include "layers/model.h"
 #include "tests/testing/golden.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait::layers {
 

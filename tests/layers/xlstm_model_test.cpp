@@ -3,7 +3,7 @@
 #include "autograd/elementwise.h"
 #include "layers/model.h"
 #include "layers/xlstm_init.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait::layers {
 

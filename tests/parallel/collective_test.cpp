@@ -5,7 +5,7 @@
 #include "autograd/shape.h"
 #include "core/comm/job.h"
 #include "tests/parallel/world.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait {
 namespace {

@@ -10,7 +10,7 @@
 #include "kernels/elementwise.h"
 #include "layers/model.h"
 #include "tests/parallel/world.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 #include "train/yaml.h"
 
 namespace krait::layers {

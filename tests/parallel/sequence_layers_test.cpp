@@ -8,7 +8,7 @@
 #include "layers/model.h"
 #include "layers/registry.h"
 #include "tests/parallel/world.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 #include "train/yaml.h"
 
 namespace krait::layers {

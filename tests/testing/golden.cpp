@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdlib>
 
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 namespace krait::testing {
 

@@ -2,19 +2,12 @@
 #include <functional>
 #include <map>
 #include <string>
-#include <variant>
 #include <vector>
 
 #include "autograd/variable.h"
-#include "tests/testing/catch.h"
+#include "tests/testing/tensors.h"
 
 namespace krait::testing {
-
-struct Normal { double mean = 0, std = 1; };
-struct Uniform { double low = 0, high = 1; };
-struct Constant { double value = 0; };
-using Fill = std::variant<Normal, Uniform, Constant>;
-struct IntegerRange { int64_t low = 0, high = 1; };  // [low, high)
 
 /// What an operation returns: one variable or several.
 struct Outputs {
@@ -23,8 +16,6 @@ struct Outputs {
   Outputs(Vars v) : values(std::move(v)) {}      // NOLINT
 };
 using OpFunction = std::function<Outputs(const Vars&)>;
-
-inline constexpr DType f32 = DType::f32, f64 = DType::f64, bf16_type = DType::bf16;
 
 /// One operation and all the ways it is held to its mathematics.
 struct OpCase {
@@ -59,15 +50,4 @@ void check_grad(const OpCase& c);
 /// Tag such cases [cuda]: they are reported as skipped on a machine without a GPU.
 void check_twin(const OpCase& c);
 
-/// max|a - ref| / max(max|ref|, 1e-6); infinite when finiteness differs.
-double relative_error(const Tensor& a, const Tensor& reference);
-Tensor random_tensor(const Shape& shape, const Fill& fill, uint64_t seed, DType dtype = DType::f64);
-Tensor random_integers(const Shape& shape, IntegerRange range, uint64_t seed);
-/// The same values behind other strides and a storage offset.
-Tensor strided_copy_of(const Tensor& t);
-
 }  // namespace krait::testing
-
-namespace krait {
-using namespace testing;  // test files say OpCase, Normal, check_grad
-}

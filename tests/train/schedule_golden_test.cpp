@@ -1,7 +1,7 @@
 #include "train/schedule.h"
 
 #include "tests/testing/golden.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 
 using namespace krait;
 using namespace krait::train;
