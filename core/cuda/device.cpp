@@ -1,5 +1,8 @@
 #include "core/device.h"
 
+#include <map>
+#include <mutex>
+
 #include "core/cpu/allocator.h"
 #include "core/cuda/check.h"
 #include "core/deferred.h"
@@ -31,9 +34,16 @@ int cuda_device_count() {
 
 DeviceInfo device_info(Device device) {
   if (device.is_cpu()) return cpu_info();
+  // The driver takes milliseconds to gather all properties, and kernels ask at every launch.
+  static std::mutex mutex;
+  static auto* known = new std::map<int, DeviceInfo>;
+  const std::lock_guard lock(mutex);
+  const auto at = known->find(device.index);
+  if (at != known->end()) return at->second;
   cudaDeviceProp p{};
   check(cudaGetDeviceProperties(&p, device.index));
-  return {p.name, p.major * 10 + p.minor, p.multiProcessorCount, static_cast<int64_t>(p.totalGlobalMem)};
+  return (*known)[device.index] = {p.name, p.major * 10 + p.minor, p.multiProcessorCount,
+                                   static_cast<int64_t>(p.totalGlobalMem)};
 }
 
 void synchronize(Device device) {

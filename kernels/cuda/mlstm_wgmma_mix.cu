@@ -270,14 +270,11 @@ void launch_mix(const MlstmMixJob<bf16>& job, Stream stream) {
   const int box[] = {64, 64};
   const Maps maps{mlstm_rows_map(job.rows, s, depth), tensor_map(job.states, DType::bf16, state_sizes, state_strides, state_box),
                   tensor_map(job.coefficients, DType::bf16, sizes, strides, box), mlstm_rows_map(job.values, s, width)};
-  int blocks = 0;
-  int device = 0;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device));
+  const int64_t blocks = device_info(stream.device).multiprocessors;
   const int64_t count = s.units * s.chunks * 2 * job.tiles;
   const auto with = [&]<int kParts>() {
     launch(mix_kernel<M, kParts>,
-           {.grid = std::min<int64_t>(blocks, count), .block = kThreads, .shared = Layout<kParts>::kBytes, .stream = stream},
+           {.grid = std::min(blocks, count), .block = kThreads, .shared = Layout<kParts>::kBytes, .stream = stream},
            maps, job, count);
   };
   if (width / job.tiles == 384)

@@ -407,11 +407,7 @@ void run_recurrence(RecurrenceArgs<T> a, const Tensor& w, const Cell& cell) {
   using D = Direction<Cell, T, kForward>;
   const Device device = w.device();
   const Stream stream = current_stream(device);
-  GpuLimits gpu{};
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device.index));
-  gpu.multiprocessors = value;
-  gpu.shared = shared_limit(device);
+  const GpuLimits gpu{device_info(device).multiprocessors, shared_limit(device)};
   const RecurrencePlan plan =
       plan_recurrence({a.b, a.h, a.p, D::kRows, D::kVector, Cell::kStates, dtype_of<T>}, gpu);
 
