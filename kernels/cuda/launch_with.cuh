@@ -1,21 +1,26 @@
 #pragma once
+#include <algorithm>
+#include <array>
+#include <initializer_list>
+
 #include "core/cuda/launch.cuh"
 
-// launch() with an attribute.
+// launch() with attributes.
 namespace krait::kernels::cuda {
 
 /// What the runtime wants to know of such a launch.
 struct AttributedLaunch {
-  cudaLaunchAttribute attribute;
+  std::array<cudaLaunchAttribute, 2> attributes{};
   cudaLaunchConfig_t config{};
 
-  AttributedLaunch(const cudaLaunchAttribute& a, const LaunchConfig& c) : attribute(a) {
+  AttributedLaunch(std::initializer_list<cudaLaunchAttribute> a, const LaunchConfig& c) {
+    std::copy(a.begin(), a.end(), attributes.begin());
     config.gridDim = dim3(static_cast<unsigned>(c.grid), static_cast<unsigned>(c.grid_y), static_cast<unsigned>(c.grid_z));
     config.blockDim = dim3(static_cast<unsigned>(c.block));
     config.dynamicSmemBytes = static_cast<size_t>(c.shared);
     config.stream = native(c.stream);
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.attrs = attributes.data();
+    config.numAttrs = static_cast<unsigned>(a.size());
   }
   AttributedLaunch(const AttributedLaunch&) = delete;  // config points here
 };
@@ -27,12 +32,12 @@ void allow_shared(void (*kernel)(P...), int64_t bytes) {
 }
 
 template <class... P, class... A>
-void launch_with(const cudaLaunchAttribute& attribute, void (*kernel)(P...), const LaunchConfig& c, A&&... arguments) {
+void launch_with(std::initializer_list<cudaLaunchAttribute> attributes, void (*kernel)(P...), const LaunchConfig& c, A&&... arguments) {
   if (c.grid <= 0 || c.grid_y <= 0 || c.grid_z <= 0) return;
   KRAIT_CHECK(c.grid < (int64_t{1} << 31) && c.grid_y < 65536 && c.grid_z < 65536,
               "CUDA grid ({}, {}, {}) is too large; use a smaller batch", c.grid, c.grid_y, c.grid_z);
   allow_shared(kernel, c.shared);
-  const AttributedLaunch launch(attribute, c);
+  const AttributedLaunch launch(attributes, c);
   core::check(cudaLaunchKernelEx(&launch.config, kernel, static_cast<P>(arguments)...));
 }
 
@@ -42,7 +47,7 @@ void launch_cooperative(void (*kernel)(P...), const LaunchConfig& c, A&&... argu
   cudaLaunchAttribute a{};
   a.id = cudaLaunchAttributeCooperative;
   a.val.cooperative = 1;
-  launch_with(a, kernel, c, std::forward<A>(arguments)...);
+  launch_with({a}, kernel, c, std::forward<A>(arguments)...);
 }
 
 }  // namespace krait::kernels::cuda

@@ -41,15 +41,20 @@ void keep_shared_memory(void (*kernel)(P...)) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
 }
 
+/// May begin while the kernels before it run.
+inline cudaLaunchAttribute overlapping() {
+  cudaLaunchAttribute a{};
+  a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  a.val.programmaticStreamSerializationAllowed = 1;
+  return a;
+}
+
 /// launch() for a kernel that calls wait_for_previous() in every thread before it reads or writes memory.
 template <class... P, class... A>
 void launch_overlapped(void (*kernel)(P...), const LaunchConfig& c, A&&... arguments) {
   static const bool able = device_info(c.stream.device).compute_capability >= 90;
   if (!able) return launch(kernel, c, std::forward<A>(arguments)...);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  launch_with(attribute, kernel, c, std::forward<A>(arguments)...);
+  launch_with({overlapping()}, kernel, c, std::forward<A>(arguments)...);
 }
 
 }  // namespace krait::kernels::cuda
