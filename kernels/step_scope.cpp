@@ -4,9 +4,9 @@
 
 namespace krait::kernels {
 
-StepScope::StepScope(Device device, int64_t rows) {
+StepScope::StepScope(Device device, int64_t rows, bool scans) {
   KRAIT_ASSERT(current_deferred() == nullptr, "a step within a step");
-  KRAIT_DISPATCH(device, gather_steps(steps_, device, rows));
+  KRAIT_DISPATCH(device, gather_steps(steps_, device, rows, scans));
   current_deferred() = steps_.get();
 }
 

@@ -13,11 +13,11 @@ struct GatheredSteps : Deferred {
 
 /// While it lives, this thread's kernels of a decoding step of so many rows are gathered on a GPU that can (bf16, sm_90).
 /// Of few rows, what has been gathered runs as one launch: linear maps, norms, mamba_step, mamba2_step, attention_append;
-/// of more, neighbours run as one kernel where there is such. The results are there when anything else of this thread
-/// reads them: using the stream ends a launch.
+/// of more, or where all layers are such scans, neighbours run as one kernel where there is such. The results are there
+/// when anything else of this thread reads them: using the stream ends a launch.
 class StepScope {
  public:
-  explicit StepScope(Device device, int64_t rows = 1);
+  explicit StepScope(Device device, int64_t rows = 1, bool scans = false);
   ~StepScope();
   StepScope(const StepScope&) = delete;
   StepScope& operator=(const StepScope&) = delete;
@@ -31,6 +31,6 @@ class StepScope {
 };
 
 /// Null where steps cannot be gathered.
-KRAIT_BACKENDS(void gather_steps(std::unique_ptr<GatheredSteps>& steps, Device device, int64_t rows))
+KRAIT_BACKENDS(void gather_steps(std::unique_ptr<GatheredSteps>& steps, Device device, int64_t rows, bool scans))
 
 }  // namespace krait::kernels

@@ -17,7 +17,8 @@ struct DecodeRow {
 };
 // Goals: 4,000 tokens/s at batch 1, 150,000 at batch 64.
 constexpr DecodeRow kRows[] = {
-    {"mamba-130m", 1, true, 0.25},   {"mamba-130m", 8, true, 0},   {"mamba-130m", 64, true, 0.427},  {"mamba-130m", 256, true, 0},
+    {"mamba-130m", 1, true, 0.25},   {"mamba-130m", 2, true, 0},      {"mamba-130m", 4, true, 0},
+    {"mamba-130m", 8, true, 0},     {"mamba-130m", 64, true, 0.427},  {"mamba-130m", 256, true, 0},
     {"mamba2-130m", 1, true, 0.25},  {"mamba2-130m", 8, true, 0},  {"mamba2-130m", 64, true, 0.427}, {"mamba2-130m", 256, true, 0},
     {"mamba2-130m", 64, true, 0.427, DType::bf16},
     {"gpt2-124m", 1, true, 0.25},    {"gpt2-124m", 64, true, 0},   {"llama-124m", 1, true, 0},       {"llama-124m", 64, true, 0},

@@ -14,6 +14,7 @@ DecodeLoop::DecodeLoop(layers::LanguageModel& model, const layers::StoreOptions&
       position_(zeros({batch}, DType::i32, device_)), step_(zeros({1}, DType::i64, device_)),
       made_(zeros({batch, max_new}, DType::i64, device_)), pool_(device_) {
   for (layers::LayerState& layer : state_.layers) {
+    scans_ = scans_ && layer.tensors.contains("ssm");
     if (!layer.tensors.contains("k")) continue;
     // One position for all layers. Attention without it reads its position on the host: no graph serves two steps.
     if (layer.tensors.contains("position"))
@@ -68,7 +69,7 @@ void DecodeLoop::keep(const layers::DecoderState& after) {
 void DecodeLoop::run_step() {
   const NoGrad guard;
   std::optional<kernels::StepScope> together;
-  if (gathers_) together.emplace(device_, tokens_.size(0));
+  if (gathers_) together.emplace(device_, tokens_.size(0), scans_);
   layers::DecoderState now = state_;
   now.positions = position_.view({position_.size(0), 1});
   const Tensor logits = model_.next_logits(tokens_, now);

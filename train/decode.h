@@ -38,6 +38,7 @@ class DecodeLoop {
   kernels::SampleOptions sampling_;
   DType states_;
   bool graphs_, gathers_ = true;  // steps run in one launch
+  bool scans_ = true;             // every layer is Mamba's or Mamba-2's
   int64_t count_ = 0, plain_steps_ = 0;
   layers::DecoderState state_;
   Tensor tokens_, position_, step_, made_;  // (b, 1) int64; (b) int32; (1) int64; (b, max_new) int64

@@ -4,7 +4,7 @@
 #include "kernels/mamba_step.h"
 #include "kernels/step_scope.h"
 
-// A decoding step of more rows than one persistent kernel serves: an operation waits for the next one, and the two run as
+// A decoding step of more rows than one persistent kernel serves, or of Mamba and Mamba-2: an operation waits for the next one, and the two run as
 // one kernel where there is such: RMSNorm and the linear map behind it, a linear map and the sum with the residual stream,
 // Mamba's in_proj, convolution and x_proj. Kernels begin while the one in front still runs (overlap.cuh).
 namespace krait::kernels::cuda {

@@ -134,8 +134,8 @@ LinearStep rows_of(StepInput input, const Tensor& y) {
 
 }  // namespace
 
-void gather_steps(std::unique_ptr<GatheredSteps>& steps, Device device, int64_t rows) {
-  if (rows > kMaxStepRows) {
+void gather_steps(std::unique_ptr<GatheredSteps>& steps, Device device, int64_t rows, bool scans) {
+  if (rows > kMaxStepRows || scans) {
     steps = gather_rows(device);
     return;
   }

@@ -24,10 +24,10 @@ struct Maker {
 };
 
 // What `work` returns on the CPU, and on the GPU with its operations gathered; all of it twice, to the bit.
-void check_gathered(const std::function<std::vector<Tensor>(Maker)>& work, int64_t rows = 1, double slack = 1) {
+void check_gathered(const std::function<std::vector<Tensor>(Maker)>& work, int64_t rows = 1, double slack = 1, bool scans = false) {
   const std::vector<Tensor> cpu = work({kCpu});
   const auto gathered = [&] {
-    StepScope together(cuda_device(), rows);
+    StepScope together(cuda_device(), rows, scans);
     std::vector<Tensor> out = work({cuda_device()});
     together.finish();
     for (Tensor& t : out) t = t.cpu();
@@ -108,7 +108,7 @@ TEST_CASE("a step in one launch: mamba_step equals the cpu's", "[cuda]") {
 
 TEST_CASE("a step of many rows: blocks of Mamba equal the cpu's", "[cuda]") {
   struct Sizes { int64_t b, d, e, r; bool bias; };
-  for (const Sizes& s : {Sizes{64, 768, 1536, 48, true}, Sizes{9, 768, 1536, 48, false}, Sizes{33, 768, 1536, 48, true}, Sizes{65, 256, 512, 16, true},
+  for (const Sizes& s : {Sizes{1, 768, 1536, 48, true}, Sizes{5, 768, 1536, 48, true}, Sizes{64, 768, 1536, 48, true}, Sizes{9, 768, 1536, 48, false}, Sizes{33, 768, 1536, 48, true}, Sizes{65, 256, 512, 16, true},
                          Sizes{200, 96, 192, 8, false}, Sizes{64, 1024, 2048, 64, true}, Sizes{17, 64, 80, 4, true}, Sizes{12, 160, 40, 5, true}}) {
     INFO("b " << s.b << " d " << s.d << " e " << s.e << " r " << s.r);
     check_gathered([&](Maker m) {
@@ -135,13 +135,13 @@ TEST_CASE("a step of many rows: blocks of Mamba equal the cpu's", "[cuda]") {
       out.insert(out.end(), {last.residual, last.y, kernels::add(last.y, last.y)});
       out.insert(out.end(), states.begin(), states.end());
       return out;
-    }, s.b, 3);
+    }, s.b, 3, true);
   }
 }
 
 TEST_CASE("a step of many rows: blocks of Mamba-2 equal the cpu's, with plain states and with states behind their positions", "[cuda]") {
   struct Sizes { int64_t b, d, heads, p; bool D_each; DType states; };
-  for (const Sizes& s : {Sizes{64, 768, 24, 64, false, f32}, Sizes{9, 768, 24, 64, true, bf16_type}, Sizes{33, 96, 3, 24, false, f32}, Sizes{33, 96, 8, 24, false, f32},
+  for (const Sizes& s : {Sizes{1, 768, 24, 64, false, f32}, Sizes{4, 96, 3, 24, true, f32}, Sizes{64, 768, 24, 64, false, f32}, Sizes{9, 768, 24, 64, true, bf16_type}, Sizes{33, 96, 3, 24, false, f32}, Sizes{33, 96, 8, 24, false, f32},
                          Sizes{130, 64, 16, 8, true, bf16_type}})
     for (const bool behind : {false, true}) {
       INFO("b " << s.b << " d " << s.d << " heads " << s.heads << " p " << s.p << " behind " << behind);
@@ -169,12 +169,12 @@ TEST_CASE("a step of many rows: blocks of Mamba-2 equal the cpu's, with plain st
         if (!behind) out.push_back(h);
         return out;
       };
-      check_gathered(work, s.b, 3);
+      check_gathered(work, s.b, 3, true);
     }
 }
 
 TEST_CASE("a step of many rows: maps that share their input, and maps with nothing beside them, equal the cpu's", "[cuda]") {
-  for (const int64_t rows : {9, 31, 64, 130})
+  for (const int64_t rows : {1, 3, 9, 31, 64, 130})
     check_gathered([&](Maker m) {
       const Tensor residual = m.narrow({rows, 256}), norm = m.wide({256}, 1, 0.2), w = m.narrow({256, 256}, 0.06), gate = m.narrow({512, 256}, 0.06);
       const Tensor bias = m.narrow({256});
@@ -182,7 +182,7 @@ TEST_CASE("a step of many rows: maps that share their input, and maps with nothi
       const auto both = kernels::add_rms_norm_forward(first, residual, norm, 1e-5);
       const Tensor a = linear(both.y, gate), b = linear(both.y, w), c = linear(both.y, w, bias);
       return std::vector<Tensor>{first, both.residual, both.y, a, b, c, kernels::add(both.y, c)};
-    }, rows, 2);
+    }, rows, 2, true);
 }
 
 TEST_CASE("a step in one launch: mamba2_step and the map behind it equal the cpu's", "[cuda]") {
