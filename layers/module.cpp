@@ -2,13 +2,15 @@
 
 #include <algorithm>
 
+#include "layers/random_values.h"
+
 namespace krait::layers {
 
 Initializer normal(double std, double mean) {
-  return [=](Tensor& value, uint64_t key) { fill_normal_(value, mean, std, key); };
+  return RandomValues{fill_normal_, mean, std};
 }
 Initializer uniform(double low, double high) {
-  return [=](Tensor& value, uint64_t key) { fill_uniform_(value, low, high, key); };
+  return RandomValues{fill_uniform_, low, high};
 }
 Initializer constant(double v) {
   return [=](Tensor& value, uint64_t) { fill_(value, v); };

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <set>
 
+#include "layers/random_values.h"
+
 namespace krait::layers {
 
 namespace {
@@ -70,8 +72,11 @@ ParameterStore::ParameterStore(Module& module, const StoreOptions& options)
   Tensor host = zeros({numel_}, options.master, kCpu);
   for (size_t i = 0; i < parameters_.size(); ++i)
     for_each_part(parameters_[i], entry_view(host, entries_[i]), [&](const ParameterPart& part, Tensor target) {
-      Tensor value = empty(whole_shape(parameters_[i], part), DType::f64, kCpu);
-      part.init(value, random_key(options.seed, "init." + parameters_[i].prefix + part.name));
+      const uint64_t key = random_key(options.seed, "init." + parameters_[i].prefix + part.name);
+      const bool any_dtype = part.init.target<RandomValues>() != nullptr;
+      if (any_dtype && part.shard.ranges.empty()) return part.init(target, key);
+      Tensor value = empty(whole_shape(parameters_[i], part), any_dtype ? options.master : DType::f64, kCpu);
+      part.init(value, key);
       copy_(target, local_values(value, part.shard));
     });
   master_ = host.to(options.device);

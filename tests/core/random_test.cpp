@@ -75,6 +75,17 @@ TEST_CASE("fill_uniform stays in its interval") {
   CHECK(sum / 200000 == Approx(0.5).margin(0.015));
 }
 
+TEST_CASE("initial values in fp32 are those in fp64, rounded") {
+  const int64_t n = 1 << 20;
+  Tensor exact = empty({n}, DType::f64, kCpu), rounded = empty({n}, DType::f32, kCpu);
+  for (const auto fill : {fill_normal_, fill_uniform_})
+    for (const auto& [a, b] : {std::pair{0.0, 0.02}, {1.5, 3.0}}) {
+      fill(exact, a, b, 7);
+      fill(rounded, a, b, 7);
+      CHECK(rounded.to_vector<float>() == exact.to(DType::f32).to_vector<float>());
+    }
+}
+
 TEST_CASE("initial values depend on key and element alone") {
   Tensor a = empty({10007}, DType::f64, kCpu), b = empty({10007}, DType::f64, kCpu), shorter = empty({7}, DType::f64, kCpu);
   fill_normal_(a, 1, 2, 5);
