@@ -1,7 +1,5 @@
 #include "train/decode.h"
 
-#include <optional>
-
 #include "kernels/step_scope.h"
 #include "layers/decoder.h"
 
@@ -68,17 +66,14 @@ void DecodeLoop::keep(const layers::DecoderState& after) {
 
 void DecodeLoop::run_step() {
   const NoGrad guard;
-  std::optional<kernels::StepScope> together;
-  if (gathers_) together.emplace(device_, tokens_.size(0), scans_);
+  kernels::StepScope together(device_, tokens_.size(0), scans_);
   layers::DecoderState now = state_;
   now.positions = position_.view({position_.size(0), 1});
   const Tensor logits = model_.next_logits(tokens_, now);
   keep(now);
   const Tensor drawn = kernels::sample(logits, step_, sampling_);
   kernels::sample_advance(made_, tokens_, position_, step_, drawn);
-  if (!together) return;
-  together->finish();
-  gathers_ = gathers_ && together->pays();
+  together.finish();
 }
 
 void DecodeLoop::step() {

@@ -37,7 +37,7 @@ class DecodeLoop {
   Device device_;
   kernels::SampleOptions sampling_;
   DType states_;
-  bool graphs_, gathers_ = true;  // steps run in one launch
+  bool graphs_;
   bool scans_ = true;             // every layer is Mamba's or Mamba-2's
   int64_t count_ = 0, plain_steps_ = 0;
   layers::DecoderState state_;

@@ -2,6 +2,6 @@
 
 namespace krait::kernels::cpu {
 
-void gather_steps(std::unique_ptr<GatheredSteps>&, Device, int64_t, bool) {}  // work on a CPU is immediate
+void gather_steps(std::unique_ptr<Deferred>&, Device, int64_t, bool) {}  // work on a CPU is immediate
 
 }  // namespace krait::kernels::cpu

@@ -2,6 +2,7 @@
 
 #include "core/cuda/launch.cuh"
 #include "kernels/cuda/aligned.h"
+#include "kernels/cuda/few_queue.h"
 #include "kernels/cuda/hopper.h"
 #include "kernels/cuda/linear_fused.cuh"
 #include "kernels/cuda/linear_fused.h"
@@ -173,7 +174,7 @@ bool fused_gated_gradient(Tensor& dpre, const Tensor& dy, const Tensor& w, const
 }  // namespace
 
 void gated_units_forward(bool& done, Tensor& h, Tensor& pre, const Gemm& product) {
-  done = fused_gated_units(h, pre, product);
+  done = gather_few_gated_units(h, pre, product) || fused_gated_units(h, pre, product);
 }
 
 void units_backward(bool& done, Tensor& dpre, Tensor& db, bool add_db, const Tensor& dy, const Tensor& w, const Tensor& pre,

@@ -1,13 +1,13 @@
 #include "kernels/layer_norm.h"
 
+#include "kernels/cuda/few_queue.h"
 #include "kernels/cuda/norm_backward.cuh"
-#include "kernels/cuda/step_queue.h"
 
 namespace krait::kernels::cuda {
 
 void layer_norm_forward(Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual,
                         const Tensor& w, const Tensor& b, double eps) {
-  if (gather_norm(true, y, sum, mean, rstd, x, residual, w, b, eps)) return;
+  if (gather_few_norm(true, y, sum, mean, rstd, x, residual, w, b, eps)) return;
   norm_forward<true>(y, sum, mean, rstd, x, residual, w, b, eps);
 }
 

@@ -1,10 +1,10 @@
 #include "kernels/cuda/linear_rows.h"
 
 #include "kernels/cuda/epilogue.cuh"
+#include "kernels/cuda/few_queue.h"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
 #include "kernels/cuda/rows_queue.h"
-#include "kernels/cuda/step_queue.h"
 
 namespace krait::kernels::cuda {
 
@@ -93,7 +93,7 @@ bool linear_few_rows(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epil
     return false;
   if (gather_rows_linear(y, g, bias, epilogue)) return true;
   if (g.m > 8) return linear_batch_rows(y, g, bias, epilogue);
-  if (gather_linear(y, g, bias, epilogue)) return true;
+  if (gather_few_linear(y, g, bias, epilogue)) return true;
   if (g.dtype == DType::bf16)
     run<bf16>(y, g, bias, epilogue);
   else

@@ -3,7 +3,6 @@
 #include "kernels/cuda/block_reduce.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/rows_queue.h"
-#include "kernels/cuda/step_queue.h"
 #include "kernels/cuda/step_rows.h"
 
 namespace krait::kernels::cuda {
@@ -117,7 +116,6 @@ __global__ void __launch_bounds__(kNormThreads)
 
 void mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions* recent, const Tensor& zxbcdt, const Mamba2StepWeights& w) {
   if (gather_rows_mamba2_step(y, conv, h, recent, zxbcdt, w)) return;
-  if (recent == nullptr && gather_mamba2_step(y, conv, h, zxbcdt, w)) return;
   if ((recent != nullptr || h.size(0) > kFewRows) && mamba2_step_rows(y, conv, h, recent, zxbcdt, w)) return;
   KRAIT_CHECK(recent == nullptr, "mamba2_step: a state {} behind its positions is not served", describe(h));
   Layout d{h.size(1), h.size(2), h.size(3), 1, w.conv_weight.size(1), h.size(1) * h.size(2), w.conv_weight.size(0), zxbcdt.size(1),

@@ -3,7 +3,6 @@
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
 #include "kernels/cuda/rows_queue.h"
-#include "kernels/cuda/step_queue.h"
 #include "kernels/cuda/step_rows.h"
 
 namespace krait::kernels::cuda {
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, const MambaStepWeights& w) {
-  if (gather_mamba_step(y, conv, h, xz, w) || gather_rows_mamba_step(y, conv, h, xz, w)) return;
+  if (gather_rows_mamba_step(y, conv, h, xz, w)) return;
   if (xz.size(0) > kFewRows && mamba_step_rows(y, conv, h, xz, w)) return;
   const int64_t rows = xz.size(0), e = w.A_log.size(0), n = w.A_log.size(1), r = w.dt_proj.size(1), outputs = r + 2 * n;
   const int k = static_cast<int>(w.conv_weight.size(1));

@@ -1,15 +1,15 @@
 #include "kernels/rms_norm.h"
 
+#include "kernels/cuda/few_queue.h"
 #include "kernels/cuda/norm_backward.cuh"
 #include "kernels/cuda/rows_queue.h"
-#include "kernels/cuda/step_queue.h"
 
 namespace krait::kernels::cuda {
 
 void rms_norm_forward(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, const Tensor& residual, const Tensor& w,
                       double eps) {
   Tensor no_mean;
-  if (gather_norm(false, y, sum, no_mean, rstd, x, residual, w, Tensor(), eps)) return;
+  if (gather_few_norm(false, y, sum, no_mean, rstd, x, residual, w, Tensor(), eps)) return;
   if (gather_rows_norm(y, sum, rstd, x, residual, w, eps)) return;
   norm_forward<false>(y, sum, no_mean, rstd, x, residual, w, Tensor(), eps);
 }

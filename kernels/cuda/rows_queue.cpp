@@ -30,7 +30,7 @@ struct WaitingLinear {
   std::vector<Tensor> reads;  // whose memory nobody else may take before the launch
 };
 
-class RowsQueue final : public GatheredSteps {
+class RowsQueue final : public Deferred {
  public:
   explicit RowsQueue(Device device) : device_(device) {}
 
@@ -72,9 +72,8 @@ class RowsQueue final : public GatheredSteps {
 
 }  // namespace
 
-std::unique_ptr<GatheredSteps> gather_rows(Device device) {
-  static const bool able = device_info(device).compute_capability >= 90;
-  return able ? std::make_unique<RowsQueue>(device) : nullptr;
+std::unique_ptr<Deferred> gather_rows(Device device) {
+  return std::make_unique<RowsQueue>(device);
 }
 
 bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, const Tensor& residual, const Tensor& w, double eps) {

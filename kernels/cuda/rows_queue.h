@@ -4,13 +4,12 @@
 #include "kernels/mamba_step.h"
 #include "kernels/step_scope.h"
 
-// A decoding step of more rows than one persistent kernel serves, or of Mamba and Mamba-2: an operation waits for the next one, and the two run as
-// one kernel where there is such: RMSNorm and the linear map behind it, a linear map and the sum with the residual stream,
-// Mamba's in_proj, convolution and x_proj. Kernels begin while the one in front still runs (overlap.cuh).
+// A decoding step of more rows than few_queue.h serves, or of Mamba and Mamba-2: an operation waits for the next one, and
+// the two run as one kernel where there is such: RMSNorm and the linear map behind it, a linear map and the sum with the
+// residual stream, Mamba's in_proj, convolution and x_proj. Kernels begin while the one in front still runs (overlap.cuh).
 namespace krait::kernels::cuda {
 
-/// Null where steps cannot be gathered.
-std::unique_ptr<GatheredSteps> gather_rows(Device device);
+std::unique_ptr<Deferred> gather_rows(Device device);
 
 /// Each is true when it took the operation, with outputs allocated by the caller; false without such a scope, or where it
 /// does not serve.

@@ -2,6 +2,7 @@
 
 #include "kernels/attention_append.h"
 #include "kernels/elementwise.h"
+#include "kernels/feed_forward.h"
 #include "kernels/layer_norm.h"
 #include "kernels/linear.h"
 #include "kernels/mamba2_step.h"
@@ -48,7 +49,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias = {}, Epilogu
 
 }  // namespace
 
-TEST_CASE("a step in one launch: norms and linear maps equal the cpu's", "[cuda]") {
+TEST_CASE("a step of few rows: norms and linear maps equal the cpu's", "[cuda]") {
   struct Sizes { int64_t rows, k, n; bool centred; };
   for (const auto& [rows, k, n, centred] :
        {Sizes{1, 8, 1, false}, Sizes{1, 768, 33, true}, Sizes{1, 768, 3072, false}, Sizes{1, 1032, 70, true}, Sizes{1, 1536, 40, false},
@@ -73,7 +74,7 @@ TEST_CASE("a step in one launch: norms and linear maps equal the cpu's", "[cuda]
   }
 }
 
-TEST_CASE("a step in one launch: wide inputs, and more operations than a launch holds", "[cuda]") {
+TEST_CASE("a step of few rows: wide inputs, and many operations", "[cuda]") {
   check_gathered([](Maker m) {
     const Tensor w = m.narrow({300, 3072}, 0.02), back = m.narrow({3072, 300}, 0.05);
     Tensor x = m.narrow({1, 3072});
@@ -89,7 +90,7 @@ TEST_CASE("a step in one launch: wide inputs, and more operations than a launch 
   });
 }
 
-TEST_CASE("a step in one launch: mamba_step equals the cpu's", "[cuda]") {
+TEST_CASE("a step of few rows: mamba_step equals the cpu's", "[cuda]") {
   struct Sizes { int64_t b, e, n, r, k; bool bias; };
   for (const Sizes& s : {Sizes{1, 1536, 16, 48, 4, true}, Sizes{1, 96, 16, 6, 4, false}, Sizes{3, 40, 5, 3, 4, true}, Sizes{8, 1536, 16, 48, 4, true},
                          Sizes{2, 37, 5, 3, 2, false}, Sizes{5, 256, 16, 128, 4, true}}) {
@@ -185,7 +186,7 @@ TEST_CASE("a step of many rows: maps that share their input, and maps with nothi
     }, rows, 2, true);
 }
 
-TEST_CASE("a step in one launch: mamba2_step and the map behind it equal the cpu's", "[cuda]") {
+TEST_CASE("a step of few rows: mamba2_step and the map behind it equal the cpu's", "[cuda]") {
   struct Sizes { int64_t b, heads, p, n, g, k; bool norm_first, D_each; };
   for (const Sizes& s : {Sizes{1, 24, 64, 128, 1, 4, false, false}, Sizes{1, 3, 64, 128, 1, 4, true, true}, Sizes{3, 8, 20, 20, 1, 3, true, false},
                          Sizes{8, 24, 64, 128, 1, 4, false, false}, Sizes{2, 4, 20, 20, 2, 4, false, false}, Sizes{2, 8, 32, 256, 1, 4, false, true}}) {
@@ -207,7 +208,7 @@ TEST_CASE("a step in one launch: mamba2_step and the map behind it equal the cpu
   }
 }
 
-TEST_CASE("a step in one launch: attention_append equals the cpu's", "[cuda]") {
+TEST_CASE("a step of few rows: attention_append equals the cpu's", "[cuda]") {
   struct Sizes { int64_t b, hq, hkv, d; bool rope, alibi; kernels::RopeStyle style; };
   for (const Sizes& s : {Sizes{1, 12, 12, 64, false, false, kernels::RopeStyle::half}, Sizes{2, 4, 2, 64, true, false, kernels::RopeStyle::half},
                          Sizes{1, 3, 3, 32, true, true, kernels::RopeStyle::interleaved}, Sizes{8, 20, 20, 8, true, false, kernels::RopeStyle::half},
@@ -233,8 +234,7 @@ TEST_CASE("a step in one launch: attention_append equals the cpu's", "[cuda]") {
   }
 }
 
-// Programs of one row whose operations follow each other as in a model have a kernel of their own.
-TEST_CASE("a step in one launch: layers of Mamba equal the cpu's", "[cuda]") {
+TEST_CASE("a step of few rows: layers of Mamba equal the cpu's", "[cuda]") {
   struct Sizes { int64_t d, e, n, r; };
   for (const auto& [d, e, n, r] : {Sizes{768, 1536, 16, 48}, Sizes{264, 520, 6, 4}, Sizes{1032, 2064, 16, 64}, Sizes{64, 96, 5, 3}}) {
     INFO("d " << d << " e " << e << " n " << n << " r " << r);
@@ -258,7 +258,7 @@ TEST_CASE("a step in one launch: layers of Mamba equal the cpu's", "[cuda]") {
   }
 }
 
-TEST_CASE("a step in one launch: layers of Mamba-2 equal the cpu's", "[cuda]") {
+TEST_CASE("a step of few rows: layers of Mamba-2 equal the cpu's", "[cuda]") {
   struct Sizes { int64_t d, heads, p, n; bool norm_first, D_each; };
   for (const auto& [d, heads, p, n, norm_first, D_each] :
        {Sizes{768, 24, 64, 128, false, false}, Sizes{264, 8, 20, 20, true, false}, Sizes{1024, 32, 64, 256, false, true}, Sizes{64, 6, 16, 64, false, false}}) {
@@ -283,7 +283,7 @@ TEST_CASE("a step in one launch: layers of Mamba-2 equal the cpu's", "[cuda]") {
   }
 }
 
-TEST_CASE("a step in one launch: blocks with attention equal the cpu's", "[cuda]") {
+TEST_CASE("a step of few rows: blocks with attention whose weights come in between equal the cpu's", "[cuda]") {
   struct Sizes { int64_t d, hq, hkv, head, wide; int32_t position; bool rope, alibi; kernels::RopeStyle style; };
   for (const Sizes& s : {Sizes{768, 12, 12, 64, 3072, 319, false, false, kernels::RopeStyle::half}, Sizes{256, 4, 2, 64, 512, 17, true, false, kernels::RopeStyle::half},
                          Sizes{96, 3, 3, 32, 264, 0, true, true, kernels::RopeStyle::interleaved}, Sizes{1024, 8, 2, 128, 2816, 1100, true, false, kernels::RopeStyle::half},
@@ -314,5 +314,64 @@ TEST_CASE("a step in one launch: blocks with attention equal the cpu's", "[cuda]
       }
       return out;
     });
+  }
+}
+
+// Weights stand ready before the step, so that neighbours meet: nothing else uses the stream between them.
+TEST_CASE("a step of few rows: blocks with attention equal the cpu's", "[cuda]") {
+  struct Sizes { int64_t b, d, hq, hkv, head, wide, capacity; int32_t position; bool centred, rope, gated; kernels::RopeStyle style = kernels::RopeStyle::half; };
+  for (const Sizes& s : {Sizes{1, 768, 12, 12, 64, 3072, 320, 319, true, false, false}, Sizes{2, 768, 12, 12, 64, 3072, 320, 0, true, false, false},
+                         Sizes{1, 768, 12, 4, 64, 2048, 320, 200, false, true, true}, Sizes{3, 768, 12, 12, 64, 3072, 320, 64, true, false, false},
+                         Sizes{5, 256, 4, 2, 64, 512, 70, 69, false, true, true, kernels::RopeStyle::interleaved}, Sizes{8, 768, 12, 12, 64, 2048, 320, 31, false, true, true},
+                         Sizes{2, 1024, 8, 2, 128, 4096, 1200, 1100, true, true, false}, Sizes{1, 1024, 16, 16, 64, 2816, 1200, 1199, false, true, true},
+                         Sizes{2, 512, 8, 8, 64, 1000, 33, 33, false, true, true}, Sizes{3, 264, 3, 3, 88, 264, 90, 40, true, false, false}}) {
+    INFO("b " << s.b << " d " << s.d << " hq " << s.hq << " head " << s.head << " position " << s.position);
+    check_gathered([&](Maker m) {
+      constexpr int kLayers = 2;
+      const int64_t inner = s.hq * s.head, all = (s.hq + 2 * s.hkv) * s.head;
+      kernels::AttentionAppend a{.hq = s.hq, .hkv = s.hkv, .style = s.style};
+      if (s.rope) {
+        const auto table = kernels::rope_table(s.capacity, s.head / 2, 10000, m.device, f32);
+        a.cos = table.cos, a.sin = table.sin;
+      }
+      const Tensor position = from_vector(std::vector<int32_t>(static_cast<size_t>(s.b), std::min(s.position, static_cast<int32_t>(s.capacity) - 1))).to(m.device);
+      struct Weights { Tensor n1, b1, n2, b2, qkv, qkv_bias, out, out_bias, up, up_bias, down, k, v; };
+      std::vector<Weights> layers;
+      for (int i = 0; i < kLayers; ++i)
+        layers.push_back({m.wide({s.d}, 1, 0.2), m.wide({s.d}, 0, 0.2), m.wide({s.d}, 1, 0.2), m.wide({s.d}, 0, 0.2), m.narrow({all, s.d}, 0.05), m.narrow({all}, 0.1),
+                          m.narrow({s.d, inner}, 0.05), m.narrow({s.d}, 0.1), m.narrow({s.gated ? 2 * s.wide : s.wide, s.d}, 0.05), m.narrow({s.wide}, 0.1),
+                          m.narrow({s.d, s.wide}, 0.03), m.narrow({s.b, s.capacity, s.hkv, s.head}), m.narrow({s.b, s.capacity, s.hkv, s.head})});
+      const Tensor head = m.narrow({999, s.d}, 0.05), last_norm = m.wide({s.d}, 1, 0.2), last_bias = m.wide({s.d}, 0, 0.2);
+      Tensor residual = m.narrow({s.b, s.d}), pending;
+      std::vector<Tensor> out;
+      const auto normed = [&](const Tensor& w, const Tensor& b) {
+        if (!pending.defined()) return s.centred ? kernels::layer_norm_forward(residual, w, b, 1e-5).y : kernels::rms_norm_forward(residual, w, 1e-5).y;
+        Tensor y;
+        if (s.centred) {
+          const auto both = kernels::add_layer_norm_forward(pending, residual, w, b, 1e-5);
+          residual = both.residual, y = both.y;
+          out.insert(out.end(), {both.mean, both.rstd});
+        } else {
+          const auto both = kernels::add_rms_norm_forward(pending, residual, w, 1e-5);
+          residual = both.residual, y = both.y;
+          out.push_back(both.rstd);
+        }
+        out.insert(out.end(), {pending, residual, y});
+        return y;
+      };
+      for (Weights& w : layers) {
+        const Tensor qkv = linear(normed(w.n1, w.b1), w.qkv, s.centred ? w.qkv_bias : Tensor{});
+        const Tensor o = kernels::attention_append(qkv.view({s.b, s.hq + 2 * s.hkv, s.head}), w.k, w.v, position, a);
+        pending = linear(o.view({s.b, inner}), w.out, s.centred ? w.out_bias : Tensor{});
+        const Tensor x = normed(w.n2, w.b2);
+        const Tensor units = s.gated ? kernels::gated_units_forward(x, w.up, {}).h : linear(x, w.up, w.up_bias, Epilogue::gelu_tanh);
+        pending = linear(units, w.down, s.centred ? w.out_bias : Tensor{});
+        out.insert(out.end(), {qkv, o, units});
+      }
+      const Tensor logits = linear(normed(last_norm, last_bias), head);
+      out.push_back(logits);
+      for (const Weights& w : layers) out.insert(out.end(), {w.k, w.v});
+      return out;
+    }, s.b, 3);
   }
 }

@@ -1,0 +1,222 @@
+#include "kernels/cuda/few_attention.h"
+
+#include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/cluster_launch.cuh"
+#include "kernels/cuda/few_map.cuh"
+#include "kernels/cuda/packed.cuh"
+
+namespace krait::kernels::cuda {
+
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+
+__device__ __forceinline__ void unpack8(float (&out)[8], uint4 v) {
+  const float2 p[4] = {pair_of(v.x), pair_of(v.y), pair_of(v.z), pair_of(v.w)};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = p[i].x;
+    out[2 * i + 1] = p[i].y;
+  }
+}
+__device__ __forceinline__ float weight_of(float m, float top) { return m == -INFINITY ? 0.0f : __expf(m - top); }
+
+// 8 columns of a head from `first`, rotated and rounded like the head; turn holds 8 cosines and sines (or fewer pairs).
+__device__ __forceinline__ uint4 turned(const bf16* head, int first, const float (&cosine)[8], const float (&sine)[8], const FewAttention& a) {
+  const uint4 own = read_fresh(head + first);
+  if (a.cos == nullptr || first >= 2 * a.half) return own;
+  float x[8];
+  unpack8(x, own);
+  if (a.interleaved) {
+    uint4 out;
+    uint32_t* const to = &out.x;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = pack(x[2 * i] * cosine[i] - x[2 * i + 1] * sine[i], x[2 * i] * sine[i] + x[2 * i + 1] * cosine[i]);
+    return out;
+  }
+  const bool second = first >= a.half;
+  float other[8];
+  unpack8(other, read_fresh(head + (second ? first - a.half : first + a.half)));
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = second ? other[i] * sine[i] + x[i] * cosine[i] : x[i] * cosine[i] - other[i] * sine[i];
+  return {pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])};
+}
+
+// A cluster: a row and a head. kLanes neighbouring lanes share a position, 8 columns each; kRounds positions of a lane are
+// read while the kernel in front still runs.
+template <int kLanes, int kRounds>
+__global__ void __launch_bounds__(kThreads, 2) few_attention_kernel(const __grid_constant__ FewAttention a, bool early) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr int kDim = 8 * kLanes, kGroups = 32 / kLanes, kSpan = kWarps * kGroups, kOwn = kDim / 32;  // kOwn: columns a lane joins
+  __shared__ __align__(16) float part_o[kWarps][kDim];
+  __shared__ float2 part_m[kWarps];
+  __shared__ __align__(16) float came_o[kFewSplits][kDim];
+  __shared__ __align__(8) float came_m[kFewSplits][2];
+  __shared__ __align__(8) uint64_t barrier;
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32, group = lane / kLanes, first = lane % kLanes * 8;
+  const int split = static_cast<int>(blockIdx.x) % a.splits, pair = static_cast<int>(blockIdx.x) / a.splits;
+  const int row = pair / a.hq, head = pair % a.hq, kv = head / (a.hq / a.hkv);
+  const uint32_t arrivals = shared_address(&barrier);
+  if (early) let_next_begin();
+  if (tid == 0) {
+    arrivals_init(arrivals);
+    arrivals_expect(arrivals, static_cast<uint32_t>(a.splits * (kDim + 2) * 4));
+  }
+  const int64_t pitch = int64_t{a.hkv} * kDim, base = int64_t{row} * a.capacity * pitch + int64_t{kv} * kDim + first;
+
+  if (!a.ahead) wait_for_previous();
+  const int p = __ldcg(a.position + row);
+  const bool inside = p >= 0 && p < a.capacity;
+  const int share = (p + a.splits - 1) / a.splits, begin = min(p, split * share), end = inside ? min(p, begin + share) : 0;
+  uint4 key[kRounds], value[kRounds];
+  const auto read = [&](int from) {
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      const int j = from + r * kSpan + warp * kGroups + group;
+      key[r] = j < end ? read_fresh(a.k_cache + base + j * pitch) : uint4{0, 0, 0, 0};
+      value[r] = j < end ? read_fresh(a.v_cache + base + j * pitch) : uint4{0, 0, 0, 0};
+    }
+  };
+  read(begin);
+  float cosine[8], sine[8];
+  if (a.cos != nullptr && inside && first < 2 * a.half) {
+    const int64_t table = int64_t{p} * a.half + (a.interleaved ? first / 2 : first % a.half);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const bool there = i < 4 || !a.interleaved;
+      cosine[i] = there ? a.cos[table + i] : 0.0f;
+      sine[i] = there ? a.sin[table + i] : 0.0f;
+    }
+  }
+  cluster_barrier();
+  if (a.ahead) wait_for_previous();
+  if (!early) let_next_begin();
+
+  const bf16* const fresh = a.qkv + row * a.qkv_row;
+  float q[8], sum[8] = {}, m = -INFINITY, l = 0;
+  unpack8(q, turned(fresh + head * kDim, first, cosine, sine, a));
+  const bool newest = split == 0 && warp == 0 && inside;  // the same for a whole warp
+  uint4 new_key = {0, 0, 0, 0}, new_value = {0, 0, 0, 0};
+  if (newest) {
+    new_key = turned(fresh + (a.hq + kv) * kDim, first, cosine, sine, a);
+    new_value = read_fresh(fresh + (a.hq + a.hkv + kv) * kDim + first);
+    if (group == 0 && head % (a.hq / a.hkv) == 0) {  // the others read the new position from their own copy
+      *reinterpret_cast<uint4*>(a.k_cache + base + p * pitch) = new_key;
+      *reinterpret_cast<uint4*>(a.v_cache + base + p * pitch) = new_value;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) q[i] *= a.scale;
+  const auto score = [&](uint4 packed) {
+    float k[8], s = 0;
+    unpack8(k, packed);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) s = fmaf(q[i], k[i], s);
+#pragma unroll
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) s += __shfl_xor_sync(0xffffffffu, s, offset);
+    return s;
+  };
+  const auto add = [&](float weight, uint4 packed) {
+    float v[8];
+    unpack8(v, packed);
+    l += weight;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i] = fmaf(weight, v[i], sum[i]);
+  };
+  if (newest) {
+    const float s = score(new_key);
+    if (group == 0) {
+      m = s;
+      add(1, new_value);
+    }
+  }
+#pragma unroll 1
+  for (int from = begin; from < end; from += kRounds * kSpan) {
+    if (from > begin) read(from);
+    float s[kRounds], top = m;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) {
+      s[r] = score(key[r]);
+      if (from + r * kSpan + warp * kGroups + group >= end) s[r] = -INFINITY;
+      top = fmaxf(top, s[r]);
+    }
+    const float shrink = weight_of(m, top);
+    m = top;
+    l *= shrink;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i] *= shrink;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) add(weight_of(s[r], top), value[r]);
+  }
+  {  // groups of the warp
+    float top = m;
+#pragma unroll
+    for (int offset = kLanes; offset < 32; offset *= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+    const float factor = weight_of(m, top);
+    l *= factor;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum[i] *= factor;
+#pragma unroll
+    for (int offset = kLanes; offset < 32; offset *= 2) {
+      l += __shfl_xor_sync(0xffffffffu, l, offset);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], offset);
+    }
+    if (group == 0) {
+      *reinterpret_cast<float4*>(&part_o[warp][first]) = {sum[0], sum[1], sum[2], sum[3]};
+      *reinterpret_cast<float4*>(&part_o[warp][first + 4]) = {sum[4], sum[5], sum[6], sum[7]};
+    }
+    if (lane == 0) part_m[warp] = {top, l};
+  }
+  __syncthreads();
+  // The block's warps joined, to the cluster's first block.
+  if (warp == 0) {
+    float top = -INFINITY, total = 0, v[kOwn] = {};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, part_m[w].x);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float2 ml = part_m[w];
+      const float factor = weight_of(ml.x, top);
+      total = fmaf(factor, ml.y, total);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) v[i] = fmaf(factor, part_o[w][kOwn * lane + i], v[i]);
+    }
+    const uint32_t there = of_block(arrivals, 0);
+    const uint32_t to = of_block(shared_address(&came_o[split][kOwn * lane]), 0);
+    if constexpr (kOwn == 2)
+      send(to, there, v[0], v[1]);
+    else
+      send(to, there, uint4{__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])});
+    if (lane == 0) send(of_block(shared_address(&came_m[split][0]), 0), there, top, total);
+  }
+  if (split != 0) return;
+  arrivals_wait(arrivals, 0);
+  if (tid >= kDim) return;
+  float top = -INFINITY, total = 0, v = 0;
+  for (int s = 0; s < a.splits; ++s) top = fmaxf(top, came_m[s][0]);
+  for (int s = 0; s < a.splits; ++s) {
+    const float factor = weight_of(came_m[s][0], top);
+    total = fmaf(factor, came_m[s][1], total);
+    v = fmaf(factor, came_o[s][tid], v);
+  }
+  a.o[int64_t{pair} * kDim + tid] = static_cast<bf16>(v / total);
+#endif
+}
+
+}  // namespace
+
+bool few_attention_fits(const FewAttention& a) {
+  if (a.rows < 1 || a.rows > kFewMapRows || a.hkv < 1 || a.hq % a.hkv != 0 || a.qkv_row % 8 != 0 || a.splits < 1 || a.splits > kFewSplits) return false;
+  if (!aligned16(a.qkv, a.k_cache, a.v_cache)) return false;
+  if (a.cos != nullptr && a.half % (a.interleaved ? 4 : 8) != 0) return false;
+  return a.d == 64 || a.d == 128;
+}
+
+void few_attention(const FewAttention& a, bool early, Stream stream) {
+  const auto kernel = a.d == 64 ? few_attention_kernel<8, kFewAhead / kThreads> : few_attention_kernel<16, kFewAhead / kThreads>;
+  keep_shared_memory(kernel);
+  launch_with({clusters_of(a.splits), overlapping()}, kernel, {.grid = int64_t{a.rows} * a.hq * a.splits, .block = kThreads, .stream = stream}, a, early);
+}
+
+}  // namespace krait::kernels::cuda

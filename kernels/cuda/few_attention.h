@@ -1,0 +1,30 @@
+#pragma once
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/stream.h"
+
+namespace krait::kernels::cuda {
+
+inline constexpr int kFewSplits = 8;
+inline constexpr int kFewAhead = 1280;  // threads of a block times positions that each reads ahead
+
+/// attention_append (kernels/attention_append.h) of 1 to 8 rows, bf16, with heads of 64 or 128. A head's positions are
+/// shared by `splits` blocks of a cluster.
+struct FewAttention {
+  bf16 *o, *k_cache, *v_cache;
+  const bf16* qkv;
+  const int32_t* position;
+  const float *cos, *sin;  // null: no rotation
+  int64_t qkv_row;
+  int capacity, rows, hq, hkv, d, half;  // half: pairs that turn
+  bool interleaved;
+  float scale;
+  bool ahead;  // position and what the caches hold were written before the kernels that can be under way
+  int splits;
+};
+
+bool few_attention_fits(const FewAttention& a);
+void few_attention(const FewAttention& a, bool early, Stream stream);
+
+}  // namespace krait::kernels::cuda

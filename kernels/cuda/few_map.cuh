@@ -1,0 +1,192 @@
+#pragma once
+#include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/epilogue.cuh"
+#include "kernels/cuda/few_map.h"
+#include "kernels/cuda/overlap.cuh"
+
+namespace krait::kernels::cuda {
+
+/// Constant memory that is read ahead: the load stays where it stands.
+__device__ __forceinline__ uint4 read_ahead(const void* p, bool inside) {
+  uint4 v = {0, 0, 0, 0};
+  if (inside) asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+/// What the kernel in front wrote: from the L2 cache.
+__device__ __forceinline__ uint4 read_fresh(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
+__device__ __forceinline__ float2 pair_of(uint32_t v) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v)); }
+
+template <int kTiles, int kWarps, bool kRounds>
+struct FewMapTile {
+  static constexpr int kThreads = 32 * kWarps, kColumns = 8 * kTiles, kPitch = kColumns + (kTiles % 4 == 0 ? 8 : 0);
+  float sums[kRounds ? 2 : 1][kWarps][kFewMapRows][kPitch];  // with rounds, of one and of the one before
+  float2 stats[kWarps][kFewMapRows];           // mean and squares about it, of a warp's share of a row
+};
+
+inline constexpr int kFewNormWarps = 8;
+
+/// x, in pieces of 8 values a step of a lane, normed. k is a multiple of 256: lanes hold equally many.
+template <int kSteps>
+__device__ __forceinline__ void norm_rows(uint4 (&x)[kSteps], const FewMap& a, float2 (&stats)[kFewNormWarps][kFewMapRows], const float* scale, int at) {
+  constexpr int kWarps = kFewNormWarps, kSpan = 32 * kWarps;
+  const int warp = static_cast<int>(threadIdx.x) / 32, g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
+  const int steps = a.k / kSpan;
+  // Sums about a value of the lane's own: no digits are lost in values far from zero. RMSNorm: about zero.
+  const float origin = a.centred ? pair_of(x[0].x).x : 0.0f;
+  float2 sum[2] = {}, square[2] = {};
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    if (s >= steps) break;
+    const uint32_t* const v = &x[s].x;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 u = pair_of(v[i]), d = {u.x - origin, u.y - origin};
+      sum[i % 2] = {sum[i % 2].x + d.x, sum[i % 2].y + d.y};
+      square[i % 2] = {fmaf(d.x, d.x, square[i % 2].x), fmaf(d.y, d.y, square[i % 2].y)};
+    }
+  }
+  float count = static_cast<float>(8 * steps), mean = 0, squares = (square[0].x + square[0].y) + (square[1].x + square[1].y);
+  if (a.centred) {
+    const float all = (sum[0].x + sum[0].y) + (sum[1].x + sum[1].y);
+    mean = all / count;
+    squares = fmaxf(squares - all * mean, 0.0f);
+    mean += origin;
+  }
+#pragma unroll
+  for (int offset = 1; offset <= 2; offset *= 2) {  // equal shares joined in pairs
+    const float other = __shfl_xor_sync(0xffffffffu, mean, offset), off = other - mean;
+    squares += __shfl_xor_sync(0xffffffffu, squares, offset) + off * off * 0.5f * count;
+    mean = 0.5f * (mean + other);
+    count *= 2;
+  }
+  if (t == 0) stats[warp][g] = {mean, squares};
+  copy_wait<0>();  // scale and shift
+  __syncthreads();
+  float2 part[kWarps], all = {0, 0};
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    part[w] = stats[w][g];
+    all = {all.x + part[w].x, all.y + part[w].y};
+  }
+  mean = all.x / kWarps;
+  float apart = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) apart = fmaf(part[w].x - mean, part[w].x - mean, apart);
+  const float rstd = rsqrtf((all.y + count * apart) / static_cast<float>(a.k) + a.eps);
+  const bool writes = blockIdx.x == gridDim.x - 1 && g < a.rows;
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    if (s >= steps) break;
+    const int c = at + s * kSpan;
+    uint32_t* const v = &x[s].x;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 u = pair_of(v[i]), w = *reinterpret_cast<const float2*>(scale + c + 2 * i), b = *reinterpret_cast<const float2*>(scale + a.k + c + 2 * i);
+      v[i] = g < a.rows ? pack((u.x - mean) * rstd * w.x + b.x, (u.y - mean) * rstd * w.y + b.y) : 0;
+    }
+    if (writes && a.normed != nullptr) *reinterpret_cast<uint4*>(a.normed + int64_t{g} * a.k + c) = x[s];
+  }
+  if (writes && warp == 0 && t == 0) {
+    if (a.mean != nullptr) a.mean[g] = mean;
+    if (a.rstd != nullptr) a.rstd[g] = rstd;
+  }
+}
+
+/// A block: 8 kTiles columns of y at a time for all rows; its warps take pieces of 32 of k in turn, kSteps each, and are
+/// added in order. The weights wait in registers when the kernel in front ends. Rows are the first 8 of a tensor core's
+/// 16; which value of k sits where in a product does not matter as long as both operands agree, so a lane reads 8
+/// neighbours. kRounds: a block makes several such pieces of y.
+template <int kTiles, int kSteps, int kWarps, bool kGated, bool kRounds>
+__global__ void __launch_bounds__(32 * kWarps, kSteps * kWarps <= 96 ? 2 : 1) few_map_kernel(const __grid_constant__ FewMap a, bool early) {
+  using Tile = FewMapTile<kTiles, kWarps, kRounds>;
+  constexpr int kThreads = Tile::kThreads, kSpan = 32 * kWarps, kOwn = kGated ? Tile::kColumns / 2 : Tile::kColumns;
+  static_assert(kThreads >= kFewMapRows * kOwn);  // a value of y a thread
+  extern __shared__ __align__(16) float scale[];  // (k), then the shift's (k)
+  __shared__ Tile tile;
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
+  const int at = warp * 32 + 8 * t;  // of k, in step 0
+  const int row = tid / kOwn, own = tid % kOwn;
+  int first = static_cast<int>(blockIdx.x) * kOwn;
+
+  if (early) let_next_begin();
+  uint4 weights[kSteps][kTiles];
+  const auto read_weights = [&] {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const int of_tile = (kGated ? j % (kTiles / 2) : j) * 8 + g;
+        const int64_t column = first + of_tile + (kGated && j >= kTiles / 2 ? a.n : 0);
+        weights[s][j] = read_ahead(a.w + column * a.k + at + s * kSpan, first + of_tile < a.n && at + s * kSpan < a.k);
+      }
+  };
+  read_weights();
+  if (a.norm_weight != nullptr)
+    for (int i = tid * 4; i < a.k; i += kThreads * 4) {
+      copy_async(scale + i, a.norm_weight + i, true);
+      copy_async(scale + a.k + i, (a.norm_bias != nullptr ? a.norm_bias : a.norm_weight) + i, a.norm_bias != nullptr);
+    }
+  copy_commit();
+  float bias = a.bias != nullptr && first + own < a.n ? static_cast<float>(a.bias[first + own]) : 0.0f;
+  wait_for_previous();
+  if (!early) let_next_begin();
+
+  uint4 x[kSteps];
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    const int c = at + s * kSpan;
+    x[s] = g < a.rows && c < a.k ? read_fresh(a.x + g * a.x_row + c) : uint4{0, 0, 0, 0};
+  }
+  if constexpr (kWarps == kFewNormWarps)
+    if (a.norm_weight != nullptr) norm_rows(x, a, tile.stats, scale, at);
+
+#pragma unroll 1
+  for (int round = 0;; round ^= 1) {
+    float acc[2][kTiles][4] = {};
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        mma(acc[0][j], {x[s].x, 0, x[s].y, 0}, weights[s][j].x, weights[s][j].y);
+        mma(acc[1][j], {x[s].z, 0, x[s].w, 0}, weights[s][j].z, weights[s][j].w);
+      }
+    if (g < a.rows)
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+        *reinterpret_cast<float2*>(&tile.sums[round][warp][g][8 * j + 2 * t]) = {acc[0][j][0] + acc[1][j][0], acc[0][j][1] + acc[1][j][1]};
+    const int column = first + own;
+    first += static_cast<int>(gridDim.x) * kOwn;
+    const bool more = kRounds && first < a.n;
+    float v = bias, up = 0;
+    if (more) {
+      read_weights();
+      if (a.bias != nullptr && first + own < a.n) bias = static_cast<float>(a.bias[first + own]);
+    }
+    __syncthreads();
+    if (row < a.rows && column < a.n) {
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        v += tile.sums[round][w][row][own];
+        if (kGated) up += tile.sums[round][w][row][kOwn + own];
+      }
+      const int64_t here = int64_t{row} * a.y_row + column, there = int64_t{row} * a.n + column;
+      if constexpr (kGated) {
+        const auto gate = static_cast<bf16>(v), other = static_cast<bf16>(up);
+        a.y[here] = gate;
+        a.y[here + a.n] = other;
+        const float z = static_cast<float>(gate);
+        a.units[there] = static_cast<bf16>(__fdividef(z, 1.0f + __expf(-z)) * static_cast<float>(other));
+      } else {
+        const auto made = static_cast<bf16>(activate_as(a.epilogue, v));
+        a.y[here] = made;
+        if (a.total != nullptr) {
+          const unsigned short old = __ldcg(reinterpret_cast<const unsigned short*>(a.added + there));
+          a.total[there] = static_cast<bf16>(static_cast<float>(made) + __bfloat162float(__ushort_as_bfloat16(old)));
+        }
+      }
+    }
+    if (!more) break;
+  }
+}
+
+}  // namespace krait::kernels::cuda

@@ -1,0 +1,218 @@
+#include "kernels/cuda/few_queue.h"
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "core/stream.h"
+#include "kernels/cuda/aligned.h"
+#include "kernels/cuda/few_attention.h"
+#include "kernels/cuda/few_map.h"
+#include "kernels/cuda/gathering.h"
+#include "kernels/layer_norm.h"
+#include "kernels/rms_norm.h"
+
+namespace krait::kernels::cuda {
+
+namespace {
+
+struct WaitingMap {
+  FewMap work;
+  Tensor made;                // y, or the gated units
+  std::vector<Tensor> holds;  // whose memory nobody else may take before the launch
+};
+struct WaitingNorm {
+  bool centred;
+  Tensor y, mean, rstd, x, w, b;
+  double eps;
+};
+
+class FewQueue final : public Deferred {
+ public:
+  explicit FewQueue(Device device) : device_(device) {}
+
+  void flush() override {  // the launches ask for the stream themselves
+    run_map();
+    std::optional<WaitingNorm> norm = std::exchange(norm_, {});
+    if (!norm) return;
+    plain_ = true;
+    Tensor none;
+    if (norm->centred)
+      layer_norm_forward(norm->y, none, norm->mean, norm->rstd, norm->x, {}, norm->w, norm->b, norm->eps);
+    else
+      rms_norm_forward(norm->y, none, norm->rstd, norm->x, {}, norm->w, norm->eps);
+    plain_ = false;
+  }
+
+  /// A norm of x, which is in memory or will have been made by what was launched.
+  void wait(WaitingNorm norm) {
+    flush();
+    norm_ = std::move(norm);
+  }
+  void wait(WaitingMap map) {
+    run_map();
+    map_ = std::move(map);
+  }
+  /// The map that waits, when it makes t.
+  WaitingMap* map_of(const Tensor& t) {
+    return map_ && map_->made.raw_data() == t.raw_data() && map_->made.numel() == t.numel() ? &*map_ : nullptr;
+  }
+  /// The map reads what the waiting norm makes, if it does and the kernel serves both.
+  bool take_norm(WaitingMap& map) {
+    if (!norm_ || norm_->y.raw_data() != map.work.x || norm_->y.numel() != int64_t{map.work.rows} * map.work.k || norm_->y.size(-1) != map.work.k) return false;
+    FewMap work = map.work;
+    work.x = norm_->x.data<bf16>();
+    work.x_row = work.k;
+    work.norm_weight = norm_->w.data<float>();
+    work.norm_bias = pointer_or_null<float>(norm_->b);
+    work.eps = static_cast<float>(norm_->eps);
+    work.centred = norm_->centred;
+    work.normed = norm_->y.data<bf16>();
+    work.mean = pointer_or_null<float>(norm_->mean);
+    work.rstd = norm_->rstd.data<float>();
+    if (!few_map_fits(work)) return false;
+    map.work = work;
+    map.holds.insert(map.holds.end(), {norm_->x, norm_->w, norm_->b, norm_->y, norm_->mean, norm_->rstd});
+    know(norm_->y);
+    norm_.reset();
+    return true;
+  }
+  void run(const FewAttention& work) { few_attention(work, std::exchange(begun_, true), current_stream(device_)); }
+
+  /// What a later map may read: its memory is held.
+  void know(const Tensor& t) { known_[next_++ % known_.size()] = t; }
+  Tensor known(const void* p) const {
+    for (const Tensor& t : known_)
+      if (t.defined() && t.raw_data() == p) return t;
+    return {};
+  }
+  /// Whether something was launched before, and nothing in this scope wrote the cache.
+  bool may_read_ahead(const void* cache) {
+    const bool first = std::find(caches_.begin(), caches_.end(), cache) == caches_.end();
+    if (first) caches_.push_back(cache);
+    return first && begun_;
+  }
+  bool plain() const { return plain_; }
+  Device device() const { return device_; }
+
+ private:
+  void run_map() {
+    if (const std::optional<WaitingMap> map = std::exchange(map_, {})) {
+      know(map->made);
+      few_map(map->work, std::exchange(begun_, true), current_stream(device_));
+    }
+  }
+
+  Device device_;
+  std::optional<WaitingMap> map_;
+  std::optional<WaitingNorm> norm_;  // at most one of the two
+  bool plain_ = false;               // a norm that no map follows is on its way to its own kernel
+  // The first kernel lets the next begin only when all in front of it have finished: from there on, memory that older
+  // kernels wrote may be read ahead, while the others let the next begin at once.
+  bool begun_ = false;
+  std::array<Tensor, 3> known_;
+  size_t next_ = 0;
+  std::vector<const void*> caches_;
+};
+
+FewMap few_map_of(const Gemm& g, Tensor& y, const Tensor& bias, Epilogue epilogue) {
+  FewMap map{};
+  map.x = static_cast<const bf16*>(g.a);
+  map.w = static_cast<const bf16*>(g.b);
+  map.bias = pointer_or_null<bf16>(bias);
+  map.y = y.data<bf16>();
+  map.x_row = g.lda;
+  map.y_row = g.ldc;
+  map.rows = static_cast<int>(g.m);
+  map.n = static_cast<int>(g.n);
+  map.k = static_cast<int>(g.k);
+  map.epilogue = epilogue;
+  return map;
+}
+
+bool suits(const Gemm& g) { return g.dtype == DType::bf16 && g.ldb == g.k && g.m <= kFewMapRows && g.n < (int64_t{1} << 30); }
+
+// Blocks that share a head's positions: each reads so many ahead.
+int splits_of(int64_t capacity, int64_t d) {
+  const int64_t ahead = kFewAhead * 8 / d;
+  return static_cast<int>(std::clamp<int64_t>((capacity + ahead - 1) / ahead, 1, kFewSplits));
+}
+
+}  // namespace
+
+std::unique_ptr<Deferred> gather_few(Device device) {
+  return std::make_unique<FewQueue>(device);
+}
+
+bool gather_few_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual,
+                     const Tensor& w, const Tensor& b, double eps) {
+  FewQueue* const queue = gathering<FewQueue>(x.device());
+  if (queue == nullptr || queue->plain() || x.dtype() != DType::bf16 || x.size(-1) % 256 != 0 || !aligned(x, y, w, b)) return false;
+  if (residual.defined()) {
+    WaitingMap* const map = queue->map_of(x);
+    if (map == nullptr || map->work.units != nullptr || residual.dtype() != DType::bf16 || !aligned(sum)) return false;
+    map->work.added = residual.data<bf16>();
+    map->work.total = sum.data<bf16>();
+    map->holds.insert(map->holds.end(), {residual, sum});
+  }
+  queue->wait(WaitingNorm{centred, y, mean, rstd, residual.defined() ? sum : x, w, b, eps});
+  return true;
+}
+
+bool gather_few_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
+  FewQueue* const queue = gathering<FewQueue>(g.device);
+  if (queue == nullptr || !suits(g)) return false;
+  WaitingMap map{few_map_of(g, y, bias, epilogue), y, {bias}};
+  if (!queue->take_norm(map)) {
+    queue->flush();
+    const Tensor x = queue->known(g.a);
+    if (!x.defined() || !few_map_fits(map.work)) return false;
+    map.holds.push_back(x);
+  }
+  queue->wait(std::move(map));
+  return true;
+}
+
+bool gather_few_gated_units(Tensor& h, Tensor& pre, const Gemm& g) {
+  FewQueue* const queue = gathering<FewQueue>(g.device);
+  if (queue == nullptr || !suits(g)) return false;
+  WaitingMap map{few_map_of(g, pre, {}, Epilogue::none), h, {pre}};
+  map.work.n /= 2;
+  map.work.units = h.data<bf16>();
+  if (!queue->take_norm(map)) return false;
+  queue->wait(std::move(map));
+  return true;
+}
+
+bool gather_few_attention(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor& v_cache, const Tensor& position, const AttentionAppend& a) {
+  FewQueue* const queue = gathering<FewQueue>(qkv.device());
+  if (queue == nullptr || qkv.dtype() != DType::bf16 || a.alibi_slopes.defined() || qkv.size(0) > kFewMapRows) return false;
+  FewAttention work{};
+  work.o = o.data<bf16>();
+  work.k_cache = k_cache.data<bf16>();
+  work.v_cache = v_cache.data<bf16>();
+  work.qkv = qkv.data<bf16>();
+  work.position = position.data<int32_t>();
+  work.cos = pointer_or_null<float>(a.cos);
+  work.sin = pointer_or_null<float>(a.sin);
+  work.qkv_row = qkv.stride(0);
+  work.capacity = static_cast<int>(k_cache.size(1));
+  work.rows = static_cast<int>(qkv.size(0));
+  work.hq = static_cast<int>(a.hq);
+  work.hkv = static_cast<int>(a.hkv);
+  work.d = static_cast<int>(qkv.size(2));
+  work.half = a.cos.defined() ? static_cast<int>(a.cos.size(1)) : 0;
+  work.interleaved = a.style == RopeStyle::interleaved;
+  work.scale = static_cast<float>(a.scale);
+  work.splits = splits_of(k_cache.size(1), qkv.size(2));
+  if (!few_attention_fits(work)) return false;
+  queue->flush();
+  work.ahead = queue->may_read_ahead(work.k_cache);
+  queue->run(work);
+  queue->know(o);
+  return true;
+}
+
+}  // namespace krait::kernels::cuda

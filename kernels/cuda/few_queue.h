@@ -1,0 +1,21 @@
+#pragma once
+#include "kernels/attention_append.h"
+#include "kernels/linear.h"
+#include "kernels/step_scope.h"
+
+// A decoding step of 1 to 8 rows: an operation waits for the next one, and neighbours run as one kernel where there is
+// such (few_map.h): a norm and the linear map behind it, a linear map and the sum with the residual stream, the maps of
+// gated units and their product. Kernels begin while the one in front still runs (overlap.cuh).
+namespace krait::kernels::cuda {
+
+std::unique_ptr<Deferred> gather_few(Device device);
+
+/// Each is true when it took the operation, with outputs allocated by the caller; false without such a scope, or where it
+/// does not serve. mean and b are undefined in RMSNorm; residual and sum where nothing is added.
+bool gather_few_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual,
+                     const Tensor& w, const Tensor& b, double eps);
+bool gather_few_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue);
+bool gather_few_gated_units(Tensor& h, Tensor& pre, const Gemm& g);
+bool gather_few_attention(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor& v_cache, const Tensor& position, const AttentionAppend& a);
+
+}  // namespace krait::kernels::cuda

@@ -1,0 +1,14 @@
+#include "kernels/step_scope.h"
+
+#include "kernels/cuda/few_map.h"
+#include "kernels/cuda/few_queue.h"
+#include "kernels/cuda/rows_queue.h"
+
+namespace krait::kernels::cuda {
+
+void gather_steps(std::unique_ptr<Deferred>& steps, Device device, int64_t rows, bool scans) {
+  if (device_info(device).compute_capability < 90) return;
+  steps = rows > kFewMapRows || scans ? gather_rows(device) : gather_few(device);
+}
+
+}  // namespace krait::kernels::cuda
