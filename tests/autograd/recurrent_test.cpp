@@ -250,7 +250,7 @@ TEST_CASE("slstm heads of 64 to 256 units: cuda equals cpu", "[cuda]") {
       c.strided = false;
       c.shapes.clear();
       for (const auto& [b, l, h, p] :
-           std::vector<std::array<int64_t, 4>>{{9, 1, 2, 64}, {3, 21, 2, 64}, {8, 12, 1, 128}, {10, 13, 1, 192}, {2, 11, 1, 256}}) {
+           std::vector<std::array<int64_t, 4>>{{9, 1, 2, 64}, {3, 21, 2, 64}, {8, 12, 1, 128}, {10, 13, 1, 192}, {2, 11, 1, 256}, {1, 14, 3, 192}}) {
         std::vector<Shape> s{{b, l, 4, h, p}, {h, 4, p, p}, {4, h, p}};
         if (f.state) {
           s.push_back({3, b, h, p});
