@@ -8,6 +8,7 @@
 #include "autograd/head_norm.h"
 #include "autograd/mlstm_block.h"
 #include "autograd/shape.h"
+#include "kernels/mlstm_step.h"
 #include "layers/sequence_history.h"
 #include "layers/xlstm_init.h"
 
@@ -52,8 +53,7 @@ Variable MlstmMixer::cell(const Variable& q, const Variable& k, const Variable& 
     const auto heads = [&](const Variable& x, int64_t d) { return x.data().reshape({b, heads_, d}); };
     const Tensor h = kernels::mlstm_step(heads(q, dq_), heads(k, dq_), heads(v, dv_), g[0].data().select(1, 0),
                                          g[1].data().select(1, 0), memory, options_.eps);
-    const Variable y(h.view({b, 1, heads_, dv_}));
-    return output.w.defined() ? mlstm_output(y, output.w, output.skip, output.x_c, output.z, output.eps) : y;
+    return Variable(h.view({b, 1, heads_, dv_}));
   }
   MlstmMemory memory;
   if (state)
@@ -117,20 +117,36 @@ Mlstm::Mlstm(const MlstmConfig& c, const LayerContext& context)
                         LinearSplit{tensor_, own_.columns(p)});
 }
 
+// mix() of one position.
+Variable Mlstm::advance(const Variable& x, LayerState& state) {
+  const Tensor up = up_->forward(x).data().select(1, 0);
+  const int64_t e = config_.inner;
+  const auto data = [](const Parameter& p) { return p.variable().data(); };
+  kernels::MlstmStepMaps in = kernels::mlstm_step_maps(
+      state.tensors.at("conv"), up.slice(1, 0, e),
+      {data(conv_weight_), data(conv_bias_), {data(q_), data(k_), data(v_), data(gate_weight_)}});
+  const Variable gates(in.gates.view({in.gates.size(0), in.gates.size(1), 2, heads_ * tensor_->size()}));
+  in.gates = reduce_scatter_to_group(gates, -1, tensor_).data().reshape({in.gates.size(0), in.gates.size(1), 2 * heads_});
+  kernels::MlstmState memory{state.tensors.at("c"), state.tensors.at("n"), state.tensors.at("m")};
+  const Tensor y = kernels::mlstm_step_output(memory, in, up.slice(1, e, 2 * e),
+                                              {data(gate_bias_), data(norm_), data(skip_), options_.eps, config_.norm_eps});
+  return down_->forward(Variable(y.unsqueeze(1)));
+}
+
 Variable Mlstm::mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) {
+  if (recurrent) return advance(x, *state);
   const MlstmHalves up = mlstm_halves(up_->forward(x));
   const Variable carried = state ? Variable(state->tensors.at("conv")) : Variable();
-  const comm::GroupPtr sequence = recurrent ? comm::single_group("sequence") : sequence_;
-  const Variable history = convolution_history(up.x_m, config_.conv - 1, sequence, info.segments, carried);
+  const Variable history = convolution_history(up.x_m, config_.conv - 1, sequence_, info.segments, carried);
   const MlstmConvolved conv = mlstm_conv_maps(up, conv_weight_, conv_bias_, history, info.segments, q_, k_, v_, gate_weight_);
-  if (state) state->tensors["conv"] = from_last_piece(conv.final_state.data(), sequence);
+  if (state) state->tensors["conv"] = from_last_piece(conv.final_state.data(), sequence_);
   const MlstmMapped& in = conv.maps;
   // The gates look at all channels: every member's part of every head's, then each head's sum where the head is.
   const Variable partial = reshape(in.gates, {x.size(0), x.size(1), 2, heads_ * tensor_->size()});
   const Variable gates =
       reshape(reduce_scatter_to_group(partial, -1, tensor_), {x.size(0), x.size(1), 2 * heads_}) + gate_bias_;
   const MlstmHeadOutput output{norm_.variable() + 1.0, skip_, in.x_c, up.z, config_.norm_eps, up.gradient};
-  return down_->forward(cell(in.q, in.k, in.v, gates, info, state, recurrent, output));
+  return down_->forward(cell(in.q, in.k, in.v, gates, info, state, false, output));
 }
 
 LayerState Mlstm::initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const {

@@ -26,7 +26,7 @@ class MlstmMixer : public Mixer {
   /// x (b, l, d) to the same; `recurrent`: a single position that advances the state.
   virtual Variable mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) = 0;
   /// q, k (b, l, h dq), v (b, l, h dv), gates (b, l, 2 h) = [i, f] to the heads' outputs (b, l, h, dv), or to what
-  /// `output` makes of them.
+  /// `output`, which single steps do not have, makes of them.
   Variable cell(const Variable& q, const Variable& k, const Variable& v, const Variable& gates,
                 const SequenceInfo& info, LayerState* state, bool recurrent, const MlstmHeadOutput& output = {}) const;
   comm::GroupPtr tensor_, sequence_;  // share the heads, and each sequence
@@ -47,6 +47,7 @@ class Mlstm final : public MlstmMixer {
 
  private:
   Variable mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) override;
+  Variable advance(const Variable& x, LayerState& state);
   MlstmConfig config_;  // inner: the channels here
   std::shared_ptr<Linear> up_, down_;
   Parameter conv_weight_, conv_bias_, q_, k_, v_, gate_weight_, gate_bias_, norm_, skip_;

@@ -9,6 +9,7 @@
 #include "autograd/shape.h"
 #include "autograd/slstm.h"
 #include "core/comm/collectives.h"
+#include "kernels/slstm_step.h"
 #include "layers/sequence_history.h"
 #include "layers/whole_sequences.h"
 #include "layers/xlstm_init.h"
@@ -80,8 +81,7 @@ Slstm::Weights Slstm::weights(int64_t first, int64_t end) const {
 RecurrentOut Slstm::cell(const Variable& u, const Variable& x, const Weights& w, const Tensor& segments,
                          const Variable& state) const {
   const Variable gates = slstm_gates(u, x, w.w_i, w.w_f, w.w_z, w.w_o);
-  const auto [y, last] = slstm(gates, w.R, w.b, state, segments,
-                               config_.forget_gate == "exp" ? SlstmForget::exp : SlstmForget::sigmoid);
+  const auto [y, last] = slstm(gates, w.R, w.b, state, segments, forget_gate());
   return {reshape(head_norm(y, w.norm + 1.0, norm_eps_), x.shape()), last};
 }
 
@@ -96,7 +96,7 @@ Variable Slstm::own_heads(const Variable& x, const SequenceInfo& info, LayerStat
     if (state && config_.conv > 0) carried.conv = state->tensors.at("conv");
     const Variable y = over_ranks(x, info, carried);
     if (!state) return y;
-    state->tensors["cell"] = carried.cell.transpose(0, 1);
+    state->tensors["cell"] = carried.cell.transpose(0, 1).contiguous();
     if (config_.conv > 0) state->tensors["conv"] = carried.conv;
     state->length += x.size(1) * sequence_->size();
     return y;
@@ -112,7 +112,7 @@ Variable Slstm::own_heads(const Variable& x, const SequenceInfo& info, LayerStat
   const Variable from = state ? Variable(state->tensors.at("cell").transpose(0, 1).contiguous()) : Variable();
   const auto [y, last] = cell(u, x, w, info.segments, from);
   if (state) {
-    state->tensors["cell"] = last.data().transpose(0, 1);
+    state->tensors["cell"] = last.data().transpose(0, 1).contiguous();
     state->length += x.size(1);
   }
   return y;
@@ -164,7 +164,15 @@ Variable Slstm::over_ranks(const Variable& x, const SequenceInfo& info, Carried&
 Tensor Slstm::step(const Tensor& x, LayerState& state) {
   const NoGrad guard;
   require_no_state("slstm", &state, *sequence_);
-  return forward(Variable(x), {}, &state).data();
+  const auto data = [](const Variable& v) { return v.data(); };
+  const Weights w = weights();
+  Tensor conv = config_.conv > 0 ? state.tensors.at("conv") : Tensor();
+  const Tensor own = scatter_to_group(Variable(x), 2, tensor_).data().select(1, 0);
+  const Tensor y = kernels::slstm_step(conv, state.tensors.at("cell"), own,
+                                       {data(w.conv_weight), data(w.conv_bias), data(w.w_i), data(w.w_f), data(w.w_z), data(w.w_o), data(w.R),
+                                        data(w.b), data(w.norm), forget_gate(), norm_eps_});
+  ++state.length;
+  return gather_from_group(Variable(y.unsqueeze(1)), 2, tensor_).data();
 }
 
 LayerState Slstm::initial_state(int64_t batch, int64_t, DType dtype, Device device) const {

@@ -1,5 +1,6 @@
 #pragma once
 #include "autograd/recurrent.h"
+#include "autograd/slstm.h"
 #include "layers/layer_context.h"
 #include "layers/mixer.h"
 #include "layers/registry.h"
@@ -43,6 +44,7 @@ class Slstm final : public Mixer {
   Weights weights(int64_t first_head, int64_t end_head) const;
   RecurrentOut cell(const Variable& u, const Variable& x, const Weights& w, const Tensor& segments,
                     const Variable& state) const;
+  SlstmForget forget_gate() const { return config_.forget_gate == "exp" ? SlstmForget::exp : SlstmForget::sigmoid; }
   Variable own_heads(const Variable& x, const SequenceInfo& info, LayerState* state);
   /// State of the recurrence (4, b, h, p) and the convolution's last inputs (b, conv - 1, c), undefined where none is
   /// carried. Alike on all members of the sequence group.

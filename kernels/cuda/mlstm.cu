@@ -1,5 +1,6 @@
 // Gates and their gradients, the step form, and which kernels serve the products.
 #include "kernels/cuda/mlstm_common.cuh"
+#include "kernels/cuda/mlstm_step_cluster.h"
 
 namespace krait::kernels::cuda {
 
@@ -449,6 +450,7 @@ void mlstm_initial_gradient(MlstmInitialGradient& grad, const Tensor& dh, const 
 
 void mlstm_step(Tensor& h, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i, const Tensor& f,
                 MlstmState& state, double eps) {
+  if (mlstm_step_cluster(h, q, k, v, i, f, state, eps)) return;
   const int64_t units = q.size(0) * q.size(1), dq = q.size(2), dv = v.size(2), tiles = ceil_div(dv, 64);
   const Stream stream = current_stream(q.device());
   visit_float(q.dtype(), [&]<class T>() {

@@ -4,6 +4,8 @@
 #include "kernels/linear.h"
 #include "kernels/mamba2_step.h"
 #include "kernels/mamba_step.h"
+#include "kernels/mlstm_step.h"
+#include "kernels/slstm_step.h"
 #include "tests/testing/tensors.h"
 
 using namespace krait;
@@ -47,6 +49,57 @@ std::vector<Tensor> run_mamba2(Device device, DType dtype, int64_t b, int64_t he
   for (int step = 0; step < 3; ++step) out.push_back(kernels::mamba2_step(conv, h, m.narrow({b, e + c + heads}), w));
   out.push_back(conv);
   out.push_back(h);
+  return out;
+}
+
+struct MlstmSizes { int64_t b, heads, dq, side, taps; };
+
+std::vector<Tensor> run_mlstm(Device device, DType dtype, const MlstmSizes& s, bool bias) {
+  Maker m{device, dtype};
+  const int64_t e = s.heads * s.dq, n = 2 * s.heads;
+  Tensor conv = m.narrow({s.b, s.taps - 1, e});
+  kernels::MlstmState state{m.wide({s.b, s.heads, s.dq, s.dq}, 0, 0.3), m.wide({s.b, s.heads, s.dq}, 0, 0.3), m.wide({s.b, s.heads})};
+  const Shape map{e / s.side, s.side, s.side};
+  const kernels::MlstmStepMapsWeights maps{m.narrow({e, s.taps}, 0.5), bias ? m.narrow({e}) : Tensor{},
+                                           {m.narrow(map, 0.5), m.narrow(map, 0.5), m.narrow(map, 0.5), m.narrow({n, 3 * e}, 0.02)}};
+  const kernels::MlstmStepOutputWeights output{m.wide({n}), m.wide({e}, 0, 0.3), m.narrow({e})};
+  std::vector<Tensor> out;
+  for (int step = 0; step < 3; ++step) {
+    const Tensor up = m.narrow({s.b, 2 * e});
+    const kernels::MlstmStepMaps in = kernels::mlstm_step_maps(conv, up.slice(1, 0, e), maps);
+    out.push_back(kernels::mlstm_step_output(state, in, up.slice(1, e, 2 * e), output));
+  }
+  // Of the cell alone, with wide gates.
+  const auto head = [&] { return m.narrow({s.b, s.heads, s.dq}); };
+  const Tensor q = head(), k = head(), v = head();
+  out.push_back(kernels::mlstm_step(q, k, v, m.wide({s.b, s.heads}, 0, 3), m.wide({s.b, s.heads}, 0, 3), state));
+  for (const Tensor& t : {conv, state.c, state.n, state.m}) out.push_back(t);
+  return out;
+}
+
+std::vector<Tensor> run_slstm(Device device, DType dtype, int64_t b, int64_t h, int64_t p, int64_t taps, kernels::SlstmForget forget) {
+  Maker m{device, dtype};
+  const int64_t d = h * p;
+  Tensor conv = taps > 0 ? m.narrow({b, taps - 1, d}) : Tensor{};
+  Tensor cell = zeros({b, 4, h, p}, accum_dtype(dtype), device);
+  const auto map = [&] { return m.narrow({h, p, p}, 0.5 / std::sqrt(static_cast<double>(p))); };
+  kernels::SlstmStepWeights w;
+  if (taps > 0) {
+    w.conv_weight = m.narrow({d, taps});
+    w.conv_bias = m.narrow({d});
+  }
+  w.w_i = map();
+  w.w_f = map();
+  w.w_z = map();
+  w.w_o = map();
+  w.R = m.narrow({h, 4, p, p}, 0.5 / std::sqrt(static_cast<double>(p)));
+  w.bias = m.wide({4, h, p});
+  w.norm = m.wide({d}, 0, 0.3);
+  w.forget = forget;
+  std::vector<Tensor> out;
+  for (int step = 0; step < 3; ++step) out.push_back(kernels::slstm_step(conv, cell, m.narrow({b, d}), w));
+  if (taps > 0) out.push_back(conv);
+  out.push_back(cell);
   return out;
 }
 
@@ -101,6 +154,26 @@ TEST_CASE("mamba2_step: cuda equals cpu, outputs and states of three steps", "[c
     check_equal(run_mamba2(kCpu, t, 65, 8, 19, 128, 1, 4, true), run_mamba2(cuda_device(), t, 65, 8, 19, 128, 1, 4, true), t);
     check_equal(run_mamba2(kCpu, t, 11, 4, 12, 128, 2, 4, true), run_mamba2(cuda_device(), t, 11, 4, 12, 128, 2, 4, true), t);
   }
+}
+
+TEST_CASE("mlstm_step: cuda equals cpu, outputs and states of three steps and of the cell alone", "[cuda]") {
+  for (const DType t : {f64, f32, bf16_type})
+    for (const MlstmSizes& s : {MlstmSizes{1, 4, 384, 4, 4}, {3, 2, 96, 4, 4}, {2, 3, 32, 4, 4}, {2, 1, 576, 4, 4}, {2, 5, 20, 4, 3}, {2, 2, 48, 24, 4}})
+      for (const bool bias : {true, false}) {
+        INFO(s.b << " rows, " << s.heads << " heads of " << s.dq);
+        check_equal(run_mlstm(kCpu, t, s, bias), run_mlstm(cuda_device(), t, s, bias), t);
+      }
+}
+
+TEST_CASE("slstm_step: cuda equals cpu, outputs and states of three steps", "[cuda]") {
+  using kernels::SlstmForget;
+  for (const DType t : {f64, f32, bf16_type})
+    for (const SlstmForget forget : {SlstmForget::sigmoid, SlstmForget::exp}) {
+      check_equal(run_slstm(kCpu, t, 1, 4, 192, 4, forget), run_slstm(cuda_device(), t, 1, 4, 192, 4, forget), t);
+      check_equal(run_slstm(kCpu, t, 6, 2, 72, 3, forget), run_slstm(cuda_device(), t, 6, 2, 72, 3, forget), t);
+      check_equal(run_slstm(kCpu, t, 9, 3, 264, 0, forget), run_slstm(cuda_device(), t, 9, 3, 264, 0, forget), t);
+      check_equal(run_slstm(kCpu, t, 2, 2, 13, 4, forget), run_slstm(cuda_device(), t, 2, 2, 13, 4, forget), t);
+    }
 }
 
 TEST_CASE("attention_append: cuda equals cpu, outputs and caches", "[cuda]") {

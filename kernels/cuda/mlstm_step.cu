@@ -1,0 +1,378 @@
+// One position of an mLSTM block in two kernels: what makes q, k, v and the gates, and the cell with what follows it.
+#include "kernels/mlstm_step.h"
+
+#include "kernels/cuda/aligned.h"
+#include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/cluster_launch.cuh"
+#include "kernels/cuda/mlstm_block.cuh"
+#include "kernels/cuda/mlstm_common.cuh"
+#include "kernels/cuda/mlstm_step_cluster.h"
+#include "kernels/cuda/overlap.cuh"
+
+namespace krait::kernels::cuda {
+
+namespace {
+
+constexpr int kTaps = 4, kSide = 4;  // of the convolution; of a block of the maps
+constexpr int kGates = 8;            // summed at a time
+
+template <class A>
+__device__ A warp_sum(A v) {
+  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  return v;
+}
+__device__ float log_sigmoid(float x) { return fminf(x, 0.0f) - log1pf(expf(-fabsf(x))); }
+template <class A>
+__device__ A silu_of(A v) {
+  return v / (A(1) + exp_of(-v));
+}
+
+template <class T>
+struct MapsJob {
+  using A = accum_t<T>;
+  T *q, *k, *v, *x_c, *conv;
+  A* gates;  // (rows, warps of a row, n_gates)
+  const T *x_m, *conv_weight, *conv_bias, *w_q, *w_k, *w_v, *g;
+  int64_t x_row, e;
+  int n_gates;
+};
+
+// A warp: 128 channels of a row, each lane a block of the maps. Bound by latency; rows read the weights from L2.
+template <class T>
+__global__ void __launch_bounds__(32) maps_kernel(MapsJob<T> j) {
+  using A = accum_t<T>;
+  constexpr int64_t kBytes = sizeof(T);
+  const int lane = static_cast<int>(threadIdx.x);
+  const int64_t row = blockIdx.y, first = int64_t{blockIdx.x} * 32 * kSide, count = min(int64_t{32 * kSide}, j.e - first);
+  const bool real = lane * kSide < count;
+  const int64_t c = first + (real ? lane * kSide : 0);
+  let_next_begin();
+  if (lane < 4)
+    bring_into_l2((lane == 0 ? j.conv_weight : lane == 1 ? j.w_q : lane == 2 ? j.w_k : j.w_v) + first * 4, count * 4 * kBytes);
+  for (int64_t g = lane; g < 3 * j.n_gates; g += 32) bring_into_l2(j.g + g * j.e + first, count * kBytes);
+  wait_for_previous();
+
+  Side<T, 4> before[kTaps], filter[kSide], w[3][kSide];
+  T* const conv = j.conv + row * (kTaps - 1) * j.e + c;
+  for (int t = 0; t + 1 < kTaps; ++t) before[t] = load_four(conv + t * j.e);
+  before[kTaps - 1] = load_four(j.x_m + row * j.x_row + c);
+#pragma unroll
+  for (int i = 0; i < kSide; ++i) {
+    filter[i] = load_four(j.conv_weight + (c + i) * kTaps);
+    w[0][i] = load_four(j.w_q + (c + i) * kSide);
+    w[1][i] = load_four(j.w_k + (c + i) * kSide);
+    w[2][i] = load_four(j.w_v + (c + i) * kSide);
+  }
+  A x[2][4], out[3][4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    A p = j.conv_bias != nullptr ? static_cast<A>(j.conv_bias[c + i]) : A(0);
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) p += static_cast<A>(filter[i].at[t]) * static_cast<A>(before[t].at[i]);
+    x[0][i] = static_cast<A>(static_cast<T>(silu_of(p)));
+    x[1][i] = static_cast<A>(before[kTaps - 1].at[i]);
+  }
+#pragma unroll
+  for (int part = 0; part < 3; ++part)
+#pragma unroll
+    for (int o = 0; o < 4; ++o) {
+      out[part][o] = A(0);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[part][o] += static_cast<A>(w[part][o].at[i]) * x[part / 2][i];
+    }
+  A* const gates = j.gates + (row * gridDim.x + blockIdx.x) * j.n_gates;
+  for (int g0 = 0; g0 < j.n_gates; g0 += kGates) {
+    A sums[kGates];
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      sums[g] = A(0);
+      if (!real || g0 + g >= j.n_gates) continue;
+#pragma unroll
+      for (int part = 0; part < 3; ++part) {
+        const Side<T, 4> weight = load_four(j.g + (int64_t{g0 + g} * 3 + part) * j.e + c);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[g] += static_cast<A>(weight.at[i]) * out[part][i];
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) {
+      const A sum = warp_sum(sums[g]);
+      if (lane == g && g0 + g < j.n_gates) gates[g0 + g] = sum;
+    }
+  }
+  if (!real) return;
+  const int64_t at = row * j.e + c;
+  store_four(j.q + at, out[0]);
+  store_four(j.k + at, out[1]);
+  store_four(j.v + at, out[2]);
+  store_four(j.x_c + at, x[0]);
+  for (int t = 0; t + 1 < kTaps; ++t) *reinterpret_cast<Side<T, 4>*>(conv + t * j.e) = before[t + 1];
+}
+
+constexpr int kBlocks = 8;     // of a cluster, which advances a head of a row
+constexpr int kThreads = 512;  // at most
+constexpr int kAhead = 4;      // rows of C under way, of each group of threads
+constexpr int kMaxHead = 1024;
+constexpr int kOwn = kMaxHead / kBlocks / 32;  // columns of C, and values of n, of a lane of a block's first warp
+
+template <class T>
+struct CellJob {
+  float *c, *n, *m;
+  const T *q, *k, *v;
+  const float *i, *f;           // partial sums, of row r, part p, head h at r gate_row + p gate_part + h
+  int64_t gate_row, gate_part;
+  int parts, heads, dq, dv;
+  float scale, eps;
+  float* h;  // of the cell alone
+  // Of the whole block.
+  T* y;
+  const float *bias_i, *bias_f, *norm;
+  const T *skip, *x_c, *z;
+  int64_t z_row;
+  float norm_eps;
+};
+
+// A block: dv / 8 columns of C, a lane of a group 4 of them. Each block takes a share of n as well and tells the others its
+// part of n . q, and mean and squared deviations of its columns of C^T q, of which the norm is made.
+// Bound by reading and writing C.
+template <class T, bool kWhole>
+__global__ void __launch_bounds__(kThreads) cell_kernel(CellJob<T> j) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  extern __shared__ float4 shared[];
+  __shared__ float4 told[kBlocks];
+  const int width = j.dv / kBlocks, lanes = width / 4, groups = static_cast<int>(blockDim.x) / lanes;
+  const int t = static_cast<int>(threadIdx.x), group = t / lanes, lane = t % lanes;
+  float* const qs = reinterpret_cast<float*>(shared);  // (dq)
+  float* const ks = qs + j.dq;                         // (dq)
+  float* const parts = ks + j.dq;                      // (groups, width)
+  const int rank = static_cast<int>(cluster_rank());
+  const int64_t unit = blockIdx.x / kBlocks, row = unit / j.heads, head = unit % j.heads;
+  let_next_begin();
+  if (t < 32) {
+    const int64_t piece = int64_t{j.dq} * j.dv / (kBlocks * 32);
+    bring_into_l2(j.c + unit * j.dq * j.dv + (rank * 32 + t) * piece, piece * static_cast<int64_t>(sizeof(float)));
+  }
+  cluster_barrier();  // the others' shared memory is there
+  wait_for_previous();
+
+  float* const c = j.c + unit * j.dq * j.dv + rank * width + lane * 4;
+  const auto row_of = [&](int x) { return reinterpret_cast<float4*>(c + int64_t{x} * j.dv); };
+  float4 ahead[kAhead];
+#pragma unroll
+  for (int a = 0; a < kAhead; ++a)
+    if (group + a * groups < j.dq) ahead[a] = *row_of(group + a * groups);
+  const Side<T, 4> v_in = load_four(j.v + unit * j.dv + rank * width + lane * 4);
+  const int share = (j.dq + kBlocks - 1) / kBlocks, n_end = min((rank + 1) * share, j.dq);
+  float n[kOwn];
+#pragma unroll
+  for (int s = 0; s < kOwn; ++s) {
+    const int x = rank * share + t + 32 * s;
+    n[s] = t < 32 && x < n_end ? j.n[unit * j.dq + x] : 0.0f;
+  }
+  float i = 0, f = 0;
+  for (int p = t % 32; p < j.parts; p += 32) {
+    const int64_t at = row * j.gate_row + p * j.gate_part + head;
+    i += j.i[at];
+    f += j.f[at];
+  }
+  i = warp_sum(i);
+  f = warp_sum(f);
+  if constexpr (kWhole) {
+    i += j.bias_i[head];
+    f += j.bias_f[head];
+  }
+  const float old = j.m[unit] + log_sigmoid(f), top = fmaxf(old, i), keep = exp_of(old - top), take = exp_of(i - top);
+  for (int x = t; x < j.dq; x += static_cast<int>(blockDim.x)) {
+    qs[x] = j.scale * static_cast<float>(j.q[unit * j.dq + x]);
+    ks[x] = take * static_cast<float>(j.k[unit * j.dq + x]);
+  }
+  __syncthreads();
+  float v[4], sum[4] = {};
+#pragma unroll
+  for (int e = 0; e < 4; ++e) v[e] = static_cast<float>(v_in.at[e]);
+  for (int base = group; base < j.dq; base += kAhead * groups) {
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      const int x = base + a * groups;
+      if (x >= j.dq) break;
+      const float kx = ks[x], qx = qs[x];
+      float4 next = ahead[a];
+      next.x = keep * next.x + kx * v[0];
+      next.y = keep * next.y + kx * v[1];
+      next.z = keep * next.z + kx * v[2];
+      next.w = keep * next.w + kx * v[3];
+      *row_of(x) = next;
+      sum[0] += qx * next.x;
+      sum[1] += qx * next.y;
+      sum[2] += qx * next.z;
+      sum[3] += qx * next.w;
+      if (x + kAhead * groups < j.dq) ahead[a] = *row_of(x + kAhead * groups);
+    }
+  }
+  *reinterpret_cast<float4*>(parts + group * width + lane * 4) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+  __syncthreads();
+
+  const auto column = [&](int s) { return t + 32 * s; };  // of the block, where t < 32
+  float num[kOwn], factor[kOwn], add[kOwn], gate[kOwn];
+  if (t < 32) {
+    float r = 0, mean = 0, squares = 0;
+#pragma unroll
+    for (int s = 0; s < kOwn; ++s) {
+      const int x = rank * share + t + 32 * s;
+      if (x < n_end) {
+        n[s] = keep * n[s] + ks[x];
+        j.n[unit * j.dq + x] = n[s];
+        r += n[s] * qs[x];
+      }
+      num[s] = 0;
+      if (column(s) >= width) continue;
+#pragma unroll 8
+      for (int g = 0; g < groups; ++g) num[s] += parts[g * width + column(s)];
+      mean += num[s];
+      if constexpr (kWhole) {
+        const int64_t channel = head * j.dv + rank * width + column(s), at = row * j.heads * j.dv + channel;
+        factor[s] = 1.0f + j.norm[channel];
+        add[s] = static_cast<float>(j.skip[channel]) * static_cast<float>(j.x_c[at]);
+        gate[s] = silu_of(static_cast<float>(j.z[row * j.z_row + channel]));
+      }
+    }
+    r = warp_sum(r);
+    if constexpr (kWhole) {
+      mean = warp_sum(mean) / static_cast<float>(width);
+#pragma unroll
+      for (int s = 0; s < kOwn; ++s)
+        if (column(s) < width) squares += (num[s] - mean) * (num[s] - mean);
+      squares = warp_sum(squares);
+    }
+    if (t < kBlocks)
+      asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(
+                       of_block(static_cast<uint32_t>(__cvta_generic_to_shared(&told[rank])), static_cast<uint32_t>(t))),
+                   "f"(r), "f"(mean), "f"(squares), "f"(0.0f)
+                   : "memory");
+  }
+  cluster_barrier();
+  if (t >= 32) return;
+  if (t == 0 && rank == 0) j.m[unit] = top;
+  float r = 0, mean = 0, squares = 0;
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    r += told[b].x;
+    mean += told[b].y / kBlocks;
+    squares += told[b].z;
+  }
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) squares += static_cast<float>(width) * (told[b].y - mean) * (told[b].y - mean);
+  const float inverse = 1.0f / mlstm_denominator(r, top, j.eps);
+  const float rstd = rsqrtf(squares / static_cast<float>(j.dv) * inverse * inverse + j.norm_eps);
+#pragma unroll
+  for (int s = 0; s < kOwn; ++s) {
+    if (column(s) >= width) continue;
+    const int64_t at = unit * j.dv + rank * width + column(s);
+    if constexpr (kWhole)
+      j.y[at] = static_cast<T>(((num[s] - mean) * inverse * rstd * factor[s] + add[s]) * gate[s]);
+    else
+      j.h[at] = num[s] * inverse;
+  }
+#endif
+}
+
+// With q, k, v and the state of the job, and its sizes.
+bool cell_fits(const Tensor& q, const Tensor& k, const Tensor& v, const MlstmState& state) {
+  static const bool able = device_info(q.device()).compute_capability >= 90;
+  const int64_t dq = state.c.size(2), dv = state.c.size(3);
+  return able && (q.dtype() == DType::bf16 || q.dtype() == DType::f32) && dq % 4 == 0 && dq <= kMaxHead && dv % (4 * kBlocks) == 0 &&
+         (dv <= kMaxHead / 2 || (dv <= kMaxHead && dv % 64 == 0)) && aligned(q, k, v, state.c);
+}
+
+template <class T>
+CellJob<T> cell_job(const Tensor& q, const Tensor& k, const Tensor& v, MlstmState& state, double eps) {
+  CellJob<T> job{};
+  job.c = state.c.data<float>();
+  job.n = state.n.data<float>();
+  job.m = state.m.data<float>();
+  job.q = q.data<T>();
+  job.k = k.data<T>();
+  job.v = v.data<T>();
+  job.heads = static_cast<int>(state.c.size(1));
+  job.dq = static_cast<int>(state.c.size(2));
+  job.dv = static_cast<int>(state.c.size(3));
+  job.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(job.dq)));
+  job.eps = static_cast<float>(eps);
+  return job;
+}
+
+template <class T, bool kWhole>
+void run(const CellJob<T>& job, int64_t units, Stream stream) {
+  const int lanes = job.dv / kBlocks / 4, groups = lanes <= kThreads / 32 ? 32 : 16;  // whole warps
+  const int64_t shared = (2 * job.dq + groups * 4 * lanes) * static_cast<int64_t>(sizeof(float));
+  launch_with({clusters_of(kBlocks), overlapping()}, cell_kernel<T, kWhole>,
+              {.grid = units * kBlocks, .block = groups * lanes, .shared = shared, .stream = stream}, job);
+}
+
+// The two types that clusters serve.
+template <class F>
+void visit_cell_dtype(DType dtype, F&& f) {
+  if (dtype == DType::bf16) return f.template operator()<bf16>();
+  f.template operator()<float>();
+}
+
+}  // namespace
+
+void mlstm_step_maps(bool& done, MlstmStepMaps& out, Tensor& conv, const Tensor& x_m, const MlstmStepMapsWeights& w) {
+  const int64_t rows = x_m.size(0), e = x_m.size(1), n = w.maps.g.size(0), warps = ceil_div(e, 32 * kSide);
+  const int64_t four = 4 * size_of(x_m.dtype());
+  done = w.maps.w_q.size(1) == kSide && w.conv_weight.size(1) == kTaps && rows < 65536 && x_m.stride(0) % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(x_m.raw_data()) % static_cast<uintptr_t>(four) == 0 &&
+         (!w.conv_bias.defined() || w.conv_bias.dtype() == x_m.dtype()) &&
+         aligned(conv, w.conv_weight, w.maps.w_q, w.maps.w_k, w.maps.w_v, w.maps.g);
+  if (!done) return;
+  out.gates = empty({rows, warps, n}, accum_dtype(x_m.dtype()), x_m.device());
+  visit_float(x_m.dtype(), [&]<class T>() {
+    launch_overlapped(maps_kernel<T>, {.grid = warps, .grid_y = rows, .block = 32, .stream = current_stream(x_m.device())},
+                      MapsJob<T>{out.q.data<T>(), out.k.data<T>(), out.v.data<T>(), out.x_c.data<T>(), conv.data<T>(),
+                                 out.gates.data<accum_t<T>>(), x_m.data<T>(), w.conv_weight.data<T>(), pointer_or_null<T>(w.conv_bias),
+                                 w.maps.w_q.data<T>(), w.maps.w_k.data<T>(), w.maps.w_v.data<T>(), w.maps.g.data<T>(), x_m.stride(0), e,
+                                 static_cast<int>(n)});
+  });
+}
+
+void mlstm_step_output(bool& done, Tensor& y, MlstmState& state, const MlstmStepMaps& in, const Tensor& z, const MlstmStepOutputWeights& w) {
+  done = cell_fits(in.q, in.k, in.v, state);
+  if (!done) return;
+  const int64_t heads = state.c.size(1), parts = in.gates.size(1);
+  visit_cell_dtype(y.dtype(), [&]<class T>() {
+    CellJob<T> job = cell_job<T>(in.q, in.k, in.v, state, w.eps);
+    job.i = in.gates.data<float>();
+    job.f = job.i + heads;
+    job.gate_row = parts * 2 * heads;
+    job.gate_part = 2 * heads;
+    job.parts = static_cast<int>(parts);
+    job.y = y.data<T>();
+    job.bias_i = w.gate_bias.data<float>();
+    job.bias_f = job.bias_i + heads;
+    job.norm = w.norm.data<float>();
+    job.skip = w.skip.data<T>();
+    job.x_c = in.x_c.data<T>();
+    job.z = z.data<T>();
+    job.z_row = z.stride(0);
+    job.norm_eps = static_cast<float>(w.norm_eps);
+    run<T, true>(job, state.m.numel(), current_stream(y.device()));
+  });
+}
+
+bool mlstm_step_cluster(Tensor& h, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& i, const Tensor& f,
+                        MlstmState& state, double eps) {
+  if (!cell_fits(q, k, v, state)) return false;
+  visit_cell_dtype(q.dtype(), [&]<class T>() {
+    CellJob<T> job = cell_job<T>(q, k, v, state, eps);
+    job.i = i.data<float>();
+    job.f = f.data<float>();
+    job.gate_row = job.heads;
+    job.parts = 1;
+    job.h = h.data<float>();
+    run<T, false>(job, state.m.numel(), current_stream(h.device()));
+  });
+  return true;
+}
+
+}  // namespace krait::kernels::cuda

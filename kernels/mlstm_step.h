@@ -1,0 +1,33 @@
+#pragma once
+#include "kernels/mlstm.h"
+#include "kernels/mlstm_block.h"
+
+namespace krait {
+namespace kernels {
+
+/// What lies between the two projections of an mLSTM block (Beck et al. 2024, figure 11) for one position, in two parts:
+/// gates look at all channels, whose sums over the members of a tensor group go between them.
+///
+/// Maps (kernels/causal_conv1d.h, kernels/mlstm_block.h for sequences):
+///   x_c = silu(conv(x_m))     q = Wq x_c     k = Wk x_c     v = Wv x_m     gates = Gq q + Gk k + Gv v
+/// conv (b, taps - 1, e), the inputs before, moves on in place. x_m (b, e), rows may lie apart; conv_weight (e, taps),
+/// conv_bias (e) or undefined; all of them and the weights fp32, bf16 or fp64 alike. gates (b, parts, n) are partial sums
+/// over channels in the dtype of sums, as many as it takes.
+struct MlstmStepMaps { Tensor q, k, v, x_c, gates; };
+struct MlstmStepMapsWeights { Tensor conv_weight, conv_bias; MlstmMapsWeights maps; };
+MlstmStepMaps mlstm_step_maps(Tensor& conv, const Tensor& x_m, const MlstmStepMapsWeights& w);
+
+/// Output: with [i; f] = sum of the parts of gates + gate_bias, the cell's step (mlstm_step in kernels/mlstm.h) and
+///   y = (head_norm(h) (1 + norm) + skip x_c) silu(z)
+/// The state advances in place. z (b, e), rows may lie apart; gate_bias (2 heads) and norm (e) in the dtype of sums.
+struct MlstmStepOutputWeights { Tensor gate_bias, norm, skip; double eps = 1e-6, norm_eps = 1e-5; };
+Tensor mlstm_step_output(MlstmState& state, const MlstmStepMaps& in, const Tensor& z, const MlstmStepOutputWeights& w);
+
+// Backends: done says whether they have one kernel for it; else nothing was written, and the operations for sequences run.
+// Everything but x_m and z is contiguous, nothing is empty. gates are the backend's to allocate.
+KRAIT_BACKENDS(void mlstm_step_maps(bool& done, MlstmStepMaps& out, Tensor& conv, const Tensor& x_m, const MlstmStepMapsWeights& w);
+               void mlstm_step_output(bool& done, Tensor& y, MlstmState& state, const MlstmStepMaps& in, const Tensor& z,
+                                      const MlstmStepOutputWeights& w))
+
+}  // namespace kernels
+}  // namespace krait
