@@ -1,6 +1,7 @@
 #include "autograd/mamba2_inner.h"
 
 #include "autograd/conv_filter.h"
+#include "autograd/sequence_exchange.h"
 #include "kernels/causal_conv1d.h"
 #include "kernels/linear.h"
 #include "kernels/ssd.h"
@@ -36,9 +37,15 @@ GatedNorm norm_of(const Mamba2InnerArguments& in) {
   return {in.norm_members, in.sizes.groups, in.norm_eps, in.norm_first};
 }
 
-kernels::CausalConv1dOut convolve(const Mamba2InnerArguments& in, const ConvFilter& filter) {
-  return kernels::causal_conv1d_forward(Sizes(in).xbc(in.zxbcdt.data()), filter.weight, filter.bias, in.conv_state.data(),
-                                        true, in.options.segments);
+kernels::CausalConv1dOut convolve(const Mamba2InnerArguments& in, const ConvFilter& filter, const Tensor& history) {
+  return kernels::causal_conv1d_forward(Sizes(in).xbc(in.zxbcdt.data()), filter.weight, filter.bias, history, true,
+                                        in.options.segments);
+}
+
+LeftHalo halo_of(const Mamba2InnerArguments& in) {
+  const SequencePieces& pieces = in.options.pieces;
+  if (!pieces.several()) return {};
+  return {Sizes(in).xbc(in.zxbcdt.data()), in.conv_weight.size(-1) - 1, pieces.group, in.options.segments};
 }
 
 kernels::SsdInput scan_input(const Mamba2InnerArguments& in, const Tensor& xbc, const Tensor& initial_state) {
@@ -49,10 +56,10 @@ kernels::SsdInput scan_input(const Mamba2InnerArguments& in, const Tensor& xbc, 
           in.options.segments, in.options.chunk};
 }
 
-Grads differentiate(const Mamba2InnerArguments& in, const ConvFilter& filter, const SsdPiece& piece, const Tensor& y,
-                    const Tensor& rstd, const Tensor& dout, const Tensor& dconv_state, const Tensor& dssm_state) {
+Grads differentiate(const Mamba2InnerArguments& in, const ConvFilter& filter, const LeftHalo& halo, const SsdPiece& piece,
+                    const Tensor& y, const Tensor& rstd, const Tensor& dout, const Tensor& dconv_state, const Tensor& dssm_state) {
   const Sizes sizes(in);
-  const Tensor& zxbcdt = in.zxbcdt.data();
+  const Tensor &zxbcdt = in.zxbcdt.data(), history = halo.history(in.conv_state.data());
   // Tensors go as soon as they have served: the peak of a training step is here.
   Tensor dzxbcdt = empty_like(zxbcdt), dy, dnorm, dweight, dbias;
   if (dout.defined()) {
@@ -80,7 +87,7 @@ Grads differentiate(const Mamba2InnerArguments& in, const ConvFilter& filter, co
   Tensor dxbc;
   kernels::SsdGrad scan;
   {
-    const Tensor xbc = convolve(in, filter).y;
+    const Tensor xbc = convolve(in, filter, history).y;
     dxbc = empty_like(xbc);
     scan.dx = sizes.x(dxbc);
     scan.dB = sizes.B(dxbc);
@@ -93,8 +100,9 @@ Grads differentiate(const Mamba2InnerArguments& in, const ConvFilter& filter, co
   const auto time = kernels::ssd_time_step_backward(scan.ddt, scan.da, sizes.dt(zxbcdt), in.dt_bias.data(),
                                                     in.A_log.data(), in.dt_low, in.dt_high, sizes.dt(dzxbcdt));
   const auto conv = kernels::causal_conv1d_backward(
-      dxbc, dconv_state, sizes.xbc(zxbcdt), filter.weight, filter.bias, in.conv_state.data(), true, in.options.segments,
+      dxbc, dconv_state, sizes.xbc(zxbcdt), filter.weight, filter.bias, history, true, in.options.segments,
       in.conv_weight.grad_in_place(), in.conv_bias.grad_in_place(), sizes.xbc(dzxbcdt));
+  if (halo.rows().defined()) halo.add_gradient(sizes.xbc(dzxbcdt), conv.dinitial);
   if (Tensor rest = sizes.rest(dzxbcdt); rest.numel() > 0) zero_(rest);
   return {dzxbcdt,
           in_dtype_of(in.conv_weight, conv.dweight),
@@ -105,7 +113,7 @@ Grads differentiate(const Mamba2InnerArguments& in, const ConvFilter& filter, co
           dnorm,
           dweight,
           dbias,
-          conv.dinitial,
+          halo.rows().defined() ? Tensor() : conv.dinitial,
           piece.gradient_before(scan.dinitial_state)};
 }
 
@@ -115,13 +123,14 @@ Mamba2InnerOut mamba2_inner(const Mamba2InnerArguments& in) {
   const Sizes sizes(in);
   const Tensor& zxbcdt = in.zxbcdt.data();
   const ConvFilter filter(in.conv_weight, in.conv_bias, zxbcdt.dtype());
-  kernels::CausalConv1dOut conv = convolve(in, filter);
+  const LeftHalo halo = halo_of(in);
+  kernels::CausalConv1dOut conv = convolve(in, filter, halo.history(in.conv_state.data()));
   check_carried("mamba2_inner", in.options.pieces, in.ssm_state);
   kernels::SsdInput scan = scan_input(in, conv.y, in.ssm_state.data());
-  const SsdPiece piece(scan, in.options.pieces);
+  SsdPiece piece(scan, in.options.pieces);
   scan.initial_state = piece.before;
   auto [states, own_last] = kernels::ssd_forward(scan);
-  const Tensor final_state = piece.last(own_last);
+  const Tensor final_state = piece.take_last(own_last);
   scan = {};
   conv.y = {};
   const Tensor y = states.view({zxbcdt.size(0), zxbcdt.size(1), sizes.e});
@@ -133,8 +142,8 @@ Mamba2InnerOut mamba2_inner(const Mamba2InnerArguments& in) {
       record("mamba2_inner",
              {in.zxbcdt, in.conv_weight, in.conv_bias, in.dt_bias, in.A_log, in.D, in.norm_weight, in.out_weight,
               in.out_bias, in.conv_state, in.ssm_state},
-             {out, conv.final_state, final_state}, [in, filter, piece, y, rstd = norm.rstd](const std::vector<Tensor>& d) -> Grads {
-               return differentiate(in, filter, piece, y, rstd, d[0], d[1], d[2]);
+             {out, conv.final_state, final_state}, [in, filter, halo, piece, y, rstd = norm.rstd](const std::vector<Tensor>& d) -> Grads {
+               return differentiate(in, filter, halo, piece, y, rstd, d[0], d[1], d[2]);
              });
   return {results[0], results[1], results[2]};
 }

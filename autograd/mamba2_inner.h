@@ -13,8 +13,8 @@ inline namespace autograd {
 /// computes the convolution, the time steps and the normalised y again and writes the gradients of the five parts where
 /// they belong: per token it keeps zxbcdt, y and the norm's root, not 3e + 2gn values more.
 /// conv_bias, D, out_bias, the states and segments may be undefined. Without out_weight the normalised y comes out. With
-/// options.pieces zxbcdt is the own piece of a sequence that several members share, and conv_state what lies before it
-/// (autograd/sequence_exchange.h).
+/// options.pieces zxbcdt is the own piece of a sequence that several members share: conv_state and ssm_state (values, alike
+/// on all) belong in front of the first, what lies before the others is exchanged.
 struct Mamba2InnerArguments {
   Variable zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, out_weight, out_bias;
   Variable conv_state = {}, ssm_state = {};

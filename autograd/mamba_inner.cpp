@@ -1,6 +1,7 @@
 #include "autograd/mamba_inner.h"
 
 #include "autograd/conv_filter.h"
+#include "autograd/sequence_exchange.h"
 #include "kernels/causal_conv1d.h"
 #include "kernels/elementwise.h"
 #include "kernels/linear.h"
@@ -47,9 +48,13 @@ struct Sizes {
   int64_t e, n, r;
 };
 
-kernels::CausalConv1dOut convolve(const MambaInnerArguments& in, const ConvFilter& filter) {
-  return kernels::causal_conv1d_forward(Sizes(in).x(in.xz.data()), filter.weight, filter.bias, in.conv_state.data(), true,
-                                        in.segments);
+kernels::CausalConv1dOut convolve(const MambaInnerArguments& in, const ConvFilter& filter, const Tensor& history) {
+  return kernels::causal_conv1d_forward(Sizes(in).x(in.xz.data()), filter.weight, filter.bias, history, true, in.segments);
+}
+
+LeftHalo halo_of(const MambaInnerArguments& in) {
+  if (!in.pieces.several()) return {};
+  return {Sizes(in).x(in.xz.data()), in.conv_weight.size(-1) - 1, in.pieces.group, in.segments};
 }
 
 // h0: the state that enters; with several pieces not in.ssm_state but what the pieces before this one leave.
@@ -70,17 +75,20 @@ kernels::SelectiveScanInputs scan_inputs(const MambaInnerArguments& in, const Te
   return scan;
 }
 
-// The state that enters the own piece, the one that leaves the last, and what the backward needs of the others.
-struct Entered { Tensor h0, last, decays; };
+// What lies before the own piece, and what the backward needs of the others.
+struct Entered { LeftHalo halo; Tensor h0, decays; };
 
-Entered enter(const MambaInnerArguments& in, const Tensor& x, const Tensor& dbc) {
+// The state that leaves the last piece.
+Tensor enter(Entered& entered, const MambaInnerArguments& in, const Tensor& x, const Tensor& dbc) {
   check_carried("mamba_inner", in.pieces, in.ssm_state);
-  if (!in.pieces.several()) return {in.ssm_state.data(), {}, {}};
+  entered.h0 = in.ssm_state.data();
+  if (!in.pieces.several()) return {};
   const auto own = kernels::selective_scan_summary(scan_inputs(in, x, dbc, {}));
   const std::vector<Tensor> all = gather_pieces({own.state, own.deltas}, in.pieces);
-  const Tensor decays = cut_decays(kernels::exp(kernels::mul(in.A.data(), all[1].unsqueeze(-1))), in.pieces);
-  const PassedState state = pass_states(all[0], decays, in.ssm_state.data(), in.pieces);
-  return {state.before, state.last, decays};
+  entered.decays = cut_decays(kernels::exp(kernels::mul(in.A.data(), all[1].unsqueeze(-1))), in.pieces);
+  const PassedState state = pass_states(all[0], entered.decays, in.ssm_state.data(), in.pieces);
+  entered.h0 = state.before;
+  return state.last;
 }
 
 kernels::SelectiveScanGrad scan_gradient(const MambaInnerArguments& in, const kernels::SelectiveScanInputs& scan,
@@ -100,7 +108,8 @@ Grads differentiate(const MambaInnerArguments& in, const ConvFilter& filter, con
                     const Tensor& states, const Tensor& dout, const Tensor& dconv_state, const Tensor& dssm_state) {
   const Sizes sizes(in);
   // Tensors go as soon as they have served: the peak of a training step is here.
-  Tensor again = convolve(in, filter).y, dxz = empty_like(in.xz.data()), dw_out;
+  const Tensor history = entered.halo.history(in.conv_state.data());
+  Tensor again = convolve(in, filter, history).y, dxz = empty_like(in.xz.data()), dw_out;
   kernels::SelectiveScanGrad scan;
   {
     const Tensor dy = dout.defined() ? kernels::matmul(dout, in.out_proj.data()) : Tensor{};
@@ -120,8 +129,10 @@ Grads differentiate(const MambaInnerArguments& in, const ConvFilter& filter, con
   const Tensor dw_x = weight_gradient(ddbc, again, in.x_proj);
   again = {};
   const auto conv = kernels::causal_conv1d_backward(scan.dx, dconv_state, sizes.x(in.xz.data()), filter.weight,
-                                                    filter.bias, in.conv_state.data(), true, in.segments,
+                                                    filter.bias, history, true, in.segments,
                                                     in.conv_weight.grad_in_place(), in.conv_bias.grad_in_place(), sizes.x(dxz));
+  const bool exchanged = entered.halo.rows().defined();
+  if (exchanged) entered.halo.add_gradient(sizes.x(dxz), conv.dinitial);
   return {dxz,
           in_dtype_of(in.conv_weight, conv.dweight),
           in_dtype_of(in.conv_bias, conv.dbias),
@@ -131,7 +142,7 @@ Grads differentiate(const MambaInnerArguments& in, const ConvFilter& filter, con
           scan.dA,
           scan.dD,
           dw_out,
-          conv.dinitial,
+          exchanged ? Tensor() : conv.dinitial,
           scan.dh0};
 }
 
@@ -142,12 +153,13 @@ MambaInnerOut mamba_inner(const MambaInnerArguments& in) {
                     in.A,  in.D,           in.out_proj,  in.conv_state, in.ssm_state};
   const bool tape = wants_grad(inputs);
   const ConvFilter filter(in.conv_weight, in.conv_bias, in.xz.dtype());
-  auto [x, conv_state] = convolve(in, filter);
+  Entered entered{halo_of(in), {}, {}};
+  auto [x, conv_state] = convolve(in, filter, entered.halo.history(in.conv_state.data()));
   const Tensor dbc = linear_of(x, in.x_proj.data());
   sum_members(dbc, in.tensor);
-  const Entered entered = enter(in, x, dbc);
+  const Tensor last = enter(entered, in, x, dbc);
   auto [y, ssm_state, states] = kernels::selective_scan_forward(scan_inputs(in, x, dbc, entered.h0), tape);
-  if (in.pieces.several()) ssm_state = entered.last;
+  if (last.defined()) ssm_state = last;
   const Vars out = record("mamba_inner", inputs, {linear_of(y, in.out_proj.data()), conv_state, ssm_state},
                           [in, filter, entered, dbc, states = states](const std::vector<Tensor>& d) -> Grads {
                             return differentiate(in, filter, entered, dbc, states, d[0], d[1], d[2]);

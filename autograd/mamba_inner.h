@@ -12,9 +12,9 @@ inline namespace autograd {
 /// The same as causal_conv1d, linear and selective_scan one after the other, but backward computes x~, dt_proj d and y
 /// again: per token it keeps xz, [d; B; C] and the scan's states, not 3e values more.
 /// x_proj (r + 2n, e), dt_proj (e, r), A (e, n), out_proj (m, e); the rest as in those functions. conv_bias, D, the states and segments
-/// may be undefined. With pieces, xz is the own piece of a sequence that several members share: conv_state is what lies
-/// before it (autograd/sequence_exchange.h), the states of the others pass through it, the ssm_state given (a value, alike
-/// on all) enters the first piece, the one returned is that of the last.
+/// may be undefined. With pieces, xz is the own piece of a sequence that several members share: conv_state and ssm_state
+/// (values, alike on all) belong in front of the first, what lies before the others is exchanged, and the ssm_state
+/// returned is that of the last (of the own one, if pieces.last asks for none).
 struct MambaInnerArguments {
   Variable xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj;
   Variable conv_state = {}, ssm_state = {};

@@ -51,46 +51,66 @@ Tensor halo(const Tensor& x, int64_t rows, comm::ProcessGroup& group) {
   return out;
 }
 
-// dx (b, l, ...): gradients of the rows that other members took.
-Tensor halo_backward(const Tensor& dhalo, int64_t l, comm::ProcessGroup& group) {
-  Tensor dx = zeros(dhalo.shape().with(1, l), dhalo.dtype(), dhalo.device());
+}  // namespace
+
+LeftHalo::LeftHalo(const Tensor& x, int64_t rows, const comm::GroupPtr& group, const Tensor& segments)
+    : group_(group), length_(x.size(1)) {
+  if (group->size() == 1 || rows == 0) return;
+  KRAIT_CHECK(x.ndim() >= 2 && rows > 0, "halo_from_left: {} rows of {}, expected (b, l, ...)", rows, x.shape());
+  if (segments.defined() && x.size(1) > 0) {
+    KRAIT_CHECK(segments.shape() == (Shape{x.size(0), x.size(1)}), "halo_from_left: segments are {} for x {}",
+                segments.shape(), x.shape());
+    const Tensor ids = halo(segments, rows, *group).to(DType::f64);
+    kept_ = kernels::equal(ids, segments.slice(1, 0, 1).to(DType::f64)).to(x.dtype());
+    for (int64_t d = 2; d < x.ndim(); ++d) kept_ = kept_.unsqueeze(-1);
+  }
+  rows_ = masked(halo(x, rows, *group));
+}
+
+Tensor LeftHalo::masked(const Tensor& t) const { return kept_.defined() ? kernels::mul(t, kept_) : t; }
+
+void LeftHalo::add_gradient(const Tensor& dx, const Tensor& dhalo) const {
+  const int64_t l = dx.size(1);
+  const Tensor back = masked(dhalo.to(dx.dtype()));
   std::vector<Tensor> parts;
   std::vector<comm::Work> works;
-  const auto hops = hops_of(dhalo.size(1), l, group);
+  const auto hops = hops_of(dhalo.size(1), l, *group_);
   for (const Hop& hop : hops) {
-    const int to = left_of(group, hop.distance), from = right_of(group, hop.distance);
-    parts.push_back(from == kNobody ? Tensor()
-                                    : empty(dhalo.shape().with(1, hop.end - hop.begin), dhalo.dtype(), dhalo.device()));
-    works.push_back(group.exchange(to == kNobody ? Tensor() : dhalo.slice(1, hop.begin, hop.end).contiguous(), to,
-                                   parts.back(), from));
+    const int to = left_of(*group_, hop.distance), from = right_of(*group_, hop.distance);
+    parts.push_back(from == kNobody ? Tensor() : empty(dx.shape().with(1, hop.end - hop.begin), dx.dtype(), dx.device()));
+    works.push_back(group_->exchange(to == kNobody ? Tensor() : back.slice(1, hop.begin, hop.end).contiguous(), to,
+                                     parts.back(), from));
   }
   for (size_t i = 0; i < hops.size(); ++i) {
     works[i].wait();
     if (!parts[i].defined()) continue;
     const Tensor rows = dx.slice(1, l - parts[i].size(1), l);
-    put(rows, kernels::add(rows, parts[i]));
+    put(rows, kernels::add(rows.contiguous(), parts[i]));
   }
-  return dx;
 }
 
-}  // namespace
+Tensor LeftHalo::history(const Tensor& carried) const {
+  if (!rows_.defined()) return carried;
+  if (!carried.defined()) return rows_;
+  check_halo_with_carried(length_, rows_.size(1), *group_);
+  return group_->rank() == 0 ? kernels::add(rows_, carried) : rows_;  // zeros on the first member
+}
+
+void check_halo_with_carried(int64_t length, int64_t rows, const comm::ProcessGroup& group) {
+  KRAIT_CHECK(length >= rows,
+              "a state is carried into pieces of {} positions, but the convolution looks {} back; lower "
+              "parallelism.sequence ({})",
+              length, rows, group.size());
+}
 
 Variable halo_from_left(const Variable& x, int64_t rows, const comm::GroupPtr& group, const Tensor& segments) {
-  if (group->size() == 1 || rows == 0) return {};
-  KRAIT_CHECK(x.ndim() >= 2 && rows > 0, "halo_from_left: {} rows of {}, expected (b, l, ...)", rows, x.shape());
-  Tensor kept;  // (b, rows, 1, ...): 1 where the document goes on in the own piece
-  if (segments.defined() && x.size(1) > 0) {
-    KRAIT_CHECK(segments.shape() == (Shape{x.size(0), x.size(1)}), "halo_from_left: segments are {} for x {}",
-                segments.shape(), x.shape());
-    const Tensor ids = halo(segments, rows, *group).to(DType::f64);
-    kept = kernels::equal(ids, segments.slice(1, 0, 1).to(DType::f64)).to(x.dtype());
-    for (int64_t d = 2; d < x.ndim(); ++d) kept = kept.unsqueeze(-1);
-  }
-  const auto masked = [kept](const Tensor& t) { return kept.defined() ? kernels::mul(t, kept) : t; };
-  return record("halo_from_left", {x}, masked(halo(x.data(), rows, *group)),
-                [masked, l = x.size(1), group](const Tensor& dy) -> Grads {
-                  return {halo_backward(masked(dy), l, *group)};
-                });
+  const LeftHalo halo(x.data(), rows, group, segments);
+  if (!halo.rows().defined()) return {};
+  return record("halo_from_left", {x}, halo.rows(), [halo, shape = x.shape()](const Tensor& dy) -> Grads {
+    const Tensor dx = zeros(shape, dy.dtype(), dy.device());
+    halo.add_gradient(dx, dy);
+    return {dx};
+  });
 }
 
 Variable receive_from_left(const Variable& like, const Shape& shape, DType dtype, const comm::GroupPtr& group) {

@@ -1,5 +1,7 @@
 #include "autograd/ssd.h"
 
+#include <utility>
+
 #include "kernels/elementwise.h"
 #include "kernels/ssd.h"
 #include "kernels/ssd_time_step.h"
@@ -24,7 +26,7 @@ SsdPiece::SsdPiece(const kernels::SsdInput& in, const SequencePieces& pieces) : 
   last_ = state.last;
 }
 
-Tensor SsdPiece::last(const Tensor& own_last) const { return pieces_.several() ? last_ : own_last; }
+Tensor SsdPiece::take_last(const Tensor& own_last) { return last_.defined() ? std::exchange(last_, {}) : own_last; }
 
 Tensor SsdPiece::gradient_behind(const kernels::SsdInput& in, const Tensor& dy, const Tensor& dlast) const {
   check_carried("ssd", pieces_, {}, dlast);
@@ -43,9 +45,9 @@ struct Recurrence {
     check_carried("ssd", pieces, initial);
     in.initial_state = piece.before;
   }
-  kernels::SsdOut forward() const {
+  kernels::SsdOut forward() {
     kernels::SsdOut out = kernels::ssd_forward(in);
-    out.final_state = piece.last(out.final_state);
+    out.final_state = piece.take_last(out.final_state);
     return out;
   }
   void backward_into(kernels::SsdGrad& g, const Tensor& dy, const Tensor& dlast) const {
@@ -60,7 +62,7 @@ struct Recurrence {
 
 SsdOut ssd(const Variable& x, const Variable& dt, const Variable& a, const Variable& B, const Variable& C,
            const Variable& D, const Variable& initial_state, const SsdOptions& options) {
-  const Recurrence run({x.data(), dt.data(), a.data(), B.data(), C.data(), D.data(), initial_state.data(),
+  Recurrence run({x.data(), dt.data(), a.data(), B.data(), C.data(), D.data(), initial_state.data(),
                      options.segments, options.chunk}, initial_state, options.pieces);
   auto [y, final_state] = run.forward();
   const Vars out = record("ssd", {x, dt, a, B, C, D, initial_state}, {y, final_state},
@@ -102,7 +104,7 @@ SsdOut ssd_packed(const Variable& xbc, const Variable& dt, const Variable& a, co
               sizes.groups, sizes.d_state);
   const Tensor packed = xbc.data().contiguous();
   const Split parts(packed, sizes);
-  const Recurrence run({parts.x, dt.data(), a.data(), parts.B, parts.C, D.data(), initial_state.data(), options.segments,
+  Recurrence run({parts.x, dt.data(), a.data(), parts.B, parts.C, D.data(), initial_state.data(), options.segments,
                      options.chunk}, initial_state, options.pieces);
   auto [y, final_state] = run.forward();
   const Shape joined{xbc.size(0), xbc.size(1), parts.x.size(2) * parts.x.size(3)};

@@ -39,8 +39,8 @@ class SsdPiece {
   /// in.initial_state is that of the whole sequence. Gathers the pieces' states.
   SsdPiece(const kernels::SsdInput& in, const SequencePieces& pieces);
   Tensor before;  // the own piece's initial state
-  /// The whole's last state, for the piece's.
-  Tensor last(const Tensor& own_last) const;
+  /// The whole's last state, for the piece's; not kept. Where pieces.last asks for none: that of the own piece.
+  Tensor take_last(const Tensor& own_last);
   /// Gradient of the own piece's last state, for that of the whole's. in: with `before` as its initial state.
   Tensor gradient_behind(const kernels::SsdInput& in, const Tensor& dy, const Tensor& dlast) const;
   /// Gradient of the whole's initial state, for the piece's.

@@ -68,12 +68,16 @@ PassedState pass_states(const Tensor& own, const Tensor& decays, const Tensor& i
   PassedState state;
   Tensor h = initial;
   for (int64_t r = 0; r < pieces.count(); ++r) {
-    if (r == pieces.rank()) state.before = h;
+    if (r == pieces.rank()) {
+      state.before = h;
+      if (!pieces.last) break;
+    }
     const Tensor piece = own.select(0, r);
-    state.last = h.defined() ? kernels::add(scale_leading(decays.select(0, r), h), piece) : piece;
+    state.last = h.defined() ? kernels::add(scale_leading(decays.select(0, r), h), piece) : piece.clone();
     const bool edge = pieces.joined.defined() && r + 1 < pieces.count();
     h = edge ? scale_leading(pieces.joined.select(0, r + 1), state.last) : state.last;
   }
+  if (!pieces.last) state.last = {};
   return state;
 }
 

@@ -18,6 +18,7 @@ struct SequencePieces {
   comm::GroupPtr group = {};
   Tensor whole;   // (pieces, b) fp64, 1: the piece lies in one document, or 0. Undefined without documents
   Tensor joined;  // (pieces, b) fp64, 1: it continues the document of the piece before it, or 0
+  bool last = true;  // the state that leaves the last piece is wanted, on every member
 
   int64_t count() const { return group ? group->size() : 1; }
   int64_t rank() const { return group ? group->rank() : 0; }
@@ -36,7 +37,8 @@ Tensor scale_leading(const Tensor& factor, const Tensor& t);
 /// decays times pieces.whole, where that is defined. decays (pieces, b, ...).
 Tensor cut_decays(const Tensor& decays, const SequencePieces& pieces);
 
-/// H of the own piece (undefined where nothing comes in: piece 0 without an initial state) and E of the last one.
+/// H of the own piece (undefined where nothing comes in: piece 0 without an initial state) and, where pieces.last asks for
+/// it, E of the last one. They keep nothing of what was gathered.
 /// own (pieces, b, ...); decays (pieces, b, ...) of as many or fewer dimensions, broadcast at the end; initial (b, ...).
 struct PassedState { Tensor before, last; };
 PassedState pass_states(const Tensor& own, const Tensor& decays, const Tensor& initial, const SequencePieces& pieces);

@@ -69,11 +69,11 @@ Mamba::Result Mamba::run(const Variable& u, const Tensor& segments, const Variab
                          const comm::GroupPtr& sequence) const {
   MambaInnerArguments in{linear(copy_to_group(u, tensor_), in_proj_, optional(in_bias_)), conv_, optional(conv_bias_),
                          x_proj_, dt_proj_, dt_bias_, -exp(A_log_), D_, out_proj_};
-  in.conv_state =
-      convolution_history(slice(in.xz, -1, 0, config_.d_inner), config_.d_conv - 1, sequence, segments, conv);
+  in.conv_state = conv;
   in.ssm_state = ssm;
   in.segments = segments;
   in.pieces = sequence_pieces(sequence, segments);
+  in.pieces.last = ssm.defined();
   in.tensor = tensor_;
   MambaInnerOut inner = mamba_inner(in);
   const Variable out = reduce_from_group(std::move(inner.out), tensor_);

@@ -88,19 +88,13 @@ void Mamba2::share(Variable& in_weight, Variable& in_bias, Variable& conv_weight
   share_rows({{in_weight, from(2 * e)}, {in_bias, from(2 * e)}, {conv_weight, from(e)}, {conv_bias, from(e)}}, 2 * all, tensor_);
 }
 
-// What lies before the convolution's own piece of the sequence.
-Variable Mamba2::history(const Variable& xbc, const Tensor& segments, const Variable& carried) const {
-  return convolution_history(xbc, config_.d_conv - 1, sequence_, segments, carried);
-}
-
 Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments) const {
-  const SequencePieces pieces = sequence_pieces(sequence_, segments);
+  SequencePieces pieces = sequence_pieces(sequence_, segments);
+  pieces.last = ssm.defined();
   const bool sums = tensor_->size() > 1;
-  const int64_t e = config_.inner;
   Variable in_weight = in_weight_, in_bias = optional(in_bias_), conv_weight = conv_weight_, conv_bias = optional(conv_bias_);
   share(in_weight, in_bias, conv_weight, conv_bias);
   const Variable zxbcdt = linear(copy_to_group(u, tensor_), padded(in_weight), padded(in_bias));
-  const Variable xbc = slice(zxbcdt, 2, e, e + conv_width());
   const NormMembers members = copied() ? NormMembers{tensor_, whole_.n_groups, groups_.begin} : NormMembers{};
   Mamba2InnerOut out = mamba2_inner({.zxbcdt = zxbcdt,
                                            .conv_weight = conv_weight,
@@ -111,7 +105,7 @@ Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variabl
                                            .norm_weight = norm_weight_,
                                            .out_weight = out_weight_,
                                            .out_bias = sums ? Variable() : optional(out_bias_),
-                                           .conv_state = history(xbc, segments, conv),
+                                           .conv_state = conv,
                                            .ssm_state = ssm,
                                            .sizes = {config_.heads, config_.n_groups, config_.d_state},
                                            .options = {config_.chunk_size, segments, pieces},

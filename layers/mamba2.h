@@ -37,7 +37,6 @@ class Mamba2 final : public Mixer {
 
  private:
   kernels::Mamba2StepWeights step_weights() const;
-  Variable history(const Variable& xbc, const Tensor& segments, const Variable& carried) const;
   int64_t conv_width() const { return config_.inner + 2 * config_.n_groups * config_.d_state; }
   /// Whether several members hold the B and C of a group.
   bool copied() const { return tensor_->size() > whole_.n_groups; }

@@ -9,10 +9,7 @@ Variable convolution_history(const Variable& x, int64_t rows, const comm::GroupP
   const Variable halo = halo_from_left(x, rows, group, segments);
   if (!halo.defined()) return carried;
   if (!carried.defined()) return halo;
-  KRAIT_CHECK(x.size(1) >= rows,
-              "a state is carried into pieces of {} positions, but the convolution looks {} back; lower "
-              "parallelism.sequence ({})",
-              x.size(1), rows, group->size());
+  check_halo_with_carried(x.size(1), rows, *group);
   return group->rank() == 0 ? halo + carried : halo;  // zeros on the first member
 }
 
