@@ -13,9 +13,10 @@ struct Ssd {
         a(size_of(accum_dtype(in.x.dtype()))), has_D(in.D.defined()), segments(in.segments.defined()),
         tensor_cores(in.x.dtype() == DType::bf16 && p <= 64 && n <= 128 && p % 8 == 0 && n % 8 == 0),
         chunk(tensor_cores ? 64 : std::min(in.chunk, std::max<int64_t>(1, l))), chunks(ceil_div(l, chunk)) {}
+  int64_t decays() const { return b * chunks * heads * 4 * 64 * 4; }  // on tensor cores
   /// Decays and C B^T.
   int64_t prepared() const {
-    if (tensor_cores) return b * chunks * (heads * 4 * 64 * 4 + g * 64 * 64 * 2);
+    if (tensor_cores) return decays() + b * chunks * g * 64 * 64 * 2;
     return 2 * b * l * heads * a + (segments ? b * l * 4 : 0) + b * chunks * g * chunk * chunk * a;
   }
   /// Of all chunks, in one direction.
@@ -44,7 +45,7 @@ GpuMemory gpu_memory_of_ssd_backward(const SsdInput& in) {
 
 GpuMemory gpu_memory_of_ssd_states(const SsdInput& in) {
   const Ssd s(in);
-  return {s.prepared() + s.states()};
+  return {s.tensor_cores ? s.decays() : s.prepared() + s.states()};
 }
 
 namespace {

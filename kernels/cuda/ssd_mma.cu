@@ -318,9 +318,11 @@ __global__ void piece_decay_kernel(float* totals, const float* decays, Sizes d, 
   if (threadIdx.x % 32 == 0) totals[at] = total;
 }
 
-// The own states of pieces to the states before them (in reverse: after them). `tiles` blocks share a head.
+// The own states of pieces to the states before them (in reverse: after them), and the one that leaves the last to `end`,
+// if that is not null. `tiles` blocks share a head.
 __global__ void __launch_bounds__(kCarryThreads)
-    carry_kernel(float* states, const float* start, const float* totals, Sizes d, int64_t pieces, int tiles, bool reverse) {
+    carry_kernel(float* states, float* end, const float* start, const float* totals, Sizes d, int64_t pieces, int tiles,
+                 bool reverse) {
   const int64_t size = d.p * d.n, unit = blockIdx.x / tiles, h = unit % d.heads, b = unit / d.heads;
   const int64_t first = int64_t{blockIdx.x % tiles} * (kCarryThreads * kCarryEach) + threadIdx.x;
   float running[kCarryEach];
@@ -345,6 +347,12 @@ __global__ void __launch_bounds__(kCarryThreads)
       if (element < size) own[element] = running[j];
       running[j] = total * running[j] + here[j];
     }
+  }
+  if (end == nullptr) return;
+#pragma unroll
+  for (int j = 0; j < kCarryEach; ++j) {
+    const int64_t element = first + j * kCarryThreads;
+    if (element < size) end[unit * size + element] = running[j];
   }
 }
 
@@ -376,7 +384,7 @@ void launch_scan(const Scan& in, const Rows<const bf16>& C, const Rows<bf16>& y,
          in, C, y);
 }
 
-// `out` undefined: states only.
+// `out` undefined: states only. Neither: `last` alone, for which the pieces are walked once.
 void walk(Scan in, const Tensor& start, const Tensor& last, const Tensor& C, const Tensor& out, const Tensor& like) {
   const Stream stream = current_stream(like.device());
   const Cut cut(in.d, shared_limit(like.device()));
@@ -407,9 +415,11 @@ void walk(Scan in, const Tensor& start, const Tensor& last, const Tensor& C, con
            {.grid = ceil_div(totals.numel(), kCarryThreads / 32), .block = kCarryThreads, .stream = stream},
            totals.data<float>(), in.decays, in.d, cut.pieces, cut.piece);
     const int64_t tiles = ceil_div(in.d.p * in.d.n, kCarryThreads * kCarryEach);
+    const bool last_alone = !out.defined() && states == nullptr;
     launch(carry_kernel, {.grid = in.d.b * in.d.heads * tiles, .block = kCarryThreads, .stream = stream},
-           carried.data<float>(), data_or_null<float>(start), totals.data<float>(), in.d, cut.pieces,
-           static_cast<int>(tiles), in.reverse);
+           carried.data<float>(), last_alone ? last.data<float>() : nullptr, data_or_null<float>(start),
+           totals.data<float>(), in.d, cut.pieces, static_cast<int>(tiles), in.reverse);
+    if (last_alone) return;
     in.start = carried.data<float>();
     in.states = states;
     in.last_of_each = false;
@@ -432,13 +442,14 @@ bool serves(const SsdInput& in, const Tensor& dy, const std::vector<Tensor>& out
   return wide(in.x) && wide(in.B) && wide(in.C) && wide(dy) && std::all_of(outputs.begin(), outputs.end(), wide);
 }
 
-Prepared::Prepared(const SsdInput& in) : d(in) {
+Prepared::Prepared(const SsdInput& in, bool with_products) : d(in) {
   const Device device = in.x.device();
   const Stream stream = current_stream(device);
   decays = empty({d.b, d.chunks, d.heads, 4, kRows}, DType::f32, device);
-  products = empty({d.b, d.chunks, d.g, kRows, kRows}, DType::bf16, device);
   launch(decay_kernel, {.grid = d.b * d.chunks, .block = 256, .stream = stream}, decays.data<float>(), in.a.data<float>(),
          data_or_null<float>(in.dt), data_or_null<int32_t>(in.segments), d);
+  if (!with_products) return;
+  products = empty({d.b, d.chunks, d.g, kRows, kRows}, DType::bf16, device);
   const auto run = [&]<int N>() {
     launch(products_kernel<N>,
            {.grid = d.b * d.chunks * d.g, .block = 128, .shared = 2 * kWide<N> * int64_t{sizeof(bf16)}, .stream = stream},
@@ -457,6 +468,12 @@ Tensor Prepared::states(const Tensor& rows, const Tensor& columns, const Tensor&
                   nullptr, states.data<bf16>(), d, 1, 1, 1, 1, reverse, false};
   walk(scan, start, last, {}, {}, rows);
   return states;
+}
+
+void Prepared::last_state(const Tensor& rows, const Tensor& columns, const Tensor& start, const Tensor& last, bool reverse) const {
+  const Scan scan{Rows<const bf16>(rows), Rows<const bf16>(columns), decays.data<float>(), nullptr, nullptr, nullptr,
+                  nullptr, nullptr, d, 1, 1, 1, 1, reverse, false};
+  walk(scan, start, last, {}, {}, rows);
 }
 
 void forward(Tensor& y, Tensor& final_state, const SsdInput& in) {

@@ -49,13 +49,15 @@ struct Prepared {
   Tensor decays;    // (b, chunks, heads, 4, 64) fp32
   Tensor products;  // C B^T of a chunk and group in bf16, (b, chunks, g, 4 warps, 4 pairs of columns, 32 lanes, 8): a
                     // lane's accumulators of two tiles of 8 columns. 0 above the diagonal, nothing in blocks of 16 x 16 above it
-  explicit Prepared(const SsdInput& in);
+  explicit Prepared(const SsdInput& in, bool with_products = true);
   /// Padded columns of states: 64 or 128.
   int64_t width() const { return d.n <= 64 ? 64 : 128; }
   /// Sums rows^T columns along the chunks: forward (x, B) and, last chunk first, reverse (dy, C). `start` and `last`
   /// (b, heads, p, n) fp32 may be undefined. The result in bf16 (b, chunks, heads, 64, width()): the state before each
   /// chunk, or the gradient of the state after it.
   Tensor states(const Tensor& rows, const Tensor& columns, const Tensor& start, const Tensor& last, bool reverse) const;
+  /// `last` alone.
+  void last_state(const Tensor& rows, const Tensor& columns, const Tensor& start, const Tensor& last, bool reverse) const;
 };
 
 /// A value that all lanes of a warp share, so that the compiler knows it.

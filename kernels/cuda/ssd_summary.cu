@@ -10,7 +10,7 @@ namespace {
 void sum_states(Tensor& last, const Tensor& rows, const Tensor& columns, const Tensor& start, const SsdInput& in,
                 bool reverse) {
   if (ssd::mma64::serves(in, reverse ? rows : Tensor(), {})) {
-    ssd::mma64::Prepared(in).states(rows, columns, start, last, reverse);
+    ssd::mma64::Prepared(in, false).last_state(rows, columns, start, last, reverse);
     return;
   }
   const ssd::Pass pass(in);
