@@ -8,6 +8,7 @@
 #include "core/comm/backend.h"
 #include "core/comm/background.h"
 #include "core/comm/job.h"
+#include "core/comm/mpi/environment_launch.h"
 #include "core/stream.h"
 #include "tests/parallel/world.h"
 
@@ -159,6 +160,14 @@ TEST_CASE("counts beyond what one call of MPI takes are cut in pieces") {
   check_collectives(*world(), DType::f32, 257, kCpu);
   check_collectives(*world(), DType::bf16, 99, kCpu);
   set_max_count(int64_t{1} << 30);
+}
+
+TEST_CASE("an MPI that takes no job by RANK and WORLD_SIZE is named, and mpirun as the way out") {
+  for (const char* served : {"Open MPI v3.1.6", "Open MPI v4.1.4"}) CHECK(environment_refusal(served, 4).empty());
+  for (const char* other : {"Open MPI v5.0.3", "MPICH Version: 4.1.2", "Intel(R) MPI Library 2021.13 for Linux* OS"})
+    CHECK(environment_refusal(other, 4) == fmt::format("{} takes no job that RANK and WORLD_SIZE describe (Open MPI 3 and 4 do)\n"
+                                                       "       start the job with mpirun -n 4", other));
+  CHECK(mpi_version().find_first_of("\t\n,") == std::string::npos);
 }
 
 TEST_CASE("ranks that come late are waited for") {

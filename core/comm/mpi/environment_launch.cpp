@@ -84,6 +84,13 @@ void keep_files_together(Star& star) {
 
 }  // namespace
 
+std::string environment_refusal(const std::string& mpi, int size) {
+  if (mpi.starts_with("Open MPI v3.") || mpi.starts_with("Open MPI v4.")) return "";
+  return fmt::format("{} takes no job that RANK and WORLD_SIZE describe (Open MPI 3 and 4 do)\n       start the job "
+                     "with mpirun -n {}",
+                     mpi, size);
+}
+
 Star* meet_by_environment(int rank, int size, const std::string& version) {
   if (mpi_launched(rank, size)) return nullptr;
   const std::string host = variable("MASTER_ADDR");
@@ -101,11 +108,7 @@ Star* meet_by_environment(int rank, int size, const std::string& version) {
                          .size = size,
                          .version = (version.empty() ? "" : version + " with ") + mpi,
                          .limit = std::clamp(timeout(), kMeetingLimits[0], kMeetingLimits[1])});
-  if (!mpi.starts_with("Open MPI v3.") && !mpi.starts_with("Open MPI v4."))
-    star->fail(
-        fmt::format("{} takes no job that RANK and WORLD_SIZE describe (Open MPI 3 and 4 do)\n       start the job "
-                    "with mpirun -n {}",
-                    mpi, size));
+  if (const std::string refusal = environment_refusal(mpi, size); !refusal.empty()) star->fail(refusal);
   pose_as_flux(*star);
   keep_files_together(*star);
   serve_pmi(*star, rank, size);

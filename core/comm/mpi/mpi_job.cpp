@@ -67,8 +67,13 @@ std::string mpi_version() {
   char text[MPI_MAX_LIBRARY_VERSION_STRING] = "";
   int length = 0;
   MPI_Get_library_version(text, &length);
-  const std::string version(text, static_cast<size_t>(length));
-  return version.substr(0, version.find_first_of(",\n"));  // Open MPI goes on with the builder's name and the date
+  const std::string all(text, static_cast<size_t>(length));
+  std::string version;  // of its first line, in which MPICH has a tab and Open MPI goes on with the builder's name
+  for (const char c : all.substr(0, all.find_first_of(",\n"))) {
+    const bool space = c == ' ' || c == '\t';
+    if (!space || (!version.empty() && version.back() != ' ')) version += space ? ' ' : c;
+  }
+  return version;
 }
 
 }  // namespace krait::comm
