@@ -58,16 +58,18 @@ class BucketOrder {
   bool active_ = false;
 };
 
-/// Which group sums a bucket. What is complete only when the backward pass has ended, with the embedding's gradient, has
-/// nothing left to compute beside. Decided by the layout alone, because all ranks must use one group for a bucket.
+/// Which group sums a bucket. The embedding's, complete when the backward pass has ended, has nothing left to compute
+/// beside; what little ends with it goes on beside it. Decided by the layout alone, because all ranks must use one group
+/// for a bucket.
 class BucketGroups {
  public:
-  BucketGroups(const layers::ParameterStore& store, const Replicas& replicas) : replicas_(replicas), tail_(store.outer_buckets()) {}
-  comm::ProcessGroup& of(size_t bucket) const { return bucket < tail_ ? *replicas_.group : *replicas_.background; }
+  BucketGroups(const layers::ParameterStore& store, const Replicas& replicas)
+      : replicas_(replicas), embedding_(store.outer_buckets() - 1) {}
+  comm::ProcessGroup& of(size_t bucket) const { return bucket == embedding_ ? *replicas_.group : *replicas_.background; }
 
  private:
   Replicas replicas_;
-  size_t tail_;
+  size_t embedding_;
 };
 
 Tensor to_travel(const Tensor& gradients, ReduceDtype dtype) {
@@ -83,11 +85,12 @@ class OverlappedReduction final : public GradientReduction {
   void begin(bool last) override {
     if (last) order_.begin();
   }
-  void end(bool last) override {
+  void end(bool last, const std::function<void()>& inner_done) override {
     if (!last) return;
     order_.end();
-    // The last one, of the tail, is still under way while the others' gradients are zeroed.
+    // The tail is still under way while the others' gradients are zeroed.
     for (Sum& sum : under_way_) {
+      if (sum.bucket + 1 == store_.outer_buckets()) inner_done();
       sum.work.wait();
       if (dtype_ != ReduceDtype::as_is) copy_(sum.wanted, sum.travelled);
       if (shards_.sharded()) zero_(sum.whole);
@@ -102,15 +105,16 @@ class OverlappedReduction final : public GradientReduction {
     comm::ProcessGroup& group = groups_.of(b);
     const Tensor sent = to_travel(whole, dtype_);
     if (!shards_.sharded()) {
-      under_way_.push_back({whole, whole, sent, group.all_reduce(sent)});
+      under_way_.push_back({b, whole, whole, sent, group.all_reduce(sent)});
       return;
     }
     const Tensor own = shards_.piece_of(shards_.grad(), b);
     const Tensor piece = dtype_ == ReduceDtype::as_is ? own : empty(own.shape(), sent.dtype(), sent.device());
-    under_way_.push_back({whole, own, piece, group.reduce_scatter(sent, piece)});
+    under_way_.push_back({b, whole, own, piece, group.reduce_scatter(sent, piece)});
   }
 
   struct Sum {
+    size_t bucket;
     Tensor whole;              // the bucket's gradients
     Tensor wanted, travelled;  // of another dtype, or the same tensor
     comm::Work work;
@@ -138,9 +142,10 @@ class BucketReduction final : public GradientReduction {
   }
 
   void begin(bool) override { order_.begin(); }
-  void end(bool) override {
+  void end(bool last, const std::function<void()>& inner_done) override {
     order_.end();
     while (!under_way_.empty()) finish_oldest();
+    if (last) inner_done();
   }
 
  private:
@@ -192,7 +197,7 @@ class OrderedReduction final : public GradientReduction {
 
   void begin(bool) override {}
 
-  void end(bool last) override {
+  void end(bool last, const std::function<void()>& inner_done) override {
     const int64_t ranks = replicas_->size();
     for (const auto& bucket : store_.buckets()) {
       const Tensor whole = store_.grad().slice(0, bucket.begin, bucket.end);
@@ -204,6 +209,7 @@ class OrderedReduction final : public GradientReduction {
       if (last) replicas_->all_gather(sum, whole).wait();
     }
     zero_(last ? sums_ : store_.grad());
+    if (last) inner_done();
   }
 
  private:

@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <memory>
 
 #include "train/parameter_shards.h"
@@ -11,7 +12,9 @@ class GradientReduction {
   virtual ~GradientReduction() = default;
   /// Around the backward pass of a micro-batch. `last`: of the step.
   virtual void begin(bool last) = 0;
-  virtual void end(bool last) = 0;
+  /// `inner_done`, of the step's last: called when all sums but those of the outer buckets (ParameterStore::outer_buckets)
+  /// are where the optimizer reads them; what it queues may go on beside the others.
+  virtual void end(bool last, const std::function<void()>& inner_done) = 0;
 };
 
 /// What travels: gradients as they are, or rounded to bf16, half of the bytes. A rounded sum of D ranks is off by up to

@@ -29,7 +29,10 @@ ParameterShards::ParameterShards(layers::ParameterStore& store, comm::GroupPtr r
     }
   }
   for (const auto& [begin, end] : store.primary_ranges())
-    for (const Piece& p : cut(begin, end)) primary_.push_back({p.at, p.at + p.end - p.begin});
+    for (const Piece& p : cut(begin, end)) {
+      if (primary_.empty() || primary_.back().second != p.at) primary_.push_back({p.at, p.at});
+      primary_.back().second += p.end - p.begin;
+    }
   if (zero_ == 0) return;
   if (gathers())
     for (size_t b = 0; b < store.buckets().size(); ++b)
@@ -65,6 +68,12 @@ std::vector<ParameterShards::Piece> ParameterShards::cut(int64_t begin, int64_t 
   return out;
 }
 
+int64_t ParameterShards::outer() const {
+  const size_t n = store_.outer_buckets();
+  if (n == store_.buckets().size()) return numel_;
+  return sharded() ? pieces_[n].at : store_.buckets()[n].begin;
+}
+
 Tensor ParameterShards::piece_of(const Tensor& own, size_t bucket) const {
   const Piece& p = pieces_[bucket];
   return own.slice(0, p.at, p.at + p.end - p.begin);
@@ -83,16 +92,10 @@ void ParameterShards::gather() {
   for (comm::Work& w : works) w.wait();
 }
 
-int64_t ParameterShards::outer() const {
-  KRAIT_ASSERT(gathers(), "nothing is gathered.");
-  const size_t n = store_.outer_buckets();
-  return n < pieces_.size() ? pieces_[n].at : numel_;
-}
-
-// The update beside it leaves the multiprocessors that the whole GPU's collectives take.
+// The embedding first: copy engines need nothing of the update beside them, small buckets' kernels wait until it ends.
 void ParameterShards::begin_outer(comm::ProcessGroup& background) {
   KRAIT_ASSERT(gathers() && under_way_.empty(), "a gather is under way.");
-  for (size_t b = 0; b < store_.outer_buckets(); ++b) under_way_.push_back(fetch(b, by_engines_ ? background : *replicas_));
+  for (size_t b = store_.outer_buckets(); b-- > 0;) under_way_.push_back(fetch(b, by_engines_ ? background : *replicas_));
 }
 
 void ParameterShards::begin_gather(comm::ProcessGroup& background) {

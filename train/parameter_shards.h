@@ -31,6 +31,8 @@ class ParameterShards {
   int64_t numel() const { return numel_; }
   /// The own part of a flat range, ascending.
   std::vector<Piece> cut(int64_t begin, int64_t end) const;
+  /// How many of the own elements are of outer buckets (ParameterStore::outer_buckets); they are the first.
+  int64_t outer() const;
   /// The own piece of a bucket in a buffer of the rank's own.
   Tensor piece_of(const Tensor& own, size_t bucket) const;
 
@@ -53,9 +55,8 @@ class ParameterShards {
   /// After an update: every rank gets the pieces that the others have updated. Of ZeRO-1 and 2; the others have none.
   bool gathers() const { return zero_ == 1 || zero_ == 2; }
   void gather();
-  /// The same in two parts. What the forward pass begins with, up to the embedding, lies in the first outer() of the own
-  /// elements: gathered beside the update of the others.
-  int64_t outer() const;
+  /// The same in two parts. What the forward pass begins with, the first outer() elements, is gathered beside the update of
+  /// the others.
   void begin_outer(comm::ProcessGroup& background);
   /// The rest while the forward pass goes on: each bucket is waited for where one of its parameters is first used.
   void begin_gather(comm::ProcessGroup& background);

@@ -113,7 +113,13 @@ void TrainStep::build_optimizer() {
     reduction_ = bucket_reduction(store, *shards_, both, dtype);
   else if (replicas->size() > 1 || shards_->sharded())
     reduction_ = overlapped_reduction(store, *shards_, both, dtype);
-  norm_ranges_ = norm_ranges(store, *shards_, config.runtime.strict);
+  inner_.clear();
+  outer_.clear();
+  for (const auto& [begin, end] : norm_ranges(store, *shards_, config.runtime.strict)) {
+    const int64_t edge = reduction_ && !config.runtime.strict ? std::clamp(shards_->outer(), begin, end) : end;
+    if (begin < edge) outer_.push_back({begin, edge});
+    if (edge < end) inner_.push_back({edge, end});
+  }
   optimizer_ = std::make_unique<Optimizer>(optimizer_options(config.optimizer), shards_->master(), shards_->grad(),
                                            shards_->compute(), segments_of(store, *shards_, config.optimizer),
                                            shards_->gathers() ? shards_->outer() : 0);
@@ -210,7 +216,9 @@ void TrainStep::micro_step(bool first, bool last) {
   shards_->end_gather();
   if (reduction_) reduction_->begin(last);
   backward(out.loss);
-  if (reduction_) reduction_->end(last);
+  if (reduction_) reduction_->end(last, [this] {
+    if (!inner_.empty()) inner_squares_ = kernels::norm_clip(squares(inner_), 0).sum_squares();
+  });
   if (carried_) carried_->keep(state);
   if (gather_) gather_->drop_all();
   Tensor sum = micro_loss_.select(0, 0), auxiliary = micro_loss_.select(0, 1);
@@ -240,24 +248,28 @@ void TrainStep::run_micro_batch(bool first, bool last) {
     micro_step(first, last);
 }
 
-// Of the gradients of the whole model, fp64: each rank adds those that no other rank adds.
-Tensor TrainStep::sum_squares() const {
+// fp64 sums of squares of parts of the gradients, and `more` of them.
+Tensor TrainStep::squares(const Ranges& ranges, Tensor more) const {
   std::vector<Tensor> parts;
-  int64_t n = 0;
-  for (const auto& [begin, end] : norm_ranges_) {
-    parts.push_back(kernels::sum_squares(shards_->grad().slice(0, begin, end)));
-    n += parts.back().numel();
-  }
-  const comm::Mesh& mesh = session_.mesh;
-  comm::ProcessGroup& owners = shards_->sharded() ? *mesh.world : *mesh.tensor;
-  if (parts.size() == 1 && owners.size() == 1) return parts.front();
+  for (const auto& [begin, end] : ranges) parts.push_back(kernels::sum_squares(shards_->grad().slice(0, begin, end)));
+  if (more.defined()) parts.push_back(std::move(more));
+  if (parts.size() == 1) return parts.front();
+  int64_t n = 0, at = 0;
+  for (const Tensor& part : parts) n += part.numel();
   const Tensor all = empty({n}, DType::f64, session_.device);
-  int64_t at = 0;
   for (const Tensor& part : parts) {
     Tensor place = all.slice(0, at, at + part.numel());
     copy_(place, part);
     at += part.numel();
   }
+  return all;
+}
+
+// Of the gradients of the whole model, fp64: each rank adds those that no other rank adds.
+Tensor TrainStep::sum_squares() const {
+  const comm::Mesh& mesh = session_.mesh;
+  comm::ProcessGroup& owners = shards_->sharded() ? *mesh.world : *mesh.tensor;
+  const Tensor all = squares(outer_, inner_squares_);
   if (owners.size() == 1) return all;
   const Tensor sum = kernels::norm_clip(all, 0).sum_squares().clone();
   owners.all_reduce(sum).wait();

@@ -62,6 +62,8 @@ class TrainStep {
   void micro_step(bool first, bool last);
   void run_micro_batch(bool first, bool last);
   void update();
+  using Ranges = std::vector<std::pair<int64_t, int64_t>>;
+  Tensor squares(const Ranges& ranges, Tensor more = {}) const;
   Tensor sum_squares() const;
 
   Session& session_;
@@ -72,7 +74,8 @@ class TrainStep {
   comm::GroupPtr background_;                     // of the replicas
   bool stale_ = false;                            // the pieces of ZeRO-1 and 2 have been updated and not gathered
   std::unique_ptr<Optimizer> optimizer_;
-  std::vector<std::pair<int64_t, int64_t>> norm_ranges_;  // of the gradients that the optimizer reads
+  Ranges inner_, outer_;               // of the gradients that the optimizer reads, those in the norm
+  Tensor inner_squares_;               // of the step under way
   Uploader uploader_;
   std::unique_ptr<CarriedState> carried_;
   layers::ModelInput input_;   // fixed addresses, so that a graph can be replayed on new values
