@@ -21,7 +21,8 @@ constexpr DecodeRow kRows[] = {
     {"mamba-130m", 8, true, 0},     {"mamba-130m", 64, true, 0.427},  {"mamba-130m", 256, true, 0},
     {"mamba2-130m", 1, true, 0.25},  {"mamba2-130m", 8, true, 0},  {"mamba2-130m", 64, true, 0.427}, {"mamba2-130m", 256, true, 0},
     {"mamba2-130m", 64, true, 0.427, DType::bf16},
-    {"gpt2-124m", 1, true, 0.25},    {"gpt2-124m", 64, true, 0},   {"llama-124m", 1, true, 0},       {"llama-124m", 64, true, 0},
+    {"gpt2-124m", 1, true, 0.25},    {"gpt2-124m", 8, true, 0},    {"gpt2-124m", 64, true, 0},
+    {"llama-124m", 1, true, 0},      {"llama-124m", 8, true, 0},   {"llama-124m", 64, true, 0},
     {"xlstm-125m", 1, true, 0},      {"xlstm-125m", 64, true, 0},   {"char-gpt", 1, false, 0},
     {"mamba-small", 1, false, 0},    {"mamba2-small", 1, false, 0},
 };

@@ -9,6 +9,9 @@ namespace krait::kernels::cuda {
 namespace {
 
 constexpr int64_t kMultiprocessors = 132;
+// At most two blocks with a norm share a multiprocessor: with a third, blocks of later kernels take the places where this
+// one's would lie apart.
+constexpr int64_t kNormedShared = 76 * 1024;
 
 // Calls f with the tile that serves: 8ths of its columns, steps, warps, gated, several rounds. False when none does.
 template <class F>
@@ -48,7 +51,7 @@ void few_map(const FewMap& a, bool early, Stream stream) {
     keep_shared_memory(kernel);
     const int64_t tiles = ceil_div(a.n, kGated ? 4 * kTiles : 8 * kTiles);
     launch_overlapped(kernel, {.grid = kRounds ? std::min(tiles, 2 * kMultiprocessors) : tiles, .block = 32 * kWarps,
-                               .shared = a.norm_weight != nullptr ? int64_t{8} * a.k : 0, .stream = stream},
+                               .shared = a.norm_weight != nullptr ? std::max(int64_t{8} * a.k, kNormedShared) : 0, .stream = stream},
                       a, early);
   });
 }
