@@ -6,6 +6,7 @@
 
 #include "core/stream.h"
 #include "kernels/cuda/aligned.h"
+#include "kernels/cuda/few_steps.h"
 #include "kernels/cuda/gathering.h"
 #include "kernels/cuda/rows_linear.h"
 #include "kernels/cuda/rows_scan.h"
@@ -32,9 +33,14 @@ struct WaitingLinear {
 
 class RowsQueue final : public Deferred {
  public:
-  explicit RowsQueue(Device device) : device_(device) {}
+  RowsQueue(Device device, bool few) : device_(device) {
+    if (few) few_.emplace(device);
+  }
 
   void flush() override {  // the launches ask for the stream themselves
+    take_few_map();
+    if (few_)
+      if (const Tensor made = few_->flush(); made.defined()) known_ = made;
     if (const std::optional<WaitingLinear> linear = std::exchange(linear_, {})) {
       known_ = linear->y;
       rows_linear(linear->map, current_stream(device_));
@@ -61,10 +67,21 @@ class RowsQueue final : public Deferred {
     return std::exchange(linear_, {});
   }
   void give_back(std::optional<WaitingLinear> linear) { linear_ = std::move(linear); }
+  /// What serves layers of few rows first; null: nothing does. When something waits there, nothing else waits here.
+  FewSteps* few() { return few_ ? &*few_ : nullptr; }
+  bool makes(const Tensor& t) const { return linear_ && linear_->y.raw_data() == t.raw_data(); }
+  /// A map that waits there and that no layer of few rows follows waits here.
+  void take_few_map() {
+    FewSteps::Map map{};
+    if (!few_ || !few_->take_map(map)) return;
+    known_ = map.x;
+    linear_ = WaitingLinear{map.alone, map.y, {map.x}};
+  }
   Device device() const { return device_; }
 
  private:
   Device device_;
+  std::optional<FewSteps> few_;
   std::optional<WaitingNorm> norm_;
   std::optional<WaitingLinear> linear_;  // at most one of the two
   Tensor known_;
@@ -72,13 +89,15 @@ class RowsQueue final : public Deferred {
 
 }  // namespace
 
-std::unique_ptr<Deferred> gather_rows(Device device) {
-  return std::make_unique<RowsQueue>(device);
+std::unique_ptr<Deferred> gather_rows(Device device, bool few) {
+  return std::make_unique<RowsQueue>(device, few);
 }
 
 bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, const Tensor& residual, const Tensor& w, double eps) {
   RowsQueue* const queue = gathering<RowsQueue>(x.device());
   if (queue == nullptr || x.dtype() != DType::bf16) return false;
+  queue->take_few_map();
+  if (queue->few() != nullptr && !queue->makes(x) && queue->few()->norm(y, sum, rstd, x, residual, w, eps)) return true;
   std::optional<WaitingLinear> linear;
   if (residual.defined() && residual.dtype() == DType::bf16 && aligned(residual, w)) linear = queue->take_linear(x);
   if (!linear) {
@@ -102,6 +121,8 @@ bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, con
 bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
   constexpr int64_t kMaxRows = 128, kMaxColumns = 8192;  // beyond, products read their weights too often here
   RowsQueue* const queue = gathering<RowsQueue>(g.device);
+  if (queue != nullptr && queue->few() != nullptr && queue->few()->linear(y, g, bias, epilogue)) return true;
+  if (queue != nullptr) queue->take_few_map();
   if (queue == nullptr || g.dtype != DType::bf16 || g.ldb != g.k || g.ldc != g.n || g.m > kMaxRows || g.n > kMaxColumns) return false;
   WaitingLinear linear{};
   RowsLinear& map = linear.map;
@@ -140,7 +161,10 @@ bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue e
 bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, const MambaStepWeights& w) {
   RowsQueue* const queue = gathering<RowsQueue>(xz.device());
   const int64_t rows = xz.size(0), e = w.A_log.size(0), n = w.A_log.size(1), r = w.dt_proj.size(1), outputs = r + 2 * n;
-  if (queue == nullptr || xz.dtype() != DType::bf16 || n != kScanStates || r > kScanMaxRank || r % 4 != 0 || w.conv_weight.size(1) != 4 ||
+  if (queue == nullptr || xz.dtype() != DType::bf16) return false;
+  if (queue->few() != nullptr && queue->few()->mamba_step(y, conv, h, xz, w)) return true;
+  queue->take_few_map();
+  if (n != kScanStates || r > kScanMaxRank || r % 4 != 0 || w.conv_weight.size(1) != 4 ||
       !aligned(h, w.A_log, w.dt_proj, w.conv_weight, conv))
     return false;
   std::optional<WaitingLinear> linear = queue->take_linear(xz);
@@ -172,7 +196,10 @@ bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz
 
 bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions* recent, const Tensor& zxbcdt, const Mamba2StepWeights& w) {
   RowsQueue* const queue = gathering<RowsQueue>(zxbcdt.device());
-  if (queue == nullptr || !rows_state_fits(h, zxbcdt, w) || !aligned(w.conv_weight, conv)) return false;
+  if (queue == nullptr) return false;
+  if (queue->few() != nullptr && recent == nullptr && queue->few()->mamba2_step(y, conv, h, zxbcdt, w)) return true;
+  queue->take_few_map();
+  if (!rows_state_fits(h, zxbcdt, w) || !aligned(w.conv_weight, conv)) return false;
   std::optional<WaitingLinear> linear = queue->take_linear(zxbcdt);
   if (!linear) return false;
   const int64_t rows = h.size(0), heads = h.size(1), e = heads * h.size(2), channels = w.conv_weight.size(0);

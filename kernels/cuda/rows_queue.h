@@ -9,7 +9,8 @@
 // residual stream, Mamba's in_proj, convolution and x_proj. Kernels begin while the one in front still runs (overlap.cuh).
 namespace krait::kernels::cuda {
 
-std::unique_ptr<Deferred> gather_rows(Device device);
+/// `few`: layers run as kernels of few rows where they can (few_steps.h).
+std::unique_ptr<Deferred> gather_rows(Device device, bool few);
 
 /// Each is true when it took the operation, with outputs allocated by the caller; false without such a scope, or where it
 /// does not serve.

@@ -109,30 +109,35 @@ TEST_CASE("a step of few rows: mamba_step equals the cpu's", "[cuda]") {
 
 TEST_CASE("a step of many rows: blocks of Mamba equal the cpu's", "[cuda]") {
   struct Sizes { int64_t b, d, e, r; bool bias; };
-  for (const Sizes& s : {Sizes{1, 768, 1536, 48, true}, Sizes{5, 768, 1536, 48, true}, Sizes{64, 768, 1536, 48, true}, Sizes{9, 768, 1536, 48, false}, Sizes{33, 768, 1536, 48, true}, Sizes{65, 256, 512, 16, true},
+  for (const Sizes& s : {Sizes{1, 768, 1536, 48, true}, Sizes{2, 768, 1536, 48, false}, Sizes{3, 768, 1536, 64, true}, Sizes{2, 384, 96, 4, true}, Sizes{1, 96, 192, 8, false},
+                         Sizes{3, 128, 80, 8, true}, Sizes{5, 768, 1536, 48, true}, Sizes{64, 768, 1536, 48, true}, Sizes{9, 768, 1536, 48, false}, Sizes{33, 768, 1536, 48, true}, Sizes{65, 256, 512, 16, true},
                          Sizes{200, 96, 192, 8, false}, Sizes{64, 1024, 2048, 64, true}, Sizes{17, 64, 80, 4, true}, Sizes{12, 160, 40, 5, true}}) {
     INFO("b " << s.b << " d " << s.d << " e " << s.e << " r " << s.r);
     check_gathered([&](Maker m) {
       constexpr int64_t n = 16;
+      struct Layer { Tensor norm, in, back, conv, h; kernels::MambaStepWeights w; };
+      std::vector<Layer> layers;  // whoever makes tensors ends the gathering
+      for (int layer = 0; layer < 3; ++layer)
+        layers.push_back({m.wide({s.d}, 1, 0.2), m.narrow({2 * s.e, s.d}, 0.04), m.narrow({s.d, s.e}, 0.03), m.narrow({s.b, 3, s.e}), m.wide({s.b, s.e, n}),
+                          {m.narrow({s.e, 4}), s.bias ? m.narrow({s.e}) : Tensor{}, m.narrow({s.r + 2 * n, s.e}, 0.03), m.narrow({s.e, s.r}, 0.1),
+                           m.wide({s.e}, -2), m.wide({s.e, n}, 0.5, 0.5), m.wide({s.e})}});
+      const Tensor last_norm = m.wide({s.d}, 1, 0.2);
       Tensor residual = m.narrow({s.b, s.d}), pending;
       std::vector<Tensor> out, states;
-      for (int layer = 0; layer < 3; ++layer) {
-        const Tensor norm = m.wide({s.d}, 1, 0.2), in = m.narrow({2 * s.e, s.d}, 0.04), back = m.narrow({s.d, s.e}, 0.03);
-        Tensor conv = m.narrow({s.b, 3, s.e}), h = m.wide({s.b, s.e, n});
-        const kernels::MambaStepWeights w{m.narrow({s.e, 4}), s.bias ? m.narrow({s.e}) : Tensor{}, m.narrow({s.r + 2 * n, s.e}, 0.03),
-                                          m.narrow({s.e, s.r}, 0.1), m.wide({s.e}, -2), m.wide({s.e, n}, 0.5, 0.5), m.wide({s.e})};
+      for (Layer& l : layers) {
         Tensor x;
         if (pending.defined()) {
-          const auto both = kernels::add_rms_norm_forward(pending, residual, norm, 1e-5);
+          const auto both = kernels::add_rms_norm_forward(pending, residual, l.norm, 1e-5);
           residual = both.residual, x = both.y;
         } else {
-          x = kernels::rms_norm_forward(residual, norm, 1e-5).y;
+          x = kernels::rms_norm_forward(residual, l.norm, 1e-5).y;
         }
-        pending = linear(kernels::mamba_step(conv, h, linear(x, in), w), back);
-        out.push_back(x);
-        states.insert(states.end(), {conv, h});
+        const Tensor y = kernels::mamba_step(l.conv, l.h, linear(x, l.in), l.w);
+        pending = linear(y, l.back);
+        out.insert(out.end(), {x, y, pending});
+        states.insert(states.end(), {l.conv, l.h});
       }
-      const auto last = kernels::add_rms_norm_forward(pending, residual, m.wide({s.d}, 1, 0.2), 1e-5);
+      const auto last = kernels::add_rms_norm_forward(pending, residual, last_norm, 1e-5);
       out.insert(out.end(), {last.residual, last.y, kernels::add(last.y, last.y)});
       out.insert(out.end(), states.begin(), states.end());
       return out;
@@ -142,7 +147,7 @@ TEST_CASE("a step of many rows: blocks of Mamba equal the cpu's", "[cuda]") {
 
 TEST_CASE("a step of many rows: blocks of Mamba-2 equal the cpu's, with plain states and with states behind their positions", "[cuda]") {
   struct Sizes { int64_t b, d, heads, p; bool D_each; DType states; };
-  for (const Sizes& s : {Sizes{1, 768, 24, 64, false, f32}, Sizes{4, 96, 3, 24, true, f32}, Sizes{64, 768, 24, 64, false, f32}, Sizes{9, 768, 24, 64, true, bf16_type}, Sizes{33, 96, 3, 24, false, f32}, Sizes{33, 96, 8, 24, false, f32},
+  for (const Sizes& s : {Sizes{1, 768, 24, 64, false, f32}, Sizes{2, 768, 24, 64, true, bf16_type}, Sizes{3, 128, 3, 48, false, f32}, Sizes{2, 256, 8, 24, false, f32}, Sizes{4, 96, 3, 24, true, f32}, Sizes{64, 768, 24, 64, false, f32}, Sizes{9, 768, 24, 64, true, bf16_type}, Sizes{33, 96, 3, 24, false, f32}, Sizes{33, 96, 8, 24, false, f32},
                          Sizes{130, 64, 16, 8, true, bf16_type}})
     for (const bool behind : {false, true}) {
       INFO("b " << s.b << " d " << s.d << " heads " << s.heads << " p " << s.p << " behind " << behind);
@@ -158,13 +163,22 @@ TEST_CASE("a step of many rows: blocks of Mamba-2 equal the cpu's, with plain st
           if (recent.count.defined()) h = h.to(s.states);
         }
         const Tensor norm = m.wide({s.d}, 1, 0.2), in = m.narrow({e + c + s.heads, s.d}, 0.04), back = m.narrow({s.d, e}, 0.03);
-        Tensor residual = m.narrow({s.b, s.d});
+        Tensor residual = m.narrow({s.b, s.d}), pending;
         std::vector<Tensor> out;
         for (int step = 0; step < 18; ++step) {
-          const Tensor zxbcdt = linear(kernels::rms_norm_forward(m.narrow({s.b, s.d}), norm, 1e-5).y, in);
+          Tensor x;
+          if (step % 3 != 0) {
+            const auto both = kernels::add_rms_norm_forward(pending, residual, norm, 1e-5);
+            residual = both.residual, x = both.y;
+          } else {
+            residual = m.narrow({s.b, s.d});
+            x = kernels::rms_norm_forward(residual, norm, 1e-5).y;
+          }
+          const Tensor zxbcdt = linear(x, in);
           const Tensor y = recent.count.defined() ? kernels::mamba2_step(conv, h, recent, zxbcdt, w) : kernels::mamba2_step(conv, h, zxbcdt, w);
-          const auto both = kernels::add_rms_norm_forward(linear(y, back), residual, norm, 1e-5);
-          out.insert(out.end(), {both.residual, both.y});
+          pending = linear(y, back);
+          out.push_back(residual);
+          if (step % 4 == 0) out.insert(out.end(), {x, y, pending});
         }
         out.push_back(conv);
         if (!behind) out.push_back(h);
