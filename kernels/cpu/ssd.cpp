@@ -1,5 +1,3 @@
-#include <memory>
-
 #include "kernels/cpu/ssd_chunk.h"
 
 namespace krait::kernels::cpu {
@@ -39,21 +37,23 @@ void masked_products(A* gt, const A* bt, const A* ct, const int32_t* segments, c
 template <class T, class A>
 void store_outputs(T* y, int64_t y_row, int64_t y_head, const A* sums, const A* up, const T* x, int64_t x_row, int64_t x_head,
                    const A* D, const Unit& u, int64_t q, const Sizes<A>& z) {
-  for (int64_t i = 0; i < q; ++i)
-    for (int64_t h = 0; h < u.heads; ++h) {
-      const A f = up[i * u.heads + h];
-      const A* __restrict sum = sums + i * z.ws + h * z.p;
-      T* __restrict to = y + i * y_row + h * y_head;
-      if (D) {
-        const T* __restrict from = x + i * x_row + h * x_head;
-        const A* __restrict d = D + h * z.p;
+  with_head_dim(z.p, [&](auto p) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < q; ++i)
+      for (int64_t h = 0; h < u.heads; ++h) {
+        const A f = up[i * u.heads + h];
+        const A* __restrict sum = sums + i * z.ws + h * p;
+        T* __restrict to = y + i * y_row + h * y_head;
+        if (D) {
+          const T* __restrict from = x + i * x_row + h * x_head;
+          const A* __restrict d = D + h * p;
 #pragma omp simd
-        for (int64_t c = 0; c < z.p; ++c) put(to[c], f * sum[c] + d[c] * static_cast<A>(from[c]));
-      } else {
+          for (int64_t c = 0; c < p; ++c) put(to[c], f * sum[c] + d[c] * static_cast<A>(from[c]));
+        } else {
 #pragma omp simd
-        for (int64_t c = 0; c < z.p; ++c) put(to[c], f * sum[c]);
+          for (int64_t c = 0; c < p; ++c) put(to[c], f * sum[c]);
+        }
       }
-    }
+  });
 }
 
 template <class T>
@@ -66,7 +66,7 @@ class Forward {
       : r_(in), z_(r_.z), y_(y), D_(in.D.defined() ? in.D.data<A>() : nullptr) {
     std::unique_ptr<PieceStates<T>> pieces;
     if (z_.pieces > 1) pieces = std::make_unique<PieceStates<T>>(in, Tensor(), in.initial_state, &final_state);
-    for_each_piece<A>(z_, [&] { return S(z_); }, [&](S& s, int64_t unit, int64_t piece) {
+    for_each_piece<S>(z_, [&](S& s, int64_t unit, int64_t piece) {
       const Unit u = z_.unit(unit);
       r_.fill(s.decays, u, piece);
       load_state(s.state, pieces.get(), in.initial_state, unit, piece, r_);

@@ -1,5 +1,4 @@
 #include <array>
-#include <memory>
 
 #include "kernels/cpu/ssd_chunk.h"
 
@@ -8,7 +7,7 @@ namespace krait::kernels::cpu {
 namespace ssd {
 namespace {
 
-// With v_i = e_i dy_i and R = e^{r_q / 2} dh_out (ssd_chunk.h), for the heads together
+// With v_i = e_i dy_i and R = e_q dh_out (ssd_chunk.h), for the heads together
 //   du_j = sum_i G_ij v_i + B_j R       dh' = R + sum_i C_i (x) v_i
 // and for each of them, because the decay's gradient wants their sums apart,
 //   E_ij = v_i . u_j     W = E G     dC_i += h' v_i     dB_j += R u_j,
@@ -18,7 +17,7 @@ struct BackwardScratch {
   Workspace<A> w;
   A *b_rows, *c_rows, *bt, *ct, *reach, *g, *gamma, *gamma_t, *weights, *u, *v, *du, *ut, *vt, *dbt, *dct, *rows, *upward, *factor;
   A *from_in, *from_out;
-  std::vector<A> states;  // before each chunk, as h'
+  Tensor states;  // before each chunk, as h'
   Decays<A> decays;
   explicit BackwardScratch(const Sizes<A>& z)
       : w(kChunk * (8 * z.np + 4 * kChunk + 3 * z.ws + 2 * round_up(z.p, kLanes<A>)) + z.state() + z.width + 4096),
@@ -85,9 +84,9 @@ void decay_sums(A* da, int64_t stride, const A* weights, int64_t q) {
 }
 
 // dx = f du + D dy of one position and head; dD += dy x; returns du . x.
-template <class T, class A>
-inline A finish_row(T* __restrict dx, A* __restrict dD, const A* __restrict du, const T* __restrict x, const T* __restrict dy,
-                    const A* __restrict D, A f, int64_t p) {
+template <class T, class A, class P>
+[[gnu::always_inline]] inline A finish_row(T* __restrict dx, A* __restrict dD, const A* __restrict du, const T* __restrict x,
+                                           const T* __restrict dy, const A* __restrict D, A f, P p) {
   A sum = 0;
   if (D) {
 #pragma omp simd reduction(+ : sum)
@@ -130,7 +129,7 @@ class Backward {
     }
     if (D_) partial_D_ = zeros({z_.b * z_.pieces, z_.heads, z_.p}, dtype_of<A>, kCpu);
     if (z_.blocks > 1) partial_ = empty({2, z_.blocks, z_.b, z_.l, z_.g, z_.n}, dtype_of<A>, kCpu);
-    for_each_piece<A>(z_, [&] { return S(z_); }, [&](S& s, int64_t unit, int64_t piece) {
+    for_each_piece<S>(z_, [&](S& s, int64_t unit, int64_t piece) {
       const Unit u = z_.unit(unit);
       r_.fill(s.decays, u, piece);
       make_states(s, u, piece, [&](A* to) { load_state(to, states.get(), in.initial_state, unit, piece, r_); });
@@ -150,14 +149,15 @@ class Backward {
   template <class Load>
   void make_states(S& s, const Unit& u, int64_t piece, Load load_first) {
     const auto chunks = static_cast<int64_t>(s.decays.chunks.size());
-    s.states.resize(static_cast<size_t>(chunks * z_.state()));
-    load_first(s.states.data());
+    if (!s.states.defined() || s.states.numel() < chunks * z_.state()) s.states = zeros({chunks * z_.state()}, dtype_of<A>, kCpu);
+    A* states = s.states.template data<A>();
+    load_first(states);
     spread<A>(s.factor, s.decays.in.data(), nullptr, u, z_);
-    scale_state(s.states.data(), s.factor, z_);
+    scale_state(states, s.factor, z_);
     for (int64_t k = 0; k + 1 < chunks; ++k) {
       const Chunk& c = s.decays.chunks[static_cast<size_t>(k)];
       const int64_t t = piece * z_.piece + c.begin;
-      A* state = s.states.data() + k * z_.state();
+      A* state = states + k * z_.state();
       r_.pack_group(s.b_rows, r_.B, c, u, t);
       r_.pack_inputs(s.u, s.decays, c, u, t);
       spread(s.factor, s.decays.out.data() + k * u.heads, s.decays.in.data() + (k + 1) * u.heads, u, z_);
@@ -213,7 +213,7 @@ class Backward {
   }
 
   void head(S& s, const Unit& u, const Chunk& c, int64_t k, int64_t t, int64_t h) {
-    const A *state = s.states.data() + k * z_.state() + h * z_.p, *upward = s.upward + h * z_.p;
+    const A *state = s.states.template data<A>() + k * z_.state() + h * z_.p, *upward = s.upward + h * z_.p;
     transpose_head(s.ut, s.u + h * z_.p, z_.p, z_);
     transpose_head(s.vt, s.v + h * z_.p, z_.p, z_);
     for (int64_t j = 0; j < kChunk; j += kTile<A>)
@@ -270,16 +270,18 @@ class Backward {
   }
 
   void inputs(S& s, const Unit& u, const Chunk& c, int64_t piece, int64_t t) const {
-    for (int64_t j = 0; j < c.q; ++j)
-      for (int64_t h = 0; h < u.heads; ++h) {
-        const int64_t head = u.head + h, at = (u.b * z_.l + t + j) * z_.heads + head;
-        const A down = s.decays.down[static_cast<size_t>((c.begin + j) * u.heads + h)];
-        const A* D = D_ ? D_ + head * z_.p : nullptr;
-        A* dD = D_ ? partial_D_.template data<A>() + ((u.b * z_.pieces + piece) * z_.heads + head) * z_.p : nullptr;
-        const A du_x = finish_row(dx_.at(u.b, t + j, head), dD, s.du + j * z_.ws + h * z_.p, r_.x.at(u.b, t + j, head),
-                                  dy_.at(u.b, t + j, head), D, r_.dt ? down * r_.dt[at] : down, z_.p);
-        if (r_.dt) grad_.ddt.template data<A>()[at] = down * du_x;
-      }
+    A *ddt = r_.dt ? grad_.ddt.template data<A>() : nullptr, *dD = D_ ? partial_D_.template data<A>() : nullptr;
+    with_head_dim(z_.p, [&](auto p) __attribute__((always_inline)) {
+      for (int64_t j = 0; j < c.q; ++j)
+        for (int64_t h = 0; h < u.heads; ++h) {
+          const int64_t head = u.head + h, at = (u.b * z_.l + t + j) * z_.heads + head;
+          const A down = s.decays.down[static_cast<size_t>((c.begin + j) * u.heads + h)];
+          const A du_x = finish_row(dx_.at(u.b, t + j, head), dD ? dD + ((u.b * z_.pieces + piece) * z_.heads + head) * p : nullptr,
+                                    s.du + j * z_.ws + h * p, r_.x.at(u.b, t + j, head), dy_.at(u.b, t + j, head),
+                                    D_ ? D_ + head * p : nullptr, r_.dt ? down * r_.dt[at] : down, p);
+          if (ddt) ddt[at] = down * du_x;
+        }
+    });
   }
 
   // Rows of dB (0) or dC (1): to the result, or to this block's part of it.

@@ -1,16 +1,18 @@
 #pragma once
 // Chunks of the state-space recurrence on the CPU (kernels/ssd.h), as products that all heads of a block share.
-// With r_i = a_2 + ... + a_i in a chunk and e_i = e^{r_i - r_q / 2}, M_ij = e_i / e_j is a product of two factors, so with
-//   u_j = dt_j x_j / e_j      h' = e^{a_1 + r_q / 2} h_in      G_ij = C_i . B_j for i >= j, else 0
-//   y_i = e_i (sum_j G_ij u_j + C_i h') + D x_i                h_out = e^{r_q / 2} (h' + sum_j B_j (x) u_j)
+// With e_i = e^{a_2 + ... + a_i} in a chunk, M_ij = e_i / e_j is a product of two factors, so with
+//   u_j = dt_j x_j / e_j      h' = e^{a_1} h_in      G_ij = C_i . B_j for i >= j, else 0
+//   y_i = e_i (sum_j G_ij u_j + C_i h') + D x_i      h_out = e_q (h' + sum_j B_j (x) u_j)
 // and neither G nor the products know of the heads: their channels lie side by side, up to kWidth of them, and the
-// exponentials are two for a position of a head. A chunk ends before |r| of one of the heads passes kRange, so that the
-// factors stay within e^{+-kRange / 2}; a single position fits always. Documents are masks on G, on the positions that
-// see h' (the first document) and on those that reach h_out (the last).
+// exponentials are two for a position of a head. A chunk ends before the sum of one of the heads passes kRange, so that
+// 1 / e_j <= e^kRange; a single position fits always. What comes later changes nothing, to the last bit. Documents are
+// masks on G, on the positions that see h' (the first document) and on those that reach h_out (the last).
 // States are held transposed, (n, channels), rows `ws` apart: not a multiple of 4 KiB, whose rows would share few sets of
 // the cache.
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "core/parallel.h"
@@ -22,7 +24,7 @@
 namespace krait::kernels::cpu::ssd {
 
 inline constexpr int64_t kChunk = 32, kWidth = 256;
-inline constexpr double kRange = 60;
+inline constexpr double kRange = 40;
 template <class A> inline constexpr int64_t kTile = 2 * kLanes<A>;  // columns of a register block
 static_assert(kChunk % kStrip == 0 && kChunk % kTile<float> == 0);
 
@@ -90,7 +92,7 @@ template <class A>
 struct Decays {
   std::vector<Chunk> chunks;
   std::vector<A> up, down;  // (positions, heads): e_i and 1 / e_i
-  std::vector<A> in, out;   // (chunks, heads): e^{a_1 + r_q / 2}, 0 where a document begins, and e^{r_q / 2}
+  std::vector<A> in, out;   // (chunks, heads): e^{a_1}, 0 where a document begins, and e_q
 
   /// a and segments (may be null) from the piece's first position of `l`; a's positions `row` apart. At `row_start`
   /// nothing lies before.
@@ -119,10 +121,8 @@ struct Decays {
       }
       if (c.first == 0) c.first = c.q;
       for (int64_t h = 0; h < heads; ++h) {
-        const double half = 0.5 * sums_[static_cast<size_t>((t + c.q - 1) * heads + h)];
-        in.push_back(begins(t) ? A(0) : static_cast<A>(std::exp(static_cast<double>(a[t * row + h]) + half)));
-        out.push_back(static_cast<A>(std::exp(half)));
-        for (int64_t i = t; i < t + c.q; ++i) sums_[static_cast<size_t>(i * heads + h)] -= half;
+        in.push_back(begins(t) ? A(0) : static_cast<A>(std::exp(static_cast<double>(a[t * row + h]))));
+        out.push_back(static_cast<A>(std::exp(sums_[static_cast<size_t>((t + c.q - 1) * heads + h)])));
       }
       // A sum that went too far belongs to the next chunk, where it begins with 0.
       if (t + c.q < l) std::fill_n(sums_.begin() + (t + c.q) * heads, heads, 0.0);
@@ -184,22 +184,35 @@ template <class A, class Done>
   multiply_tile<A, 2>(a_row, {a, b, k, 1, b_row}, {a, b, 0, 0, 0}, done);
 }
 
+/// f(p), with the usual head dimensions known at compile time: loops over one have few turns.
+template <class F>
+[[gnu::always_inline]] inline void with_head_dim(int64_t p, F&& f) {
+  if (p == 32)
+    f(std::integral_constant<int64_t, 32>());
+  else if (p == 64)
+    f(std::integral_constant<int64_t, 64>());
+  else
+    f(p);
+}
+
 /// to (rows, ws) = from (rows; heads, p) times a factor of every row and head, zero up to `width` and in the rows up to
 /// kChunk.
 template <class A, class T>
 void pack_scaled(A* to, const T* from, int64_t from_row, int64_t from_head, const A* factors, const A* more, int64_t more_row,
                  const Unit& u, int64_t rows, const Sizes<A>& z) {
-  for (int64_t i = 0; i < rows; ++i) {
-    A* __restrict out = to + i * z.ws;
-    for (int64_t h = 0; h < u.heads; ++h) {
-      const A f = factors[i * u.heads + h] * (more ? more[i * more_row + h] : A(1));
-      const T* __restrict in = from + i * from_row + h * from_head;
-      A* __restrict at = out + h * z.p;
+  with_head_dim(z.p, [&](auto p) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < rows; ++i) {
+      A* __restrict out = to + i * z.ws;
+      for (int64_t h = 0; h < u.heads; ++h) {
+        const A f = factors[i * u.heads + h] * (more ? more[i * more_row + h] : A(1));
+        const T* __restrict in = from + i * from_row + h * from_head;
+        A* __restrict at = out + h * p;
 #pragma omp simd
-      for (int64_t c = 0; c < z.p; ++c) at[c] = f * static_cast<A>(in[c]);
+        for (int64_t c = 0; c < p; ++c) at[c] = f * static_cast<A>(in[c]);
+      }
+      std::fill(out + u.heads * p, out + z.width, A(0));
     }
-    std::fill(out + u.heads * z.p, out + z.width, A(0));
-  }
+  });
   std::fill(to + rows * z.ws, to + kChunk * z.ws, A(0));
 }
 
@@ -282,12 +295,14 @@ struct Reader {
   }
 };
 
-/// f(scratch, unit number, piece) for all of them.
-template <class A, class Make, class F>
-void for_each_piece(const Sizes<A>& z, Make make_scratch, F f) {
-  parallel_for(0, z.units * z.pieces, 1, [&](int64_t begin, int64_t end) {
-    auto scratch = make_scratch();
-    for (int64_t i = begin; i < end; ++i) f(scratch, i / z.pieces, i % z.pieces);
+/// f(scratch, unit number, piece) for all of them; a scratch for each thread.
+template <class Scratch, class A, class F>
+void for_each_piece(const Sizes<A>& z, F f) {
+  std::vector<std::unique_ptr<Scratch>> scratch(static_cast<size_t>(num_threads()));
+  run_pieces(z.units * z.pieces, [&](int64_t i, int thread) {
+    std::unique_ptr<Scratch>& own = scratch[static_cast<size_t>(thread)];
+    if (!own) own = std::make_unique<Scratch>(z);
+    f(*own, i / z.pieces, i % z.pieces);
   });
 }
 

@@ -49,8 +49,7 @@ PieceStates<T>::PieceStates(const SsdInput& in, const Tensor& dy_in, const Tenso
   arriving = zeros({z.units, z.pieces, z.state()}, dtype_of<A>, kCpu);
   const Tensor totals = empty({z.units, z.pieces, z.block}, dtype_of<A>, kCpu);
   A *parts = arriving.data<A>(), *total = totals.data<A>();
-  const auto scratch = [&] { return SummaryScratch<A>(z); };
-  for_each_piece<A>(z, scratch, [&](SummaryScratch<A>& s, int64_t unit, int64_t piece) {
+  for_each_piece<SummaryScratch<A>>(z, [&](SummaryScratch<A>& s, int64_t unit, int64_t piece) {
     const Unit u = z.unit(unit);
     r.fill(s.decays, u, piece);
     A *state = parts + (unit * z.pieces + piece) * z.state(), *product = total + (unit * z.pieces + piece) * z.block;

@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "core/parallel.h"
 #include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
 
+// Rows have few values: the elementary functions go over many rows at once.
 namespace krait::kernels::cpu {
 
 namespace {
@@ -35,17 +37,15 @@ void ssd_time_step_forward(Tensor& step_out, Tensor& a_out, const Tensor& dt_in,
     A *step_all = step_out.data<A>(), *a_all = a_out.data<A>();
     const A least = static_cast<A>(low), most = static_cast<A>(high);
     parallel_for(0, r, std::max<int64_t>(1, kGrain / h), [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const T* dt = dt_all + i * row;
-        A *step = step_all + i * h, *a = a_all + i * h;
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t k = 0; k < h; ++k) step_all[i * h + k] = static_cast<A>(dt_all[i * row + k]) + bias[k];
 #pragma omp simd
-        for (int64_t k = 0; k < h; ++k) {
-          const A s = vsoftplus(static_cast<A>(dt[k]) + bias[k]), at_least = s < least ? least : s;
-          const A t = at_least > most ? most : at_least;
-          step[k] = t;
-          a[k] = scale[k] * t;
-        }
+      for (int64_t i = first * h; i < last * h; ++i) {
+        const A s = vsoftplus(step_all[i]), at_least = s < least ? least : s;
+        step_all[i] = at_least > most ? most : at_least;
       }
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t k = 0; k < h; ++k) a_all[i * h + k] = scale[k] * step_all[i * h + k];
     });
   });
 }
@@ -67,21 +67,29 @@ void ssd_time_step_backward(Tensor& ddt_out, Tensor& dbias_out, Tensor& dA_log_o
     const A least = static_cast<A>(low), most = static_cast<A>(high);
     std::vector<A> parts(static_cast<size_t>(2 * chunks * h), A(0));
     parallel_for(0, chunks, std::max<int64_t>(1, kGrain / (h * chunk)), [&](int64_t first, int64_t last) {
+      const std::unique_ptr<A[]> buffer(new A[static_cast<size_t>(2 * chunk * h)]);
+      A *steps = buffer.get(), *slopes = steps + chunk * h;
       for (int64_t c = first; c < last; ++c) {
         A *of_bias = parts.data() + 2 * c * h, *of_A = of_bias + h;
-        for (int64_t i = c * chunk; i < std::min(r, (c + 1) * chunk); ++i) {
-          const T* dt = dt_all + i * row;
-          T* ddt = ddt_all + i * to_row;
-          const A *dstep = dstep_all ? dstep_all + i * h : none.data(), *da = da_all ? da_all + i * h : none.data();
+        const int64_t begin = c * chunk, rows = std::min(r, begin + chunk) - begin;
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t k = 0; k < h; ++k) steps[i * h + k] = static_cast<A>(dt_all[(begin + i) * row + k]) + bias[k];
+#pragma omp simd
+        for (int64_t i = 0; i < rows * h; ++i) {
+          const A u = steps[i], s = vsoftplus(u), at_least = s < least ? least : s;
+          steps[i] = at_least > most ? most : at_least;
+          slopes[i] = s >= least && s <= most ? vsigmoid(u) : A(0);
+        }
+        for (int64_t i = 0; i < rows; ++i) {
+          T* ddt = ddt_all + (begin + i) * to_row;
+          const A* dstep = dstep_all ? dstep_all + (begin + i) * h : none.data();
+          const A* da = da_all ? da_all + (begin + i) * h : none.data();
 #pragma omp simd
           for (int64_t k = 0; k < h; ++k) {
-            const A u = static_cast<A>(dt[k]) + bias[k], s = vsoftplus(u), up = scale[k] * da[k];
-            const A at_least = s < least ? least : s, step = at_least > most ? most : at_least;
-            const A slope = s >= least && s <= most ? vsigmoid(u) : A(0);
-            const A g = (dstep[k] + up) * slope;
+            const A up = scale[k] * da[k], g = (dstep[k] + up) * slopes[i * h + k];
             put(ddt[k], g);
             of_bias[k] += g;
-            of_A[k] += up * step;
+            of_A[k] += up * steps[i * h + k];
           }
         }
       }

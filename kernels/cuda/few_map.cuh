@@ -121,12 +121,6 @@ __global__ void __launch_bounds__(32 * kWarps, kSteps * kWarps <= 96 ? 2 : 1) fe
       }
   };
   read_weights();
-  if (a.norm_weight != nullptr)
-    for (int i = tid * 4; i < a.k; i += kThreads * 4) {
-      copy_async(scale + i, a.norm_weight + i, true);
-      copy_async(scale + a.k + i, (a.norm_bias != nullptr ? a.norm_bias : a.norm_weight) + i, a.norm_bias != nullptr);
-    }
-  copy_commit();
   float bias = a.bias != nullptr && first + own < a.n ? static_cast<float>(a.bias[first + own]) : 0.0f;
   wait_for_previous();
   if (!early) let_next_begin();
@@ -137,6 +131,12 @@ __global__ void __launch_bounds__(32 * kWarps, kSteps * kWarps <= 96 ? 2 : 1) fe
     const int c = at + s * kSpan;
     x[s] = g < a.rows && c < a.k ? read_fresh(a.x + g * a.x_row + c) : uint4{0, 0, 0, 0};
   }
+  if (a.norm_weight != nullptr)  // which may have been made just now
+    for (int i = tid * 4; i < a.k; i += kThreads * 4) {
+      copy_async(scale + i, a.norm_weight + i, true);
+      copy_async(scale + a.k + i, (a.norm_bias != nullptr ? a.norm_bias : a.norm_weight) + i, a.norm_bias != nullptr);
+    }
+  copy_commit();
   if constexpr (kWarps == kFewNormWarps)
     if (a.norm_weight != nullptr) norm_rows(x, a, tile.stats, scale, at);
 
