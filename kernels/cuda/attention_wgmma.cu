@@ -35,7 +35,7 @@ struct Problem {
 // is "full" and, 8 bytes on, "empty".
 template <int kD>
 struct QuerySide {
-  static constexpr int kPanel = kD / 64 * kBox, kStages = kD == 64 ? 6 : 3;
+  static constexpr int kPanel = cuda::kPanel<kD>, kStages = kD == 64 ? 6 : 3;
   static constexpr int kQ = 0, kDo = kQ + kGroups * kPanel, kO = kDo + kGroups * kPanel, kOut = kO + kGroups * kPanel,
                        kRing = kOut + kGroups * kPanel, kResident = kRing + kStages * 2 * kPanel, kFull = kResident + 32,
                        kBytes = kFull + 16 * kStages + 1024;
@@ -54,7 +54,7 @@ query_gradient_kernel(const __grid_constant__ CUtensorMap dq, const __grid_const
   init_barriers(resident, full, Side::kStages);
   const int group = threadIdx.x / 128, key_blocks = p.key_blocks(), query_blocks = p.query_blocks();
   const auto block_steps = [&](int tile) { return p.causal ? min(key_blocks, (tile + 1) * kGroups) : key_blocks; };
-  Ring<Side::kStages> ring;
+  Steps<kD, Side::kStages> steps(shared + Side::kRing, full);
   uint32_t parity = 0;  // of the resident tile
   if (group == kGroups) {
     give_registers<24>();
@@ -72,13 +72,7 @@ query_gradient_kernel(const __grid_constant__ CUtensorMap dq, const __grid_const
         bring_rows<kD>(shared + Side::kO + g * kPanel, o, resident, row, h, batch);
       }
 #pragma unroll 1
-      for (int j = 0, n = block_steps(tile); j < n; ++j, ring.advance()) {
-        const uint32_t barrier = full + 16 * ring.stage, to = shared + Side::kRing + ring.stage * 2 * kPanel;
-        barrier_wait(barrier + 8, ring.parity ^ 1);
-        barrier_expect(barrier, 2 * kPanel);
-        bring_rows<kD>(to, k, barrier, j * kRows, hk, batch);
-        bring_rows<kD>(to + kPanel, v, barrier, j * kRows, hk, batch);
-      }
+      for (int j = 0, n = block_steps(tile); j < n; ++j, steps.ring.advance()) steps.bring(k, v, j * kRows, hk, batch);
     });
     return;
   }
@@ -117,24 +111,15 @@ query_gradient_kernel(const __grid_constant__ CUtensorMap dq, const __grid_const
     }
 
     float acc[kD / 2], s[32], dp[32];
-    const auto scores = [&] {
-      const uint32_t at = shared + Side::kRing + ring.stage * 2 * kPanel;
-      barrier_wait(full + 16 * ring.stage, ring.parity);
-      wgmma_begin();
-      multiply_rows<kD>(s, fq, at);
-      wgmma_commit();
-      multiply_rows<kD>(dp, fdo, at + kPanel);
-      wgmma_commit();
-    };
     int before = -1;  // the stage of the step before
     if (n > 0) {
-      scores();
+      steps.scores(s, dp, fq, fdo);
       for (int j = 0;;) {
         wgmma_wait<1>();
         hold(s);
         if (j > 0) {
           hold(acc);
-          release(full + 16 * before + 8);
+          steps.done_with(before);
         }
         if (p.causal ? j == block : (j + 1) * kRows > p.lk) {
           const int last0 = p.causal ? row0 : p.lk - 1 - j * kRows, last1 = p.causal ? row0 + 8 : last0;
@@ -151,21 +136,18 @@ query_gradient_kernel(const __grid_constant__ CUtensorMap dq, const __grid_const
         uint32_t ds[4][4];
         to_operand(ds, s);
         wgmma_begin();
-        accumulate<kD>(acc, ds, shared + Side::kRing + ring.stage * 2 * kPanel, j > 0);
+        accumulate<kD>(acc, ds, steps.at(), j > 0);
         wgmma_commit();
-        before = ring.stage;
-        ring.advance();
+        before = steps.ring.stage;
+        steps.ring.advance();
         if (++j == n) break;  // here, not in the loop's head: the compiler must see which products can be under way
-        scores();
+        steps.scores(s, dp, fq, fdo);
       }
       wgmma_wait<0>();
       hold(acc);
-      release(full + 16 * before + 8);
+      steps.done_with(before);
     }
-    for (int j = n; j < all; ++j, ring.advance()) {
-      barrier_wait(full + 16 * ring.stage, ring.parity);
-      release(full + 16 * ring.stage + 8);
-    }
+    steps.skip(n, all);
     if (threadIdx.x % 128 == 0) stores_wait_read<0>();
     meet(1 + group, 128);
     put_rows<kD>(out, acc, p.scale);
@@ -183,7 +165,7 @@ query_gradient_kernel(const __grid_constant__ CUtensorMap dq, const __grid_const
 // Shared memory of key_gradient: k and v of the tile, a ring of q, do, and the rows' lse and D; dk and dv on their way out.
 template <int kD>
 struct KeySide {
-  static constexpr int kPanel = kD / 64 * kBox, kStages = kD == 64 ? 6 : 3;
+  static constexpr int kPanel = cuda::kPanel<kD>, kStages = kD == 64 ? 6 : 3;
   static constexpr int kK = 0, kV = kK + kGroups * kPanel, kOut = kV + kGroups * kPanel,
                        kRing = kOut + kGroups * 2 * kPanel, kStats = kRing + kStages * 2 * kPanel,
                        kResident = kStats + kStages * kStatBytes, kFull = kResident + 32,
@@ -203,7 +185,7 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
   const uint32_t shared = aligned_shared(), resident = shared + Side::kResident, full = shared + Side::kFull;
   init_barriers(resident, full, Side::kStages);
   const int group = threadIdx.x / 128, query_blocks = p.query_blocks(), per_key = p.hq / p.hkv;
-  Ring<Side::kStages> ring;
+  Steps<kD, Side::kStages> steps(shared + Side::kRing, full);
   uint32_t parity = 0;
   if (group == kGroups) {
     give_registers<24>();
@@ -222,13 +204,9 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
 #pragma unroll 1
       for (int h = hk * per_key; h < (hk + 1) * per_key; ++h)
 #pragma unroll 1
-        for (int i = p.causal ? tile * kGroups : 0; i < query_blocks; ++i, ring.advance()) {
-          const uint32_t barrier = full + 16 * ring.stage, to = shared + Side::kRing + ring.stage * 2 * kPanel;
-          barrier_wait(barrier + 8, ring.parity ^ 1);
-          barrier_expect(barrier, 2 * kPanel + kStatBytes);
-          bring_rows<kD>(to, q, barrier, i * kRows, h, batch);
-          bring_rows<kD>(to + kPanel, do_, barrier, i * kRows, h, batch);
-          bring_bytes(shared + Side::kStats + ring.stage * kStatBytes,
+        for (int i = p.causal ? tile * kGroups : 0; i < query_blocks; ++i, steps.ring.advance()) {
+          const uint32_t barrier = steps.bring(q, do_, i * kRows, h, batch, kStatBytes);
+          bring_bytes(shared + Side::kStats + steps.ring.stage * kStatBytes,
                       p.stats + ((int64_t{batch} * p.hq + h) * query_blocks + i) * (2 * kRows), kStatBytes, barrier);
         }
     });
@@ -254,31 +232,18 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
 #pragma unroll
     for (int i = 0; i < kD / 2; ++i) acc_k[i] = acc_v[i] = 0;
     const auto scores = [&] {
-      const uint32_t at = shared + Side::kRing + ring.stage * 2 * kPanel;
-      barrier_wait(full + 16 * ring.stage, ring.parity);
-      wgmma_begin();
       if constexpr (kInRegisters)
-        multiply_rows<kD>(s, fk, at);
+        steps.scores(s, dp, fk, fv);
       else
-        multiply_rows<kD>(s, own_k, at);
-      wgmma_commit();
-      if constexpr (kInRegisters)
-        multiply_rows<kD>(dp, fv, at + kPanel);
-      else
-        multiply_rows<kD>(dp, own_v, at + kPanel);
-      wgmma_commit();
+        steps.scores(s, dp, own_k, own_v);
     };
     for (int h = 0; h < per_key; ++h) {
-      for (int i = begin; i < own_begin; ++i, ring.advance()) {  // queries before all of these keys
-        barrier_wait(full + 16 * ring.stage, ring.parity);
-        release(full + 16 * ring.stage + 8);
-      }
+      steps.skip(begin, own_begin);  // queries before all of these keys
       if (own_begin == query_blocks) continue;
       scores();
       int before = -1;
       for (int i = own_begin;;) {
-        const uint32_t at = shared + Side::kRing + ring.stage * 2 * kPanel;
-        const uint32_t stats = shared + Side::kStats + ring.stage * kStatBytes + 8 * c;
+        const uint32_t at = steps.at(), stats = shared + Side::kStats + steps.ring.stage * kStatBytes + 8 * c;
         uint32_t w[4][4], ds[4][4];
         if constexpr (kInRegisters) {
           wgmma_wait<1>();
@@ -286,7 +251,7 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
           if (i > own_begin) {
             hold(acc_k);
             hold(acc_v);
-            release(full + 16 * before + 8);
+            steps.done_with(before);
           }
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
@@ -320,7 +285,7 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
           wgmma_wait<0>();
           hold(s);
           hold(dp);
-          if (i > own_begin) release(full + 16 * before + 8);
+          if (i > own_begin) steps.done_with(before);
           const bool diagonal = p.causal && i == block;
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
@@ -343,15 +308,15 @@ key_gradient_kernel(const __grid_constant__ CUtensorMap dk, const __grid_constan
         accumulate<kD>(acc_k, ds, at);
         wgmma_commit();
         if constexpr (!kInRegisters) wgmma_wait<0>();  // w and ds are free for the next scores
-        before = ring.stage;
-        ring.advance();
+        before = steps.ring.stage;
+        steps.ring.advance();
         if (++i == query_blocks) break;
         scores();
       }
       wgmma_wait<0>();
       hold(acc_k);
       hold(acc_v);
-      release(full + 16 * before + 8);
+      steps.done_with(before);
     }
     if constexpr (!kInRegisters) release(resident + 8);
     if (threadIdx.x % 128 == 0) stores_wait_read<0>();

@@ -25,6 +25,8 @@ constexpr int kGroups = 2;             // warpgroups that compute
 constexpr int kTile = kRows * kGroups;
 constexpr int kThreads = (kGroups + 1) * 128;
 constexpr int kBox = kRows * 128;      // bytes of 64 rows of 64 values
+template <int kD>
+constexpr int kPanel = kD / 64 * kBox;  // bytes of 64 rows of kD values
 constexpr int kStatBytes = 2 * kRows * 4;
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -169,6 +171,54 @@ __device__ __forceinline__ uint32_t aligned_shared() {
   return (shared_address(dynamic) + 1023) / 1024 * 1024;
 }
 
+// One arrival a warp.
+__device__ __forceinline__ void release(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
+// What the steps take, in a ring: two panels a stage. A barrier pair is "full" and, 8 bytes on, "empty".
+template <int kD, int kStages>
+struct Steps {
+  uint32_t panels, full;
+  Ring<kStages> ring;
+  __device__ Steps(uint32_t panels, uint32_t full) : panels(panels), full(full) {}
+  __device__ uint32_t at() const { return panels + ring.stage * 2 * kPanel<kD>; }
+
+  // The thread that brings: the next step's 64 rows of a and of b, and `more` bytes that the caller brings by the barrier
+  // that this returns; then ring.advance().
+  __device__ __forceinline__ uint32_t bring(const CUtensorMap& a, const CUtensorMap& b, int row, int head, int batch,
+                                            uint32_t more = 0) {
+    const uint32_t barrier = full + 16 * ring.stage, to = at();
+    barrier_wait(barrier + 8, ring.parity ^ 1);
+    barrier_expect(barrier, 2 * kPanel<kD> + more);
+    bring_rows<kD>(to, a, barrier, row, head, batch);
+    bring_rows<kD>(to + kPanel<kD>, b, barrier, row, head, batch);
+    return barrier;
+  }
+
+  // The warpgroups that compute.
+  __device__ __forceinline__ void wait() const { barrier_wait(full + 16 * ring.stage, ring.parity); }
+  __device__ __forceinline__ void done_with(int stage) const { release(full + 16 * stage + 8); }
+  __device__ __forceinline__ void skip(int begin, int end) {
+    for (int i = begin; i < end; ++i, ring.advance()) {
+      wait();
+      done_with(ring.stage);
+    }
+  }
+  // s = a p^T and dp = b r^T in two batches, p and r the step's panels; a and b in registers or in shared memory.
+  template <class A>
+  __device__ __forceinline__ void scores(float (&s)[32], float (&dp)[32], const A& a, const A& b) const {
+    const uint32_t panel = at();
+    wait();
+    wgmma_begin();
+    multiply_rows<kD>(s, a, panel);
+    wgmma_commit();
+    multiply_rows<kD>(dp, b, panel + kPanel<kD>);
+    wgmma_commit();
+  }
+};
+
 __device__ __forceinline__ void init_barriers(uint32_t resident, uint32_t ring, int stages) {
   if (threadIdx.x == 0) {
     barrier_init(resident, 1);
@@ -181,12 +231,6 @@ __device__ __forceinline__ void init_barriers(uint32_t resident, uint32_t ring, 
   }
   __syncthreads();
 }
-// One arrival a warp.
-__device__ __forceinline__ void release(uint32_t barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
-}
-
 
 // Tiles of a block come by a counter of the whole grid, so that a block that starts late or runs beside other work takes
 // fewer. One thread takes them and brings what they need (`bring`, which expects it at barrier `resident`); the number
