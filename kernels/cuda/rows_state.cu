@@ -1,19 +1,31 @@
 #include "kernels/cuda/rows_state.h"
 
+#include <cstddef>
+
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/overlap.cuh"
+#include "kernels/cuda/tma.cuh"
 
 namespace krait::kernels::cuda {
 
 namespace {
 
-constexpr int kWarps = 8, kOwn = kHeadChannels / kWarps;  // channels of a warp
+constexpr int kWarps = 8, kThreads = 32 * kWarps, kOwn = kHeadChannels / kWarps;  // channels of a warp
+constexpr int kStages = 6, kStageBytes = 16 * 1024;
+constexpr int kTogether = 2;               // heads that a warp has under way: latency counts
+constexpr int kGroup = 12;                 // heads of a row whose small values are brought together
+constexpr int kPitch = kHeadChannels + 8;  // different banks
 
 __device__ __forceinline__ float4 four_of(uint2 v) {
   const float2 a = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v.x)), b = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v.y));
   return {a.x, a.y, b.x, b.y};
 }
+/// A lane's four of 128 values.
+__device__ __forceinline__ float4 quad(const bf16* values, int lane) { return four_of(*reinterpret_cast<const uint2*>(values + 4 * lane)); }
+__device__ __forceinline__ float4 quad(const float* values, int lane) { return *reinterpret_cast<const float4*>(values + 4 * lane); }
+__device__ __forceinline__ void store_quad(bf16* to, int lane, float4 v) { *reinterpret_cast<uint2*>(to + 4 * lane) = {pack(v.x, v.y), pack(v.z, v.w)}; }
+__device__ __forceinline__ void store_quad(float* to, int lane, float4 v) { *reinterpret_cast<float4*>(to + 4 * lane) = v; }
 __device__ __forceinline__ float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
 __device__ __forceinline__ void add_scaled(float4& a, float f, float4 b) {
   a = {a.x + f * b.x, a.y + f * b.y, a.z + f * b.z, a.w + f * b.w};
@@ -23,6 +35,9 @@ __device__ __forceinline__ float warp_sum(float v) {
   for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
   return v;
 }
+
+/// The threads that compute.
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
 
 /// Lanes 4 i to 4 i + 3 receive parts, to be added over the four, of the sum of v[i] over the warp.
 __device__ __forceinline__ float sum_of_own(const float (&v)[8], int lane) {
@@ -35,132 +50,226 @@ __device__ __forceinline__ float sum_of_own(const float (&v)[8], int lane) {
   return (third ? b[1] : b[0]) + __shfl_xor_sync(0xffffffffu, third ? b[0] : b[1], 4);
 }
 
-/// A block: a head of a row; a warp eight of its channels, a lane four states of each. With s_j = dt_j (x_j (x) B_j) and
-/// P the product of the decays since h was written, h_now = P h + sum_j P / P_j s_j, of which only products with C are
-/// needed, until the last of `size` positions puts all of them into h. Bound by reading h.
-template <bool kNarrow>
-__global__ void __launch_bounds__(32 * kWarps, 3) rows_state_kernel(const __grid_constant__ RowsState a) {
-  __shared__ float coefficient[kMaxRecent], factor[kMaxRecent], squares[kWarps];
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, t = lane % 4;
-  const int head = static_cast<int>(blockIdx.x), e = a.heads * a.p, first = warp * kOwn, own = first + lane / 4;
-  const int64_t row = blockIdx.y, unit = row * a.heads + head;
-  const bool alive = first < a.p;  // whole warps
-  const int64_t at_h = (unit * a.p + first) * kHeadStates + 4 * lane;
-  const auto quad = [&](const bf16* p) { return four_of(*reinterpret_cast<const uint2*>(p + 4 * lane)); };
+/// What a block holds. Position m, the one of this step, stands behind the m that are not yet in h.
+struct StateShared {
+  alignas(16) bf16 x[kGroup][kMaxRecent][kPitch];
+  alignas(16) bf16 B[kMaxRecent][kHeadStates];
+  alignas(16) bf16 C[kHeadStates];
+  bf16 z[kGroup][kHeadChannels];
+  float norm[kGroup][kHeadChannels], D[kGroup][kHeadChannels];
+  float2 steps[kGroup][kMaxRecent];  // dt, log P
+  float products[kMaxRecent];        // of C with B
+  float factor[kGroup][kMaxRecent], coefficient[kGroup][kMaxRecent], decay[kGroup];
+  float squares[kGroup][kWarps];
+  uint64_t full[kStages], empty[kStages];
+  alignas(128) unsigned char ring[kStages][kStageBytes];  // of h; before sm_90 h is read where it lies
+};
 
-  uint2 narrow[kNarrow ? kOwn : 1];
-  float4 state[kNarrow ? 1 : kOwn];
+/// Puts positions 0 to m of the block's q-th head into eight channels' states.
+template <class T>
+__device__ __forceinline__ void take_in(T* to, const T* from, const StateShared& s, int q, int m, int first_channel, int lane) {
+  float4 state[kOwn];
 #pragma unroll
-  for (int q = 0; q < kOwn; ++q) {
-    if (!alive) break;
-    if constexpr (kNarrow)
-      narrow[q] = *reinterpret_cast<const uint2*>(static_cast<const bf16*>(a.h) + at_h + q * kHeadStates);
-    else
-      state[q] = *reinterpret_cast<const float4*>(static_cast<const float*>(a.h) + at_h + q * kHeadStates);
+  for (int i = 0; i < kOwn; ++i) {
+    state[i] = {};
+    add_scaled(state[i], s.decay[q], quad(from + i * kHeadStates, lane));
   }
-  const float rate = expf(a.A_log[head]), bias = a.dt_bias[head];
-  const int m = a.count != nullptr ? a.count[unit] : 0;  // positions not yet in h
-  const bf16 *const B_before = a.recent_B + row * a.size * kHeadStates, *const x_before = a.recent_x + unit * a.size * a.p;
-  const float2* const steps = reinterpret_cast<const float2*>(a.recent_steps) + unit * a.size;  // dt, log P
-  float4 before[2];
-  float2 step_before[2]{};
+#pragma unroll 1
+  for (int j = 0; j <= m; ++j) {
+    const float4 B = quad(s.B[j], lane);
+    const uint4 words = *reinterpret_cast<const uint4*>(&s.x[q][j][first_channel]);
+    const float4 low = four_of({words.x, words.y}), high = four_of({words.z, words.w});
+    const float x[kOwn] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
-    if (const int j = warp + i * kWarps; j < m) {
-      before[i] = quad(B_before + j * kHeadStates);
-      step_before[i] = steps[j];
+    for (int i = 0; i < kOwn; ++i) add_scaled(state[i], s.factor[q][j] * x[i], B);
+  }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) store_quad(to + i * kHeadStates, lane, state[i]);
+}
+
+/// A block: `chunk` heads, a row's behind one another; of a head a warp eight channels, a lane four states of each. With
+/// s_j = dt_j (x_j (x) B_j) and P the product of the decays since h was written, h_now = P h + sum_j P / P_j s_j, of
+/// which only products with C are needed, until the last of `size` positions puts all of them into h. Bound by reading h,
+/// which a warp of its own brings, from before the kernel in front ends.
+template <class T>
+__global__ void __launch_bounds__(kThreads + 32) rows_state_kernel(const __grid_constant__ RowsState a, int chunk) {
+  constexpr int kPieces = kHeadChannels * kHeadStates * static_cast<int>(sizeof(T)) / kStageBytes;  // of a head's states
+  static_assert(kStages % kPieces == 0, "a stage serves the same warps again");
+  constexpr int kPieceWarps = kWarps / kPieces, kPieceChannels = kHeadChannels / kPieces;
+  extern __shared__ unsigned char state_shared[];
+  StateShared& s = *reinterpret_cast<StateShared*>(state_shared);
+  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32, t = lane % 4;
+  const int begin = static_cast<int>(blockIdx.x) * chunk, end = min(a.rows * a.heads, begin + chunk);
+  T* const h = static_cast<T*>(a.h);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const uint32_t full = shared_address(s.full), empty = shared_address(s.empty);
+  if (tid == 0) {
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(full + 8 * i, 1);
+      barrier_init(empty + 8 * i, kPieceWarps);
     }
-  float x_own[kMaxRecent / 4] = {};
-#pragma unroll
-  for (int i = 0; i < kMaxRecent / 4; ++i)
-    if (const int j = t + 4 * i; alive && j < m) x_own[i] = static_cast<float>(x_before[j * a.p + own]);
-  const float log_before = m > 0 ? steps[m - 1].y : 0.0f;
-  wait_for_previous();
-  let_next_begin();
-
-  const bf16 *const mixed = a.mixed + row * a.channels, *const in = a.zxbcdt + row * a.input;
-  const float4 B = quad(mixed + e), C = quad(mixed + e + kHeadStates);
-  const bf16 x = alive ? mixed[head * a.p + own] : bf16(0.0f);
-  const float z = alive ? static_cast<float>(in[head * a.p + own]) : 0.0f;
-  const float raw = static_cast<float>(in[e + a.channels + head]) + bias;
-  const float dt = fminf(fmaxf(raw > 20.0f ? raw : log1pf(expf(raw)), a.low), a.high);
-  const float log_now = log_before - rate * dt, decay = expf(log_now);
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-    if (const int j = warp + i * kWarps; j < m) {  // the same for a warp
-      const float f = expf(log_now - step_before[i].y) * step_before[i].x, product = warp_sum(dot(before[i], C));
-      if (lane == 0) {
-        factor[j] = f;
-        coefficient[j] = f * product;
-      }
+    barriers_visible();
+  }
+  __syncthreads();
+  if (warp == kWarps) {
+    if (lane > 0) return;
+#pragma unroll 1
+    for (int i = 0; i < (end - begin) * kPieces; ++i) {
+      const int stage = i % kStages, piece = i % kPieces, channels = min(kPieceChannels, a.p - piece * kPieceChannels);
+      const uint32_t bytes = max(channels, 0) * kHeadStates * static_cast<int>(sizeof(T));
+      if (i >= kStages) barrier_wait(empty + 8 * stage, (i / kStages - 1) % 2);
+      barrier_expect(full + 8 * stage, bytes);
+      if (bytes > 0)
+        bring_bytes(shared_address(s.ring[stage]), h + (int64_t{begin + i / kPieces} * a.p + piece * kPieceChannels) * kHeadStates, bytes,
+                    full + 8 * stage);
     }
-  const float now = dt * warp_sum(dot(B, C));
-  float parts[kOwn];
-#pragma unroll
-  for (int q = 0; q < kOwn; ++q)
-    if constexpr (kNarrow)
-      parts[q] = alive ? dot(four_of(narrow[q]), C) : 0.0f;
-    else
-      parts[q] = alive ? dot(state[q], C) : 0.0f;
-  float u = decay * sum_of_own(parts, lane);
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kMaxRecent / 4; ++i)
-    if (const int j = t + 4 * i; j < m) u += coefficient[j] * x_own[i];
-  u += __shfl_xor_sync(0xffffffffu, u, 1);
-  u += __shfl_xor_sync(0xffffffffu, u, 2);
-  float square = 0;
-  if (alive && t == 0) {
-    const int channel = head * a.p + own;
-    u += (now + a.D[a.D_columns == 1 ? head : channel]) * static_cast<float>(x);
-    const float gated = __fdividef(static_cast<float>(static_cast<bf16>(u)) * z, 1.0f + __expf(-z));
-    a.weighted[row * e + channel] = static_cast<bf16>(gated * a.norm[channel]);
-    square = gated * gated;
-  }
-  square = warp_sum(square);
-  if (lane == 0) squares[warp] = square;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    float sum = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += squares[w];
-    a.squares[unit] = sum;
-    if (a.count != nullptr) a.count[unit] = m + 1 < a.size ? m + 1 : 0;
-  }
-
-  if (m + 1 < a.size) {
-    if (alive && t == 0) a.recent_x[(unit * a.size + m) * a.p + own] = x;
-    if (head == 0 && warp == 0)
-      *reinterpret_cast<uint2*>(a.recent_B + (row * a.size + m) * kHeadStates + 4 * lane) = *reinterpret_cast<const uint2*>(mixed + e + 4 * lane);
-    if (threadIdx.x == 0) reinterpret_cast<float2*>(a.recent_steps)[unit * a.size + m] = {dt, log_now};
     return;
   }
-  if (!alive) return;
-  float4 next[kOwn];
+#else
+  if (warp == kWarps) return;
+#endif
+  const int first_channel = warp * kOwn, own = first_channel + lane / 4;
+  const bool alive = first_channel < a.p;  // whole warps
+  const int e = a.heads * a.p;
+  int count = 0;
+#pragma unroll 1
+  for (int unit = begin; unit < end; unit += count) {
+    const int64_t row = unit / a.heads;
+    const int head = unit % a.heads;
+    count = min(min(end - unit, a.heads - head), kGroup);
+    const int m = a.count != nullptr ? a.count[unit] : 0;  // positions not yet in h, of all heads of a row
+    if (unit > begin) meet();                   // the heads before have been read
+#pragma unroll 1
+    for (int i = tid; i < count * m * (a.p / 8); i += kThreads) {
+      const int u = i / (m * (a.p / 8)), j = i / (a.p / 8) % m, c = i % (a.p / 8) * 8;
+      copy_async(&s.x[u][j][c], a.recent_x + ((int64_t{unit + u} * a.size) + j) * a.p + c, true);
+    }
+#pragma unroll 1
+    for (int i = tid; i < m * (kHeadStates / 8); i += kThreads) copy_async(&s.B[0][0] + 8 * i, a.recent_B + row * a.size * kHeadStates + 8 * i, true);
+    const int j = tid % kMaxRecent, u = tid / kMaxRecent;  // of `steps`
+    if (u < count && j < m) s.steps[u][j] = reinterpret_cast<const float2*>(a.recent_steps)[int64_t{unit + u} * a.size + j];
+    const float rate = u < count ? expf(a.A_log[head + u]) : 0.0f, bias = u < count ? a.dt_bias[head + u] : 0.0f;
+#pragma unroll 1
+    for (int i = tid; i < count * a.p; i += kThreads) {
+      s.norm[i / a.p][i % a.p] = a.norm[head * a.p + i];
+      s.D[i / a.p][i % a.p] = a.D[a.D_columns == 1 ? head + i / a.p : head * a.p + i];
+    }
+    copy_commit();
+    if (unit == begin) {
+      wait_for_previous();
+      let_next_begin();
+    }
+
+    const bf16 *const mixed = a.mixed + row * a.channels, *const in = a.zxbcdt + row * a.input;
+    const bool keeps = m + 1 < a.size;  // else this step puts all into h
+    const float raw = u < count ? static_cast<float>(in[e + a.channels + head + u]) + bias : 0.0f;
+    if (tid < kHeadStates / 4) {  // eight values of B or C each
+      const int c = tid % (kHeadStates / 8) * 8;
+      const bool is_B = tid < kHeadStates / 8;
+      const uint4 v = *reinterpret_cast<const uint4*>(mixed + e + (is_B ? 0 : kHeadStates) + c);
+      *reinterpret_cast<uint4*>((is_B ? s.B[m] : s.C) + c) = v;
+      if (is_B && keeps && head == 0) *reinterpret_cast<uint4*>(a.recent_B + (row * a.size + m) * kHeadStates + c) = v;
+    }
+    {
+      constexpr int kEach = kGroup * kHeadChannels / kThreads;
+      bf16 x[kEach], z[kEach];
 #pragma unroll
-  for (int q = 0; q < kOwn; ++q) {
-    next[q] = {};
-    if constexpr (kNarrow)
-      add_scaled(next[q], decay, four_of(narrow[q]));
-    else
-      add_scaled(next[q], decay, state[q]);
-  }
-  const auto take_in = [&](float f, float4 b, const bf16* of) {
-    const uint4 words = *reinterpret_cast<const uint4*>(of);
-    const float4 low = four_of({words.x, words.y}), high = four_of({words.z, words.w});
-    const float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      for (int q = 0; q < kEach; ++q) {
+        const int i = tid + q * kThreads;
+        if (i >= count * a.p) continue;
+        x[q] = mixed[head * a.p + i];
+        z[q] = in[head * a.p + i];
+      }
 #pragma unroll
-    for (int q = 0; q < kOwn; ++q) add_scaled(next[q], f * values[q], b);
-  };
-#pragma unroll 2
-  for (int j = 0; j < m; ++j) take_in(factor[j], quad(B_before + j * kHeadStates), x_before + j * a.p + first);
-  take_in(dt, B, mixed + head * a.p + first);
+      for (int q = 0; q < kEach; ++q) {
+        const int i = tid + q * kThreads;
+        if (i >= count * a.p) continue;
+        const int of = i / a.p, c = i % a.p;
+        s.x[of][m][c] = x[q];
+        s.z[of][c] = z[q];
+        if (keeps) a.recent_x[(int64_t{unit + of} * a.size + m) * a.p + c] = x[q];
+      }
+    }
+    copy_wait<0>();
+    meet();
+    const float4 C = quad(s.C, lane);
+#pragma unroll 1
+    for (int i = warp; i <= m; i += kWarps)
+      if (const float product = warp_sum(dot(quad(s.B[i], lane), C)); lane == 0) s.products[i] = product;
+    meet();
+    if (u < count && j <= m) {
+      const float dt = fminf(fmaxf(raw > 20.0f ? raw : log1pf(expf(raw)), a.low), a.high);
+      const float log_now = (m > 0 ? s.steps[u][m - 1].y : 0.0f) - rate * dt;
+      const float2 step = j < m ? s.steps[u][j] : float2{dt, log_now};
+      const float f = expf(log_now - step.y) * step.x;
+      s.factor[u][j] = f;
+      s.coefficient[u][j] = f * s.products[j];
+      if (j == m) {
+        s.decay[u] = expf(log_now);
+        if (keeps) reinterpret_cast<float2*>(a.recent_steps)[int64_t{unit + u} * a.size + m] = step;
+        if (a.count != nullptr) a.count[unit + u] = keeps ? m + 1 : 0;
+      }
+    }
+    meet();
+
+#pragma unroll 1
+    for (int q = 0; q < count; q += kTogether) {
+      const T* from[kTogether];
 #pragma unroll
-  for (int q = 0; q < kOwn; ++q) {
-    if constexpr (kNarrow)
-      *reinterpret_cast<uint2*>(static_cast<bf16*>(a.h) + at_h + q * kHeadStates) = {pack(next[q].x, next[q].y), pack(next[q].z, next[q].w)};
-    else
-      *reinterpret_cast<float4*>(static_cast<float*>(a.h) + at_h + q * kHeadStates) = next[q];
+      for (int r = 0; r < kTogether; ++r) {
+        if (q + r >= count) {
+          from[r] = from[0];  // behind the last head, that one again
+          continue;
+        }
+        from[r] = h + (int64_t{unit + q + r} * a.p + first_channel) * kHeadStates;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+        const int item = (unit - begin + q + r) * kPieces + warp / kPieceWarps, stage = item % kStages;
+        from[r] = reinterpret_cast<const T*>(s.ring[stage]) + warp % kPieceWarps * kOwn * kHeadStates;
+        barrier_wait(full + 8 * stage, item / kStages % 2);
+#endif
+      }
+      float parts[kTogether][kOwn];
+      if (alive) {
+#pragma unroll
+        for (int r = 0; r < kTogether; ++r)
+#pragma unroll
+          for (int i = 0; i < kOwn; ++i) parts[r][i] = dot(quad(from[r] + i * kHeadStates, lane), C);
+        if (!keeps)
+#pragma unroll 1
+          for (int r = 0; r < min(kTogether, count - q); ++r)
+            take_in(h + (int64_t{unit + q + r} * a.p + first_channel) * kHeadStates, r == 0 ? from[0] : from[1], s, q + r, m, first_channel, lane);
+      }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+      __syncwarp();
+      if (lane < min(kTogether, count - q)) barrier_arrive(empty + 8 * (((unit - begin + q + lane) * kPieces + warp / kPieceWarps) % kStages));
+#endif
+      if (!alive) continue;
+#pragma unroll
+      for (int r = 0; r < kTogether; ++r) {
+        const int of = min(q + r, count - 1);
+        float u_own = s.decay[of] * sum_of_own(parts[r], lane);
+#pragma unroll
+        for (int i = 0; i < kMaxRecent / 4; ++i)
+          if (t + 4 * i <= m) u_own += s.coefficient[of][t + 4 * i] * static_cast<float>(s.x[of][t + 4 * i][own]);
+        u_own += __shfl_xor_sync(0xffffffffu, u_own, 1);
+        u_own += __shfl_xor_sync(0xffffffffu, u_own, 2);
+        const float z = static_cast<float>(s.z[of][own]);
+        u_own += s.D[of][own] * static_cast<float>(s.x[of][m][own]);
+        const float gated = __fdividef(static_cast<float>(static_cast<bf16>(u_own)) * z, 1.0f + __expf(-z));
+        if (t == 0) a.weighted[row * e + (head + of) * a.p + own] = static_cast<bf16>(gated * s.norm[of][own]);
+        float square = gated * gated;
+#pragma unroll
+        for (int offset = 4; offset < 32; offset *= 2) square += __shfl_xor_sync(0xffffffffu, square, offset);
+        if (lane == 0) s.squares[of][warp] = square;
+      }
+    }
+    meet();
+    if (tid < count) {
+      float sum = 0;
+      for (int w = 0; w < a.p / kOwn; ++w) sum += s.squares[tid][w];
+      a.squares[unit + tid] = sum;
+    }
   }
 }
 
@@ -190,8 +299,14 @@ RowsState rows_state_of(const Tensor& weighted, const Tensor& squares, Tensor& h
 }
 
 void rows_state(const RowsState& a, Stream stream) {
-  launch_overlapped(a.narrow ? rows_state_kernel<true> : rows_state_kernel<false>,
-                    {.grid = a.heads, .grid_y = a.rows, .block = 32 * kWarps, .stream = stream}, a);
+  constexpr int kBlocks = 132;  // one on each multiprocessor of an H100
+  const int units = a.rows * a.heads, chunk = (units + kBlocks - 1) / kBlocks;
+  const int64_t shared = device_info(stream.device).compute_capability >= 90 ? sizeof(StateShared) : offsetof(StateShared, ring);
+  const auto start = [&](auto kernel) {
+    keep_shared_memory(kernel);
+    launch_overlapped(kernel, {.grid = ceil_div(units, chunk), .block = kThreads + 32, .shared = shared, .stream = stream}, a, chunk);
+  };
+  a.narrow ? start(rows_state_kernel<bf16>) : start(rows_state_kernel<float>);
 }
 
 }  // namespace krait::kernels::cuda
