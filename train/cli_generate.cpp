@@ -16,6 +16,8 @@ void add_generate(CLI::App& app, Action& action) {
       ->check(CLI::NonNegativeNumber);
   sub->add_option("--top-p", command->top_p, "Draw from the likeliest tokens of this total probability")->capture_default_str()
       ->check(CLI::Range(0.0, 1.0));
+  sub->add_option("--state-dtype", command->state_dtype, "What Mamba-2's states are kept in; bf16 on GPUs, half the memory")
+      ->capture_default_str()->check(CLI::IsMember({"fp32", "bf16"}));
   sub->add_option_function<uint64_t>("--seed", [command](const uint64_t& seed) { command->seed = seed; }, "[the run's]");
   sub->callback([command, &action] {
     action = [command] {

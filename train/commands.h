@@ -37,7 +37,8 @@ struct GenerateCommand {
   int64_t max_tokens = 256;
   double temperature = 1.0;  // 0: the likeliest token
   double top_p = 1.0;
-  std::optional<uint64_t> seed;  // none: the run's
+  std::string state_dtype = "fp32";  // or bf16
+  std::optional<uint64_t> seed;      // none: the run's
 };
 int run_generate(const GenerateCommand& command);
 

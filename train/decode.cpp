@@ -41,7 +41,7 @@ void DecodeLoop::prefill(const Tensor& prompts) {
   bool kept = states_ == DType::f32;
   if (!kept || tokens_.size(0) > 8)  // few sequences have a kernel of their own, for plain states
     kept |= model_.decoder().keep_recent_positions(state_, states_);
-  KRAIT_CHECK(kept, "states in {}: kept so on a GPU, in bf16, for mamba2 with d_state 128, head_dim 8 to 64 and a multiple of 8 heads", states_);
+  KRAIT_CHECK(kept, "states in {}: kept so on a GPU, in bf16, for mamba2 with d_state 128, head_dim 8 to 64 and a multiple of 8 heads; keep them in fp32", states_);
   const Tensor drawn = kernels::sample(logits, step_, sampling_);
   fill_(position_, static_cast<double>(prompts.size(1) - 1));
   kernels::sample_advance(made_, tokens_, position_, step_, drawn);

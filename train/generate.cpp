@@ -32,7 +32,7 @@ int64_t generate(Session& session, const GenerateOptions& options,
 
   DecodeLoop loop(model, session.parameters->options(), 1, prompt_length + options.max_tokens, options.max_tokens,
                   {options.temperature, options.top_p, options.top_k, random_key(options.seed, "generate")},
-                  session.config.runtime.cuda_graphs);
+                  session.config.runtime.cuda_graphs, options.states);
   loop.prefill(from_vector(ids, Shape{1, prompt_length}));
   data::StreamDecoder decoder(session.data.tokenizer);
   const int64_t ahead = session.device.is_cuda() ? kAhead : 1;

@@ -13,6 +13,7 @@ struct GenerateOptions {
   double top_p = 1.0;        // nucleus sampling (Holtzman et al. 2020): the smallest set with this probability
   int64_t top_k = 0;         // 0: all
   uint64_t seed = 0;
+  DType states = DType::f32;  // DecodeLoop
 };
 
 /// Writes text as it comes, through the parallel form for the prompt and the step form after it. Stops at the

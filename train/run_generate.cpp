@@ -11,6 +11,7 @@ int run_generate(const GenerateCommand& command) {
   options.max_tokens = command.max_tokens;
   options.temperature = command.temperature;
   options.top_p = command.top_p;
+  options.states = dtype_from_name(command.state_dtype);
   options.seed = command.seed.value_or(static_cast<uint64_t>(run.session.config.seed));
   fmt::print("{}", command.prompt);
   generate(run.session, options, [](const std::string& text) {
