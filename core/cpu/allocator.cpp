@@ -19,9 +19,10 @@ constexpr size_t kHugePage = size_t{2} << 20;
 // Large blocks lie in huge pages where the system gives them: a walk along columns misses the address cache at every
 // page. It is advice only, so its result does not matter.
 void* fresh(size_t size) {
-  if (size < kHugePage) return std::aligned_alloc(kAlignment, size);
-  void* p = std::aligned_alloc(kHugePage, size);
-  if (p) madvise(p, size, MADV_HUGEPAGE);
+  const bool large = size >= kHugePage;
+  void* p = nullptr;
+  if (posix_memalign(&p, large ? kHugePage : kAlignment, size) != 0) return nullptr;  // aligned_alloc wants multiples
+  if (large) madvise(p, size, MADV_HUGEPAGE);
   return p;
 }
 
@@ -43,8 +44,8 @@ class CpuAllocator final : public Allocator {
         release_locked();
         p = fresh(size);
       }
-      KRAIT_CHECK(p, "out of memory: wanted {:.1f} MiB more, {:.1f} MiB in use; lower train.micro_batch_size",
-                  static_cast<double>(bytes) / (1 << 20), static_cast<double>(stats_.current_bytes) / (1 << 20));
+      KRAIT_CHECK(p, "out of memory: wanted {:.2f} GiB more, {:.2f} GiB in use; lower train.micro_batch_size or the model's size",
+                  static_cast<double>(bytes) / (1 << 30), static_cast<double>(stats_.current_bytes) / (1 << 30));
       stats_.reserved_bytes += static_cast<int64_t>(size);
       ++stats_.system_allocations;
     }

@@ -408,7 +408,9 @@ TEST_CASE("large input takes constant memory, and a signal leaves nothing") {
   CHECK(in_child([&] { prepare(o); }, &usage) == 0);
   // The child begins with this process's resident pages; what it adds must not grow with the input.
   INFO("peak RSS " << usage.ru_maxrss / 1024 << " MB");
+#ifndef __SANITIZE_ADDRESS__  // which keeps what was freed
   CHECK(usage.ru_maxrss < 200 * 1024);
+#endif
   const TokenStorePtr store = TokenStore::open(dir / "large.h5", {.max_memory_bytes = 0});
   CHECK(store->split("train")->size() + store->split("valid")->size() >= static_cast<int64_t>(copies) * 950000);
   // Random crops of a split that is not kept in memory.
