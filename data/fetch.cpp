@@ -309,7 +309,7 @@ std::string to_string(const FetchSet& set, const std::vector<FetchedFile>& files
   text += fmt::format("terms: {}\n", set.terms);
   if (files.empty()) return text;
   const std::string& first = files.front().path;
-  if (set.name == "shakespeare") text += fmt::format("next: krait data prepare {} -o data/shakespeare.h5 --tokenizer char\n", first);
+  if (set.name == "shakespeare") text += fmt::format("next: krait data prepare {} -o data/shakespeare_char.h5 --tokenizer char\n", first);
   return text;
 }
 
