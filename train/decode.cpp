@@ -39,7 +39,7 @@ void DecodeLoop::prefill(const Tensor& prompts) {
       // From here on tensors are written in place: none may be shared with anybody else.
       if (name != "k" && name != "v" && name != "position") value = value.clone();
   bool kept = states_ == DType::f32;
-  if (!kept || tokens_.size(0) > 8)  // few sequences have a kernel of their own, for plain states
+  if (!kept || tokens_.size(0) > kernels::kFewScanRows)
     kept |= model_.decoder().keep_recent_positions(state_, states_);
   KRAIT_CHECK(kept, "states in {}: kept so on a GPU, in bf16, for mamba2 with d_state 128, head_dim 8 to 64 and a multiple of 8 heads; keep them in fp32", states_);
   const Tensor drawn = kernels::sample(logits, step_, sampling_);

@@ -37,14 +37,12 @@ __device__ __forceinline__ float4 add_parts(const FewInput& in, int64_t at, int 
 __global__ void __launch_bounds__(kThreads, 2) few_linear_kernel(const __grid_constant__ FewLinear a) {
   constexpr int kPitch = kFewWidth + 32, kSumPitch = kFewColumns + 4, kMixedPitch = kFewColumns + 8;  // different banks
   __shared__ __align__(16) bf16 x[kFewRows][kPitch], mixed[kFewRows][kMixedPitch];
-  __shared__ float4 weight[kFewWidth / 4];
-  __shared__ float sums[kWarps][kFewRows][kSumPitch], squares[kFewRows][kWarps];
+  __shared__ __align__(16) float sums[kWarps][kFewRows][kSumPitch], squares[kFewRows][kWarps];
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   const int first = static_cast<int>(blockIdx.x) * kFewColumns, channels = a.conv_end - a.conv_begin, quads = a.k / 4;
   let_next_begin();
 
-  if (tid < quads) copy_async(weight + tid, a.in.weight + 4 * tid, a.in.weight != nullptr);
-  copy_commit();
+  if (tid == 0 && a.in.weight != nullptr) bring_into_l2(a.in.weight, int64_t{4} * a.k);
   uint4 w[kPieces][kFewColumns / 8];
 #pragma unroll
   for (int s = 0; s < kPieces; ++s)
@@ -75,11 +73,11 @@ __global__ void __launch_bounds__(kThreads, 2) few_linear_kernel(const __grid_co
     if (projects && output + 8 * i < a.outputs) project[i] = *reinterpret_cast<const uint4*>(a.project + int64_t{output + 8 * i} * channels + first + 8 * t);
   for (int i = tid; i < kFewRows * kPitch / 8; i += kThreads) reinterpret_cast<uint4*>(x)[i] = {};
   for (int i = tid; i < kFewRows * kMixedPitch / 8; i += kThreads) reinterpret_cast<uint4*>(mixed)[i] = {};
-  copy_wait<0>();
   __syncthreads();
-
   wait_for_previous();
 
+  // A norm's weights may have been made just now.
+  const float4 weight = tid < quads && a.in.weight != nullptr ? fresh(a.in.weight + 4 * tid) : float4{};
   const bool writes = blockIdx.x == gridDim.x - 1;
 #pragma unroll 1
   for (int r = 0; r < a.rows; ++r) {
@@ -96,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_linear_kernel(const __grid_co
         if (writes && a.in.sum != nullptr) *reinterpret_cast<uint2*>(a.in.sum + at) = u;
         v = four(u);
       }
-      *reinterpret_cast<uint2*>(&x[r][4 * tid]) = packed(product(v, weight[tid]));
+      *reinterpret_cast<uint2*>(&x[r][4 * tid]) = packed(product(v, weight));
       square = dot(v, v);
     }
     square = sum_lanes<32>(square);

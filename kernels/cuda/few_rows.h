@@ -5,8 +5,10 @@
 #include "core/stream.h"
 
 // A decoding step of up to 8 rows: two kernels a layer of Mamba, whose sums over all channels are left in parts that the
-// next kernel adds. All matrices are bf16, sums fp32. A kernel lets the next begin at once, and reads weights and states
-// before those in front of it have finished: what wrote them must lie before a kernel that was not overlapped.
+// next kernel adds. All matrices are bf16, sums fp32. A kernel lets the next begin at once, and reads states and weights
+// (but those of the norm in front of a map) before the kernels in front have finished: what wrote them must lie before one
+// that was not overlapped. Every block adds all parts of all rows, so that more than kFewScanRows (kernels/step_scope.h)
+// are served better by rows_linear.h.
 namespace krait::kernels::cuda {
 
 inline constexpr int kFewRows = 8, kFewWidth = 768, kFewTaps = 4;

@@ -8,8 +8,6 @@ namespace krait::kernels::cuda {
 
 void gather_steps(std::unique_ptr<Deferred>& steps, Device device, int64_t rows, bool scans) {
   if (device_info(device).compute_capability < 90) return;
-  // Of Mamba's layers: every block of few_rows.h adds all parts of all rows, so that more are served better otherwise.
-  constexpr int64_t kFewScanRows = 3;
   steps = rows > kFewMapRows || scans ? gather_rows(device, scans && rows <= kFewScanRows) : gather_few(device);
 }
 
