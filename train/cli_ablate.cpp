@@ -1,6 +1,7 @@
 #include <memory>
 
 #include "train/cli.h"
+#include "train/cli_checks.h"
 #include "train/commands.h"
 #include "train/launcher.h"
 
@@ -10,7 +11,7 @@ void add_ablate(CLI::App& app, Action& action) {
   const auto command = std::make_shared<AblateCommand>();
   CLI::App* sub = app.add_subcommand("ablate", "Train every variant of a grid and compare them: results.csv, report.html");
   sub->add_option("ABLATION", command->file, "An ablation file: base, vary, metric, claim")->required();
-  sub->add_option("--jobs", command->jobs, "Runs at a time [one per GPU, or per CPU core]")->check(CLI::PositiveNumber);
+  sub->add_option("--jobs", command->jobs, "Runs at a time [one per GPU, or per CPU core]")->check(positive());
   sub->add_option("--run-dir", command->run_dir, "Where the runs and the report go [runs/<name>]; goes on with what is there");
   sub->callback([command, &action] {
     action = [command] {

@@ -1,6 +1,7 @@
 #include <memory>
 
 #include "train/cli.h"
+#include "train/cli_checks.h"
 #include "train/commands.h"
 #include "train/launcher.h"
 
@@ -12,11 +13,11 @@ void add_kind(CLI::App& bench, Action& action, const char* what, const char* hel
   command->what = what;
   CLI::App* sub = bench.add_subcommand(what, help);
   sub->add_option("--filter", command->filter, "Only rows whose name has all these words");
-  sub->add_option("--device", command->device, "Where")->check(CLI::IsMember({"auto", "cpu", "cuda"}))->capture_default_str();
-  sub->add_option("--time", command->seconds, "Seconds of timed work in a row [kernels 0.25, others 2]")->check(CLI::PositiveNumber);
+  sub->add_option("--device", command->device, "Where")->check(one_of({"auto", "cpu", "cuda"}))->capture_default_str();
+  sub->add_option("--time", command->seconds, "Seconds of timed work in a row [kernels 0.25, others 2]")->check(positive());
   sub->add_option("--json", command->json, "Write a report to this file");
   sub->add_option("--baseline", command->baseline, "Compare with an earlier report; exit with 1 when a row is slower");
-  sub->add_option("--margin", command->margin, "Share of the baseline's time that counts as slower")->check(CLI::Range(0.0, 10.0))
+  sub->add_option("--margin", command->margin, "Share of the baseline's time that counts as slower")->check(from_to(0, 10))
       ->capture_default_str();
   sub->add_option("--only", command->only)->group("");  // for the processes that bench train starts
   sub->add_flag("--list", command->list, "Print the rows' names");

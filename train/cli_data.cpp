@@ -5,6 +5,7 @@
 #include "data/inspect.h"
 #include "data/prepare.h"
 #include "train/cli.h"
+#include "train/cli_checks.h"
 
 namespace krait::train::cli {
 namespace {
@@ -16,26 +17,26 @@ void add_prepare(CLI::App& data, Action& action) {
   sub->add_option("-o,--output", o->output, "The token store (.h5)")->required();
   sub->add_flag("--overwrite", o->overwrite, "Replace an existing output");
   sub->add_option("--format", o->format, "What the inputs are")
-      ->check(CLI::IsMember({"auto", "text", "jsonl"}))
+      ->check(one_of({"auto", "text", "jsonl"}))
       ->capture_default_str();
   sub->add_option("--field", o->field, "The text's name in a JSON line")->capture_default_str();
   sub->add_option("--document-separator", o->document_separator,
                   "Ends a document of a text file (\\n, \\f, \\t, \\xHH are understood) [one document a file]");
   sub->add_option("--tokenizer", o->tokenizer, "How text becomes tokens")
-      ->check(CLI::IsMember({"byte", "char", "sentencepiece"}))
+      ->check(one_of({"byte", "char", "sentencepiece"}))
       ->capture_default_str();
   sub->add_option("--tokenizer-from", o->tokenizer_from, "Use the tokenizer of this token store");
-  sub->add_option("--vocab-size", o->vocab_size, "sentencepiece")->check(CLI::PositiveNumber)->capture_default_str();
-  sub->add_option("--model", o->model, "sentencepiece")->check(CLI::IsMember({"unigram", "bpe"}))->capture_default_str();
+  sub->add_option("--vocab-size", o->vocab_size, "sentencepiece")->check(positive())->capture_default_str();
+  sub->add_option("--model", o->model, "sentencepiece")->check(one_of({"unigram", "bpe"}))->capture_default_str();
   sub->add_flag("--byte-fallback,!--no-byte-fallback", o->byte_fallback, "sentencepiece: rare characters as bytes");
   sub->add_option("--sample-bytes", o->sample_bytes, "sentencepiece: text that is trained on")
-      ->check(CLI::PositiveNumber)
+      ->check(positive())
       ->capture_default_str();
   sub->add_flag_function("--eos,!--no-eos", [o](int64_t count) { o->eos = count > 0; },
                          "End documents with the end-of-text token [when there are several]");
   sub->add_option_function<double>("--valid", [o](const double& share) { o->valid = share; }, "Share held out [0.1]")
-      ->check(CLI::Range(0.0, 1.0));
-  sub->add_option("--test", o->test, "Share held out for the final test")->check(CLI::Range(0.0, 1.0))->capture_default_str();
+      ->check(from_to(0, 1));
+  sub->add_option("--test", o->test, "Share held out for the final test")->check(from_to(0, 1))->capture_default_str();
   sub->add_option("--seed", o->seed, "Which documents are held out")->capture_default_str();
   sub->add_option("--valid-file", o->valid_files, "Taken whole, instead of a share");
   sub->add_option("--test-file", o->test_files, "Taken whole, instead of a share");
@@ -56,7 +57,7 @@ void add_inspect(CLI::App& data, Action& action) {
   const auto o = std::make_shared<Options>();
   CLI::App* sub = data.add_subcommand("inspect", "What a token store holds; verifies all of it");
   sub->add_option("FILE", o->file, "Token store (.h5)")->required();
-  sub->add_option("--tokens", o->tokens, "Tokens of each split to show")->check(CLI::NonNegativeNumber)->capture_default_str();
+  sub->add_option("--tokens", o->tokens, "Tokens of each split to show")->check(not_negative())->capture_default_str();
   sub->callback([o, &action] {
     action = [o] {
       std::fputs(data::inspect(o->file, o->tokens).c_str(), stdout);
@@ -73,7 +74,7 @@ void add_fetch(CLI::App& data, Action& action) {
   std::vector<std::string> names;
   for (const data::FetchSet& set : data::fetch_sets()) names.push_back(set.name);
   CLI::App* sub = data.add_subcommand("fetch", "Download a public data set: checked, unpacked, resumable");
-  sub->add_option("NAME", o->name, "The data set")->required()->check(CLI::IsMember(names));
+  sub->add_option("NAME", o->name, "The data set")->required()->check(one_of(names));
   sub->add_option("--mirror", o->mirror, "A directory or URL to take the files from instead of the public source");
   sub->add_option("-o,--output", o->directory, "Where the set's folder goes [$KRAIT_DATA_DIR, or data]");
   sub->add_flag("-q,--quiet", o->quiet, "No progress");

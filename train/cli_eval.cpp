@@ -1,6 +1,7 @@
 #include <memory>
 
 #include "train/cli.h"
+#include "train/cli_checks.h"
 #include "train/commands.h"
 #include "train/launcher.h"
 
@@ -13,8 +14,8 @@ void add_eval(CLI::App& app, Action& action) {
   sub->add_option("overrides", command->overrides, "key.path=value, parsed as YAML");
   sub->add_option("--data", command->data, "A token store other than the run's");
   sub->add_option("--split", command->split, "Split [eval.split]");
-  sub->add_option("--context", command->context, "Tokens of a window [eval.context]")->check(CLI::PositiveNumber);
-  sub->add_option("--stride", command->stride, "Tokens between windows [eval.stride]")->check(CLI::PositiveNumber);
+  sub->add_option("--context", command->context, "Tokens of a window [eval.context]")->check(positive());
+  sub->add_option("--stride", command->stride, "Tokens between windows [eval.stride]")->check(positive());
   sub->add_flag("--json", command->json, "One JSON object on standard output");
   sub->callback([command, &action] {
     action = [command] {

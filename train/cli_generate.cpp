@@ -1,6 +1,7 @@
 #include <memory>
 
 #include "train/cli.h"
+#include "train/cli_checks.h"
 #include "train/commands.h"
 #include "train/launcher.h"
 
@@ -11,13 +12,13 @@ void add_generate(CLI::App& app, Action& action) {
   CLI::App* sub = app.add_subcommand("generate", "Continue a text with a trained model");
   sub->add_option("RUN_DIR", command->run_dir, "Run directory")->required();
   sub->add_option("--prompt", command->prompt, "Text to continue");
-  sub->add_option("--max-tokens", command->max_tokens, "Tokens to generate")->capture_default_str()->check(CLI::PositiveNumber);
+  sub->add_option("--max-tokens", command->max_tokens, "Tokens to generate")->capture_default_str()->check(positive());
   sub->add_option("--temperature", command->temperature, "0: always the likeliest token")->capture_default_str()
-      ->check(CLI::NonNegativeNumber);
+      ->check(not_negative());
   sub->add_option("--top-p", command->top_p, "Draw from the likeliest tokens of this total probability")->capture_default_str()
-      ->check(CLI::Range(0.0, 1.0));
+      ->check(from_to(0, 1));
   sub->add_option("--state-dtype", command->state_dtype, "What Mamba-2's states are kept in; bf16 on GPUs, half the memory")
-      ->capture_default_str()->check(CLI::IsMember({"fp32", "bf16"}));
+      ->capture_default_str()->check(one_of({"fp32", "bf16"}));
   sub->add_option_function<uint64_t>("--seed", [command](const uint64_t& seed) { command->seed = seed; }, "[the run's]");
   sub->callback([command, &action] {
     action = [command] {

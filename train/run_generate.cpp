@@ -13,12 +13,13 @@ int run_generate(const GenerateCommand& command) {
   options.top_p = command.top_p;
   options.states = dtype_from_name(command.state_dtype);
   options.seed = command.seed.value_or(static_cast<uint64_t>(run.session.config.seed));
-  fmt::print("{}", command.prompt);
-  generate(run.session, options, [](const std::string& text) {
-    fmt::print("{}", text);
+  std::string before = command.prompt;  // not written when it turns out to be wrong
+  generate(run.session, options, [&](const std::string& text) {
+    fmt::print("{}{}", before, text);
     std::fflush(stdout);
+    before.clear();
   });
-  fmt::print("\n");
+  fmt::print("{}\n", before);
   return 0;
 }
 

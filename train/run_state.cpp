@@ -228,7 +228,8 @@ LoadedRun load_finished_run(const std::string& run_dir, const std::vector<std::s
   std::vector<std::string> skipped;
   const auto found = best_checkpoint(directory.checkpoints(), &skipped);
   for (const std::string& message : skipped) fmt::print(stderr, "warning: {}\n", message);
-  KRAIT_CHECK(found, "{}: no whole checkpoint; train it further with krait train {} --run-dir {} --resume",
+  KRAIT_CHECK(found || skipped.empty(), "{}: every checkpoint is damaged; restore one", directory.checkpoints());
+  KRAIT_CHECK(found, "{}: no checkpoint; train it further with krait train {} --run-dir {} --resume",
               directory.checkpoints(), directory.config_file(), run_dir);
   const CheckpointReader reader(found->path);
   DataSource data;

@@ -67,6 +67,8 @@ Trainer::Trainer(Session& session, const TrainData& data, const RunDirectory& di
       std::vector<std::string> skipped;
       const auto found = latest_checkpoint(directory.checkpoints(), &skipped);
       for (const std::string& message : skipped) fmt::print(stderr, "warning: {}\n", message);
+      KRAIT_CHECK(found || skipped.empty(), "{}: every checkpoint is damaged\n       try to restore one; or remove them all, "
+                  "and the run starts from step 0", directory.checkpoints());
       if (found) path = found->path;
     }
     path = from_rank(*session.mesh.world, 0, path);

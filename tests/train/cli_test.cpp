@@ -52,6 +52,15 @@ TEST_CASE("krait: a bad command line exits with 2, one error, and the nearest na
   CHECK(verify.status == 2);
   CHECK(verify.err == "error: --verify: of which run?\n       try krait info RUN_DIR --verify\n");
   CHECK(krait_command("info /no/such/run").status == 2);
+  const auto message = [](const std::string& arguments) {
+    const Outcome out = krait_command(arguments);
+    CHECK(out.status == 2);
+    return out.err;
+  };
+  CHECK(contains(message("data prepare a.txt -o a.h5 --vocab-size -3"), "--vocab-size: found -3, expected a number > 0\n"));
+  CHECK(contains(message("data prepare a.txt -o a.h5 --valid 1.5"), "--valid: found 1.5, expected a number from 0 to 1\n"));
+  CHECK(contains(message("data prepare a.txt -o a.h5 --tokenizer bite"),
+                 "--tokenizer: found bite, expected one of byte, char, sentencepiece; did you mean byte?\n"));
 }
 
 TEST_CASE("krait info: build, libraries, devices") {

@@ -104,8 +104,9 @@ TEST_CASE("SIGTERM leaves a checkpoint and an orderly end") {
   const Workplace w;
   const std::string run = w.tmp / "run";
   const int status = std::system(
-      fmt::format("'{}' train {} --run-dir {} train.steps=100000 > {} 2>&1 & pid=$!; sleep 1.5; kill -TERM $pid; wait $pid",
-                  krait_program(), w.config, run, w.tmp / "log").c_str());
+      fmt::format("'{}' train {} --run-dir {} train.steps=100000 > {} 2>&1 & pid=$!; for i in $(seq 600); do "
+                  "test -s {}/metrics.jsonl && break; sleep 0.05; done; kill -TERM $pid; wait $pid",
+                  krait_program(), w.config, run, w.tmp / "log", run).c_str());
   REQUIRE(WIFEXITED(status));
   CHECK(WEXITSTATUS(status) == 0);
   const json summary = json::parse(train::read_file(run + "/summary.json"));
@@ -167,6 +168,19 @@ TEST_CASE("a run directory with a run in it is left alone unless --resume is giv
   CHECK(out.status == 2);
   CHECK(contains(out.err, "--resume"));
   CHECK(train::read_file(w.tmp / "run/metrics.jsonl") == before);
+}
+
+TEST_CASE("where every checkpoint is damaged, --resume refuses instead of starting anew, and leaves all as it is") {
+  const Workplace w;
+  const std::string run = w.tmp / "run";
+  REQUIRE(w.train("run").status == 0);
+  for (const auto& at : fs::directory_iterator(run + "/checkpoints")) write_text(at.path() / "manifest.json", "{");
+  const std::string before = train::read_file(run + "/metrics.jsonl");
+  const Outcome out = w.train("run", "train.steps=40 --resume");
+  CHECK(out.status == 1);
+  CHECK(contains(out.err, run + "/checkpoints: every checkpoint is damaged\n       try to restore one; or remove them all"));
+  CHECK(train::read_file(run + "/metrics.jsonl") == before);
+  CHECK(contains(krait_command("eval " + run).err, "every checkpoint is damaged; restore one"));
 }
 
 TEST_CASE("a full disk ends the run with one error; the checkpoints before it stay whole") {
