@@ -84,8 +84,11 @@ int run_train(const TrainCommand& command, const Launch& launch, const comm::Gro
     if (world->size() > 1) fmt::print("ranks: {}\n", describe(shape, launch));
     print_plan(session, description);
   }
+  // First of all in a new directory: one without it is not taken for a run's. A run that goes on keeps the one it has until
+  // its checkpoint has been taken.
+  if (session.leads() && !directory.has_run()) directory.write_config(config.to_yaml());
   Trainer trainer(session, data, directory, command.resume);
-  if (session.leads()) directory.write_config(config.to_yaml());
+  if (session.leads() && directory.has_run()) directory.write_config(config.to_yaml());
   if (trainer.complete()) {
     if (session.leads()) fmt::print("all {} steps are done; raise train.steps to go on\n", config.total_steps());
     return 0;
