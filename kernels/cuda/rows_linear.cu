@@ -34,11 +34,7 @@ __global__ void __launch_bounds__(32 * kScaleWarps) scale_rows_kernel(RowScale s
   wait_for_previous();
   let_next_begin();
   if (row >= rows) return;
-  float square = 0;
-  for (int i = lane; i < scale.parts; i += 32) square += scale.squares[row * scale.parts + i];
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) square += __shfl_xor_sync(0xffffffffu, square, offset);
-  const float factor = factor_of(scale, square, k);
+  const float factor = factor_of_row(scale, row, k);
   for (int c = lane; c < k; c += 32) scale.normed[row * k + c] = static_cast<bf16>(static_cast<float>(x[row * k + c]) * factor);
   if (lane == 0 && scale.rstd != nullptr) scale.rstd[row] = factor;
 }
@@ -47,9 +43,7 @@ __global__ void __launch_bounds__(32 * kScaleWarps) scale_rows_kernel(RowScale s
 
 bool rows_linear_fits(const RowsLinear& a) {
   if (a.rows < 1 || a.k % 32 != 0 || a.n % 2 != 0 || a.x_row % 8 != 0 || a.y_row % 2 != 0 || !aligned16(a.x, a.w)) return false;
-  if (a.conv != nullptr && (a.n % 8 != 0 || a.y_row % 8 != 0 || a.conv_begin % 8 != 0 || a.conv_end % 8 != 0 || a.epilogue != Epilogue::none ||
-                            !aligned16(a.y, a.bias, a.conv, a.conv_weight, a.conv_bias)))
-    return false;
+  if (a.conv != nullptr && (a.conv_begin % 2 != 0 || a.conv_end % 2 != 0 || !aligned16(a.conv_weight))) return false;
   if (a.project != nullptr && (a.conv_begin != 0 || a.outputs % 2 != 0 || !aligned16(a.project))) return false;
   return visit_tile(a, [&]<int kM, int kN, int kWarps, int kSteps>() {});
 }

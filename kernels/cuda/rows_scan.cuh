@@ -1,6 +1,5 @@
 #pragma once
 #include "kernels/cuda/attention_mma.cuh"
-#include "kernels/cuda/exp2.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/rows_scan.h"
 
@@ -24,6 +23,7 @@ __global__ void __launch_bounds__(kThreads, 768 / kThreads) rows_scan_kernel(con
   static_assert(kScanRows == 4, "a lane a row");
   extern __shared__ __align__(16) float scan_shared[];
   constexpr int kEach = kThreads / 4;  // channels a pass
+  constexpr float kLog2e = 1.4426950408889634f;
   const int outputs = a.r + 2 * kScanStates, tid = static_cast<int>(threadIdx.x), lane = tid % 4, pieces = a.r / 4;
   float4* const states = reinterpret_cast<float4*>(scan_shared);               // (kPasses, kScanRows, kThreads)
   float4* const logs = states + kPasses * kScanRows * kThreads;                // (kPasses, kThreads)
@@ -116,10 +116,10 @@ __global__ void __launch_bounds__(kThreads, 768 / kThreads) rows_scan_kernel(con
       const float4 B = *reinterpret_cast<const float4*>(values + i * outputs + a.r + 4 * lane);
       const float4 C = *reinterpret_cast<const float4*>(values + i * outputs + a.r + kScanStates + 4 * lane);
       float4 now = states[(p * kScanRows + i) * kThreads + tid];
-      now.x = exp2_fast(own_delta * rate.x) * now.x + own_add * B.x;
-      now.y = exp2_fast(own_delta * rate.y) * now.y + own_add * B.y;
-      now.z = exp2_fast(own_delta * rate.z) * now.z + own_add * B.z;
-      now.w = exp2_fast(own_delta * rate.w) * now.w + own_add * B.w;
+      now.x = exp2f(own_delta * rate.x) * now.x + own_add * B.x;
+      now.y = exp2f(own_delta * rate.y) * now.y + own_add * B.y;
+      now.z = exp2f(own_delta * rate.z) * now.z + own_add * B.z;
+      now.w = exp2f(own_delta * rate.w) * now.w + own_add * B.w;
       if (c < a.e && i < count) *reinterpret_cast<float4*>(a.h + (first_row + i) * row_states + int64_t{c} * kScanStates + 4 * lane) = now;
       part[i] = now.x * C.x + now.y * C.y + now.z * C.z + now.w * C.w;
     }
