@@ -166,11 +166,12 @@ Tensor Attention::step(const Tensor& x, LayerState& state) {
   }
   Tensor &k_cache = state.tensors.at("k"), &v_cache = state.tensors.at("v");
   const int64_t b = x.size(0), capacity = k_cache.size(1);
-  if (!is_capturing(x.device())) {
-    KRAIT_CHECK(state.length < capacity, "the key/value cache holds {} positions, {} are needed; raise max_length", capacity,
-                state.length + 1);
-    fill_(place->second, static_cast<double>(state.length));
-  }
+  KRAIT_CHECK(is_capturing(x.device()) || state.length < capacity,
+              "the key/value cache holds {} positions, {} are needed; raise max_length", capacity, state.length + 1);
+  const Tensor all = qkv(Variable(x)).data().view({b, heads(), config_.head_dim});
+  // Tables and positions only now: a norm may wait for the projection (kernels/step_scope.h), and what is captured is to run
+  // as the same kernels as what is not.
+  if (!is_capturing(x.device())) fill_(place->second, static_cast<double>(state.length));
   kernels::AttentionAppend a;
   a.hq = q_.count();
   a.hkv = kv_.count();
@@ -181,7 +182,6 @@ Tensor Attention::step(const Tensor& x, LayerState& state) {
     a.sin = sin_;
     a.style = config_.rope_style == "half" ? RopeStyle::half : RopeStyle::interleaved;
   }
-  const Tensor all = qkv(Variable(x)).data().view({b, heads(), config_.head_dim});
   const Tensor o = kernels::attention_append(all, k_cache, v_cache, place->second, a);
   ++state.length;
   return out_->forward(Variable(o.view({b, 1, a.hq * config_.head_dim}))).data();
