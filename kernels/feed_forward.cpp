@@ -1,5 +1,6 @@
 #include "kernels/feed_forward.h"
 
+#include "core/memory_probe.h"
 #include "kernels/activation.h"
 
 namespace krait::kernels {
@@ -38,6 +39,7 @@ GatedUnits gated_units_forward(const Tensor& x, const Tensor& w, const Tensor& b
   const Tensor flat = blas_ready(x.flatten_leading()), weight = blas_ready(w);
   Tensor h = out.h.flatten_leading(), pre = out.pre.flatten_leading();
   const Gemm product = gemm_of(pre, flat, weight, false, true);
+  const KernelMemory memory(0);  // on a GPU the product's epilogue does it all, here and below
   bool done = false;
   if (!bias.defined()) KRAIT_DISPATCH(x.device(), gated_units_forward(done, h, pre, product));
   if (done) return out;
@@ -61,6 +63,7 @@ UnitsGrad units_backward(const Tensor& dy, const Tensor& w, const Tensor& pre_in
   }
   Tensor dpre = out.dpre.flatten_leading();
   const Tensor up = dy.contiguous().flatten_leading(), weight = blas_ready(w), pre = pre_in.contiguous().flatten_leading();
+  const KernelMemory memory(0);
   bool done = false;
   KRAIT_DISPATCH(dy.device(), units_backward(done, dpre, out.db, db_sum.defined(), up, weight, pre, epilogue));
   if (!done)
@@ -74,6 +77,7 @@ Tensor gated_units_backward(const Tensor& dy, const Tensor& w, const Tensor& pre
   if (dy.numel() == 0 || pre_in.numel() == 0) return out;
   Tensor dpre = out.flatten_leading();
   const Tensor up = dy.contiguous().flatten_leading(), weight = blas_ready(w), pre = pre_in.contiguous().flatten_leading();
+  const KernelMemory memory(0);
   bool done = false;
   KRAIT_DISPATCH(dy.device(), gated_units_backward(done, dpre, up, weight, pre));
   if (done) return out;

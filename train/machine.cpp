@@ -10,8 +10,8 @@ namespace krait::train {
 namespace {
 
 // Rates of the H100 and layer_ns of attention, mlp, head, Mamba, Mamba-2 and xLSTM: fitted to the whole steps in README on
-// one H100; link and bandwidth of the H200: to GPT-2's, Mamba's and Mamba-2's steps on one and two of them. The rest are the data sheets' shares;
-// the cpu is one core of a server, roughly.
+// one H100; link and bandwidth of the H200, and sequence_ns of attention, Mamba and Mamba-2: to GPT-2's, Mamba's and
+// Mamba-2's steps on one and two of them. The rest are the data sheets' shares; the cpu is one core of a server, roughly.
 constexpr const char* kTable = R"(# krait plan --show-hardware > mine.yaml; edit; krait plan CONFIG --hardware mine.yaml --machine NAME
 machines:
   h100-sxm:
@@ -57,6 +57,7 @@ machines:
 layer_bandwidth_gb_s: 3030
 layer_ns: {attention: 12, mlp: 16, head: 10, mamba: 70, mamba2: 58, mlstm: 105, slstm: 260, s4: 150, s4d: 150,
            linear_attention: 150, gated_cnn: 40, rnn: 900, lstm: 900, gru: 900, kan: 200}
+sequence_ns: {attention: 25, mamba: 65, mamba2: 45, mlstm: 60, s4: 60, s4d: 60, linear_attention: 60}
 )";
 
 std::map<std::string, double> read_rates(ConfigNode& section) {
@@ -112,6 +113,7 @@ Machine find_machine(const std::string& name, const std::string& file) {
   Machine m = read_machine(name, *found);
   options.read("layer_bandwidth_gb_s", m.layer_bandwidth_gb_s, at_least(1e-9));
   m.layer_ns = read_rates(options.section("layer_ns"));
+  m.sequence_ns = read_rates(options.section("sequence_ns"));
   options.finish();
   return m;
 }

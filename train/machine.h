@@ -20,6 +20,9 @@ struct Machine {
   /// What a layer's training step takes beside its matrix products: nanoseconds per token at width 768 in bf16, of a
   /// GPU with layer_bandwidth_gb_s; scaled by width and bandwidth. By kind; "mlp" and "head" too.
   std::map<std::string, double> layer_ns;
+  /// What it takes on top where several GPUs share each sequence, in the same unit: a second walk over a recurrence's states
+  /// in either pass, the exchange of attention's heads.
+  std::map<std::string, double> sequence_ns;
   double layer_bandwidth_gb_s = 0;
 };
 

@@ -72,6 +72,9 @@ void count_memory(Plan& plan, const Config& config, const ModelCost& cost, int64
   // The bf16 copy stays whole until ZeRO-3; the fp32 masters go with the optimizer's state.
   plan.memory.weights = n * (wide * (rounded ? shared(1) : shared(3)) + compute * shared(3));
   plan.memory.gradients = n * wide * shared(2);
+  // Beside what is whole a rank has the piece that it updates.
+  if (plan.zero == 1) plan.memory.gradients += n * wide / replicas;
+  if (plan.zero == 1 || plan.zero == 2) plan.memory.weights += n * (rounded ? compute : wide) / replicas;
   // What ZeRO has whole for a while: gradients of the embedding, which are complete only at the end, and of the buckets
   // whose sums are under way; values of the buckets that are kept and of the one fetched ahead.
   const double embedding = static_cast<double>(vocab / plan.tensor * config.model.d_model);
@@ -83,13 +86,14 @@ void count_memory(Plan& plan, const Config& config, const ModelCost& cost, int64
   plan.memory.optimizer = n * optimizer_bytes(config.optimizer) * wide / 4 * shared(1);
 
   const double tokens = static_cast<double>(config.train.micro_batch_size * config.data.context / plan.sequence);
-  double saved = cost.rest.saved_bytes, transient = cost.rest.transient_bytes;
+  double saved = cost.rest.saved_bytes, transient = cost.rest.transient_bytes, per_sequence = cost.rest.saved_per_sequence;
   for (int64_t i = 0; i < config.model.n_layers; ++i) {
     const PassCost& layer = cost.per_layer.at(config.model.kind_of(i));
     saved += layer.saved_bytes;
+    per_sequence += layer.saved_per_sequence;
     transient = std::max(transient, layer.transient_bytes);
   }
-  plan.memory.activations = tokens * saved;
+  plan.memory.activations = tokens * saved + static_cast<double>(config.train.micro_batch_size) * per_sequence;
   const double element = rounded ? 2 : wide;
   const double logits = std::min(kLogitsBytes, tokens * static_cast<double>(vocab / plan.tensor) * element);
   // The head's logits and a layer's backward pass are not held at the same time.
@@ -117,9 +121,13 @@ void count_computation(Plan& plan, const Config& config, const Machine& m, const
   const double narrow = rate == "bf16" ? 1 : 2;
   const double scale = static_cast<double>(config.model.d_model) / 768 * narrow * m.layer_bandwidth_gb_s / m.bandwidth_gb_s;
   bool attends = false;
+  const auto add = [&](const std::map<std::string, double>& rates, const std::string& kind) {
+    const auto it = rates.find(kind);
+    if (it != rates.end()) seconds += it->second * 1e-9 * scale / ranks;
+  };
   const auto layer = [&](const std::string& kind) {
-    const auto it = m.layer_ns.find(kind);
-    if (it != m.layer_ns.end()) seconds += it->second * 1e-9 * scale / ranks;
+    add(m.layer_ns, kind);
+    if (plan.sequence > 1) add(m.sequence_ns, kind);
   };
   for (int64_t i = 0; i < config.model.n_layers; ++i) {
     layer(config.model.kind_of(i));
@@ -156,7 +164,8 @@ void count_traffic(Plan& plan, const Config& config, const Machine& m, const Mod
     const double hidden = kOverlap * 2.0 / 3 * plan.compute_seconds / static_cast<double>(plan.micro_batches);
     const double copy = config.runtime.precision == "bf16" ? 2 : 4;
     const double sum = config.parallelism.reduce_dtype == "bfloat16" ? 2 : 4;
-    // The embedding's gradient is the backward pass's last, and its values are the forward pass's first.
+    // The embedding's gradient is the backward pass's last. Its values are the forward pass's first: ZeRO-1 and 2 gather
+    // them beside the update.
     const double last = others * static_cast<double>(vocab / plan.tensor * config.model.d_model);
     if (plan.zero == 0) {
       add_traffic(plan, "gradients, all-reduce", "data", buckets, 2 * others * sum * n, link, replicas, hidden, 2 * sum * last);
@@ -164,7 +173,7 @@ void count_traffic(Plan& plan, const Config& config, const Machine& m, const Mod
       add_traffic(plan, "gradients, reduce-scatter", "data", buckets, others * sum * n, link, replicas, hidden, sum * last);
       const double passes = plan.zero == 3 ? 2.0 * static_cast<double>(plan.micro_batches) : 1.0;
       add_traffic(plan, "parameters, all-gather", "data", buckets * passes, passes * others * copy * n, link, replicas,
-                  plan.zero == 3 ? hidden : hidden / 2, copy * last);
+                  plan.zero == 3 ? hidden : hidden / 2, plan.zero == 3 ? copy * last : 0);
     }
   }
   const double tokens = static_cast<double>(config.train.micro_batch_size * config.data.context / plan.sequence);

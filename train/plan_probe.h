@@ -17,6 +17,7 @@ struct Traffic {
 struct PassCost {
   double saved_bytes = 0;      // held from the forward to the backward pass
   double transient_bytes = 0;  // on top of them, at the worst moment of the backward pass
+  double saved_per_sequence = 0;  // of each sequence, whatever its length, held as long: states between members of a sequence group
   std::map<std::string, Traffic> traffic;  // by group: "tensor", "sequence"
 };
 
@@ -31,8 +32,9 @@ struct ModelCost {
 /// The ranks of `tensor` and `sequence` are simulated: what they would send is counted, not sent.
 ModelCost probe_model(const Config& config, const layers::ModelShape& shape, int64_t tensor, int64_t sequence);
 
-/// Groups of which only rank 0 is there: collectives fill what they receive with zeros and count what they would send.
-/// The traffic must outlive them.
+/// Groups of which only one rank is there, the first of the tensor group and the last of the sequence group (which has
+/// states before its piece): collectives fill what they receive with zeros and count what they would send. The traffic must
+/// outlive them.
 layers::Parallel simulated_parallel(int64_t tensor, int64_t sequence, Traffic* of_tensor, Traffic* of_sequence);
 
 }  // namespace krait::train
