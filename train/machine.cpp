@@ -57,7 +57,7 @@ machines:
 layer_bandwidth_gb_s: 3030
 layer_ns: {attention: 12, mlp: 16, head: 10, mamba: 70, mamba2: 58, mlstm: 105, slstm: 260, s4: 150, s4d: 150,
            linear_attention: 150, gated_cnn: 40, rnn: 900, lstm: 900, gru: 900, kan: 200}
-sequence_ns: {attention: 25, mamba: 65, mamba2: 45, mlstm: 60, s4: 60, s4d: 60, linear_attention: 60}
+sequence_ns: {attention: 25, mamba: 68, mamba2: 36, mlstm: 60, s4: 60, s4d: 60, linear_attention: 60}
 )";
 
 std::map<std::string, double> read_rates(ConfigNode& section) {
