@@ -10,6 +10,7 @@ namespace krait::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kAhead = 4;  // positions of a lane that are read while the kernel in front still runs
 
 __device__ __forceinline__ void unpack8(float (&out)[8], uint4 v) {
   const float2 p[4] = {pair_of(v.x), pair_of(v.y), pair_of(v.z), pair_of(v.w)};
@@ -45,7 +46,7 @@ __device__ __forceinline__ uint4 turned(const bf16* head, int first, const float
 // A cluster: a row and a head. kLanes neighbouring lanes share a position, 8 columns each; kRounds positions of a lane are
 // read while the kernel in front still runs.
 template <int kLanes, int kRounds>
-__global__ void __launch_bounds__(kThreads, 2) few_attention_kernel(const __grid_constant__ FewAttention a, bool early) {
+__global__ void __launch_bounds__(kThreads) few_attention_kernel(const __grid_constant__ FewAttention a, bool early) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr int kDim = 8 * kLanes, kGroups = 32 / kLanes, kSpan = kWarps * kGroups, kOwn = kDim / 32;  // kOwn: columns a lane joins
   __shared__ __align__(16) float part_o[kWarps][kDim];
@@ -214,7 +215,7 @@ bool few_attention_fits(const FewAttention& a) {
 }
 
 void few_attention(const FewAttention& a, bool early, Stream stream) {
-  const auto kernel = a.d == 64 ? few_attention_kernel<8, kFewAhead / kThreads> : few_attention_kernel<16, kFewAhead / kThreads>;
+  const auto kernel = a.d == 64 ? few_attention_kernel<8, kAhead> : few_attention_kernel<16, kAhead>;
   keep_shared_memory(kernel);
   launch_with({clusters_of(a.splits), overlapping()}, kernel, {.grid = int64_t{a.rows} * a.hq * a.splits, .block = kThreads, .stream = stream}, a, early);
 }

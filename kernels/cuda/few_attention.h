@@ -7,7 +7,7 @@
 namespace krait::kernels::cuda {
 
 inline constexpr int kFewSplits = 8;
-inline constexpr int kFewAhead = 1280;  // threads of a block times positions that each reads ahead
+inline constexpr int kFewShare = 160 * 64;  // values of a head's keys that a block reads at most, while splits suffice
 
 /// attention_append (kernels/attention_append.h) of 1 to 8 rows, bf16, with heads of 64 or 128. A head's positions are
 /// shared by `splits` blocks of a cluster.

@@ -9,9 +9,6 @@ namespace krait::kernels::cuda {
 namespace {
 
 constexpr int64_t kMultiprocessors = 132;
-// At most two blocks with a norm share a multiprocessor: with a third, blocks of later kernels take the places where this
-// one's would lie apart.
-constexpr int64_t kNormedShared = 76 * 1024;
 
 // Calls f with the tile that serves: 8ths of its columns, steps, warps, gated, several rounds. False when none does.
 template <class F>
@@ -20,15 +17,12 @@ bool visit_tile(const FewMap& a, F f) {
   if (a.k % 32 != 0 || (normed && a.k % 256 != 0)) return false;
   if (a.units != nullptr) {
     if (!normed || a.k > 1024) return false;
-    if (a.k <= 768) f.template operator()<4, 3, 8, true, false>();
-    else f.template operator()<2, 4, 8, true, false>();
-  } else if (a.k <= 768) {
-    if (few) f.template operator()<1, 3, 8, false, false>();
-    else if (many) f.template operator()<3, 3, 8, false, true>();
-    else f.template operator()<3, 3, 8, false, false>();
+    f.template operator()<4, 4, 8, true, false>();
   } else if (a.k <= 1024) {
     if (few) f.template operator()<1, 4, 8, false, false>();
-    else f.template operator()<2, 4, 8, false, true>();
+    else if (many && a.k <= 768) f.template operator()<3, 3, 8, false, true>();
+    else if (many) f.template operator()<3, 4, 8, false, true>();
+    else f.template operator()<3, 4, 8, false, false>();
   } else {
     if (a.k > 4096 || normed) return false;
     if (a.k <= 3072) f.template operator()<1, 6, 16, false, false>();
@@ -51,7 +45,7 @@ void few_map(const FewMap& a, bool early, Stream stream) {
     keep_shared_memory(kernel);
     const int64_t tiles = ceil_div(a.n, kGated ? 4 * kTiles : 8 * kTiles);
     launch_overlapped(kernel, {.grid = kRounds ? std::min(tiles, 2 * kMultiprocessors) : tiles, .block = 32 * kWarps,
-                               .shared = a.norm_weight != nullptr ? std::max(int64_t{8} * a.k, kNormedShared) : 0, .stream = stream},
+                               .shared = a.norm_weight != nullptr ? int64_t{8} * a.k : 0, .stream = stream},
                       a, early);
   });
 }

@@ -31,27 +31,21 @@ __device__ __forceinline__ void norm_rows(uint4 (&x)[kSteps], const FewMap& a, f
   constexpr int kWarps = kFewNormWarps, kSpan = 32 * kWarps;
   const int warp = static_cast<int>(threadIdx.x) / 32, g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
   const int steps = a.k / kSpan;
-  // Sums about a value of the lane's own: no digits are lost in values far from zero. RMSNorm: about zero.
-  const float origin = a.centred ? pair_of(x[0].x).x : 0.0f;
-  float2 sum[2] = {}, square[2] = {};
+  const auto for_values = [&](auto f) {
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    if (s >= steps) break;
-    const uint32_t* const v = &x[s].x;
+    for (int s = 0; s < kSteps; ++s) {
+      if (s >= steps) break;
+      const float2 v[4] = {pair_of(x[s].x), pair_of(x[s].y), pair_of(x[s].z), pair_of(x[s].w)};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 u = pair_of(v[i]), d = {u.x - origin, u.y - origin};
-      sum[i % 2] = {sum[i % 2].x + d.x, sum[i % 2].y + d.y};
-      square[i % 2] = {fmaf(d.x, d.x, square[i % 2].x), fmaf(d.y, d.y, square[i % 2].y)};
+      for (int i = 0; i < 4; ++i) f(v[i]);
     }
-  }
-  float count = static_cast<float>(8 * steps), mean = 0, squares = (square[0].x + square[0].y) + (square[1].x + square[1].y);
+  };
+  float mean = 0, squares = 0, count = static_cast<float>(8 * steps);  // RMSNorm: about zero
   if (a.centred) {
-    const float all = (sum[0].x + sum[0].y) + (sum[1].x + sum[1].y);
-    mean = all / count;
-    squares = fmaxf(squares - all * mean, 0.0f);
-    mean += origin;
+    for_values([&](float2 v) { mean += v.x + v.y; });
+    mean /= count;
   }
+  for_values([&](float2 v) { squares += (v.x - mean) * (v.x - mean) + (v.y - mean) * (v.y - mean); });
 #pragma unroll
   for (int offset = 1; offset <= 2; offset *= 2) {  // equal shares joined in pairs
     const float other = __shfl_xor_sync(0xffffffffu, mean, offset), off = other - mean;
@@ -97,7 +91,7 @@ __device__ __forceinline__ void norm_rows(uint4 (&x)[kSteps], const FewMap& a, f
 /// 16; which value of k sits where in a product does not matter as long as both operands agree, so a lane reads 8
 /// neighbours. kRounds: a block makes several such pieces of y.
 template <int kTiles, int kSteps, int kWarps, bool kGated, bool kRounds>
-__global__ void __launch_bounds__(32 * kWarps, kSteps * kWarps <= 96 ? 2 : 1) few_map_kernel(const __grid_constant__ FewMap a, bool early) {
+__global__ void __launch_bounds__(32 * kWarps) few_map_kernel(const __grid_constant__ FewMap a, bool early) {
   using Tile = FewMapTile<kTiles, kWarps, kRounds>;
   constexpr int kThreads = Tile::kThreads, kSpan = 32 * kWarps, kOwn = kGated ? Tile::kColumns / 2 : Tile::kColumns;
   static_assert(kThreads >= kFewMapRows * kOwn);  // a value of y a thread
