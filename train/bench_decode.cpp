@@ -41,7 +41,8 @@ Row measure_decode(const DecodeRow& r, Device device) {
   model.set_training(false);
   const Tensor prompts = random_batch(config, 0).tokens.slice(1, 0, kPrompt).contiguous();
   const auto loop = [&](int64_t n, bool graphs) {
-    auto l = std::make_unique<DecodeLoop>(model, session.parameters->options(), r.batch, kPrompt + n, n,
+    // One capacity for both: among how many blocks attention shares a cache depends on it, and with that its rounding.
+    auto l = std::make_unique<DecodeLoop>(model, session.parameters->options(), r.batch, kPrompt + kNew, n,
                                           kernels::SampleOptions{.temperature = 0}, graphs, r.states);
     l->prefill(prompts);
     return l;
