@@ -41,13 +41,4 @@ void launch_with(std::initializer_list<cudaLaunchAttribute> attributes, void (*k
   core::check(cudaLaunchKernelEx(&launch.config, kernel, static_cast<P>(arguments)...));
 }
 
-/// launch() of blocks that wait for each other: all run at once, or none.
-template <class... P, class... A>
-void launch_cooperative(void (*kernel)(P...), const LaunchConfig& c, A&&... arguments) {
-  cudaLaunchAttribute a{};
-  a.id = cudaLaunchAttributeCooperative;
-  a.val.cooperative = 1;
-  launch_with({a}, kernel, c, std::forward<A>(arguments)...);
-}
-
 }  // namespace krait::kernels::cuda
