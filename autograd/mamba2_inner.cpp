@@ -125,7 +125,7 @@ Mamba2InnerOut mamba2_inner(const Mamba2InnerArguments& in) {
   const ConvFilter filter(in.conv_weight, in.conv_bias, zxbcdt.dtype());
   const LeftHalo halo = halo_of(in);
   kernels::CausalConv1dOut conv = convolve(in, filter, halo.history(in.conv_state.data()));
-  check_carried("mamba2_inner", in.options.pieces, in.ssm_state);
+  for (const Variable* state : {&in.conv_state, &in.ssm_state}) check_carried("mamba2_inner", in.options.pieces, *state);
   kernels::SsdInput scan = scan_input(in, conv.y, in.ssm_state.data());
   SsdPiece piece(scan, in.options.pieces);
   scan.initial_state = piece.before;

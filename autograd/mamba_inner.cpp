@@ -80,7 +80,7 @@ struct Entered { LeftHalo halo; Tensor h0, decays; };
 
 // The state that leaves the last piece.
 Tensor enter(Entered& entered, const MambaInnerArguments& in, const Tensor& x, const Tensor& dbc) {
-  check_carried("mamba_inner", in.pieces, in.ssm_state);
+  for (const Variable* state : {&in.conv_state, &in.ssm_state}) check_carried("mamba_inner", in.pieces, *state);
   entered.h0 = in.ssm_state.data();
   if (!in.pieces.several()) return {};
   const auto own = kernels::selective_scan_summary(scan_inputs(in, x, dbc, {}));

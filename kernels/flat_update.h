@@ -28,7 +28,7 @@ inline constexpr int64_t kUpdateChunk = 4096;
 /// with the settings of the spec before them, and stay zero where parameter, gradient and state are zero.
 OptimizerSegments make_optimizer_segments(const std::vector<SegmentSpec>& specs, int64_t numel, Device device);
 
-/// What one optimizer step reads and writes, in one launch over all parameters. All flat, contiguous, aligned to
+/// What one optimizer step reads and writes, in one launch over its parameters. All flat, contiguous, aligned to
 /// 16 bytes, on one device, of n elements unless said otherwise.
 struct FlatUpdate {
   Tensor param;    // fp32 or fp64: the master weights

@@ -5,7 +5,6 @@
 #include "autograd/elementwise.h"
 #include "autograd/linear.h"
 #include "autograd/mamba_inner.h"
-#include "autograd/shape.h"
 #include "kernels/mamba_step.h"
 #include "layers/inverse_softplus.h"
 #include "layers/linear.h"

@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <charconv>
+#include <cmath>
 #include <functional>
 
 #include "core/config_node.h"
@@ -15,8 +16,8 @@ CLI::Validator number(const std::string& expected, const std::function<bool(doub
   return {[=](std::string& text) -> std::string {
             double value = 0;
             const char* const end = text.data() + text.size();
-            const auto [stop, error] = std::from_chars(text.data(), end, value);
-            if (error == std::errc() && stop == end && holds(value)) return {};
+            const auto [stop, error] = std::from_chars(text.data() + text.starts_with('+'), end, value);
+            if (error == std::errc() && stop == end && std::isfinite(value) && holds(value)) return {};
             return fmt::format("found {}, expected {}", text, expected);
           },
           ""};

@@ -22,7 +22,7 @@ struct OptimizerOptions {
   bool nesterov = false;             // sgd
 };
 
-/// Updates flat parameters in place from flat gradients, in one launch. Holds views of the buffers it is given
+/// Updates flat parameters in place from flat gradients, in one launch, or two where some go first. Holds views of the buffers it is given
 /// (the caller keeps writing gradients into them) and owns its state.
 ///
 /// One step:  optimizer.prepare(lr, step);                                     on the host, outside a graph

@@ -101,9 +101,10 @@ void TrainStep::build_optimizer() {
   if (config.parallelism.zero > 0 && session_.model->adapts())
     config.fail("parallelism.zero", "this model changes its own parameters between steps, which needs all of them on every rank",
                 "zero: 0");
-  // A model that adapts comes here again and again, and such memory is never given back.
+  // A model that adapts comes here again and again, and such memory is never given back; strict sums use none of it.
   const comm::ReachableMemory reachable =
-      session_.model->adapts() ? comm::ReachableMemory() : comm::reachable_memory(background_, session_.device);
+      session_.model->adapts() || config.runtime.strict ? comm::ReachableMemory()
+                                                        : comm::reachable_memory(background_, session_.device);
   shards_ = std::make_unique<ParameterShards>(store, replicas, config.parallelism.zero, reachable);
   if (shards_->zero() == 3) gather_ = std::make_unique<ParameterGather>(store, *shards_, both);
   const ReduceDtype dtype = config.parallelism.reduce_dtype == "bfloat16" ? ReduceDtype::bf16 : ReduceDtype::as_is;

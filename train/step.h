@@ -74,7 +74,7 @@ class TrainStep {
   comm::GroupPtr background_;                     // of the replicas
   bool stale_ = false;                            // the pieces of ZeRO-1 and 2 have been updated and not gathered
   std::unique_ptr<Optimizer> optimizer_;
-  Ranges inner_, outer_;               // of the gradients that the optimizer reads, those in the norm
+  Ranges inner_, outer_;               // of the optimizer's gradients, those in the norm: summed early, and with the embedding's buckets
   Tensor inner_squares_;               // of the step under way
   Uploader uploader_;
   std::unique_ptr<CarriedState> carried_;

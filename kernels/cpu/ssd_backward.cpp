@@ -58,7 +58,7 @@ void transpose_head(A* to, const A* from, int64_t columns, const Sizes<A>& z) {
   transpose<A>(to, kChunk, from, z.ws, kChunk, round_up(columns, kLanes<A>));
 }
 
-// Inputs before `last` do not reach the state behind the chunk, outputs from `first` on do not see the one before it.
+// Columns [begin, end) of to (rows, kChunk) become 0.
 template <class A>
 void clear_columns(A* to, int64_t rows, int64_t begin, int64_t end) {
   for (int64_t c = 0; c < rows; ++c) std::fill(to + c * kChunk + begin, to + c * kChunk + end, A(0));
@@ -226,6 +226,7 @@ class Backward {
     A* da = grad_.da.template data<A>() + (u.b * z_.l + t) * z_.heads + u.head + h;
     decay_sums(da, z_.heads, s.weights, c.q);
 
+    // Inputs before `last` do not reach the state behind the chunk, outputs from `first` on do not see the one before it.
     if (!c.whole()) {
       clear_columns(s.ut, z_.p, 0, c.last);
       clear_columns(s.vt, z_.p, c.first, c.q);

@@ -5,8 +5,9 @@
 //   y_i = e_i (sum_j G_ij u_j + C_i h') + D x_i      h_out = e_q (h' + sum_j B_j (x) u_j)
 // and neither G nor the products know of the heads: their channels lie side by side, up to kWidth of them, and the
 // exponentials are two for a position of a head. A chunk ends before the sum of one of the heads passes kRange, so that
-// 1 / e_j <= e^kRange; a single position fits always. What comes later changes nothing, to the last bit. Documents are
-// masks on G, on the positions that see h' (the first document) and on those that reach h_out (the last).
+// 1 / e_j <= e^kRange; a single position fits always. Finite values that come later change nothing, to the last bit, in a
+// sequence of the same length. Documents are masks on G, on the positions that see h' (the first document) and on those
+// that reach h_out (the last).
 // States are held transposed, (n, channels), rows `ws` apart: not a multiple of 4 KiB, whose rows would share few sets of
 // the cache.
 #include <algorithm>
@@ -115,7 +116,7 @@ struct Decays {
           sum[h] = sum[h - heads] + (cut ? 0.0 : static_cast<double>(a[(t + c.q) * row + h]));
           widest = std::max(widest, std::fabs(sum[h]));
         }
-        if (!(widest <= kRange)) break;
+        if (widest > kRange) break;
         if (cut && c.first == 0) c.first = c.q;
         if (cut) c.last = c.q;
       }

@@ -22,7 +22,8 @@ __device__ __forceinline__ void unpack8(float (&out)[8], uint4 v) {
 }
 __device__ __forceinline__ float weight_of(float m, float top) { return m == -INFINITY ? 0.0f : __expf(m - top); }
 
-// 8 columns of a head from `first`, rotated and rounded like the head; turn holds 8 cosines and sines (or fewer pairs).
+// 8 columns of a head from `first`, rotated and rounded like the head; cosine and sine are those of the
+// 8 columns, or of interleaved heads of their 4 pairs.
 __device__ __forceinline__ uint4 turned(const bf16* head, int first, const float (&cosine)[8], const float (&sine)[8], const FewAttention& a) {
   const uint4 own = read_fresh(head + first);
   if (a.cos == nullptr || first >= 2 * a.half) return own;
@@ -44,7 +45,7 @@ __device__ __forceinline__ uint4 turned(const bf16* head, int first, const float
 }
 
 // A cluster: a row and a head. kLanes neighbouring lanes share a position, 8 columns each; kRounds positions of a lane are
-// read while the kernel in front still runs.
+// read while the kernel in front still runs. Bound by latency, with long caches by reading them.
 template <int kLanes, int kRounds>
 __global__ void __launch_bounds__(kThreads) few_attention_kernel(const __grid_constant__ FewAttention a, bool early) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -20,10 +20,10 @@ constexpr int kTiles = kFewWidth / 16 / kWarps;                                 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define KRAIT_CLUSTERS 1
 #else
-#define KRAIT_CLUSTERS 0  // nobody launches these kernels
+#define KRAIT_CLUSTERS 0  // gather_steps() gathers nothing then
 #endif
 
-// A block's columns of the map's weights.
+// A block's kChannels columns, from `first`, of the map's weights (d, e).
 struct Columns {
   uint2 w[kTiles][2];
   __device__ __forceinline__ void read(const bf16* from, int d, int e, int first) {

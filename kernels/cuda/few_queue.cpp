@@ -33,7 +33,12 @@ class FewQueue final : public Deferred {
  public:
   explicit FewQueue(Device device) : device_(device) {}
 
-  void flush() override {  // the launches ask for the stream themselves
+  /// Somebody asks for the stream; our own launches do so too.
+  void flush() override {
+    others_ = true;
+    finish();
+  }
+  void finish() {
     run_map();
     std::optional<WaitingNorm> norm = std::exchange(norm_, {});
     if (!norm) return;
@@ -48,7 +53,7 @@ class FewQueue final : public Deferred {
 
   /// A norm of x, which is in memory or will have been made by what was launched.
   void wait(WaitingNorm norm) {
-    flush();
+    finish();
     norm_ = std::move(norm);
   }
   void wait(WaitingMap map) {
@@ -79,7 +84,10 @@ class FewQueue final : public Deferred {
     norm_.reset();
     return true;
   }
-  void run(const FewAttention& work) { few_attention(work, std::exchange(begun_, true), current_stream(device_)); }
+  void run(const FewAttention& work) {
+    few_attention(work, std::exchange(begun_, true), current_stream(device_));
+    others_ = false;
+  }
 
   /// What a later map may read: its memory is held.
   void know(const Tensor& t) { known_[next_++ % known_.size()] = t; }
@@ -88,11 +96,11 @@ class FewQueue final : public Deferred {
       if (t.defined() && t.raw_data() == p) return t;
     return {};
   }
-  /// Whether something was launched before, and nothing in this scope wrote the cache.
+  /// Whether the kernel in front is ours, and nothing in this scope wrote the cache.
   bool may_read_ahead(const void* cache) {
     const bool first = std::find(caches_.begin(), caches_.end(), cache) == caches_.end();
     if (first) caches_.push_back(cache);
-    return first && begun_;
+    return first && begun_ && !others_;
   }
   bool plain() const { return plain_; }
   Device device() const { return device_; }
@@ -102,6 +110,7 @@ class FewQueue final : public Deferred {
     if (const std::optional<WaitingMap> map = std::exchange(map_, {})) {
       know(map->made);
       few_map(map->work, std::exchange(begun_, true), current_stream(device_));
+      others_ = false;
     }
   }
 
@@ -112,6 +121,7 @@ class FewQueue final : public Deferred {
   // The first kernel lets the next begin only when all in front of it have finished: from there on, memory that older
   // kernels wrote may be read ahead, while the others let the next begin at once.
   bool begun_ = false;
+  bool others_ = true;  // may have launched since our last kernel
   std::array<Tensor, 3> known_;
   size_t next_ = 0;
   std::vector<const void*> caches_;
@@ -165,7 +175,7 @@ bool gather_few_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue ep
   if (queue == nullptr || !suits(g)) return false;
   WaitingMap map{few_map_of(g, y, bias, epilogue), y, {bias}};
   if (!queue->take_norm(map)) {
-    queue->flush();
+    queue->finish();
     const Tensor x = queue->known(g.a);
     if (!x.defined() || !few_map_fits(map.work)) return false;
     map.holds.push_back(x);
@@ -207,7 +217,7 @@ bool gather_few_attention(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor&
   work.scale = static_cast<float>(a.scale);
   work.splits = splits_of(k_cache.size(1), qkv.size(2));
   if (!few_attention_fits(work)) return false;
-  queue->flush();
+  queue->finish();
   work.ahead = queue->may_read_ahead(work.k_cache);
   queue->run(work);
   queue->know(o);

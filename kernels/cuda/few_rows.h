@@ -4,7 +4,7 @@
 #include "core/dtype.h"
 #include "core/stream.h"
 
-// A decoding step of up to 8 rows: two kernels a layer of Mamba, whose sums over all channels are left in parts that the
+// A decoding step of up to kFewRows rows: two kernels a layer of Mamba, whose sums over all channels are left in parts that the
 // next kernel adds. All matrices are bf16, sums fp32. A kernel lets the next begin at once, and reads states and weights
 // (but those of the norm in front of a map) before the kernels in front have finished: what wrote them must lie before one
 // that was not overlapped. Every block adds all parts of all rows, so that more than kFewScanRows (kernels/step_scope.h)
@@ -23,7 +23,7 @@ inline constexpr int kFewParts = 12;  // that are read together
 struct FewInput {
   const bf16* made;
   const float *part, *squares;  // (parts, rows, k), (rows, parts)
-  int parts, width;
+  int parts, width;  // width: of a row before the map whose parts these are
   float squares_eps;
   const bf16* residual;
   const float* weight;
@@ -69,8 +69,9 @@ struct FewState {
   int rows, heads, p, channels, input, D_columns, d;
 };
 
-/// k is a multiple of 128; with `project` conv_begin is 0, conv_end a multiple of kFewColumns, and there are at most 128
-/// outputs. n may be 0: the rows are all that is wanted. Addresses are multiples of 16.
+/// rows <= kFewRows; k is a multiple of 128, at most kFewWidth; kFewTaps taps. With `project` conv_begin is 0, conv_end a
+/// multiple of kFewColumns, and there are at most 128 outputs. n may be 0: the rows are all that is wanted. Addresses are
+/// multiples of 16.
 void few_linear(const FewLinear& a, bool overlapped, Stream stream);
 /// e is a multiple of 16, r of 4, at most kScanMaxRank (rows_scan.h); d at most kFewWidth.
 void few_scan(const FewScan& a, Stream stream);

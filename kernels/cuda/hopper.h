@@ -7,4 +7,8 @@ namespace krait::kernels::cuda {
 /// then, which its registers tell. Found out once for a kernel and device.
 int hopper_multiprocessors(Device device, const void* kernel);
 
+/// Whether the GPUs here are sm_90 or later and run code that was compiled for that: kernels compiled for less lack their
+/// clusters and waits for one another, also where a newer GPU runs them.
+bool runs_sm90(Device device);
+
 }  // namespace krait::kernels::cuda

@@ -278,9 +278,8 @@ __global__ void __launch_bounds__(kThreads) cell_kernel(CellJob<T> j) {
 
 // With q, k, v and the state of the job, and its sizes.
 bool cell_fits(const Tensor& q, const Tensor& k, const Tensor& v, const MlstmState& state) {
-  static const bool able = device_info(q.device()).compute_capability >= 90;
   const int64_t dq = state.c.size(2), dv = state.c.size(3);
-  return able && (q.dtype() == DType::bf16 || q.dtype() == DType::f32) && dq % 4 == 0 && dq <= kMaxHead && dv % (4 * kBlocks) == 0 &&
+  return runs_sm90(q.device()) && (q.dtype() == DType::bf16 || q.dtype() == DType::f32) && dq % 4 == 0 && dq <= kMaxHead && dv % (4 * kBlocks) == 0 &&
          (dv <= kMaxHead / 2 || (dv <= kMaxHead && dv % 64 == 0)) && aligned(q, k, v, state.c);
 }
 

@@ -1,11 +1,13 @@
 #pragma once
+#include "kernels/cuda/hopper.h"
 #include "kernels/cuda/launch_with.cuh"
 
 // Programmatic dependent launch, for chains of kernels that are too short to hide their own start: a kernel launched
 // with launch_overlapped may begin while those before it run. Until wait_for_previous(), which returns when the kernel
-// before has finished, it may ask for weights to be brought into the L2 cache and nothing else: it neither reads nor
-// writes memory. Before sm_90 all of it is nothing. Where let_next_begin() follows wait_for_previous(), all but that one
-// kernel have finished when the next begins, which may then read what older ones wrote.
+// before has finished, it writes no memory, and reads only what no kernel that can be under way wrote: weights, which may
+// also be brought into the L2 cache. Before sm_90 all of it is nothing. Where let_next_begin() follows
+// wait_for_previous(), all but that one kernel have finished when the next begins, which may then read what older ones
+// wrote.
 namespace krait::kernels::cuda {
 
 __device__ __forceinline__ void wait_for_previous() {
@@ -49,11 +51,10 @@ inline cudaLaunchAttribute overlapping() {
   return a;
 }
 
-/// launch() for a kernel that calls wait_for_previous() in every thread before it reads or writes memory.
+/// launch() for a kernel that calls wait_for_previous() before it writes memory, or reads what kernels in front write.
 template <class... P, class... A>
 void launch_overlapped(void (*kernel)(P...), const LaunchConfig& c, A&&... arguments) {
-  static const bool able = device_info(c.stream.device).compute_capability >= 90;
-  if (!able) return launch(kernel, c, std::forward<A>(arguments)...);
+  if (!runs_sm90(c.stream.device)) return launch(kernel, c, std::forward<A>(arguments)...);
   launch_with({overlapping()}, kernel, c, std::forward<A>(arguments)...);
 }
 

@@ -17,7 +17,7 @@ struct RowScale {
   float* rstd;   // may be null
 };
 
-/// A linear map of a decoding step of more than 8 rows with what stands before and behind it, all matrices bf16:
+/// A linear map of a decoding step with what stands before and behind it, all matrices bf16:
 ///   y = epilogue(scale x w^T + bias)
 ///   with a residual: sum = residual + y, and for the norm behind it weighted = sum * weight, squares (rows,
 ///   rows_linear_blocks())

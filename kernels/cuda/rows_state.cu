@@ -301,7 +301,7 @@ RowsState rows_state_of(const Tensor& weighted, const Tensor& squares, Tensor& h
 void rows_state(const RowsState& a, Stream stream) {
   constexpr int kBlocks = 132;  // one on each multiprocessor of an H100
   const int units = a.rows * a.heads, chunk = (units + kBlocks - 1) / kBlocks;
-  const int64_t shared = device_info(stream.device).compute_capability >= 90 ? sizeof(StateShared) : offsetof(StateShared, ring);
+  const int64_t shared = runs_sm90(stream.device) ? sizeof(StateShared) : offsetof(StateShared, ring);
   const auto start = [&](auto kernel) {
     keep_shared_memory(kernel);
     launch_overlapped(kernel, {.grid = ceil_div(units, chunk), .block = kThreads + 32, .shared = shared, .stream = stream}, a, chunk);

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) slstm_step_kernel(StepJob<T> j) {
       x = static_cast<float>(j.x[row * d + channel]);
       before = state(row, 0, unit);
       u = x;
-      if (j.conv != nullptr) {
+      if (j.conv_weight != nullptr) {
         const T* const filter = j.conv_weight + channel * j.taps;
         const T* const past = j.conv + row * (j.taps - 1) * d + channel;
         float sum = j.conv_bias != nullptr ? static_cast<float>(j.conv_bias[channel]) : 0.0f;
@@ -172,9 +172,8 @@ __global__ void __launch_bounds__(kThreads) slstm_step_kernel(StepJob<T> j) {
 }  // namespace
 
 void slstm_step(bool& done, Tensor& y, Tensor& conv, Tensor& cell, const Tensor& x, const SlstmStepWeights& w) {
-  static const bool able = device_info(x.device()).compute_capability >= 90;
   const int64_t b = x.size(0), h = w.R.size(0), p = w.R.size(2);
-  done = able && (x.dtype() == DType::bf16 || x.dtype() == DType::f32) && p % 8 == 0 && p <= kMaxUnits && b < 65536 &&
+  done = runs_sm90(x.device()) && (x.dtype() == DType::bf16 || x.dtype() == DType::f32) && p % 8 == 0 && p <= kMaxUnits && b < 65536 &&
          (!w.conv_bias.defined() || w.conv_bias.dtype() == x.dtype()) && aligned(w.w_i, w.w_f, w.w_z, w.w_o, w.R);
   if (!done) return;
   const auto run = [&]<class T, int kRows>() {

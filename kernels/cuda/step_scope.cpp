@@ -2,12 +2,13 @@
 
 #include "kernels/cuda/few_map.h"
 #include "kernels/cuda/few_queue.h"
+#include "kernels/cuda/hopper.h"
 #include "kernels/cuda/rows_queue.h"
 
 namespace krait::kernels::cuda {
 
 void gather_steps(std::unique_ptr<Deferred>& steps, Device device, int64_t rows, bool scans) {
-  if (device_info(device).compute_capability < 90) return;
+  if (!runs_sm90(device)) return;
   steps = rows > kFewMapRows || scans ? gather_rows(device, scans && rows <= kFewScanRows) : gather_few(device);
 }
 

@@ -111,9 +111,9 @@ std::vector<Shape> shapes_of(int64_t b, int64_t l, int64_t h, int64_t p, int64_t
 }
 
 // e^{a_1 + ... + a_q} is far below what fp32 holds.
-OpCase fast_decays() {
+OpCase fast_decays(double slow, double fast) {
   OpCase c = case_of("ssd, fast decays", 64, true, {shapes_of(2, 70, 3, 4, 1, 3), shapes_of(1, 200, 2, 3, 1, 2)});
-  c.fills[2] = Uniform{-40, -0.01};
+  c.fills[2] = Uniform{-fast, -slow};
   return c;
 }
 
@@ -126,7 +126,9 @@ const std::vector<OpCase>& cases() {
       case_of("ssd, wide", 64, true, {shapes_of(1, 150, 2, 64, 1, 128), shapes_of(2, 131, 2, 72, 1, 40, true)}),
       case_of("ssd, one position per chunk", 1, true, {shapes_of(1, 9, 2, 4, 1, 4)}),
       // The CPU's pieces of a sequence and blocks of heads.
-      case_of("ssd, pieces", 64, true, {shapes_of(1, 300, 2, 3, 1, 2), shapes_of(1, 140, 3, 130, 1, 3)}), fast_decays()};
+      case_of("ssd, pieces", 64, true, {shapes_of(1, 300, 2, 3, 1, 2), shapes_of(1, 140, 3, 130, 1, 3)}),
+      // Chunks of two or three positions on the CPU, and such that almost all reach its 32.
+      fast_decays(0.01, 40), fast_decays(1.1, 1.3)};
   return all;
 }
 // Tiles of the GPU's kernels: several per chunk, several per head and state.

@@ -225,7 +225,7 @@ TEST_CASE("a step of few rows: mamba2_step and the map behind it equal the cpu's
 
 TEST_CASE("a step of few rows: attention_append equals the cpu's", "[cuda]") {
   struct Sizes { int64_t b, hq, hkv, d; bool rope, alibi; kernels::RopeStyle style; };
-  for (const Sizes& s : {Sizes{1, 12, 12, 64, false, false, kernels::RopeStyle::half}, Sizes{2, 4, 2, 64, true, false, kernels::RopeStyle::half},
+  for (const Sizes& s : {Sizes{1, 12, 12, 64, false, false, kernels::RopeStyle::half}, Sizes{2, 4, 2, 64, true, false, kernels::RopeStyle::half}, Sizes{2, 4, 2, 64, true, false, kernels::RopeStyle::interleaved},
                          Sizes{1, 3, 3, 32, true, true, kernels::RopeStyle::interleaved}, Sizes{8, 20, 20, 8, true, false, kernels::RopeStyle::half},
                          Sizes{1, 2, 1, 24, true, false, kernels::RopeStyle::half}, Sizes{3, 2, 1, 256, false, true, kernels::RopeStyle::half}}) {
     INFO("b " << s.b << " hq " << s.hq << " d " << s.d);

@@ -76,8 +76,10 @@ TEST_CASE("an interrupted ablation goes on where it stopped") {
   write_text(file, text.replace(text.find("train.steps: 12"), 15, "train.steps: 150"));
   const std::string options = fmt::format("ablate {} --run-dir {} --jobs 1", file, w.tmp / "out");
   // As soon as the first run has logged a step.
-  const int status = std::system(fmt::format("'{}' {} > {} 2>&1 & pid=$!; for i in $(seq 600); do test -s {}/runs/*/metrics.jsonl "
-                                             "&& break; sleep 0.05; done; kill -INT $pid; wait $pid",
+  const int status = std::system(fmt::format("'{}' {} > {} 2>&1 & pid=$!; for i in $(seq 600); do "
+                                             "kill -0 $pid 2> /dev/null || break; "
+                                             "cat {}/runs/*/metrics.jsonl 2> /dev/null | grep -q . && break; sleep 0.05; done; "
+                                             "kill -INT $pid; wait $pid",
                                              krait_program(), options, w.tmp / "log", w.tmp / "out").c_str());
   REQUIRE(WIFEXITED(status));
   const std::string log = train::read_file(w.tmp / "log");

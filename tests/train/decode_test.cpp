@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "tests/testing/catch.h"
-#include "tests/testing/op_case.h"
+#include "tests/testing/tensors.h"
 #include "train/bench_models.h"
 
 using namespace krait;

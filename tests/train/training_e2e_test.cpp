@@ -105,7 +105,7 @@ TEST_CASE("SIGTERM leaves a checkpoint and an orderly end") {
   const std::string run = w.tmp / "run";
   const int status = std::system(
       fmt::format("'{}' train {} --run-dir {} train.steps=100000 > {} 2>&1 & pid=$!; for i in $(seq 600); do "
-                  "test -s {}/metrics.jsonl && break; sleep 0.05; done; kill -TERM $pid; wait $pid",
+                  "kill -0 $pid 2> /dev/null || break; test -s {}/metrics.jsonl && break; sleep 0.05; done; kill -TERM $pid; wait $pid",
                   krait_program(), w.config, run, w.tmp / "log", run).c_str());
   REQUIRE(WIFEXITED(status));
   CHECK(WEXITSTATUS(status) == 0);

@@ -70,6 +70,7 @@ bool CopyEngines::all_agree(bool own) const {
 
 Tensor CopyEngines::reachable(int64_t numel, DType dtype, Device device) {
   const size_t bytes = (static_cast<size_t>(numel * size_of(dtype)) + kPage - 1) / kPage * kPage;
+  allocator(device).release_cached();  // NCCL takes its memory from the system
   void* memory = registered(bytes);
   if (!all_agree(memory != nullptr)) return zeros({numel}, dtype, device);
   const auto size = static_cast<int64_t>(bytes);

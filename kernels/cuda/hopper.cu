@@ -10,6 +10,8 @@ namespace krait::kernels::cuda {
 
 namespace {
 
+__global__ void probe_kernel() {}
+
 constexpr int kRegistersOfEmpty = 64;  // more than an empty body takes, less than one with wgmma
 
 }  // namespace
@@ -25,6 +27,15 @@ int hopper_multiprocessors(Device device, const void* kernel) {
   const DeviceInfo info = device_info(device);
   if (info.compute_capability == 90 && attributes.numRegs > kRegistersOfEmpty) at->second = info.multiprocessors;
   return at->second;
+}
+
+bool runs_sm90(Device device) {
+  static const bool able = [&] {
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, probe_kernel));
+    return attributes.ptxVersion >= 90 && device_info(device).compute_capability >= 90;
+  }();
+  return able;
 }
 
 }  // namespace krait::kernels::cuda
