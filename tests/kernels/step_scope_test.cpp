@@ -107,7 +107,7 @@ TEST_CASE("a step of few rows: mamba_step equals the cpu's", "[cuda]") {
   }
 }
 
-TEST_CASE("a step of many rows: blocks of Mamba equal the cpu's", "[cuda]") {
+TEST_CASE("a step of scans: blocks of Mamba equal the cpu's", "[cuda]") {
   struct Sizes { int64_t b, d, e, r; bool bias; };
   for (const Sizes& s : {Sizes{1, 768, 1536, 48, true}, Sizes{2, 768, 1536, 48, false}, Sizes{3, 768, 1536, 64, true}, Sizes{2, 384, 96, 4, true}, Sizes{1, 96, 192, 8, false},
                          Sizes{3, 128, 80, 8, true}, Sizes{5, 768, 1536, 48, true}, Sizes{64, 768, 1536, 48, true}, Sizes{9, 768, 1536, 48, false}, Sizes{33, 768, 1536, 48, true}, Sizes{65, 256, 512, 16, true},
@@ -146,7 +146,7 @@ TEST_CASE("a step of many rows: blocks of Mamba equal the cpu's", "[cuda]") {
   }
 }
 
-TEST_CASE("a step of many rows: blocks of Mamba-2 equal the cpu's, with plain states and with states behind their positions", "[cuda]") {
+TEST_CASE("a step of scans: blocks of Mamba-2 equal the cpu's, with plain states and with states behind their positions", "[cuda]") {
   struct Sizes { int64_t b, d, heads, p; bool D_each; DType states; };
   for (const Sizes& s : {Sizes{1, 768, 24, 64, false, f32}, Sizes{2, 768, 24, 64, true, bf16_type}, Sizes{3, 128, 3, 48, false, f32}, Sizes{2, 256, 8, 24, false, f32}, Sizes{4, 96, 3, 24, true, f32}, Sizes{64, 768, 24, 64, false, f32}, Sizes{9, 768, 24, 64, true, bf16_type}, Sizes{33, 96, 3, 24, false, f32}, Sizes{33, 96, 8, 24, false, f32},
                          Sizes{130, 64, 16, 8, true, bf16_type}})
