@@ -20,11 +20,7 @@ struct ForwardScratch {
 // gt (j, i) = B_j . C_i for i >= j of j's document, else 0.
 template <class A>
 void masked_products(A* gt, const A* bt, const A* ct, const int32_t* segments, const Chunk& c, const Sizes<A>& z) {
-  for (int64_t i = 0; i < kChunk; i += kTile<A>)
-    for (int64_t j = 0; j < c.q; j += kStrip)
-      multiply_columns<A>(bt + j, kChunk, ct + i, kChunk, z.n, [&](int r, int v, Vec<A> sum) __attribute__((always_inline)) {
-        store(gt + (j + r) * kChunk + i + v * kLanes<A>, sum);
-      });
+  chunk_products(gt, bt, ct, c.q, z);
   for (int64_t j = 0, end = 0; j < c.q; ++j) {
     if (end == j)
       for (end = j + 1; end < c.q && (c.whole() || segments[end] == segments[j]);) ++end;

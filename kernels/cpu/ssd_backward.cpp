@@ -43,11 +43,7 @@ void mask(A* square, const int32_t* segments, const Chunk& c) {
 // g (i, j) = C_i . B_j, masked, and zero rows behind.
 template <class A>
 void masked_products(A* g, const A* ct, const A* bt, const int32_t* segments, const Chunk& c, const Sizes<A>& z) {
-  for (int64_t j = 0; j < kChunk; j += kTile<A>)
-    for (int64_t i = 0; i < c.q; i += kStrip)
-      multiply_columns<A>(ct + i, kChunk, bt + j, kChunk, z.n, [&](int r, int v, Vec<A> sum) __attribute__((always_inline)) {
-        store(g + (i + r) * kChunk + j + v * kLanes<A>, sum);
-      });
+  chunk_products(g, ct, bt, c.q, z);
   mask(g, segments, c);
   std::fill(g + c.q * kChunk, g + kChunk * kChunk, A(0));
 }

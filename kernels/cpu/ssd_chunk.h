@@ -225,6 +225,16 @@ void spread(A* to, const A* values, const A* times, const Unit& u, const Sizes<A
   std::fill(to + u.heads * z.p, to + z.width, A(0));
 }
 
+/// to (i, j) = sum_n rows (n, i) columns (n, j), i < q rounded up to strips, all of kChunk apart.
+template <class A>
+void chunk_products(A* to, const A* rows, const A* columns, int64_t q, const Sizes<A>& z) {
+  for (int64_t j = 0; j < kChunk; j += kTile<A>)
+    for (int64_t i = 0; i < q; i += kStrip)
+      multiply_columns<A>(rows + i, kChunk, columns + j, kChunk, z.n, [&](int r, int v, Vec<A> sum) __attribute__((always_inline)) {
+        store(to + (i + r) * kChunk + j + v * kLanes<A>, sum);
+      });
+}
+
 /// to (n, ws) = factor of the column * (from + rows^T others), rows (k, np), others (k, ws); `from` null counts as 0 and
 /// may be `to`.
 template <class A>

@@ -11,6 +11,7 @@
 #include "kernels/cuda/few_attention.h"
 #include "kernels/cuda/few_map.h"
 #include "kernels/cuda/gathering.h"
+#include "kernels/cuda/step_map.h"
 #include "kernels/layer_norm.h"
 #include "kernels/rms_norm.h"
 
@@ -127,21 +128,6 @@ class FewQueue final : public Deferred {
   std::vector<const void*> caches_;
 };
 
-FewMap few_map_of(const Gemm& g, Tensor& y, const Tensor& bias, Epilogue epilogue) {
-  FewMap map{};
-  map.x = static_cast<const bf16*>(g.a);
-  map.w = static_cast<const bf16*>(g.b);
-  map.bias = pointer_or_null<bf16>(bias);
-  map.y = y.data<bf16>();
-  map.x_row = g.lda;
-  map.y_row = g.ldc;
-  map.rows = static_cast<int>(g.m);
-  map.n = static_cast<int>(g.n);
-  map.k = static_cast<int>(g.k);
-  map.epilogue = epilogue;
-  return map;
-}
-
 bool suits(const Gemm& g) { return g.dtype == DType::bf16 && g.ldb == g.k && g.m <= kFewMapRows && g.n < (int64_t{1} << 30); }
 
 // Blocks that share a head's positions: two for all small caches, whose sums are then alike.
@@ -173,7 +159,7 @@ bool gather_few_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor&
 bool gather_few_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
   FewQueue* const queue = gathering<FewQueue>(g.device);
   if (queue == nullptr || !suits(g)) return false;
-  WaitingMap map{few_map_of(g, y, bias, epilogue), y, {bias}};
+  WaitingMap map{step_map_of<FewMap>(g, y, bias, epilogue), y, {bias}};
   if (!queue->take_norm(map)) {
     queue->finish();
     const Tensor x = queue->known(g.a);
@@ -187,7 +173,7 @@ bool gather_few_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue ep
 bool gather_few_gated_units(Tensor& h, Tensor& pre, const Gemm& g) {
   FewQueue* const queue = gathering<FewQueue>(g.device);
   if (queue == nullptr || !suits(g)) return false;
-  WaitingMap map{few_map_of(g, pre, {}, Epilogue::none), h, {pre}};
+  WaitingMap map{step_map_of<FewMap>(g, pre, {}, Epilogue::none), h, {pre}};
   map.work.n /= 2;
   map.work.units = h.data<bf16>();
   if (!queue->take_norm(map)) return false;

@@ -8,6 +8,7 @@
 #include "kernels/cuda/few_map.h"
 #include "kernels/cuda/rows_scan.h"
 #include "kernels/cuda/rows_state.h"
+#include "kernels/cuda/step_map.h"
 
 namespace krait::kernels::cuda {
 
@@ -61,16 +62,7 @@ bool FewSteps::linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epi
     if (!reads(g, norm->y)) return false;
     if (g.n > kMaxColumns) return head(y, g, bias);
     NormedMap next{};
-    RowsLinear& alone = next.map.alone;
-    alone.x = static_cast<const bf16*>(g.a);
-    alone.w = static_cast<const bf16*>(g.b);
-    alone.bias = pointer_or_null<bf16>(bias);
-    alone.y = y.data<bf16>();
-    alone.x_row = g.k;
-    alone.y_row = g.n;
-    alone.rows = norm->rows;
-    alone.n = static_cast<int>(g.n);
-    alone.k = norm->k;
+    RowsLinear& alone = next.map.alone = step_map_of<RowsLinear>(g, y, bias, epilogue);
     if (!rows_linear_fits(alone)) return false;
     next.work.in = norm->in;
     next.work.w = alone.w;
@@ -122,16 +114,7 @@ bool FewSteps::linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epi
 
 // A wide map behind its norm.
 bool FewSteps::head(Tensor& y, const Gemm& g, const Tensor& bias) {
-  FewMap work{};
-  work.x = static_cast<const bf16*>(g.a);
-  work.w = static_cast<const bf16*>(g.b);
-  work.bias = pointer_or_null<bf16>(bias);
-  work.y = y.data<bf16>();
-  work.x_row = g.k;
-  work.y_row = g.n;
-  work.rows = static_cast<int>(g.m);
-  work.n = static_cast<int>(g.n);
-  work.k = static_cast<int>(g.k);
+  const FewMap work = step_map_of<FewMap>(g, y, bias, Epilogue::none);
   if (!few_map_fits(work)) return false;
   const Tensor normed = flush();
   few_map(work, true, current_stream(device_));
@@ -176,10 +159,7 @@ bool FewSteps::mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, 
   FewLinear work = std::get<NormedMap>(std::exchange(waiting_, {})).work;
   const int64_t parts = e / kFewColumns;
   const Tensor mixed = empty({rows, e}, DType::bf16, device_), part = empty({rows, parts, outputs}, DType::f32, device_);
-  work.conv = conv.data<bf16>();
-  work.conv_weight = w.conv_weight.data<bf16>();
-  work.conv_bias = pointer_or_null<bf16>(w.conv_bias);
-  work.conv_end = static_cast<int>(e);
+  convolve(work, conv, w, 0, e);
   work.mixed = mixed.data<bf16>();
   work.project = w.x_proj.data<bf16>();
   work.part = part.data<float>();
@@ -212,11 +192,7 @@ bool FewSteps::mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxb
   FewLinear work = std::get<NormedMap>(std::exchange(waiting_, {})).work;
   const int64_t rows = h.size(0), e = h.size(1) * h.size(2), channels = w.conv_weight.size(0);
   const Tensor mixed = empty({rows, channels}, DType::bf16, device_), weighted = empty({rows, e}, DType::bf16, device_);
-  work.conv = conv.data<bf16>();
-  work.conv_weight = w.conv_weight.data<bf16>();
-  work.conv_bias = pointer_or_null<bf16>(w.conv_bias);
-  work.conv_begin = static_cast<int>(e);
-  work.conv_end = static_cast<int>(e + channels);
+  convolve(work, conv, w, e, e + channels);
   work.mixed = mixed.data<bf16>();
   start(work, work.conv);
   FewState state{};

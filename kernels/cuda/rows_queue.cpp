@@ -11,6 +11,7 @@
 #include "kernels/cuda/rows_linear.h"
 #include "kernels/cuda/rows_scan.h"
 #include "kernels/cuda/rows_state.h"
+#include "kernels/cuda/step_map.h"
 
 namespace krait::kernels::cuda {
 
@@ -124,19 +125,8 @@ bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue e
   if (queue != nullptr && queue->few() != nullptr && queue->few()->linear(y, g, bias, epilogue)) return true;
   if (queue != nullptr) queue->take_few_map();
   if (queue == nullptr || g.dtype != DType::bf16 || g.ldb != g.k || g.ldc != g.n || g.m > kMaxRows || g.n > kMaxColumns) return false;
-  WaitingLinear linear{};
+  WaitingLinear linear{step_map_of<RowsLinear>(g, y, bias, epilogue), y, {}};
   RowsLinear& map = linear.map;
-  map.x = static_cast<const bf16*>(g.a);
-  map.w = static_cast<const bf16*>(g.b);
-  map.bias = pointer_or_null<bf16>(bias);
-  map.y = y.data<bf16>();
-  map.x_row = g.lda;
-  map.y_row = g.ldc;
-  map.rows = static_cast<int>(g.m);
-  map.n = static_cast<int>(g.n);
-  map.k = static_cast<int>(g.k);
-  map.epilogue = epilogue;
-  linear.y = y;
   std::optional<WaitingNorm>& norm = queue->norm();
   const bool scaled = norm && norm->y.raw_data() == g.a && norm->y.size(-1) == g.k && norm->squares.size(0) == g.m;
   if (scaled) {
@@ -170,10 +160,7 @@ bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz
   std::optional<WaitingLinear> linear = queue->take_linear(xz);
   if (!linear) return false;
   RowsLinear map = linear->map;
-  map.conv = conv.data<bf16>();
-  map.conv_weight = w.conv_weight.data<bf16>();
-  map.conv_bias = pointer_or_null<bf16>(w.conv_bias);
-  map.conv_end = static_cast<int>(e);
+  convolve(map, conv, w, 0, e);
   map.project = w.x_proj.data<bf16>();
   map.outputs = static_cast<int>(outputs);
   if (!rows_linear_fits(map)) {
@@ -204,11 +191,7 @@ bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions
   if (!linear) return false;
   const int64_t rows = h.size(0), heads = h.size(1), e = heads * h.size(2), channels = w.conv_weight.size(0);
   RowsLinear map = linear->map;
-  map.conv = conv.data<bf16>();
-  map.conv_weight = w.conv_weight.data<bf16>();
-  map.conv_bias = pointer_or_null<bf16>(w.conv_bias);
-  map.conv_begin = static_cast<int>(e);
-  map.conv_end = static_cast<int>(e + channels);
+  convolve(map, conv, w, e, e + channels);
   if (!rows_linear_fits(map)) {
     queue->give_back(std::move(linear));
     return false;
