@@ -5,20 +5,12 @@
 #include <type_traits>
 
 #include "core/dtype.h"
+#include "kernels/cpu/vector_bytes.h"
 
 namespace krait::kernels::cpu {
 
-#if defined(__AVX512F__)
-inline constexpr int kVectorBytes = 64;
-inline constexpr int kStrip = 8;  // rows of one register block: 8 x 2 accumulators of 32 registers
-#elif defined(__AVX__)
-inline constexpr int kVectorBytes = 32;
-inline constexpr int kStrip = 4;
-#else
-inline constexpr int kVectorBytes = 16;
-inline constexpr int kStrip = 4;
-#endif
-template <class A> inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+inline constexpr int kStrip = kVectorBytes == 64 ? 8 : 4;  // rows of one register block: x 2 accumulators of 32 or 16 registers
+template <class A> inline constexpr int kLanes = static_cast<int>(kVectorBytes / sizeof(A));
 template <class A> struct VectorOf { typedef A type __attribute__((vector_size(kVectorBytes))); };
 template <class A> using Vec = typename VectorOf<A>::type;
 

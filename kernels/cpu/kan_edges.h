@@ -2,15 +2,16 @@
 #include <vector>
 
 #include "kernels/cpu/kan_basis.h"
+#include "kernels/cpu/vector_bytes.h"
 
 namespace krait::kernels::cpu {
 
 /// Vectors over the outputs of a layer.
 template <class A>
 struct OutputLanes {
-  static constexpr int64_t n = 64 / sizeof(A);
-  typedef A Vec __attribute__((vector_size(64)));
-  typedef A Unaligned __attribute__((vector_size(64), aligned(sizeof(A))));
+  static constexpr int64_t n = kVectorBytes / sizeof(A);
+  typedef A Vec __attribute__((vector_size(kVectorBytes)));
+  typedef A Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(A))));
   static Vec load(const A* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static void store(A* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
 };

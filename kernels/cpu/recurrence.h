@@ -4,6 +4,7 @@
 
 #include "core/parallel.h"
 #include "kernels/cpu/put.h"
+#include "kernels/cpu/vector_bytes.h"
 #include "kernels/cpu/vector_math.h"
 #include "kernels/recurrence.h"
 
@@ -20,13 +21,6 @@ struct CellMath {
   [[gnu::always_inline]] static A softplus(A x) { return vsoftplus(x); }
 };
 
-#if defined(__AVX512F__)
-inline constexpr int64_t kVectorBytes = 64;
-#elif defined(__AVX__)
-inline constexpr int64_t kVectorBytes = 32;
-#else
-inline constexpr int64_t kVectorBytes = 16;
-#endif
 template <class A>
 inline constexpr int64_t kLanesOf = kVectorBytes / static_cast<int64_t>(sizeof(A));
 

@@ -7,16 +7,18 @@
 #include <mutex>
 #include <vector>
 
+#include "kernels/cpu/vector_bytes.h"
+
 namespace krait::kernels::cpu {
 
 template <class A>
 struct LaneVector {
-  typedef A type __attribute__((vector_size(64)));
+  typedef A type __attribute__((vector_size(kVectorBytes)));
 };
 template <class A>
 using Lanes = typename LaneVector<A>::type;
 template <class A>
-inline constexpr int64_t kLanes = 64 / sizeof(A);
+inline constexpr int64_t kLanes = kVectorBytes / sizeof(A);
 
 /// One position of kLanes channels.
 template <class A>
