@@ -19,11 +19,11 @@ struct SampleOptions {
 /// philox(key, step, r). Returns (b) int64.
 Tensor sample(const Tensor& logits, const Tensor& step, const SampleOptions& options);
 
-/// What follows drawn tokens in a captured loop: last (b, 1) int64 = tokens; made[:, step] = tokens (b, room), unless
-/// step is past it; position (b) int32 and step go up by one.
-void sample_advance(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& tokens);
+/// sample() and what follows it in a captured loop: last (b, 1) int64 = the tokens; made[:, step] = the tokens (b, room),
+/// unless step is past it; position (b) int32 and step go up by one.
+void sample_next(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits, const SampleOptions& options);
 
 KRAIT_BACKENDS(void sample(Tensor& tokens, const Tensor& logits, const Tensor& step, const SampleOptions& options);
-               void sample_advance(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& tokens))
+               void sample_next(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits, const SampleOptions& options))
 
 }  // namespace krait::kernels

@@ -9,6 +9,7 @@
 #include "kernels/cross_entropy.h"
 #include "kernels/embedding.h"
 #include "kernels/reduce.h"
+#include "kernels/step_embedding.h"
 #include "layers/model.h"
 
 namespace krait::layers {
@@ -43,14 +44,22 @@ kernels::VocabularyShard LanguageModel::vocabulary() const { return {group_, row
 Variable LanguageModel::hidden(const ModelInput& input) {
   const int64_t l = input.tokens.size(1), before = input.state ? input.state->length : 0;
   const int64_t offset = before + sequence_->rank() * l;
-  Variable x = embedded(input.tokens);
-  if (positions_.defined()) {
-    KRAIT_CHECK(input.info.positions.defined() || offset + l <= max_positions_,
-                "position {} is past the {} learned positions (model.max_positions); lower the context, or use "
-                "model.position: none with rope",
-                offset + l - 1, max_positions_);
-    x = x + (input.info.positions.defined() ? embedding(positions_, input.info.positions)
-                                            : slice(positions_, 0, offset, offset + l));
+  const Tensor& places = input.info.positions;
+  const bool one_step = input.state && l == 1 && !recording() && group_->size() == 1 && input.tokens.dtype() == DType::i64 &&
+                        (!positions_.defined() || (places.defined() && places.dtype() == DType::i32));
+  Variable x;
+  if (one_step) {
+    const bool placed = positions_.defined();
+    x = Variable(kernels::step_embedding(embedding_.variable().data(), input.tokens, placed ? positions_.variable().data() : Tensor(), placed ? places : Tensor()));
+  } else {
+    x = embedded(input.tokens);
+    if (positions_.defined()) {
+      KRAIT_CHECK(places.defined() || offset + l <= max_positions_,
+                  "position {} is past the {} learned positions (model.max_positions); lower the context, or use "
+                  "model.position: none with rope",
+                  offset + l - 1, max_positions_);
+      x = x + (places.defined() ? embedding(positions_, places) : slice(positions_, 0, offset, offset + l));
+    }
   }
   x = dropout(x, training() ? embedding_dropout_ : 0.0, "embedding", DropoutPart::of(x, *sequence_));
   return decoder_->forward(x, input.info, input.state);

@@ -42,9 +42,8 @@ void DecodeLoop::prefill(const Tensor& prompts) {
   if (!kept || tokens_.size(0) > kernels::kFewScanRows)
     kept |= model_.decoder().keep_recent_positions(state_, states_);
   KRAIT_CHECK(kept, "states in {}: kept so on a GPU, in bf16, for mamba2 with d_state 128, head_dim 8 to 64 and a multiple of 8 heads; keep them in fp32", states_);
-  const Tensor drawn = kernels::sample(logits, step_, sampling_);
   fill_(position_, static_cast<double>(prompts.size(1) - 1));
-  kernels::sample_advance(made_, tokens_, position_, step_, drawn);
+  kernels::sample_next(made_, tokens_, position_, step_, logits, sampling_);
   count_ = 1;
 }
 
@@ -71,8 +70,7 @@ void DecodeLoop::run_step() {
   now.positions = position_.view({position_.size(0), 1});
   const Tensor logits = model_.next_logits(tokens_, now);
   keep(now);
-  const Tensor drawn = kernels::sample(logits, step_, sampling_);
-  kernels::sample_advance(made_, tokens_, position_, step_, drawn);
+  kernels::sample_next(made_, tokens_, position_, step_, logits, sampling_);
   together.finish();
 }
 

@@ -53,7 +53,9 @@ void sample(Tensor& tokens, const Tensor& logits, const Tensor& step, const Samp
   }
 }
 
-void sample_advance(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& tokens) {
+void sample_next(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits, const SampleOptions& options) {
+  Tensor tokens = empty({logits.size(0)}, DType::i64, logits.device());
+  sample(tokens, logits, step, options);
   int64_t& at = step.data<int64_t>()[0];
   for (int64_t r = 0; r < tokens.numel(); ++r) {
     last.data<int64_t>()[r] = tokens.data<int64_t>()[r];

@@ -31,6 +31,11 @@ bool visit_tile(const FewMap& a, F f) {
   return true;
 }
 
+int64_t blocks_of(const FewMap& a, int columns, bool rounds) {
+  const int64_t tiles = ceil_div(a.n, columns);
+  return rounds ? std::min(tiles, 2 * kMultiprocessors) : tiles;
+}
+
 }  // namespace
 
 bool few_map_fits(const FewMap& a) {
@@ -39,12 +44,19 @@ bool few_map_fits(const FewMap& a) {
   return visit_tile(a, [&]<int kTiles, int kSteps, int kWarps, bool kGated, bool kRounds>() {});
 }
 
+int64_t few_map_choosing_blocks(const FewMap& a) {
+  int64_t blocks = 0;
+  visit_tile(a, [&]<int kTiles, int kSteps, int kWarps, bool kGated, bool kRounds>() {
+    if (kRounds) blocks = blocks_of(a, 8 * kTiles, true);
+  });
+  return blocks;
+}
+
 void few_map(const FewMap& a, bool early, Stream stream) {
   visit_tile(a, [&]<int kTiles, int kSteps, int kWarps, bool kGated, bool kRounds>() {
     const auto kernel = few_map_kernel<kTiles, kSteps, kWarps, kGated, kRounds>;
     keep_shared_memory(kernel);
-    const int64_t tiles = ceil_div(a.n, kGated ? 4 * kTiles : 8 * kTiles);
-    launch_overlapped(kernel, {.grid = kRounds ? std::min(tiles, 2 * kMultiprocessors) : tiles, .block = 32 * kWarps,
+    launch_overlapped(kernel, {.grid = blocks_of(a, kGated ? 4 * kTiles : 8 * kTiles, kRounds), .block = 32 * kWarps,
                                .shared = a.norm_weight != nullptr ? int64_t{8} * a.k : 0, .stream = stream},
                       a, early);
   });

@@ -2,6 +2,7 @@
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/epilogue.cuh"
 #include "kernels/cuda/few_map.h"
+#include "kernels/cuda/likeliest.cuh"
 #include "kernels/cuda/overlap.cuh"
 
 namespace krait::kernels::cuda {
@@ -14,6 +15,7 @@ __device__ __forceinline__ uint4 read_ahead(const void* p, bool inside) {
 }
 /// What the kernel in front wrote: from the L2 cache.
 __device__ __forceinline__ uint4 read_fresh(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
+__device__ __forceinline__ float read_fresh_one(const bf16* p) { return __uint_as_float(uint32_t{__ldcg(reinterpret_cast<const unsigned short*>(p))} << 16); }
 __device__ __forceinline__ float2 pair_of(uint32_t v) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v)); }
 
 template <int kTiles, int kWarps, bool kRounds>
@@ -116,15 +118,22 @@ __global__ void __launch_bounds__(32 * kWarps) few_map_kernel(const __grid_const
   };
   read_weights();
   float bias = a.bias != nullptr && first + own < a.n ? static_cast<float>(a.bias[first + own]) : 0.0f;
+  if (tid == 0 && a.norm_weight != nullptr) {
+    bring_into_l2(a.norm_weight, int64_t{4} * a.k);
+    if (a.norm_bias != nullptr) bring_into_l2(a.norm_bias, int64_t{4} * a.k);
+  }
   wait_for_previous();
   if (!early) let_next_begin();
 
+  [[maybe_unused]] uint64_t likeliest = 0;  // of this thread's values of y
   uint4 x[kSteps];
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     const int c = at + s * kSpan;
     x[s] = g < a.rows && c < a.k ? read_fresh(a.x + g * a.x_row + c) : uint4{0, 0, 0, 0};
   }
+  float old = 0;  // what y is added to, where a block makes one piece of it
+  if (!kGated && !kRounds && a.total != nullptr && row < a.rows && first + own < a.n) old = read_fresh_one(a.added + int64_t{row} * a.n + first + own);
   if (a.norm_weight != nullptr)  // which may have been made just now
     for (int i = tid * 4; i < a.k; i += kThreads * 4) {
       copy_async(scale + i, a.norm_weight + i, true);
@@ -173,13 +182,24 @@ __global__ void __launch_bounds__(32 * kWarps) few_map_kernel(const __grid_const
       } else {
         const auto made = static_cast<bf16>(activate_as(a.epilogue, v));
         a.y[here] = made;
-        if (a.total != nullptr) {
-          const unsigned short old = __ldcg(reinterpret_cast<const unsigned short*>(a.added + there));
-          a.total[there] = static_cast<bf16>(static_cast<float>(made) + __bfloat162float(__ushort_as_bfloat16(old)));
-        }
+        if constexpr (kRounds)
+          if (column < a.choices) likeliest = max(likeliest, likeliest_key(static_cast<float>(made), column));
+        if (a.total != nullptr) a.total[there] = static_cast<bf16>(static_cast<float>(made) + (kRounds ? read_fresh_one(a.added + there) : old));
       }
     }
     if (!more) break;
+  }
+  if constexpr (kRounds) {
+    static_assert(kWarps >= kFewMapRows && kOwn <= 32);
+    __shared__ uint64_t keys[kFewMapRows][kOwn];
+    if (a.likeliest == nullptr) return;
+    if (row < a.rows) keys[row][own] = likeliest;
+    __syncthreads();
+    if (warp >= a.rows) return;
+    likeliest = lane < kOwn ? keys[warp][lane] : 0;
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) likeliest = max(likeliest, uint64_t{__shfl_xor_sync(0xffffffffu, likeliest, offset)});
+    if (lane == 0) a.likeliest[int64_t{warp} * gridDim.x + blockIdx.x] = likeliest;
   }
 }
 

@@ -30,7 +30,13 @@ struct FewMap {
   bf16* units;  // (rows, n); null: not gated
   const bf16* added;
   bf16* total;  // (rows, n); null: nothing is added
+
+  uint64_t* likeliest;  // (rows, blocks): the largest key (likeliest.cuh) among a block's part of the first `choices` columns; may be null
+  int choices;
 };
+
+/// Blocks of a map that may be asked for its likeliest columns; 0: it may not.
+int64_t few_map_choosing_blocks(const FewMap& a);
 
 /// Whether sizes and addresses suit the kernel.
 bool few_map_fits(const FewMap& a);

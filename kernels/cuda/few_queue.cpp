@@ -9,6 +9,7 @@
 #include "core/stream.h"
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/few_attention.h"
+#include "kernels/cuda/few_draw.h"
 #include "kernels/cuda/few_map.h"
 #include "kernels/cuda/gathering.h"
 #include "kernels/cuda/step_map.h"
@@ -83,6 +84,12 @@ class FewQueue final : public Deferred {
     map.holds.insert(map.holds.end(), {norm_->x, norm_->w, norm_->b, norm_->y, norm_->mean, norm_->rstd});
     know(norm_->y);
     norm_.reset();
+    return true;
+  }
+  bool draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits) {
+    if (!map_ || !draws_from(map_->work, logits)) return false;
+    const WaitingMap map = *std::exchange(map_, {});
+    few_map_draw(map.work, std::exchange(begun_, true), made, last, position, step, logits, current_stream(device_));
     return true;
   }
   void run(const FewAttention& work) {
@@ -208,6 +215,11 @@ bool gather_few_attention(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor&
   queue->run(work);
   queue->know(o);
   return true;
+}
+
+bool gather_few_draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits) {
+  FewQueue* const queue = gathering<FewQueue>(logits.device());
+  return queue != nullptr && queue->draw(made, last, position, step, logits);
 }
 
 }  // namespace krait::kernels::cuda

@@ -17,5 +17,7 @@ bool gather_few_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor&
 bool gather_few_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue);
 bool gather_few_gated_units(Tensor& h, Tensor& pre, const Gemm& g);
 bool gather_few_attention(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor& v_cache, const Tensor& position, const AttentionAppend& a);
+/// sample_next (kernels/sample.h) of temperature 0, behind the map that makes the logits.
+bool gather_few_draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits);
 
 }  // namespace krait::kernels::cuda

@@ -5,7 +5,7 @@
 
 #include "core/stream.h"
 #include "kernels/cuda/aligned.h"
-#include "kernels/cuda/few_map.h"
+#include "kernels/cuda/few_draw.h"
 #include "kernels/cuda/rows_scan.h"
 #include "kernels/cuda/rows_state.h"
 #include "kernels/cuda/step_map.h"
@@ -116,8 +116,17 @@ bool FewSteps::linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epi
 bool FewSteps::head(Tensor& y, const Gemm& g, const Tensor& bias) {
   const FewMap work = step_map_of<FewMap>(g, y, bias, Epilogue::none);
   if (!few_map_fits(work)) return false;
-  const Tensor normed = flush();
-  few_map(work, true, current_stream(device_));
+  held_ = {flush(), bias};
+  waiting_ = Head{work, y};
+  return true;
+}
+
+bool FewSteps::draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits) {
+  const Head* head = std::get_if<Head>(&waiting_);
+  if (head == nullptr || !draws_from(head->work, logits)) return false;
+  const Head taken = std::get<Head>(std::exchange(waiting_, {}));
+  few_map_draw(taken.work, true, made, last, position, step, logits, current_stream(device_));
+  held_.clear();
   return true;
 }
 
@@ -247,6 +256,8 @@ Tensor FewSteps::flush() {
   } else if (const Parts* parts = std::get_if<Parts>(&waiting)) {
     finish(parts->in, parts->rows, parts->k, current_stream(device_));
     scale_gated(*parts);
+  } else if (const Head* head = std::get_if<Head>(&waiting)) {
+    few_map(head->work, true, current_stream(device_));
   }
   return normed;
 }

@@ -2,6 +2,7 @@
 #include <variant>
 #include <vector>
 
+#include "kernels/cuda/few_map.h"
 #include "kernels/cuda/few_rows.h"
 #include "kernels/cuda/rows_linear.h"
 #include "kernels/linear.h"
@@ -21,6 +22,9 @@ class FewSteps {
   bool linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue);
   bool mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, const MambaStepWeights& w);
   bool mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeights& w);
+
+  /// sample_next (kernels/sample.h) of temperature 0, behind the wide map that makes the logits.
+  bool draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits);
 
   /// A map for a kernel of its own, its result and what it reads.
   struct Map {
@@ -59,13 +63,18 @@ class FewSteps {
     Tensor gated_y, weighted;
   };
 
+  struct Head {
+    FewMap work;
+    Tensor y;
+  };
+
   bool head(Tensor& y, const Gemm& g, const Tensor& bias);
   void start(FewLinear& work, const void* conv);
   void add_parts(Parts parts, Tensor& y, const Gemm& g, const Tensor& part);
   void scale_gated(const Parts& parts);
 
   Device device_;
-  std::variant<std::monostate, Norm, NormedMap, Scan, State, Parts> waiting_;
+  std::variant<std::monostate, Norm, NormedMap, Scan, State, Parts, Head> waiting_;
   std::vector<Tensor> held_;         // whose memory nobody else may take before the launch
   std::vector<const void*> states_;  // of convolutions that moved on since a kernel waited for all before it
 };

@@ -206,4 +206,9 @@ bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions
   return true;
 }
 
+bool gather_rows_draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits) {
+  RowsQueue* const queue = gathering<RowsQueue>(logits.device());
+  return queue != nullptr && queue->few() != nullptr && queue->few()->draw(made, last, position, step, logits);
+}
+
 }  // namespace krait::kernels::cuda

@@ -17,7 +17,8 @@ std::unique_ptr<Deferred> gather_rows(Device device, bool few);
 bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, const Tensor& residual, const Tensor& w, double eps);
 bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue);
 bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, const MambaStepWeights& w);
-
 bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions* recent, const Tensor& zxbcdt, const Mamba2StepWeights& w);
+/// sample_next (kernels/sample.h) of temperature 0, behind the map that makes the logits, of few rows.
+bool gather_rows_draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits);
 
 }  // namespace krait::kernels::cuda

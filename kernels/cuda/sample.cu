@@ -2,8 +2,11 @@
 
 #include "core/random.h"
 #include "kernels/cuda/block_reduce.cuh"
+#include "kernels/cuda/few_queue.h"
+#include "kernels/cuda/likeliest.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
+#include "kernels/cuda/rows_queue.h"
 
 namespace krait::kernels::cuda {
 
@@ -12,11 +15,6 @@ namespace {
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
 using Weight = unsigned long long;
 
-// Rises with the number.
-__device__ uint32_t ordered(float s) {
-  const uint32_t bits = __float_as_uint(s);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
 __device__ float number(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key); }
 
 // One block a row; every pass reads the logits again, from cache.
@@ -30,12 +28,8 @@ __global__ void __launch_bounds__(kThreads)
   const T* const s = logits + row * row_stride;
   const auto sum = [&](Weight x) { return block_reduce(x, shared, [](Weight a, Weight b) { return a + b; }); };
 
-  // The first of the largest: the larger number, then the smaller index.
   Weight best = 0;
-  const auto meet = [&](float x, int i) {
-    const Weight mine = Weight{ordered(x)} << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(i));
-    best = mine > best ? mine : best;
-  };
+  const auto meet = [&](float x, int i) { best = max(best, Weight{likeliest_key(x, i)}); };
   constexpr int V = 16 / sizeof(T);
   const int whole = wide ? v / V * V : 0;
 #pragma unroll 4
@@ -47,8 +41,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   for (int i = whole + static_cast<int>(threadIdx.x); i < v; i += kThreads) meet(static_cast<float>(s[i]), i);
   best = block_reduce(best, shared, [](Weight a, Weight b) { return a > b ? a : b; });
-  const auto largest = static_cast<int64_t>(0xFFFFFFFFu - static_cast<uint32_t>(best));
-  if (threadIdx.x == 0) tokens[row] = largest;
+  if (threadIdx.x == 0) tokens[row] = likeliest_index(best);
   if (temperature == 0.0f) return;
   const float top = number(static_cast<uint32_t>(best >> 32));
   const auto weight = [&](float x) { return static_cast<Weight>(expf((x - top) / temperature) * 1099511627776.0f); };
@@ -140,7 +133,10 @@ void sample(Tensor& tokens, const Tensor& logits, const Tensor& step, const Samp
   });
 }
 
-void sample_advance(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& tokens) {
+void sample_next(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits, const SampleOptions& o) {
+  if (o.temperature == 0 && (gather_few_draw(made, last, position, step, logits) || gather_rows_draw(made, last, position, step, logits))) return;
+  Tensor tokens = empty({logits.size(0)}, DType::i64, logits.device());
+  sample(tokens, logits, step, o);
   launch_overlapped(advance_kernel, {.grid = 1, .block = 256, .stream = current_stream(tokens.device())}, made.data<int64_t>(),
                     last.data<int64_t>(), position.data<int32_t>(), step.data<int64_t>(), tokens.data<int64_t>(), tokens.numel(), made.size(1));
 }

@@ -63,11 +63,15 @@ TEST_CASE("sample: the same key and step give the same token, others do not") {
   CHECK(equal < 10);
 }
 
-TEST_CASE("sample_advance: tokens are kept in order, and places count on") {
+TEST_CASE("sample_next: tokens are kept in order, and places count on") {
   Tensor made = zeros({2, 2}, DType::i64, kCpu), last = zeros({2, 1}, DType::i64, kCpu), position = from_vector<int32_t>({5, 5}), step = step_at(0);
-  for (int64_t i = 0; i < 3; ++i) kernels::sample_advance(made, last, position, step, from_vector<int64_t>({10 + i, 20 + i}));
-  CHECK(made.to_vector<int64_t>() == std::vector<int64_t>{10, 11, 20, 21});
-  CHECK(last.to_vector<int64_t>() == std::vector<int64_t>{12, 22});
+  for (size_t i = 0; i < 3; ++i) {
+    std::vector<float> logits(8, 0.0f);
+    logits[i] = logits[4 + (i + 1) % 3] = 1;
+    kernels::sample_next(made, last, position, step, from_vector(logits, {2, 4}), {.temperature = 0});
+  }
+  CHECK(made.to_vector<int64_t>() == std::vector<int64_t>{0, 1, 1, 2});
+  CHECK(last.to_vector<int64_t>() == std::vector<int64_t>{2, 0});
   CHECK(position.to_vector<int32_t>() == std::vector<int32_t>{8, 8});
   CHECK(step.item() == 3);
 }

@@ -8,6 +8,7 @@
 #include "kernels/mamba2_step.h"
 #include "kernels/mamba_step.h"
 #include "kernels/rms_norm.h"
+#include "kernels/sample.h"
 #include "tests/testing/tensors.h"
 
 using namespace krait;
@@ -388,5 +389,28 @@ TEST_CASE("a step of few rows: blocks with attention equal the cpu's", "[cuda]")
       for (const Weights& w : layers) out.insert(out.end(), {w.k, w.v});
       return out;
     }, s.b, 3);
+  }
+}
+
+TEST_CASE("a step of few rows: what the head draws is the first of the likeliest", "[cuda]") {
+  struct Sizes { int64_t rows, k, n, v; bool scans; };
+  for (const auto& [rows, k, n, v, scans] : {Sizes{1, 768, 50304, 50257, false}, Sizes{1, 768, 50304, 50257, true}, Sizes{3, 768, 9001, 9001, true},
+                                             Sizes{8, 768, 50304, 50257, false}, Sizes{5, 1024, 6400, 6337, false}, Sizes{2, 256, 7000, 3, false},
+                                             Sizes{2, 768, 300, 299, false}, Sizes{2, 768, 300, 299, true}, Sizes{9, 768, 9000, 9000, false}}) {
+    INFO("rows " << rows << " k " << k << " n " << n << " v " << v << " scans " << scans);
+    Maker m{cuda_device()};
+    const Tensor x = m.narrow({rows, k}), w = m.wide({k}, 1, 0.2), head = m.narrow({n, k}, 0.05);
+    Tensor made = zeros({rows, 2}, DType::i64, m.device), last = zeros({rows, 1}, DType::i64, m.device);
+    Tensor position = zeros({rows}, DType::i32, m.device), step = zeros({1}, DType::i64, m.device);
+    for (int64_t i = 0; i < 3; ++i) {
+      StepScope together(m.device, rows, scans);
+      const Tensor logits = linear(kernels::rms_norm_forward(x, w, 1e-5).y, head).slice(-1, 0, v);
+      kernels::sample_next(made, last, position, step, logits, {.temperature = 0});
+      together.finish();
+      CHECK(last.cpu().to_vector<int64_t>() == kernels::sample(logits.cpu(), zeros({1}, DType::i64, kCpu), {.temperature = 0}).to_vector<int64_t>());
+    }
+    CHECK(step.cpu().to_vector<int64_t>() == std::vector<int64_t>{3});
+    for (const int32_t p : position.cpu().to_vector<int32_t>()) CHECK(p == 3);
+    CHECK(made.select(1, 1).contiguous().cpu().to_vector<int64_t>() == last.cpu().to_vector<int64_t>());
   }
 }

@@ -1,0 +1,26 @@
+#pragma once
+#include <cstdint>
+
+#include "core/stream.h"
+#include "core/tensor.h"
+#include "kernels/cuda/few_map.h"
+
+namespace krait::kernels::cuda {
+
+/// The most likely tokens of 1 to 8 rows, from what few_map left of them, and sample_advance (kernels/sample.h).
+struct FewDraw {
+  const uint64_t* likeliest;  // (rows, parts)
+  int64_t *made, *last, *step;
+  int32_t* position;
+  int rows, parts;
+  int64_t room;
+};
+
+void few_draw(const FewDraw& a, Stream stream);
+
+/// Whether the map makes these logits, or more columns than they have, and tells their likeliest.
+bool draws_from(const FewMap& map, const Tensor& logits);
+/// sample_next of temperature 0: such a map, which has not been launched, and few_draw behind it.
+void few_map_draw(FewMap map, bool early, Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits, Stream stream);
+
+}  // namespace krait::kernels::cuda
