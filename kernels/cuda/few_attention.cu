@@ -69,7 +69,9 @@ __global__ void __launch_bounds__(kThreads) few_attention_kernel(const __grid_co
   if (!a.ahead) wait_for_previous();
   const int p = __ldcg(a.position + row);
   const bool inside = p >= 0 && p < a.capacity;
-  const int share = (p + a.splits - 1) / a.splits, begin = min(p, split * share), end = inside ? min(p, begin + share) : 0;
+  // How many blocks share them follows the position alone, so that sums do not change with the capacity.
+  const int sharing = min(max((p * kDim + kFewShare - 1) / kFewShare, kFewestSplits), a.splits);
+  const int share = (p + sharing - 1) / sharing, begin = min(p, split * share), end = inside ? min(p, begin + share) : 0;
   uint4 key[kRounds], value[kRounds];
   const auto read = [&](int from) {
 #pragma unroll

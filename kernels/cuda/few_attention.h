@@ -6,11 +6,11 @@
 
 namespace krait::kernels::cuda {
 
-inline constexpr int kFewSplits = 8;
+inline constexpr int kFewestSplits = 2, kFewSplits = 8;
 inline constexpr int kFewShare = 160 * 64;  // values of a head's keys that a block reads at most, while splits suffice
 
 /// attention_append (kernels/attention_append.h) of 1 to 8 rows, bf16, with heads of 64 or 128. A head's positions are
-/// shared by `splits` blocks of a cluster.
+/// shared by blocks of a cluster, `splits` when the cache is full. Outputs do not depend on the capacity.
 struct FewAttention {
   bf16 *o, *k_cache, *v_cache;
   const bf16* qkv;

@@ -137,9 +137,8 @@ class FewQueue final : public Deferred {
 
 bool suits(const Gemm& g) { return g.dtype == DType::bf16 && g.ldb == g.k && g.m <= kFewMapRows && g.n < (int64_t{1} << 30); }
 
-// Blocks that share a head's positions: two for all small caches, whose sums are then alike.
 int splits_of(int64_t capacity, int64_t d) {
-  return static_cast<int>(std::clamp<int64_t>((capacity * d + kFewShare - 1) / kFewShare, 2, kFewSplits));
+  return static_cast<int>(std::clamp<int64_t>((capacity * d + kFewShare - 1) / kFewShare, kFewestSplits, kFewSplits));
 }
 
 }  // namespace

@@ -250,6 +250,33 @@ TEST_CASE("a step of few rows: attention_append equals the cpu's", "[cuda]") {
   }
 }
 
+TEST_CASE("a step of few rows: attention_append does not depend on the capacity of the cache", "[cuda]") {
+  for (const int64_t d : {64, 128}) {
+    const auto outputs = [&](int64_t capacity) {
+      Maker m{cuda_device()};
+      Tensor k = zeros({2, capacity, 2, d}, bf16_type, m.device), v = zeros_like(k);
+      const Tensor keys = m.narrow({2, 700, 2, d}), values = m.narrow({2, 700, 2, d});
+      Tensor front_k = k.slice(1, 0, 700), front_v = v.slice(1, 0, 700);
+      copy_(front_k, keys);
+      copy_(front_v, values);
+      StepScope together(m.device);
+      std::vector<Tensor> out;
+      for (const int32_t p : {0, 79, 80, 161, 319, 320, 321, 640, 699}) {
+        const Tensor position = from_vector(std::vector<int32_t>(2, p)).to(m.device);
+        out.push_back(kernels::attention_append(m.narrow({2, 4 + 2 * 2, d}), k, v, position, {.hq = 4, .hkv = 2}));
+      }
+      together.finish();
+      for (Tensor& t : out) t = t.cpu();
+      return out;
+    };
+    const std::vector<Tensor> tight = outputs(700), roomy = outputs(5000);
+    for (size_t i = 0; i < tight.size(); ++i) {
+      INFO("d " << d << " result " << i);
+      CHECK(relative_error(roomy[i], tight[i]) == 0);
+    }
+  }
+}
+
 TEST_CASE("a step of few rows: layers of Mamba equal the cpu's", "[cuda]") {
   struct Sizes { int64_t d, e, n, r; };
   for (const auto& [d, e, n, r] : {Sizes{768, 1536, 16, 48}, Sizes{264, 520, 6, 4}, Sizes{1032, 2064, 16, 64}, Sizes{64, 96, 5, 3}}) {
