@@ -12,6 +12,7 @@
 #include "kernels/cuda/few_draw.h"
 #include "kernels/cuda/few_map.h"
 #include "kernels/cuda/gathering.h"
+#include "kernels/cuda/step_known.h"
 #include "kernels/cuda/step_map.h"
 #include "kernels/layer_norm.h"
 #include "kernels/rms_norm.h"
@@ -219,6 +220,10 @@ bool gather_few_attention(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor&
 bool gather_few_draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits) {
   FewQueue* const queue = gathering<FewQueue>(logits.device());
   return queue != nullptr && queue->draw(made, last, position, step, logits);
+}
+
+void gather_few_known(const Tensor& t) {
+  if (FewQueue* const queue = gathering<FewQueue>(t.device())) queue->know(t);
 }
 
 }  // namespace krait::kernels::cuda

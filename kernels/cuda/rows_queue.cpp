@@ -11,6 +11,7 @@
 #include "kernels/cuda/rows_linear.h"
 #include "kernels/cuda/rows_scan.h"
 #include "kernels/cuda/rows_state.h"
+#include "kernels/cuda/step_known.h"
 #include "kernels/cuda/step_map.h"
 
 namespace krait::kernels::cuda {
@@ -209,6 +210,10 @@ bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions
 bool gather_rows_draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits) {
   RowsQueue* const queue = gathering<RowsQueue>(logits.device());
   return queue != nullptr && queue->few() != nullptr && queue->few()->draw(made, last, position, step, logits);
+}
+
+void gather_rows_known(const Tensor& t) {
+  if (RowsQueue* const queue = gathering<RowsQueue>(t.device())) queue->know(t);
 }
 
 }  // namespace krait::kernels::cuda
