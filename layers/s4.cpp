@@ -14,7 +14,9 @@
 #include "autograd/shared_rows.h"
 #include "core/comm/collectives.h"
 #include "kernels/fft_conv.h"
+#include "kernels/glu_linear.h"
 #include "kernels/s4_kernel.h"
+#include "kernels/s4_step.h"
 #include "layers/hippo.h"
 #include "layers/linear.h"
 #include "layers/whole_sequences.h"
@@ -232,9 +234,12 @@ Variable S4::output(const Variable& y_in) const {
     y = config_.activation == "gelu" ? gelu(y_in, GeluForm::erf) : config_.activation == "silu" ? silu(y_in) : y_in;
     if (drops) y = dropped(y);
   }
+  return mixed(y);
+}
+
+Variable S4::mixed(const Variable& y) const {
   const Variable z = linear_sum(y, out_weight_, out_bias_, tensor_);
-  if (config_.final_act == "id") return z;
-  return glu(z);
+  return config_.final_act == "id" ? z : glu(z);
 }
 
 // y = K * u + D u (+ K1 * u from the right) of channels [first, end) of x, for each copy: (b, l, copies (end - first)).
@@ -401,7 +406,17 @@ Variable S4::recurrent(const Variable& u, const Tensor& segments, LayerState& st
 Tensor S4::step(const Tensor& x, LayerState& state) {
   const NoGrad guard;
   require_no_state("s4", &state, *sequence_);
-  return forward(Variable(x), {}, &state).data();
+  if (config_.form == "dense" || (training() && config_.dropout > 0)) return forward(Variable(x), {}, &state).data();
+  check_recurrent();
+  using kernels::Activation;
+  std::optional<Activation> f;
+  if (config_.activation != "none") f = config_.activation == "gelu" ? Activation::gelu_erf : Activation::silu;
+  const Tensor u = scatter_to_group(Variable(x), 2, tensor_).data().select(1, 0);
+  const Tensor y = kernels::s4_step(state.tensors.at("x"), u, system_of(state), f);
+  ++state.length;
+  if (config_.final_act == "glu" && tensor_->size() == 1)
+    return kernels::glu_linear(y, out_weight_.variable().data(), out_bias_.variable().data()).unsqueeze(1);
+  return mixed(Variable(y.unsqueeze(1))).data();
 }
 
 LayerState S4::initial_state(int64_t batch, int64_t, DType dtype, Device device) const {

@@ -61,6 +61,7 @@ class S4 final : public Mixer {
   DiscreteSystem discretised(const Values& values) const;
   kernels::S4System system_of(LayerState& state) const;
   Variable output(const Variable& y) const;
+  Variable mixed(const Variable& activated) const;
 
   S4Config config_;
   comm::GroupPtr sequence_, tensor_;
