@@ -4,6 +4,7 @@
 
 #include "autograd/recurrent.h"
 #include "core/comm/collectives.h"
+#include "kernels/recurrent_step.h"
 #include "layers/whole_sequences.h"
 
 namespace krait::layers {
@@ -39,7 +40,7 @@ Variable Recurrent::forward(const Variable& x, const SequenceInfo& info, LayerSt
     carried = last.data();
   }
   if (state) {
-    state->tensors["cell"] = carried.transpose(0, 1);
+    state->tensors["cell"] = carried.transpose(0, 1).contiguous();
     state->length += x.size(1) * sequence_->size();
   }
   return out_ ? out_->forward(y) : y;
@@ -62,7 +63,11 @@ Variable Recurrent::over_ranks(const Variable& x, const SequenceInfo& info, Tens
 Tensor Recurrent::step(const Tensor& x, LayerState& state) {
   const NoGrad guard;
   require_no_state(kernels::name_of(cell_).data(), &state, *sequence_);
-  return forward(Variable(x), {}, &state).data();
+  const auto data = [](const Parameter& p) { return p.variable().data(); };
+  const Tensor y = kernels::recurrent_step(cell_, state.tensors.at("cell"), x.select(1, 0), {data(w_ih_), data(w_hh_), data(b_ih_), data(b_hh_)});
+  ++state.length;
+  const Variable out(y.unsqueeze(1));
+  return (out_ ? out_->forward(out) : out).data();
 }
 
 LayerState Recurrent::initial_state(int64_t batch, int64_t, DType dtype, Device device) const {
