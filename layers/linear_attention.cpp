@@ -2,6 +2,7 @@
 
 #include "autograd/elementwise.h"
 #include "autograd/shape.h"
+#include "kernels/linear_attention_step.h"
 #include "kernels/ssd.h"
 
 namespace krait::layers {
@@ -36,12 +37,15 @@ LinearAttention::LinearAttention(const LinearAttentionConfig& config, const Laye
   out_ = child<Linear>("wo", m, m, config.bias, context.residual_std, LinearSplit{tensor_, own.columns(config.head_dim)});
 }
 
-LinearAttention::Projected LinearAttention::project(const Variable& whole) const {
-  const Variable u = copy_to_group(whole, tensor_);
-  const int64_t b = u.size(0), l = u.size(1), h = config_.n_heads;
-  const Variable qkv = reshape(linear(u, qkv_weight_, qkv_bias_.defined() ? qkv_bias_.variable() : Variable()),
-                               {b, l, 3 * h, config_.head_dim});
-  const Vars parts = split(qkv, {h, h, h}, 2);
+// q, k and v (b, l, 3 h, head_dim).
+Variable LinearAttention::qkv(const Variable& u) const {
+  return reshape(linear(u, qkv_weight_, qkv_bias_.defined() ? qkv_bias_.variable() : Variable()),
+                 {u.size(0), u.size(1), 3 * config_.n_heads, config_.head_dim});
+}
+
+LinearAttention::Projected LinearAttention::project(const Variable& u, const Variable& of_u) const {
+  const int64_t h = config_.n_heads;
+  const Vars parts = split(of_u, {h, h, h}, 2);
   if (!config_.gate) return {parts[0], parts[1], parts[2], {}};
   const Variable logits = cast(linear(u, gate_weight_), accum_dtype(u.dtype())) + gate_bias_.variable();
   return {parts[0], parts[1], parts[2], logsigmoid(logits)};
@@ -53,7 +57,8 @@ LinearAttentionOptions LinearAttention::options(const Tensor& segments) const {
 }
 
 Variable LinearAttention::forward(const Variable& u, const SequenceInfo& info, LayerState* state) {
-  const Projected in = project(u);
+  const Variable own = copy_to_group(u, tensor_);
+  const Projected in = project(own, qkv(own));
   const Variable before = state ? Variable(state->tensors.at("S")) : Variable();
   LinearAttentionOptions with = options(info.segments);
   with.pieces = sequence_pieces(sequence_, info.segments);
@@ -65,14 +70,25 @@ Variable LinearAttention::forward(const Variable& u, const SequenceInfo& info, L
   return out_->forward(reshape(out.y, {u.size(0), u.size(1), config_.n_heads * config_.head_dim}));
 }
 
-Tensor LinearAttention::step(const Tensor& u, LayerState& state) {
+Tensor LinearAttention::step(const Tensor& whole, LayerState& state) {
   const NoGrad guard;
-  const Projected in = project(Variable(u));
-  const auto now = [](const Variable& v) { return v.defined() ? v.data().select(1, 0) : Tensor(); };
-  const Tensor y =
-      linear_attention_step(state.tensors.at("S"), now(in.q), now(in.k), now(in.v), now(in.g), options({}));
+  const int64_t b = whole.size(0), h = config_.n_heads, d = config_.head_dim;
+  const Variable u = copy_to_group(Variable(whole), tensor_), all = qkv(u);
+  Tensor& S = state.tensors.at("S");
+  kernels::LinearAttentionStep step{config_.feature == "elu1", config_.eps, {}, {}, {}};
+  if (config_.gate) {
+    step.u = u.data().select(1, 0);
+    step.gate_weight = gate_weight_.variable().data();
+    step.gate_bias = gate_bias_.variable().data();
+  }
+  Tensor y = kernels::linear_attention_step(S, all.data().reshape({b, 3, h, d}), step);
+  if (!y.defined()) {
+    const Projected in = project(u, all);
+    const auto now = [](const Variable& v) { return v.defined() ? v.data().select(1, 0) : Tensor(); };
+    y = linear_attention_step(S, now(in.q), now(in.k), now(in.v), now(in.g), options({}));
+  }
   ++state.length;
-  return out_->forward(Variable(y.reshape({u.size(0), 1, config_.n_heads * config_.head_dim}))).data();
+  return out_->forward(Variable(y.reshape({b, 1, h * d}))).data();
 }
 
 LayerState LinearAttention::initial_state(int64_t batch, int64_t /*max_length*/, DType dtype, Device device) const {

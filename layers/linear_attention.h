@@ -27,7 +27,8 @@ class LinearAttention final : public Mixer {
 
  private:
   struct Projected { Variable q, k, v, g; };  // (b, l, h, head_dim), g (b, l, h) or undefined
-  Projected project(const Variable& whole) const;
+  Variable qkv(const Variable& u) const;
+  Projected project(const Variable& u, const Variable& qkv) const;
   LinearAttentionOptions options(const Tensor& segments) const;
 
   LinearAttentionConfig config_;  // n_heads: the heads here
