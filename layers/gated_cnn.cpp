@@ -5,7 +5,7 @@
 #include "autograd/activation.h"
 #include "autograd/causal_conv1d.h"
 #include "autograd/shape.h"
-#include "kernels/causal_conv1d.h"
+#include "kernels/gated_cnn_step.h"
 #include "layers/sequence_history.h"
 
 namespace krait::layers {
@@ -56,12 +56,10 @@ Variable GatedCnn::forward(const Variable& u, const SequenceInfo& info, LayerSta
 
 Tensor GatedCnn::step(const Tensor& u, LayerState& state) {
   const NoGrad guard;
-  const Projected in = project(Variable(u));
-  const Tensor convolved =
-      kernels::causal_conv1d_step(state.tensors.at("conv"), in.mixed.data().select(1, 0), conv_weight_.variable().data(),
-                                  conv_bias_.variable().data(), false);
+  const Tensor all = fc1_->forward(Variable(u)).data().select(1, 0);
+  const Tensor y = kernels::gated_cnn_step(state.tensors.at("conv"), all, conv_weight_.variable().data(), conv_bias_.variable().data());
   ++state.length;
-  return finish(in, Variable(convolved.unsqueeze(1))).data();
+  return fc2_->forward(Variable(y.unsqueeze(1))).data();
 }
 
 LayerState GatedCnn::initial_state(int64_t batch, int64_t /*max_length*/, DType dtype, Device device) const {
