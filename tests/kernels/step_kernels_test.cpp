@@ -1,10 +1,16 @@
+#include <array>
 #include <cmath>
+#include <optional>
 
 #include "kernels/attention_append.h"
+#include "kernels/gated_cnn_step.h"
+#include "kernels/glu_linear.h"
 #include "kernels/linear.h"
 #include "kernels/mamba2_step.h"
 #include "kernels/mamba_step.h"
 #include "kernels/mlstm_step.h"
+#include "kernels/recurrent_step.h"
+#include "kernels/s4_step.h"
 #include "kernels/slstm_step.h"
 #include "tests/testing/tensors.h"
 
@@ -125,6 +131,47 @@ std::vector<Tensor> run_attention(Device device, DType dtype, int64_t b, int64_t
   return out;
 }
 
+struct S4Sizes { int64_t b, channels, copies, n, rank; };
+
+std::vector<Tensor> run_s4(Device device, DType dtype, const S4Sizes& s, std::optional<kernels::Activation> f) {
+  Maker m{device, dtype};
+  const int64_t rows = s.channels * s.copies;
+  const Shape vector{rows, s.n, 2};
+  const auto small = [&](const Shape& shape) { return m.wide(shape, 0, 0.4); };
+  kernels::S4System system{small(vector), small(vector), small(vector), m.wide({rows}), {}, {}};
+  if (s.rank > 0) {
+    system.M = small({rows, s.rank, s.n, 2});
+    system.Q = m.wide({rows, s.rank, s.n, 2}, 0, 0.1);
+  }
+  Tensor x = m.wide(vector.inserted(0, s.b));
+  std::vector<Tensor> out;
+  for (int step = 0; step < 3; ++step) out.push_back(kernels::s4_step(x, m.narrow({s.b, s.channels}), system, f));
+  out.push_back(x);
+  return out;
+}
+
+std::vector<Tensor> run_recurrent(Device device, DType dtype, kernels::RecurrentCell cell, int64_t b, int64_t d, int64_t p) {
+  Maker m{device, dtype};
+  const int64_t rows = kernels::gates_of(cell) * p;
+  const auto std_of = [](int64_t n) { return 1 / std::sqrt(static_cast<double>(n)); };
+  const kernels::RecurrentStepWeights w{m.narrow({rows, d}, std_of(d)), m.narrow({rows, p}, std_of(p)), m.narrow({rows}), m.narrow({rows})};
+  Tensor state = m.wide({b, kernels::states_of(cell), 1, p}, 0, 0.5);
+  std::vector<Tensor> out;
+  for (int step = 0; step < 3; ++step) out.push_back(kernels::recurrent_step(cell, state, m.narrow({b, d}), w));
+  out.push_back(state);
+  return out;
+}
+
+std::vector<Tensor> run_gated_cnn(Device device, DType dtype, int64_t b, int64_t f, int64_t c, int64_t taps) {
+  Maker m{device, dtype};
+  Tensor conv = m.narrow({b, taps - 1, c});
+  const Tensor weight = m.narrow({c, taps}), bias = m.narrow({c});
+  std::vector<Tensor> out;
+  for (int step = 0; step < 3; ++step) out.push_back(kernels::gated_cnn_step(conv, m.narrow({b, 2 * f}), weight, bias));
+  if (taps > 1) out.push_back(conv);
+  return out;
+}
+
 void check_equal(const std::vector<Tensor>& cpu, const std::vector<Tensor>& gpu, DType dtype) {
   for (size_t i = 0; i < cpu.size(); ++i) {
     INFO(name_of(dtype) << " result " << i);
@@ -174,6 +221,65 @@ TEST_CASE("slstm_step: cuda equals cpu, outputs and states of three steps", "[cu
       check_equal(run_slstm(kCpu, t, 9, 3, 264, 0, forget), run_slstm(cuda_device(), t, 9, 3, 264, 0, forget), t);
       check_equal(run_slstm(kCpu, t, 2, 2, 13, 4, forget), run_slstm(cuda_device(), t, 2, 2, 13, 4, forget), t);
     }
+}
+
+TEST_CASE("s4_step: cuda equals cpu, outputs and states of three steps", "[cuda]") {
+  using kernels::Activation;
+  for (const DType t : {f64, f32, bf16_type})
+    for (const S4Sizes& s : {S4Sizes{1, 96, 1, 32, 0}, {1, 40, 1, 32, 1}, {5, 35, 2, 31, 1}, {7, 33, 1, 5, 2}, {66, 12, 3, 16, 0}, {3, 9, 1, 64, 1}, {2, 5, 1, 100, 0}})
+      for (const std::optional<Activation> f : {std::optional<Activation>(), std::optional(Activation::gelu_erf), std::optional(Activation::silu)}) {
+        INFO(s.b << " rows, " << s.channels << " channels, " << s.copies << " copies, " << s.n << " states, rank " << s.rank);
+        check_equal(run_s4(kCpu, t, s, f), run_s4(cuda_device(), t, s, f), t);
+      }
+}
+
+TEST_CASE("recurrent_step: cuda equals cpu, outputs and states of three steps", "[cuda]") {
+  using kernels::RecurrentCell;
+  for (const DType t : {f64, f32, bf16_type})
+    for (const RecurrentCell cell : {RecurrentCell::rnn, RecurrentCell::lstm, RecurrentCell::gru})
+      for (const auto& [b, d, p] : std::vector<std::array<int64_t, 3>>{{1, 64, 72}, {3, 72, 40}, {8, 320, 320}, {9, 40, 24}, {17, 64, 72}, {70, 72, 136}, {2, 13, 7}}) {
+        INFO(kernels::name_of(cell) << " " << b << " rows, " << d << " inputs, " << p << " units");
+        check_equal(run_recurrent(kCpu, t, cell, b, d, p), run_recurrent(cuda_device(), t, cell, b, d, p), t);
+      }
+}
+
+TEST_CASE("recurrent_step gives the same twice, whatever runs beside it", "[cuda]") {
+  const auto run = [] { return run_recurrent(cuda_device(), bf16_type, kernels::RecurrentCell::lstm, 70, 256, 1024); };
+  const std::vector<Tensor> a = run(), b = run();
+  for (size_t i = 0; i < a.size(); ++i) CHECK(relative_error(b[i], a[i]) == 0);
+}
+
+TEST_CASE("gated_cnn_step: cuda equals cpu, outputs and states of three steps", "[cuda]") {
+  for (const DType t : {f64, f32, bf16_type})
+    for (const auto& [b, f, c, taps] : std::vector<std::array<int64_t, 4>>{{1, 2048, 768, 7}, {3, 130, 48, 7}, {65, 17, 6, 1}, {2, 33, 33, 11}, {5, 300, 300, 4}}) {
+      INFO(b << " rows, " << f << " channels, " << c << " of them convolved, " << taps << " taps");
+      check_equal(run_gated_cnn(kCpu, t, b, f, c, taps), run_gated_cnn(cuda_device(), t, b, f, c, taps), t);
+    }
+}
+
+TEST_CASE("glu_linear: cuda equals cpu", "[cuda]") {
+  for (const DType t : {f64, f32, bf16_type})
+    for (const auto& [rows, n, k] : std::vector<std::array<int64_t, 3>>{{1, 768, 768}, {2, 33, 1032}, {5, 7, 40}, {8, 70, 4104}, {9, 70, 64}, {3, 5, 7}})
+      for (const bool biased : {true, false}) {
+        const auto run = [&, rows = rows, n = n, k = k](Device device) {
+          Maker m{device, t};
+          return kernels::glu_linear(m.narrow({rows, k}), m.narrow({2 * n, k}, 1 / std::sqrt(static_cast<double>(k))), biased ? m.narrow({2 * n}) : Tensor{});
+        };
+        INFO(rows << " rows, " << n << " outputs, " << k << " inputs");
+        check_equal({run(kCpu)}, {run(cuda_device())}, t);
+      }
+}
+
+TEST_CASE("steps of S4, recurrent networks and gated convolutions name the shapes that do not fit") {
+  Tensor x = zeros({2, 6, 4, 2}, DType::f32, kCpu), state = zeros({2, 2, 1, 5}, DType::f32, kCpu), conv = zeros({2, 3, 5}, DType::f32, kCpu);
+  const auto f = [](const Shape& s) { return zeros(s, DType::f32, kCpu); };
+  const kernels::S4System system{f({6, 4, 2}), f({6, 4, 2}), f({6, 4, 2}), {}, {}, {}};
+  CHECK(contains(error_of([&] { kernels::s4_step(x, f({2, 4}), system, {}); }), "u is (2, 4), A (6, 4, 2)"));
+  CHECK(contains(error_of([&] { kernels::s4_step(x, f({3, 6}), system, {}); }), "the state is float32 (2, 6, 4, 2)"));
+  const kernels::RecurrentStepWeights w{f({20, 3}), f({20, 5}), f({20}), f({20})};
+  CHECK(contains(error_of([&] { kernels::recurrent_step(kernels::RecurrentCell::gru, state, f({2, 3}), w); }), "expected 3 times as many rows as units"));
+  CHECK(contains(error_of([&] { kernels::recurrent_step(kernels::RecurrentCell::lstm, state, f({3, 3}), w); }), "lstm_step: the state is"));
+  CHECK(contains(error_of([&] { kernels::gated_cnn_step(conv, f({2, 8}), f({5, 4}), f({5})); }), "gated_cnn_step: the projection is (2, 8)"));
 }
 
 TEST_CASE("attention_append: cuda equals cpu, outputs and caches", "[cuda]") {

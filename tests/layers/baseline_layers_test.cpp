@@ -31,15 +31,15 @@ const std::vector<Kind> kKinds{
 };
 
 struct Layer {
-  explicit Layer(const Kind& kind, DType dtype = DType::f64, Device device = kCpu)
-      : mixer(make(kind)),
+  explicit Layer(const Kind& kind, DType dtype = DType::f64, Device device = kCpu, int64_t width = kWidth)
+      : mixer(make(kind, width)),
         store(*mixer, {.device = device, .master = dtype == DType::f64 ? DType::f64 : DType::f32, .compute = dtype,
                        .seed = 3}) {}
-  static std::shared_ptr<Mixer> make(const Kind& kind) {
+  static std::shared_ptr<Mixer> make(const Kind& kind, int64_t width = kWidth) {
     ConfigNode options = ConfigNode::map();
     for (const auto& [key, value] : kind.options) options.set(key, ConfigNode::scalar(value));
     LayerContext context;
-    context.d_model = kWidth;
+    context.d_model = width;
     context.init_std = 0.3;  // large enough that nothing is close to linear
     context.residual_std = 0.3;
     return make_mixer(kind.name, options, context);
@@ -182,6 +182,27 @@ TEST_CASE("baseline layers: cuda equals cpu, outputs, states and gradients", "[c
         if (value.numel() > 0) CHECK(relative_error(on_gpu.tensors.at(name), value) < tolerance);
       CHECK(relative_error(gpu.mixer->step(b.data().slice(1, 0, 1), on_gpu), cpu.mixer->step(x.slice(1, 0, 1), on_cpu)) < tolerance);
     }
+}
+
+TEST_CASE("baseline layers: single steps on cuda are the whole sequence", "[cuda]") {
+  const Device gpu = cuda_device();
+  for (const Kind& kind : kKinds)
+    for (const int64_t width : {int64_t{12}, int64_t{60}, int64_t{96}, int64_t{384}})
+      for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+        INFO(label(kind) << " " << name_of(dtype) << " width " << width);
+        Layer layer(kind, dtype, gpu, width);
+        const NoGrad guard;
+        const double tolerance = dtype == DType::f64 ? 1e-10 : dtype == DType::f32 ? 1e-4 : 5e-2;
+        const Tensor x = mixer_input(3, 11, width, dtype).to(gpu);
+        LayerState state = layer.mixer->initial_state(3, 0, dtype, gpu), steps = layer.mixer->initial_state(3, 0, dtype, gpu);
+        const Tensor whole = layer.mixer->forward(Variable(x), {}, &state).data();
+        layer.mixer->forward(Variable(x.slice(1, 0, 4)), {}, &steps);
+        for (int64_t t = 4; t < 11; ++t)
+          CHECK(relative_error(layer.mixer->step(x.slice(1, t, t + 1), steps), whole.slice(1, t, t + 1)) < tolerance);
+        CHECK(steps.length == 11);
+        for (const auto& [name, value] : state.tensors)
+          if (value.numel() > 0) CHECK(relative_error(steps.tensors.at(name), value) < tolerance);
+      }
 }
 
 TEST_CASE("baseline layers: options that do not fit say what would") {
