@@ -23,7 +23,11 @@ constexpr DecodeRow kRows[] = {
     {"mamba2-130m", 64, true, 0.427, DType::bf16},
     {"gpt2-124m", 1, true, 0.25},    {"gpt2-124m", 8, true, 0},    {"gpt2-124m", 64, true, 0},
     {"llama-124m", 1, true, 0},      {"llama-124m", 8, true, 0},   {"llama-124m", 64, true, 0},
-    {"xlstm-125m", 1, true, 0},      {"xlstm-125m", 64, true, 0},   {"char-gpt", 1, false, 0},
+    {"xlstm-125m", 1, true, 0},      {"xlstm-125m", 64, true, 0},
+    {"s4d-24x768", 1, true, 0},      {"s4d-24x768", 64, true, 0},   {"s4-24x768", 1, true, 0},
+    {"lstm-2x1024", 1, true, 0},     {"lstm-2x1024", 64, true, 0},  {"gru-2x1024", 1, true, 0},
+    {"linear-24x768", 1, true, 0},   {"linear-24x768", 64, true, 0},
+    {"gated-cnn-24x768", 1, true, 0}, {"gated-cnn-24x768", 64, true, 0}, {"char-gpt", 1, false, 0},
     {"mamba-small", 1, false, 0},    {"mamba2-small", 1, false, 0},
 };
 constexpr int64_t kPrompt = 64, kNew = 256;

@@ -61,6 +61,16 @@ const std::map<std::string, Base>& bases() {
                      "{n_heads: 4}, mlp: {type: none}, norm: layer_1p, init: xlstm, " + vocab + "}"},
       {"lstm-2x1024", "{type: language_model, d_model: 1024, n_layers: 2, layers: [lstm], mlp: {type: none}, norm: rms, "
                       "vocab_size: 10000, tie_embeddings: true}"},
+      {"s4d-24x768", "{type: language_model, d_model: 768, n_layers: 24, layers: [s4d], s4d: {d_state: 64}, mlp: {type: none}, "
+                     "norm: rms, " + vocab + "}"},
+      {"s4-24x768", "{type: language_model, d_model: 768, n_layers: 24, layers: [s4], s4: {d_state: 64}, mlp: {type: none}, "
+                    "norm: rms, " + vocab + "}"},
+      {"gru-2x1024", "{type: language_model, d_model: 1024, n_layers: 2, layers: [gru], mlp: {type: none}, norm: rms, "
+                     "vocab_size: 10000, tie_embeddings: true}"},
+      {"linear-24x768", "{type: language_model, d_model: 768, n_layers: 24, layers: [linear_attention], linear_attention: {gate: "
+                        "true}, mlp: {type: none}, norm: rms, " + vocab + "}"},
+      {"gated-cnn-24x768", "{type: language_model, d_model: 768, n_layers: 24, layers: [gated_cnn], mlp: {type: none}, norm: "
+                           "layer, norm_eps: 1e-6, " + vocab + "}"},
       {"s4d-classifier", "{type: classifier, d_model: 256, n_layers: 4, layers: [s4d], s4d: {d_state: 64, init: legs}, mlp: "
                          "{type: none}, norm: layer, norm_position: post, head: pooled, dropout: 0.1}"},
       {"s4-classifier", "{type: classifier, d_model: 256, n_layers: 4, layers: [s4], s4: {d_state: 64, init: legs}, mlp: "

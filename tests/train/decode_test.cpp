@@ -84,6 +84,17 @@ TEST_CASE("captured steps of several sequences draw the same tokens as plain lau
     }
 }
 
+TEST_CASE("captured steps of the other families draw the same tokens as plain launches", "[cuda]") {
+  for (const char* base : {"s4d-24x768", "s4-24x768", "lstm-2x1024", "gru-2x1024", "linear-24x768", "gated-cnn-24x768"})
+    for (const int64_t rows : {1, 5, 65}) {
+      INFO(base << ", " << rows << " sequences");
+      Setup s(base, cuda_device(), rows);
+      const auto plain = s.decode({.temperature = 0}, false);
+      CHECK(s.decode({.temperature = 0}, true) == plain);
+      CHECK(s.captured);
+    }
+}
+
 TEST_CASE("Mamba-2's states rounded to bf16 once in 16 positions change its logits by less than a thousandth") {
   constexpr int64_t kLength = 256;
   Setup s("mamba2-small", kCpu);
