@@ -18,6 +18,13 @@ __device__ __forceinline__ uint4 read_fresh(const void* p) { return __ldcg(stati
 __device__ __forceinline__ float read_fresh_one(const bf16* p) { return __uint_as_float(uint32_t{__ldcg(reinterpret_cast<const unsigned short*>(p))} << 16); }
 __device__ __forceinline__ float2 pair_of(uint32_t v) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v)); }
 
+/// An address that is made where this stands.
+template <class T>
+__device__ __forceinline__ const T* kept(const T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+
 template <int kTiles, int kWarps, bool kRounds>
 struct FewMapTile {
   static constexpr int kThreads = 32 * kWarps, kColumns = 8 * kTiles, kPitch = kColumns + (kTiles % 4 == 0 ? 8 : 0);
@@ -27,27 +34,40 @@ struct FewMapTile {
 
 inline constexpr int kFewNormWarps = 8;
 
-/// x, in pieces of 8 values a step of a lane, normed. k is a multiple of 256: lanes hold equally many.
+/// x, in pieces of 8 values a step of a lane, normed. k is a multiple of 256: lanes hold equally many. Few instructions, and
+/// none that wait for one another: a block has two warps for each of its schedulers.
 template <int kSteps>
 __device__ __forceinline__ void norm_rows(uint4 (&x)[kSteps], const FewMap& a, float2 (&stats)[kFewNormWarps][kFewMapRows], const float* scale, int at) {
   constexpr int kWarps = kFewNormWarps, kSpan = 32 * kWarps;
   const int warp = static_cast<int>(threadIdx.x) / 32, g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
   const int steps = a.k / kSpan;
-  const auto for_values = [&](auto f) {
+  const bool inside = g < a.rows;
+  float v[kSteps][8];
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    const float2 p[4] = {pair_of(x[s].x), pair_of(x[s].y), pair_of(x[s].z), pair_of(x[s].w)};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[s][i] = i % 2 == 0 ? p[i / 2].x : p[i / 2].y;
+  }
+  float mean = 0, squares = 0, count = static_cast<float>(8 * steps);  // RMSNorm: about zero
+  if (a.centred) {
+    float part[4] = {};
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s)  // beyond k: zeros
+#pragma unroll
+      for (int i = 0; i < 8; ++i) part[i % 4] += v[s][i];
+    mean = __fdividef((part[0] + part[1]) + (part[2] + part[3]), count);
+  }
+  {
+    float part[4] = {};
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       if (s >= steps) break;
-      const float2 v[4] = {pair_of(x[s].x), pair_of(x[s].y), pair_of(x[s].z), pair_of(x[s].w)};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) f(v[i]);
+      for (int i = 0; i < 8; ++i) part[i % 4] = fmaf(v[s][i] - mean, v[s][i] - mean, part[i % 4]);
     }
-  };
-  float mean = 0, squares = 0, count = static_cast<float>(8 * steps);  // RMSNorm: about zero
-  if (a.centred) {
-    for_values([&](float2 v) { mean += v.x + v.y; });
-    mean /= count;
+    squares = (part[0] + part[1]) + (part[2] + part[3]);
   }
-  for_values([&](float2 v) { squares += (v.x - mean) * (v.x - mean) + (v.y - mean) * (v.y - mean); });
 #pragma unroll
   for (int offset = 1; offset <= 2; offset *= 2) {  // equal shares joined in pairs
     const float other = __shfl_xor_sync(0xffffffffu, mean, offset), off = other - mean;
@@ -60,29 +80,31 @@ __device__ __forceinline__ void norm_rows(uint4 (&x)[kSteps], const FewMap& a, f
   __syncthreads();
   float2 part[kWarps], all = {0, 0};
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    part[w] = stats[w][g];
-    all = {all.x + part[w].x, all.y + part[w].y};
-  }
+  for (int w = 0; w < kWarps; ++w) part[w] = stats[w][g];
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) all = {all.x + part[w].x, all.y + part[w].y};
   mean = all.x / kWarps;
   float apart = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) apart = fmaf(part[w].x - mean, part[w].x - mean, apart);
-  const float rstd = rsqrtf((all.y + count * apart) / static_cast<float>(a.k) + a.eps);
-  const bool writes = blockIdx.x == gridDim.x - 1 && g < a.rows;
+  const float rstd = rsqrtf(__fdividef(all.y + count * apart, static_cast<float>(a.k)) + a.eps);
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     if (s >= steps) break;
-    const int c = at + s * kSpan;
-    uint32_t* const v = &x[s].x;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 u = pair_of(v[i]), w = *reinterpret_cast<const float2*>(scale + c + 2 * i), b = *reinterpret_cast<const float2*>(scale + a.k + c + 2 * i);
-      v[i] = g < a.rows ? pack((u.x - mean) * rstd * w.x + b.x, (u.y - mean) * rstd * w.y + b.y) : 0;
-    }
-    if (writes && a.normed != nullptr) *reinterpret_cast<uint4*>(a.normed + int64_t{g} * a.k + c) = x[s];
+    const float4* const w = reinterpret_cast<const float4*>(scale + at + s * kSpan);
+    const float4* const b = reinterpret_cast<const float4*>(scale + a.k + at + s * kSpan);
+    const float4 w0 = w[0], w1 = w[1], b0 = b[0], b1 = b[1];
+    const auto normed = [&](int i, float weight, float bias) { return (v[s][i] - mean) * rstd * weight + bias; };
+    const uint4 made = {pack(normed(0, w0.x, b0.x), normed(1, w0.y, b0.y)), pack(normed(2, w0.z, b0.z), normed(3, w0.w, b0.w)),
+                        pack(normed(4, w1.x, b1.x), normed(5, w1.y, b1.y)), pack(normed(6, w1.z, b1.z), normed(7, w1.w, b1.w))};
+    x[s] = {inside ? made.x : 0, inside ? made.y : 0, inside ? made.z : 0, inside ? made.w : 0};
   }
-  if (writes && warp == 0 && t == 0) {
+  if (blockIdx.x != gridDim.x - 1 || !inside) return;
+  if (a.normed != nullptr)
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s)
+      if (s < steps) *reinterpret_cast<uint4*>(a.normed + int64_t{g} * a.k + at + s * kSpan) = x[s];
+  if (warp == 0 && t == 0) {
     if (a.mean != nullptr) a.mean[g] = mean;
     if (a.rstd != nullptr) a.rstd[g] = rstd;
   }
@@ -92,7 +114,8 @@ __device__ __forceinline__ void norm_rows(uint4 (&x)[kSteps], const FewMap& a, f
 /// added in order. The weights wait in registers when the kernel in front ends. Rows are the first 8 of a tensor core's
 /// 16; which value of k sits where in a product does not matter as long as both operands agree, so a lane reads 8
 /// neighbours. kRounds: a block makes several such pieces of y.
-template <int kTiles, int kSteps, int kWarps, bool kGated, bool kRounds>
+/// kNorms: it may stand behind a norm.
+template <int kTiles, int kSteps, int kWarps, bool kGated, bool kRounds, bool kNorms>
 __global__ void __launch_bounds__(32 * kWarps) few_map_kernel(const __grid_constant__ FewMap a, bool early) {
   using Tile = FewMapTile<kTiles, kWarps, kRounds>;
   constexpr int kThreads = Tile::kThreads, kSpan = 32 * kWarps, kOwn = kGated ? Tile::kColumns / 2 : Tile::kColumns;
@@ -118,9 +141,17 @@ __global__ void __launch_bounds__(32 * kWarps) few_map_kernel(const __grid_const
   };
   read_weights();
   float bias = a.bias != nullptr && first + own < a.n ? static_cast<float>(a.bias[first + own]) : 0.0f;
+  // Addresses are made before the wait.
+  const bf16* const from = kept(a.x + g * a.x_row + at);
+  const bf16* const added = kept(a.added + int64_t{row} * a.n + first + own);
+  const float *const norm_weight = kept(a.norm_weight + 4 * tid), *const norm_bias = kept((a.norm_bias != nullptr ? a.norm_bias : a.norm_weight) + 4 * tid);
+  const bool reads = g < a.rows, adds = !kGated && !kRounds && a.total != nullptr && row < a.rows && first + own < a.n;
+  const bool norms = kNorms && a.norm_weight != nullptr, shifts = a.norm_bias != nullptr;
+  // ptxas moves loads behind the wait, and those of x to where they are used, but not across branches: both of these stand
+  // also where no norm is served.
   if (tid == 0 && a.norm_weight != nullptr) {
     bring_into_l2(a.norm_weight, int64_t{4} * a.k);
-    if (a.norm_bias != nullptr) bring_into_l2(a.norm_bias, int64_t{4} * a.k);
+    if (shifts) bring_into_l2(a.norm_bias, int64_t{4} * a.k);
   }
   wait_for_previous();
   if (!early) let_next_begin();
@@ -128,20 +159,18 @@ __global__ void __launch_bounds__(32 * kWarps) few_map_kernel(const __grid_const
   [[maybe_unused]] uint64_t likeliest = 0;  // of this thread's values of y
   uint4 x[kSteps];
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    const int c = at + s * kSpan;
-    x[s] = g < a.rows && c < a.k ? read_fresh(a.x + g * a.x_row + c) : uint4{0, 0, 0, 0};
-  }
+  for (int s = 0; s < kSteps; ++s) x[s] = reads && at + s * kSpan < a.k ? read_fresh(from + s * kSpan) : uint4{0, 0, 0, 0};
   float old = 0;  // what y is added to, where a block makes one piece of it
-  if (!kGated && !kRounds && a.total != nullptr && row < a.rows && first + own < a.n) old = read_fresh_one(a.added + int64_t{row} * a.n + first + own);
+  if (adds) old = read_fresh_one(added);
   if (a.norm_weight != nullptr)  // which may have been made just now
-    for (int i = tid * 4; i < a.k; i += kThreads * 4) {
-      copy_async(scale + i, a.norm_weight + i, true);
-      copy_async(scale + a.k + i, (a.norm_bias != nullptr ? a.norm_bias : a.norm_weight) + i, a.norm_bias != nullptr);
+#pragma unroll 1
+    for (int i = 4 * tid; i < a.k; i += 4 * kThreads) {
+      copy_async(scale + i, norm_weight + (i - 4 * tid), true);
+      copy_async(scale + a.k + i, norm_bias + (i - 4 * tid), shifts);
     }
   copy_commit();
-  if constexpr (kWarps == kFewNormWarps)
-    if (a.norm_weight != nullptr) norm_rows(x, a, tile.stats, scale, at);
+  if constexpr (kNorms)
+    if (norms) norm_rows(x, a, tile.stats, scale, at);
 
 #pragma unroll 1
   for (int round = 0;; round ^= 1) {
