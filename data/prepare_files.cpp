@@ -117,7 +117,8 @@ std::vector<TextInput> InputFiles::find(const std::vector<std::string>& names, c
     }
     std::error_code error;
     const auto status = fs::status(name, error);
-    KRAIT_CHECK(fs::exists(status), "{}: no such file or directory", name);
+    KRAIT_CHECK(fs::exists(status), "{}: {}", name,
+                status.type() == fs::file_type::not_found ? "no such file or directory" : "cannot be read: " + error.message());
     if (fs::is_directory(status)) {
       for (const std::string& file : files_below(name)) add(file, file);
     } else {

@@ -74,7 +74,10 @@ RunDirectory RunDirectory::create(const std::string& path, const std::string& na
 
 RunDirectory RunDirectory::open(const std::string& path) {
   std::error_code error;
-  if (!fs::is_directory(path, error)) throw ConfigError(path + ": no such run directory");
+  if (!fs::is_directory(path, error)) {
+    const bool unreadable = error && error != std::errc::no_such_file_or_directory;
+    throw ConfigError(path + ": " + (unreadable ? "cannot be read: " + error.message() : "no such run directory"));
+  }
   if (!fs::exists(path + "/config.yaml", error)) throw ConfigError(path + ": holds no run (no config.yaml)");
   return RunDirectory(fs::path(path).lexically_normal().string(), true);
 }

@@ -337,6 +337,10 @@ TEST_CASE("bad input gives one error and no file") {
                  "a.txt: byte 5: 0xE9 is not UTF-8"));
   CHECK(contains(refused("a.txt", "text", [](PrepareOptions& o) { o.inputs.push_back("/no/such.txt"); }),
                  "/no/such.txt: no such file"));
+  const TempDir elsewhere;
+  std::filesystem::create_symlink("loop", elsewhere / "loop");  // there, but not to be read
+  CHECK(contains(refused("a.txt", "text", [&](PrepareOptions& o) { o.inputs.push_back(elsewhere / "loop"); }),
+                 "loop: cannot be read: Too many levels of symbolic links"));
   CHECK(contains(refused("a.txt", "text", [](PrepareOptions& o) { o.tokenizer = "bpe"; }),
                  "choose byte, char or sentencepiece"));
   CHECK(contains(refused("a.txt", "text",
