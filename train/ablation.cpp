@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "core/option_reader.h"
 #include "train/config.h"
@@ -68,7 +69,12 @@ std::vector<Axis> read_axes(const OptionReader& options, const ConfigNode& vary)
     if (!node->is_list() || node->items().empty())
       node->fail(fmt::format("found {}, expected a list of values to try", node->describe()), key + ": [1, 2]");
     Axis axis{key, last_part(key), {}};
-    for (const ConfigNode& item : node->items()) axis.values.push_back(one_line(item));
+    for (const ConfigNode& item : node->items()) {
+      std::string value = one_line(item);
+      if (std::find(axis.values.begin(), axis.values.end(), value) != axis.values.end())
+        item.fail(fmt::format("{} is there twice", value));
+      axis.values.push_back(std::move(value));
+    }
     axes.push_back(std::move(axis));
   }
   for (Axis& axis : axes) {
@@ -78,16 +84,34 @@ std::vector<Axis> read_axes(const OptionReader& options, const ConfigNode& vary)
   return axes;
 }
 
+// What the values are called in the names of directories: 1 and -1 must not share one.
+std::vector<std::string> value_names(const std::vector<std::string>& shown) {
+  std::vector<std::string> names;
+  for (const std::string& value : shown) {
+    const std::string plain = file_name_of(value);
+    std::string name = plain;
+    for (int n = 2; std::find(names.begin(), names.end(), name) != names.end(); ++n) name = fmt::format("{}-{}", plain, n);
+    names.push_back(std::move(name));
+  }
+  return names;
+}
+
 std::vector<Variant> grid_of(const std::vector<Axis>& axes, const std::string& base, const std::vector<std::string>& fixed) {
   std::vector<Variant> variants{{"", {}, base, fixed}};
   for (const Axis& axis : axes) {
+    std::vector<std::string> shown = axis.values;
+    if (axis.key == "base") {  // by its short name, where that is its own
+      for (std::string& value : shown) value = fs::path(value).stem().string();
+      if (std::set<std::string>(shown.begin(), shown.end()).size() < shown.size()) shown = axis.values;
+    }
+    const std::vector<std::string> names = value_names(shown);
     std::vector<Variant> longer;
     for (const Variant& v : variants) {
-      for (const std::string& value : axis.values) {
+      for (size_t i = 0; i < shown.size(); ++i) {
+        const std::string& value = axis.values[i];
         Variant next = v;
-        const std::string shown = axis.key == "base" ? fs::path(value).stem().string() : value;
-        next.name += (next.name.empty() ? "" : ",") + axis.label + "=" + file_name_of(shown);
-        next.settings.emplace_back(axis.key, shown);
+        next.name += (next.name.empty() ? "" : ",") + axis.label + "=" + names[i];
+        next.settings.emplace_back(axis.key, shown[i]);
         if (axis.key == "base")
           next.base = value;
         else

@@ -1,8 +1,10 @@
 // krait ablate as a user runs it: a grid, a variant that fails, a rerun, an interrupt.
 #include <csignal>
+#include <set>
 #include <thread>
 
 #include "tests/train/workplace.h"
+#include "train/ablation.h"
 
 using namespace krait;
 using namespace krait::testing;
@@ -99,6 +101,7 @@ TEST_CASE("a wrong ablation file is refused before anything runs") {
   };
   const std::vector<Case> cases{{"optimizer.weigth_decay: [0, 1]", "", "did you mean weight_decay?"},
                                 {"seed: 1", "", "expected a list of values to try"},
+                                {"seed: [1, 2, 1]", "", "vary.seed[2]: 1 is there twice"},
                                 {"seed: [1]", "metrc: nll\n", "did you mean metric?"},
                                 {"seed: [1]", "claim: {text: t, key: optimizer.lr, better: 1, than: 2}\n", "optimizer.lr is not varied"},
                                 {"optimizer.lr: [1e-3, 1e-2]", "claim: {text: t, key: optimizer.lr, better: 1e-3, than: 5}\n",
@@ -110,4 +113,21 @@ TEST_CASE("a wrong ablation file is refused before anything runs") {
     CHECK(contains(out.err, c.message));
     CHECK_FALSE(fs::exists(w.tmp / "never"));
   }
+}
+
+TEST_CASE("every variant has a directory of its own, whatever its values") {
+  const Workplace w;
+  fs::create_directories(w.tmp / "other");
+  fs::copy_file(w.config, w.tmp / "other/tiny.yaml");
+  const std::string file = ablation_of(w, "parallelism.data: [-1, 1], base: [tiny.yaml, other/tiny.yaml]");
+  const train::Ablation ablation = train::load_ablation(file);
+  std::set<std::string> names, groups;
+  for (const train::Variant& v : ablation.variants) {
+    INFO(v.name);
+    CHECK_FALSE(contains(v.name, "/"));
+    names.insert(v.name);
+    groups.insert(v.group());
+  }
+  CHECK(names.size() == 4);
+  CHECK(groups.size() == 4);
 }
