@@ -19,18 +19,37 @@ D convert(S value) {
     return static_cast<D>(value);
 }
 
-// The last dimension is the inner loop; the leading ones are walked by index.
+// n values, ds and ss elements apart. One small function for each pair of dtypes: a hundred walks over all dimensions would
+// take minutes to compile under the sanitizers.
 template <class D, class S>
-void copy_rows(Tensor& dst, const Tensor& src) {
+void copy_row(void* to, const void* from, int64_t n, int64_t ds, int64_t ss) {
+  D* d = static_cast<D*>(to);
+  const S* s = static_cast<const S*>(from);
+  if (ds == 1 && ss == 1) {
+    if constexpr (std::is_same_v<D, S>) {
+      std::memcpy(d, s, static_cast<size_t>(n) * sizeof(D));
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) d[i] = convert<D>(s[i]);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) d[i * ds] = convert<D>(s[i * ss]);
+  }
+}
+using CopyRow = void (*)(void*, const void*, int64_t, int64_t, int64_t);
+
+// The last dimension is a row; the leading ones are walked by index.
+void copy_rows(Tensor& dst, const Tensor& src, CopyRow copy) {
   const int64_t n = dst.ndim();
   const int64_t inner = n == 0 ? 1 : dst.size(-1);
   const int64_t ds = n == 0 ? 1 : dst.stride(-1), ss = n == 0 ? 1 : src.stride(-1);
   const int64_t rows = dst.numel() / inner;
-  D* const d0 = dst.data<D>();
-  const S* const s0 = src.data<S>();
-  struct Dim { int64_t size, d, s; };
+  char* const d0 = static_cast<char*>(dst.raw_data());
+  const char* const s0 = static_cast<const char*>(src.raw_data());
+  struct Dim { int64_t size, d, s; };  // strides in bytes
   std::vector<Dim> outer;
-  for (int64_t i = 0; i < n - 1; ++i) outer.push_back({dst.size(i), dst.stride(i), src.stride(i)});
+  for (int64_t i = 0; i < n - 1; ++i)
+    outer.push_back({dst.size(i), dst.stride(i) * size_of(dst.dtype()), src.stride(i) * size_of(src.dtype())});
   parallel_for(0, rows, std::max<int64_t>(1, 8192 / inner), [&](int64_t first, int64_t last) {
     std::vector<int64_t> at(outer.size());
     int64_t rest = first, doff = 0, soff = 0;
@@ -49,20 +68,7 @@ void copy_rows(Tensor& dst, const Tensor& src) {
         at[i] = 0;
       }
     };
-    for (int64_t r = first; r < last; ++r, next_row()) {
-      D* d = d0 + doff;
-      const S* s = s0 + soff;
-      if (ds == 1 && ss == 1) {
-        if constexpr (std::is_same_v<D, S>) {
-          std::memcpy(d, s, static_cast<size_t>(inner) * sizeof(D));
-        } else {
-#pragma omp simd
-          for (int64_t i = 0; i < inner; ++i) d[i] = convert<D>(s[i]);
-        }
-      } else {
-        for (int64_t i = 0; i < inner; ++i) d[i * ds] = convert<D>(s[i * ss]);
-      }
-    }
+    for (int64_t r = first; r < last; ++r, next_row()) copy(d0 + doff, s0 + soff, inner, ds, ss);
   });
 }
 
@@ -82,7 +88,7 @@ void strided_copy(Tensor& dst, const Tensor& src) {
     d = inner >= 64 ? rows_of(d, inner) : flat(d);
     s = inner >= 64 ? rows_of(s, inner) : flat(s);
   }
-  visit_all(d.dtype(), [&]<class D>() { visit_all(s.dtype(), [&]<class S>() { copy_rows<D, S>(d, s); }); });
+  visit_all(d.dtype(), [&]<class D>() { visit_all(s.dtype(), [&]<class S>() { copy_rows(d, s, copy_row<D, S>); }); });
 }
 
 void fill(Tensor& dst, double value) {
@@ -94,7 +100,7 @@ void fill(Tensor& dst, double value) {
       return;
     }
     const Tensor one = full({}, value, dst.dtype(), kCpu).expand(dst.shape());
-    copy_rows<T, T>(dst, one);
+    copy_rows(dst, one, copy_row<T, T>);
   });
 }
 
