@@ -146,7 +146,8 @@ OutputFile::OutputFile(const std::string& path, bool overwrite) : path_(path), o
   std::error_code error;
   fs::create_directories(directory(), error);
   KRAIT_CHECK(!error, "{}: cannot create the directory: {}", directory().string(), error.message());
-  temporary_ = fmt::format("{}.partial-{}", path, ::getpid());
+  // Hidden: the output may lie in a directory of inputs, and would be read while it grows.
+  temporary_ = (directory() / fmt::format(".{}.partial-{}", fs::path(path).filename().string(), ::getpid())).string();
   const Descriptor probe(::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
   KRAIT_CHECK(probe.fd >= 0, "{}: cannot be created: {}", temporary_, std::strerror(errno));
 }

@@ -223,6 +223,9 @@ TEST_CASE("files of a directory, and parts between separator lines, are document
   CHECK(documents_of(*store, "train").size() == 3);
   CHECK(store->eos_id() == -1);
   CHECK(store->vocab_size() == 256);
+  o.output = dir / "texts/c.h5";  // among the inputs, which it is no part of
+  prepare(o);
+  CHECK(documents_of(*TokenStore::open(o.output), "train").size() == 3);
 }
 
 TEST_CASE("separators are found wherever blocks are cut") {
