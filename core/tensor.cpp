@@ -227,8 +227,12 @@ template std::vector<int64_t> Tensor::to_vector<int64_t>() const;
 template std::vector<uint8_t> Tensor::to_vector<uint8_t>() const;
 
 Tensor empty(const Shape& shape, DType dtype, Device device) {
-  for (const int64_t d : shape) KRAIT_CHECK(d >= 0, "a tensor of shape {} has a negative size", shape);
-  auto storage = std::make_shared<Storage>(shape.numel() * size_of(dtype), device);
+  int64_t bytes = size_of(dtype);
+  for (const int64_t d : shape) {
+    KRAIT_CHECK(d >= 0, "a tensor of shape {} has a negative size", shape);
+    KRAIT_CHECK(!__builtin_mul_overflow(bytes, d, &bytes), "a tensor of shape {} is larger than any memory", shape);
+  }
+  auto storage = std::make_shared<Storage>(bytes, device);
   return {std::move(storage), shape, contiguous_strides(shape), 0, dtype};
 }
 

@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "layers/near_divisors.h"
+#include "layers/option_sizes.h"
 
 namespace krait::layers {
 
@@ -10,14 +11,14 @@ AttentionConfig read_attention_config(ConfigNode& section, int64_t d_model, doub
   AttentionConfig c;
   c.dropout = dropout;
   OptionReader options(section);
-  options.read("n_heads", c.n_heads, at_least(0));
-  options.read("n_kv_heads", c.n_kv_heads, at_least(0));
+  options.read("n_heads", c.n_heads, size_from(0));
+  options.read("n_kv_heads", c.n_kv_heads, size_from(0));
   options.read("alibi", c.alibi);
   if (!options.given("rope")) c.rope = !c.alibi;
   options.read("rope", c.rope);
   options.read("rope_base", c.rope_base, above(0));
   options.choice("rope_style", c.rope_style, {"half", "interleaved"});
-  options.read("rotary_dim", c.rotary_dim, at_least(0));
+  options.read("rotary_dim", c.rotary_dim, size_from(0));
   options.read("window", c.window, at_least(0));
   options.read("bias", c.bias);
   options.read("qk_norm", c.qk_norm);

@@ -2,15 +2,17 @@
 
 #include <cmath>
 
+#include "layers/option_sizes.h"
+
 namespace krait::layers {
 
 GatedCnnConfig read_gated_cnn_config(ConfigNode& section, int64_t d_model) {
   GatedCnnConfig c;
   OptionReader options(section);
-  options.read("expand", c.expand, at_least(0));
-  options.read("hidden", c.hidden, at_least(0));
-  options.read("conv_ratio", c.conv_ratio, above(0));
-  options.read("d_conv", c.d_conv, at_least(1));
+  options.read("expand", c.expand, between(0, 1 << 16));
+  options.read("hidden", c.hidden, size_from(0));
+  options.read("conv_ratio", c.conv_ratio, factor());
+  options.read("d_conv", c.d_conv, size_from(1));
   if (c.expand != 0 && c.hidden != 0 && options.given("expand")) {
     options.fail("hidden", fmt::format("{} and expand {} both set the inner width", c.hidden, c.expand), "leaving one out");
   }

@@ -1,17 +1,18 @@
 #include "layers/linear_attention_config.h"
 
 #include "layers/near_divisors.h"
+#include "layers/option_sizes.h"
 
 namespace krait::layers {
 
 LinearAttentionConfig read_linear_attention_config(ConfigNode& section, int64_t d_model) {
   LinearAttentionConfig c;
   OptionReader options(section);
-  options.read("n_heads", c.n_heads, at_least(0));
+  options.read("n_heads", c.n_heads, size_from(0));
   options.choice("feature", c.feature, {"elu1", "identity"});
   options.read("gate", c.gate);
   options.read("eps", c.eps, at_least(0));
-  options.read("chunk_size", c.chunk_size, at_least(1));
+  options.read("chunk_size", c.chunk_size, size_from(1));
   options.read("bias", c.bias);
   if (c.n_heads == 0) {
     if (d_model % 64 != 0) {

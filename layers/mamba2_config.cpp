@@ -1,18 +1,19 @@
 #include "layers/mamba2_config.h"
 
 #include "layers/near_divisors.h"
+#include "layers/option_sizes.h"
 
 namespace krait::layers {
 
 Mamba2Config read_mamba2_config(ConfigNode& section, int64_t d_model) {
   Mamba2Config c;
   OptionReader options(section);
-  options.read("d_state", c.d_state, at_least(1));
-  options.read("head_dim", c.head_dim, at_least(1));
-  options.read("expand", c.expand, at_least(1));
-  options.read("n_groups", c.n_groups, at_least(1));
-  options.read("d_conv", c.d_conv, at_least(1));
-  options.read("chunk_size", c.chunk_size, at_least(1));
+  options.read("d_state", c.d_state, size_from(1));
+  options.read("head_dim", c.head_dim, size_from(1));
+  options.read("expand", c.expand, size_from(1));
+  options.read("n_groups", c.n_groups, size_from(1));
+  options.read("d_conv", c.d_conv, size_from(1));
+  options.read("chunk_size", c.chunk_size, size_from(1));
   options.read("dt_min", c.dt_min, above(0));
   options.read("dt_max", c.dt_max, above(0));
   options.read("dt_limit", c.dt_limit, at_least(0));

@@ -1,16 +1,18 @@
 #include "layers/mamba_config.h"
 
+#include "layers/option_sizes.h"
+
 namespace krait::layers {
 
 MambaConfig read_mamba_config(ConfigNode& section, int64_t d_model) {
   MambaConfig c;
   OptionReader options(section);
-  options.read("d_state", c.d_state, at_least(1));
-  options.read("expand", c.expand, at_least(1));
-  options.read("d_conv", c.d_conv, at_least(1));
+  options.read("d_state", c.d_state, size_from(1));
+  options.read("expand", c.expand, size_from(1));
+  options.read("d_conv", c.d_conv, size_from(1));
   const ConfigNode* rank = section.find("dt_rank");
   if (rank && rank->is_scalar() && rank->text() == "auto") options.resolve("dt_rank", int64_t{0});
-  options.read("dt_rank", c.dt_rank, at_least(0));
+  options.read("dt_rank", c.dt_rank, size_from(0));
   options.read("dt_min", c.dt_min, above(0));
   options.read("dt_max", c.dt_max, above(0));
   options.read("dt_init_floor", c.dt_init_floor, at_least(0));

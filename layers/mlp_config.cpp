@@ -3,14 +3,16 @@
 #include <algorithm>
 #include <cmath>
 
+#include "layers/option_sizes.h"
+
 namespace krait::layers {
 
 MlpConfig read_mlp_config(ConfigNode& section, int64_t d_model) {
   MlpConfig c;
   OptionReader options(section);
   options.choice("type", c.type, {"none", "gelu", "gelu_tanh", "relu2", "silu", "swiglu", "gelu_gated", "kan", "moe"});
-  options.read("ratio", c.ratio, at_least(0));
-  options.read("hidden", c.hidden, at_least(0));
+  options.read("ratio", c.ratio, between(0, 1 << 16));
+  options.read("hidden", c.hidden, size_from(0));
   options.read("bias", c.bias);
   if (c.type == "kan") {
     if (c.bias) options.fail("bias", "KAN layers have no bias", "bias: false");

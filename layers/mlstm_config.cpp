@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "layers/option_sizes.h"
+
 namespace krait::layers {
 
 namespace {
@@ -19,11 +21,11 @@ std::string near_divisor(int64_t n, int64_t wanted) {
 MlstmConfig read_mlstm_config(ConfigNode& section, int64_t d_model) {
   MlstmConfig c;
   OptionReader options(section);
-  options.read("n_heads", c.n_heads, at_least(1));
-  options.read("proj_factor", c.proj_factor, above(0));
-  options.read("inner", c.inner, at_least(0));
+  options.read("n_heads", c.n_heads, size_from(1));
+  options.read("proj_factor", c.proj_factor, factor());
+  options.read("inner", c.inner, size_from(0));
   options.read("conv", c.conv, between(1, 64));
-  options.read("qkv_block_size", c.qkv_block_size, at_least(1));
+  options.read("qkv_block_size", c.qkv_block_size, size_from(1));
   options.read("chunk_size", c.chunk_size, between(1, 1024));
   options.read("denominator_gradient", c.denominator_gradient);
   options.read("eps", c.eps, at_least(0));
@@ -45,8 +47,8 @@ MlstmConfig read_mlstm_config(ConfigNode& section, int64_t d_model) {
 MlstmLargeConfig read_mlstm_large_config(ConfigNode& section, int64_t d_model) {
   MlstmLargeConfig c;
   OptionReader options(section);
-  options.read("n_heads", c.n_heads, at_least(1));
-  options.read("qk_factor", c.qk_factor, above(0));
+  options.read("n_heads", c.n_heads, size_from(1));
+  options.read("qk_factor", c.qk_factor, factor());
   options.read("gate_cap", c.gate_cap, above(0));
   options.read("input_gate_bias", c.input_gate_bias);
   options.read("chunk_size", c.chunk_size, between(1, 1024));

@@ -81,7 +81,7 @@ void read_kan_network(OptionReader& options, ModelConfig& c) {
                  "type: regressor, or mlp: {type: kan} with a layer that mixes along the sequence");
   kan_kind().read_options(options.section("kan"), c);
   c.d_model = c.n_layers = 0;
-  options.read("n_classes", c.n_classes, at_least(0));
+  options.read("n_classes", c.n_classes, between(0, 0x7FFFFFFF));
 }
 
 }  // namespace
@@ -122,7 +122,7 @@ ModelConfig read_model_config(ConfigNode& section) {
   options.read("norm_eps", c.norm_eps, above(0));
   options.choice("norm_position", c.norm_position, {"pre", "post"});
   options.choice("position", c.position, {"none", "learned"});
-  options.read("max_positions", c.max_positions, at_least(0));
+  options.read("max_positions", c.max_positions, between(0, 0x7FFFFFFF));
   options.read("tie_embeddings", c.tie_embeddings);
   if (!options.given("embedding_dropout")) c.embedding_dropout = c.dropout;
   options.read("embedding_dropout", c.embedding_dropout, below_one());
@@ -131,7 +131,7 @@ ModelConfig read_model_config(ConfigNode& section) {
   options.read("init_std", c.init_std, above(0));
   options.read("logit_cap", c.logit_cap, at_least(0));
   options.choice("head", c.head, {"last", "pooled"});
-  options.read("n_classes", c.n_classes, at_least(0));
+  options.read("n_classes", c.n_classes, between(0, 0x7FFFFFFF));
   options.finish();
   if (c.type != "language_model" && c.logit_cap > 0)
     options.fail("logit_cap", fmt::format("found {}, but only a language model caps its logits, and type is {}",

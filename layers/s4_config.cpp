@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "layers/option_sizes.h"
+
 namespace krait::layers {
 
 bool S4Config::frozen(const std::string& what) const {
@@ -30,7 +32,7 @@ S4Config read_s4_config(ConfigNode& section, const std::string& kind, int64_t d_
   options.read("dt_max", c.dt_max, above(0));
   options.read("init_gain", c.init_gain, above(0));
   options.read("b_clip", c.b_clip, at_least(0));
-  options.read("n_ssm", c.n_ssm, at_least(0));
+  options.read("n_ssm", c.n_ssm, size_from(0));
   options.read("copies", c.copies, between(1, 64));
   options.read("bidirectional", c.bidirectional);
   options.read("tie_reverse", c.tie_reverse);

@@ -2,17 +2,19 @@
 
 #include <cmath>
 
+#include "layers/option_sizes.h"
+
 namespace krait::layers {
 
 SlstmConfig read_slstm_config(ConfigNode& section, int64_t d_model) {
   SlstmConfig c;
   OptionReader options(section);
-  options.read("n_heads", c.n_heads, at_least(1));
+  options.read("n_heads", c.n_heads, size_from(1));
   options.read("conv", c.conv, between(0, 64));
   options.choice("recurrent_init", c.recurrent_init, {"zeros", "standard"});
   options.choice("forget_gate", c.forget_gate, {"sigmoid", "exp"});
-  options.read("ratio", c.ratio, at_least(0));
-  options.read("hidden", c.hidden, at_least(0));
+  options.read("ratio", c.ratio, between(0, 1 << 16));
+  options.read("hidden", c.hidden, size_from(0));
   if (d_model % c.n_heads != 0) {
     int64_t near = std::min(c.n_heads, d_model);
     while (d_model % near != 0) --near;

@@ -12,7 +12,7 @@ void add_generate(CLI::App& app, Action& action) {
   CLI::App* sub = app.add_subcommand("generate", "Continue a text with a trained model");
   sub->add_option("RUN_DIR", command->run_dir, "Run directory")->required();
   sub->add_option("--prompt", command->prompt, "Text to continue");
-  sub->add_option("--max-tokens", command->max_tokens, "Tokens to generate")->capture_default_str()->check(positive());
+  sub->add_option("--max-tokens", command->max_tokens, "Tokens to generate")->capture_default_str()->check(from_to(1, 1 << 30));
   sub->add_option("--temperature", command->temperature, "0: always the likeliest token")->capture_default_str()
       ->check(not_negative());
   sub->add_option("--top-p", command->top_p, "Draw from the likeliest tokens of this total probability")->capture_default_str()

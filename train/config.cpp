@@ -155,9 +155,10 @@ void read_parallelism(ConfigNode& section, ParallelismConfig& c) {
   }
   c.default_zero = !c.automatic && !section.find("zero");
   OptionReader options(section);
-  options.read("data", c.data, at_least(-1));
-  options.read("tensor", c.tensor, at_least(1));
-  options.read("sequence", c.sequence, at_least(1));
+  constexpr double kMostRanks = 1 << 20;  // the product of three fits into 64 bits
+  options.read("data", c.data, between(-1, kMostRanks));
+  options.read("tensor", c.tensor, between(1, kMostRanks));
+  options.read("sequence", c.sequence, between(1, kMostRanks));
   options.read("zero", c.zero, between(0, 3));
   options.read("bucket_mb", c.bucket_mb, above(0));
   options.choice("reduce_dtype", c.reduce_dtype, {"float32", "bfloat16"});
@@ -317,7 +318,7 @@ std::string find_data_file(const Config& config) {
   for (const fs::path& place : places) {
     std::error_code error;
     if (fs::exists(place, error)) return place.string();
-    tried += (tried.empty() ? "" : ", ") + place.string();
+    tried += (tried.empty() ? "" : ", ") + place.string() + (error ? " (" + error.message() + ")" : "");
   }
   config.fail("data.path", fmt::format("no such file: {}", tried),
               config.data.type == "image_sequence"

@@ -45,7 +45,7 @@ void print_plan(Session& session, const std::vector<std::string>& description) {
   fmt::print("step: {} tokens = {} sequences of {} x {} micro-batches{}; {} steps, {} tokens in all\n",
              c.train.tokens_per_step, c.train.micro_batch_size, c.data.context, session.gradient_accumulation(),
              session.mesh.data->size() > 1 ? fmt::format(" x {} data ranks", session.mesh.data->size()) : std::string(),
-             c.total_steps(), human_count(static_cast<double>(c.total_steps() * c.train.tokens_per_step)));
+             c.total_steps(), human_count(static_cast<double>(c.total_steps()) * static_cast<double>(c.train.tokens_per_step)));
   const double peak = peak_flops(session.device, c.runtime.precision, c.runtime.tf32);
   fmt::print("model FLOPs: {:.4g} per trained token = 6 x matrix parameters + 3 x what mixes along the sequence "
              "(attention counted causal); MFU = tokens/s x FLOPs / {}\n",

@@ -174,6 +174,7 @@ TEST_CASE("tensor refusals say what was found") {
   CHECK(contains(error_of([&] { x.view({-1, -1}); }), "more than one -1"));
   CHECK(contains(error_of([&] { x.item(); }), "item() needs one value, found (2, 3)"));
   CHECK(contains(error_of([&] { empty({2, -3}, DType::f32, kCpu); }), "negative size"));
+  CHECK(contains(error_of([&] { empty({1 << 30, 1 << 30, 8}, DType::f32, kCpu); }), "larger than any memory"));
   CHECK(contains(error_of([&] { from_vector<float>({1, 2}, {3}); }), "2 values do not fill (3,)"));
   CHECK(contains(error_of([&] { Tensor d = x; copy_(d, count({3, 2})); }), "shapes differ: (2, 3) from (3, 2)"));
   CHECK(contains(error_of([] { broadcast_shapes({2, 3}, {4}); }), "(2, 3) and (4,) do not broadcast: 3 against 4"));

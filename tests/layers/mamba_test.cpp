@@ -184,7 +184,8 @@ TEST_CASE("mamba's options say what is wrong") {
   const auto set = [](const std::string& name, const std::string& text) {
     return [=](ConfigNode& s) { s.set(name, ConfigNode::scalar(text)); };
   };
-  check_config_error(set("d_state", "0"), "expected an integer >= 1");
+  check_config_error(set("d_state", "0"), "expected an integer in [1, 1048576]");
+  check_config_error(set("expand", "576460752303423488"), "expected an integer in [1, 1048576]");
   check_config_error(set("d_sate", "8"), "did you mean d_state?");
   check_config_error(set("dt_max", "1e-5"), "1e-05 is below dt_min, 0.001");
   check_config_error(set("dt_rank", "25"), "25 is more than the inner width 24 (d_model 12 x expand 2)");
