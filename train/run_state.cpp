@@ -26,7 +26,7 @@ RunState run_state_from_json(const std::string& json, const std::string& where) 
     s.step = j.at("step");
     s.tokens = j.at("tokens");
     s.time_s = j.at("time_s");
-    if (j.contains("best")) {
+    if (j.contains("best") && j.at("best").at("nll").is_number()) {  // null: a diverged run's, of earlier versions
       const auto& b = j.at("best");
       EvalMetrics m;
       m.step = b.at("step");
@@ -192,7 +192,22 @@ void load_model(Session& session, const CheckpointReader& reader) {
   session.parameters->refresh_compute();
 }
 
+namespace {
+
+// Other ids for the same text would train on without a word. The checkpoint's tokenizer is the only one that its embedding fits.
+void check_tokenizer(const Session& session, const CheckpointReader& reader) {
+  if (!session.data.tokenizer || !reader.has(kTokenizer)) return;
+  const data::TokenizerPtr before = load_checkpoint_tokenizer(reader), now = session.data.tokenizer;
+  KRAIT_CHECK(before->serialize() == now->serialize(),
+              "{}: was trained with another tokenizer ({}, {} ids) than that of {} ({}, {} ids)\n"
+              "       try data prepared with --tokenizer-from the run's first data, or a new --run-dir",
+              reader.path(), before->name(), before->vocab_size(), session.data.store->path(), now->name(), now->vocab_size());
+}
+
+}  // namespace
+
 void load_run(Session& session, TrainStep& step, const CheckpointReader& reader) {
+  check_tokenizer(session, reader);
   std::vector<NamedTensor> targets = counters(step);
   const std::vector<PartPiece> pieces = part_pieces(session, step.shards(), false);
   const std::vector<Flat> flats = flat_buffers(step);

@@ -1,5 +1,7 @@
 #include "train/trainer.h"
 
+#include <cmath>
+
 #include "core/allocator.h"
 #include "core/parallel.h"
 #include "train/agreement.h"
@@ -172,7 +174,7 @@ bool Trainer::evaluate_now() {
     else scalars.emplace_back("eval/" + m.split + "_ppl", m.ppl());
     tensorboard_->write(m.step, scalars);
   }
-  const bool best = !state_.best || is_better(m, *state_.best);
+  const bool best = std::isfinite(m.nll) && (!state_.best || is_better(m, *state_.best));
   if (best) state_.best = m;
   return best;
 }

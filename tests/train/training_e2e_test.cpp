@@ -132,6 +132,7 @@ TEST_CASE("bad input: one clear error, a non-zero exit, nothing written") {
       {"data.state=carry", "layer attention has no state of constant size to carry"},
       {"data.state=carry model.layers=[s4]", "s4 trains with a carried state in its diagonal form alone"},
       {"model.type=classifier model.n_classes=3", "data.type tokens needs a language_model"},
+      {"parallelism.tensor=2147483648 parallelism.sequence=8589934592", "found 2147483648, expected an integer in [1, 1048576]"},
       {"parallelism.tensor=2", "tensor 2 x sequence 1 = 2 ranks do not divide the job's: this process runs alone"},
       {"model.vocab_size=3", "3 is less than the"}};
   for (const Case& c : cases) {
@@ -181,6 +182,35 @@ TEST_CASE("where every checkpoint is damaged, --resume refuses instead of starti
   CHECK(contains(out.err, run + "/checkpoints: every checkpoint is damaged\n       try to restore one; or remove them all"));
   CHECK(train::read_file(run + "/metrics.jsonl") == before);
   CHECK(contains(krait_command("eval " + run).err, "every checkpoint is damaged; restore one"));
+}
+
+TEST_CASE("a run that diverged can be resumed, and what is not a number is never the best") {
+  const Workplace w;
+  const std::string options = "optimizer.lr=1e30 optimizer.grad_clip=0 lr_scheduler.warmup_steps=0 eval.interval=1 logging.interval=10 ";
+  const Outcome first = w.train("run", options + "train.steps=3");
+  INFO(first.out << first.err);
+  REQUIRE(first.status == 0);
+  CHECK(json::parse(train::read_file(w.tmp / "run/summary.json"))["final_eval"]["nll"].is_null());
+  CHECK_FALSE(fs::exists(fs::symlink_status(w.tmp / "run/checkpoints/best")));
+  const Outcome more = w.train("run", options + "train.steps=4 --resume");
+  INFO(more.out << more.err);
+  CHECK(more.status == 0);
+  CHECK(contains(more.out, "resumed after step 3"));
+}
+
+TEST_CASE("a run does not go on with the ids of another tokenizer") {
+  const Workplace w;
+  REQUIRE(w.train("run", "train.steps=5").status == 0);
+  std::string text = sample_text(400);
+  for (char& c : text) c = c == 'y' ? 'z' : c;  // as many characters, other ones
+  write_text(w.tmp / "other.txt", text);
+  REQUIRE(krait_command(fmt::format("data prepare {} -o {} --tokenizer char -q", w.tmp / "other.txt", w.tmp / "other.h5")).status == 0);
+  const Outcome out = w.train("run", "train.steps=6 --resume data.path=" + (w.tmp / "other.h5"));
+  INFO(out.err);
+  CHECK(out.status == 1);
+  CHECK(contains(out.err, "step-00000005: was trained with another tokenizer (char, "));
+  CHECK(contains(out.err, "try data prepared with --tokenizer-from"));
+  CHECK(w.train("run", "train.steps=6 --resume").status == 0);
 }
 
 TEST_CASE("a full disk ends the run with one error; the checkpoints before it stay whole") {
