@@ -1,3 +1,4 @@
+#include <csignal>
 #include <memory>
 
 #include "core/comm/job.h"
@@ -14,7 +15,11 @@ void add_train(CLI::App& app, Action& action) {
   sub->add_option("--run-dir", command->run_dir, "Where the run is written [runs/<name>-<date>-<time>]");
   sub->add_flag("--resume", command->resume, "Continue the run in --run-dir from its latest whole checkpoint");
   sub->callback([command, &action] {
-    action = [command] { return comm::finish(run_train(*command)); };
+    action = [command] {
+      // Who reads the output may end first, as `tee` does at Ctrl-C: the run goes on to its checkpoint all the same.
+      std::signal(SIGPIPE, SIG_IGN);
+      return comm::finish(run_train(*command));
+    };
   });
 }
 

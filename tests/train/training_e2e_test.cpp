@@ -115,6 +115,15 @@ TEST_CASE("SIGTERM leaves a checkpoint and an orderly end") {
   CHECK(fs::exists(fmt::format("{}/checkpoints/step-{:08d}/manifest.json", run, steps)));
 }
 
+TEST_CASE("a run outlives the reader of its output") {
+  const Workplace w;
+  const int status = std::system(fmt::format("('{}' train {} --run-dir {}; echo $? > {}) 2>&1 | head -n 1 > {}", krait_program(), w.config,
+                                             w.tmp / "run", w.tmp / "status", w.tmp / "log").c_str());
+  REQUIRE(WIFEXITED(status));
+  CHECK(train::read_file(w.tmp / "status") == "0\n");
+  CHECK(json::parse(train::read_file(w.tmp / "run/summary.json"))["status"] == "finished");
+}
+
 TEST_CASE("bad input: one clear error, a non-zero exit, nothing written") {
   const Workplace w;
   struct Case {
