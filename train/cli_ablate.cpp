@@ -1,3 +1,4 @@
+#include <csignal>
 #include <memory>
 
 #include "train/cli.h"
@@ -16,6 +17,7 @@ void add_ablate(CLI::App& app, Action& action) {
   sub->callback([command, &action] {
     action = [command] {
       require_single_rank(detect_launch());
+      std::signal(SIGPIPE, SIG_IGN);  // else its runs would go on without it when `tee` ends first
       return run_ablate(*command);
     };
   });
