@@ -57,6 +57,8 @@ int eval_task(LoadedRun& run, const EvalCommand& command) {
   KRAIT_CHECK(command.data.empty() && command.context == 0 && command.stride == 0,
               "--data, --context and --stride are for text; this run learned the task {}", c.data.type);
   const std::string split = command.split.empty() ? c.eval.split : command.split;
+  KRAIT_CHECK(split == "valid" || split == "test", "split {}: examples of a task are held out in valid and test; choose one of them",
+              split);
   const EvalResult r = evaluate_task(
       run.session, c.data.task->split(split, c.eval.micro_batch_size, static_cast<uint64_t>(c.seed), run.session.data.directory));
   if (command.json) {

@@ -75,4 +75,12 @@ TEST_CASE("what a task does not fit is refused with a way out") {
   CHECK(contains(error("type: adding, documents: pack", model), "documents: unknown key"));
   CHECK(contains(error("type: image_sequence, dataset: mnist, path: nowhere", model), "no such file"));
   CHECK(contains(error("type: listops", model + ", position: learned"), "a classifier has no position embedding"));
+  CHECK(contains(error("type: listops, split: valid", model), "data.split: found valid, but data.type listops trains on its split train"));
+  write_text(tmp / "split.yaml", config_of("type: formal_language, task: parity, context: 8, valid_examples: 8", "type: classifier, layers: [lstm]",
+                                           "train: {steps: 2}"));
+  const Outcome endless = krait_command(fmt::format("train {} --run-dir {} eval.split=train lr_scheduler.warmup_steps=1", tmp / "split.yaml", tmp / "run"));
+  CHECK(endless.status == 2);
+  CHECK(contains(endless.err, "eval.split: found train, expected valid or test"));
+  REQUIRE(krait_command(fmt::format("train {} --run-dir {} lr_scheduler.warmup_steps=1", tmp / "split.yaml", tmp / "run")).status == 0);
+  CHECK(contains(krait_command(fmt::format("eval {} --split train", tmp / "run")).err, "split train: examples of a task are held out in"));
 }
