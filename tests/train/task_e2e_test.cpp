@@ -76,7 +76,7 @@ TEST_CASE("what a task does not fit is refused with a way out") {
   CHECK(contains(error("type: image_sequence, dataset: mnist, path: nowhere", model), "no such file"));
   CHECK(contains(error("type: listops", model + ", position: learned"), "a classifier has no position embedding"));
   CHECK(contains(error("type: listops, split: valid", model), "data.split: found valid, but data.type listops trains on its split train"));
-  write_text(tmp / "split.yaml", config_of("type: formal_language, task: parity, context: 8, valid_examples: 8", "type: classifier, layers: [lstm]",
+  write_text(tmp / "split.yaml", config_of("type: formal_language, language: parity, valid_examples: 8", "type: classifier, layers: [lstm]",
                                            "train: {steps: 2}"));
   const Outcome endless = krait_command(fmt::format("train {} --run-dir {} eval.split=train lr_scheduler.warmup_steps=1", tmp / "split.yaml", tmp / "run"));
   CHECK(endless.status == 2);
