@@ -14,6 +14,8 @@ struct ListOpsOptions {
 // Ids: 0 padding, 1..10 the digits, 11..14 operators, 15 the closing bracket, 16 the end.
 enum : int32_t { kDigit0 = 1, kMin = 11, kMax, kMed, kSum, kClose, kEnd, kVocabulary };
 
+constexpr int64_t kAttempts = 1'000'000;  // with usual options a hundred would do
+
 /// ListOps (Nangia & Bowman 2018, with the sizes of the Long Range Arena): a nested list of MIN, MAX, MED (median; of
 /// an even count the mean of the middle two, truncated) and SM (sum modulo 10) over digits; the class is its value.
 /// Trees are drawn until one has min_length < length < max_length; the end token follows.
@@ -24,8 +26,10 @@ class ListOps final : public Generator {
 
   void generate(Split, RandomStream& random, ExampleRow& row) const override {
     std::vector<int32_t> tokens;
-    int64_t value = -1;
+    int64_t value = -1, attempts = 0;
     do {
+      KRAIT_CHECK(++attempts <= kAttempts, "listops: no tree of {} to {} tokens was found in {} attempts; lower min_length or max_args, or raise max_length",
+                  o_.min_length + 1, o_.max_length - 1, kAttempts);
       tokens.clear();
       value = tree(1, random, tokens);
     } while (value < 0 || static_cast<int64_t>(tokens.size()) <= o_.min_length);

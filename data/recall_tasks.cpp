@@ -145,7 +145,7 @@ TaskPtr make_mqar(OptionReader& options) {
   ExampleCounts counts;
   options.read("context", o.context, between(4, kMaxContext));
   options.read("vocab", o.vocab, between(4, 1 << 20));
-  options.read("n_pairs", o.n_pairs, at_least(1));
+  options.read("n_pairs", o.n_pairs, between(1, kMaxContext));
   options.read("power", o.power, between(0, 100));
   options.read("random_fill", o.random_fill);
   read_counts(options, counts);
