@@ -51,6 +51,14 @@ TrainData open_tokens(const Session& session) {
                 : data::random_crops(train, {c.data.context, c.train.micro_batch_size, seed, documents});
   if (session.data.store->has_split(c.eval.split) || c.eval.interval > 0)
     d.eval_tokens = split_of(session, "eval.split", c.eval.split);
+  if (d.eval_tokens && c.data.state != "carry" && d.eval_tokens->size() <= c.eval.context) {
+    if (c.eval.interval > 0)  // now, and not when the first evaluation is due
+      c.fail("eval.context", fmt::format("{} tokens need {} in a row, but {} has {}", c.eval.context, c.eval.context + 1,
+                                         d.eval_tokens->where(), d.eval_tokens->size()),
+             fmt::format("eval.context={}, or a larger share held out (krait data prepare --valid)",
+                         std::max<int64_t>(d.eval_tokens->size() - 1, 1)));
+    d.eval_tokens.reset();
+  }
   return d;
 }
 

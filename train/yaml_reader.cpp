@@ -9,6 +9,7 @@
 #include <map>
 #include <sstream>
 
+#include "data/utf8.h"
 #include "train/yaml.h"
 
 namespace krait::train {
@@ -132,6 +133,10 @@ void set_marks(ConfigNode& node, const SourceMark& mark) {
 
 ConfigNode parse_yaml(const std::string& text, const std::string& source) {
   TreeBuilder builder(source);
+  // What names files and stands in JSON must be text. (UTF-16 is known by its first bytes, and YAML's own.)
+  const bool utf16 = text.starts_with("\xFF\xFE") || text.starts_with("\xFE\xFF");
+  if (const size_t bad = utf16 ? std::string::npos : data::utf8::find_invalid(text); bad != std::string::npos)
+    throw ConfigError(fmt::format("{}: byte {}: 0x{:02X} is not UTF-8", source, bad, static_cast<unsigned char>(text[bad])));
   try {
     std::istringstream stream(text);
     YAML::Parser parser(stream);

@@ -235,6 +235,7 @@ TEST_CASE("yaml: what is not one plain document is refused") {
   CHECK(contains(error_in("a: *nothing\n"), "not valid YAML: "));
   CHECK(error_in("a: !!int 5\n") == "exp.yaml:1:4: found tag tag:yaml.org,2002:int, expected a plain value");
   CHECK(error_in("[a, b]: 1\n") == "exp.yaml:1:1: a key must be a plain word");
+  CHECK(error_in("name: \"a\xC3(\"\n") == "exp.yaml: byte 8: 0xC3 is not UTF-8");
   CHECK(contains(error_in("- 1\n"), "found a list, expected a map"));
   CHECK(contains(error_of([] { read_yaml_file("/no/such.yaml"); }), "/no/such.yaml: cannot be read: No such file"));
   CHECK(error_of([] { read_yaml_file("/tmp"); }) == "/tmp: is a directory, expected a YAML file");

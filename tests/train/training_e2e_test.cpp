@@ -138,6 +138,7 @@ TEST_CASE("bad input: one clear error, a non-zero exit, nothing written") {
       {"data.path=nowhere.h5", "no such file"},
       {"data.context=100000 train.tokens_per_step=400000", "100000 tokens need 100001 in a row"},
       {"eval.split=holdout", "found holdout, but"},
+      {"eval.context=30000", "30000 tokens need 30001 in a row, but"},
       {"data.state=carry", "layer attention has no state of constant size to carry"},
       {"data.state=carry model.layers=[s4]", "s4 trains with a carried state in its diagonal form alone"},
       {"model.type=classifier model.n_classes=3", "data.type tokens needs a language_model"},
