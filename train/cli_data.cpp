@@ -37,7 +37,7 @@ void add_prepare(CLI::App& data, Action& action) {
   sub->add_option_function<double>("--valid", [o](const double& share) { o->valid = share; }, "Share held out [0.1]")
       ->check(from_to(0, 1));
   sub->add_option("--test", o->test, "Share held out for the final test")->check(from_to(0, 1))->capture_default_str();
-  sub->add_option("--seed", o->seed, "Which documents are held out")->capture_default_str();
+  sub->add_option("--seed", o->seed, "Which documents are held out")->check(from_to(0, 0x1p64))->capture_default_str();
   sub->add_option("--valid-file", o->valid_files, "Taken whole, instead of a share");
   sub->add_option("--test-file", o->test_files, "Taken whole, instead of a share");
   sub->add_flag("-q,--quiet", o->quiet, "No progress");

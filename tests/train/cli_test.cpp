@@ -58,6 +58,8 @@ TEST_CASE("krait: a bad command line exits with 2, one error, and the nearest na
     return out.err;
   };
   CHECK(contains(message("data prepare a.txt -o a.h5 --vocab-size -3"), "--vocab-size: found -3, expected a number > 0\n"));
+  for (const char* command : {"data prepare a.txt -o a.h5", "generate runs/x"})
+    CHECK(contains(message(fmt::format("{} --seed -1", command)), "--seed: found -1, expected a number from 0 to "));
   CHECK(contains(message("data prepare a.txt -o a.h5 --valid 1.5"), "--valid: found 1.5, expected a number from 0 to 1\n"));
   CHECK(contains(message("data prepare a.txt -o a.h5 --tokenizer bite"),
                  "--tokenizer: found bite, expected one of byte, char, sentencepiece; did you mean byte?\n"));
