@@ -196,7 +196,7 @@ TEST_CASE("where every checkpoint is damaged, --resume refuses instead of starti
 
 TEST_CASE("a run that diverged can be resumed, and what is not a number is never the best") {
   const Workplace w;
-  const std::string options = "optimizer.lr=1e30 optimizer.grad_clip=0 lr_scheduler.warmup_steps=0 eval.interval=1 logging.interval=10 ";
+  const std::string options = "optimizer.lr=1e39 optimizer.grad_clip=0 lr_scheduler.warmup_steps=0 eval.interval=1 logging.interval=10 ";
   const Outcome first = w.train("run", options + "train.steps=3");
   INFO(first.out << first.err);
   REQUIRE(first.status == 0);
