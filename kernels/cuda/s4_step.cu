@@ -154,7 +154,7 @@ void s4_step(bool& done, Tensor& y, Tensor& x, const Tensor& u, const S4System& 
       };
       const auto with = [&]<class Act>() {
         if (rows == 1) return run.template operator()<Act, 1>();
-        run.template operator()<Act, J * V <= 2 ? 4 : 2>();
+        run.template operator()<Act, 2>();  // 4 are slower
       };
       if (!f) return with.template operator()<Plain>();
       if (*f == Activation::silu) return with.template operator()<Silu>();
