@@ -24,13 +24,15 @@ namespace detail {
 [[gnu::always_inline]] inline float from_bits(uint32_t u) { return std::bit_cast<float>(u); }
 [[gnu::always_inline]] inline uint32_t to_bits(float x) { return std::bit_cast<uint32_t>(x); }
 
-/// x = n ln 2 + r with |r| <= ln 2 / 2, and expm1(r). Needs |x| < 2^21; NaN passes through r.
+/// x = n ln 2 + r with |r| <= ln 2 / 2: expm1(r) and 2^n as two factors, whose product with it overflows or becomes
+/// subnormal as it should. For |x| <= 110; beyond it, a value without meaning. NaN passes through expm1_r.
 struct ExpParts {
-  int32_t n;
-  float expm1_r;
+  float expm1_r, scale, more_scale;
 };
 [[gnu::always_inline]] inline ExpParts exp_parts(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 2^23: adding it rounds to an integer in the low bits
+  // 1.5 2^23: adding it rounds to an integer in the low bits. They hold n + 254, so that one half and the other are
+  // exponents with their bias; what else the halves hold leaves at the top.
+  constexpr float kRound = 12582912.0f + 254.0f;
   const float t = multiply_add(x, 1.44269504f, kRound);
   const float nf = t - kRound;
   float r = multiply_add(nf, -0x1.62e4p-1f, x);  // ln 2 in two parts; the first has few bits
@@ -42,29 +44,27 @@ struct ExpParts {
   q = multiply_add(q, r, 0x1.5554aep-5f);
   q = multiply_add(q, r, 0x1.555556p-3f);
   q = multiply_add(q, r, 0.5f);
-  return {static_cast<int32_t>(to_bits(t) - to_bits(kRound)), multiply_add(q * r, r, r)};
+  const uint32_t sum = to_bits(t), half = sum >> 1;
+  return {multiply_add(q * r, r, r), from_bits(half << 23), from_bits((sum - half) << 23)};
 }
-
-[[gnu::always_inline]] inline float power_of_two(int32_t n) { return from_bits(static_cast<uint32_t>(n + 127) << 23); }
 
 }  // namespace detail
 
+// The ends of the range are chosen from the result, not clamped in x: that takes fewer instructions, and none of them
+// lie on the way from x to the result.
 [[gnu::always_inline]] inline float vexp(float x) {
-  float c = x > 90.0f ? 90.0f : x;
-  c = c < -105.0f ? -105.0f : c;
-  const auto [n, e] = detail::exp_parts(c);
-  const int32_t half = n >> 1;  // two factors: the product overflows or becomes subnormal as it should
-  return (e + 1.0f) * detail::power_of_two(half) * detail::power_of_two(n - half);
+  const auto [e, s, t] = detail::exp_parts(x);
+  float y = (e + 1.0f) * s * t;
+  y = x > 90.0f ? __builtin_inff() : y;
+  return x < -105.0f ? 0.0f : y;
 }
 
 [[gnu::always_inline]] inline float vexpm1(float x) {
-  float c = x > 90.0f ? 90.0f : x;
-  c = c < -20.0f ? -20.0f : c;
-  const auto [n, e] = detail::exp_parts(c);
-  const int32_t half = n >> 1;
-  const float s = detail::power_of_two(half), t = detail::power_of_two(n - half);
+  const auto [e, s, t] = detail::exp_parts(x);
   const float big = (e + 1.0f) * s * t, near = multiply_add(e, s * t, s * t - 1.0f);
-  const float y = n > 60 ? big : near;
+  float y = x > 42.0f ? big : near;  // 2^61
+  y = x > 90.0f ? __builtin_inff() : y;
+  y = x < -20.0f ? -1.0f : y;
   return x == 0.0f ? x : y;
 }
 
@@ -112,13 +112,16 @@ struct ExpParts {
 
 /// x sigmoid(x); 0 at -infinity.
 [[gnu::always_inline]] inline float vsilu(float x) {
-  const float c = x < -110.0f ? -110.0f : x;
-  return c / (1.0f + vexp(-c));
+  const float y = x / (1.0f + vexp(-x));
+  return x < -110.0f ? -0.0f : y;
 }
 
 /// log(1 + e^x)
 [[gnu::always_inline]] inline float vsoftplus(float x) {
-  return (x > 0.0f ? x : 0.0f) + vlog1p(vexp(-std::fabs(x)));
+  // Clamped here: vexp's 0 would be followed into vlog1p as a branch of its own, and the loop would stay scalar.
+  const float a = -std::fabs(x), c = a < -105.0f ? -105.0f : a;
+  const auto [e, s, t] = detail::exp_parts(c);
+  return (x > 0.0f ? x : 0.0f) + vlog1p((e + 1.0f) * s * t);
 }
 
 [[gnu::always_inline]] inline float verf(float x) {
