@@ -20,12 +20,13 @@ constexpr int64_t kChunk = 256;  // rows whose part of a weight's gradient is ma
 template <class A> struct QuadOf { typedef A type __attribute__((vector_size(4 * sizeof(A)))); };
 template <class A> using Quad = typename QuadOf<A>::type;
 
+// By reference: four doubles are more than a vector register of SSE, and have no agreed way to be passed by value.
 template <class A, class T>
-[[gnu::always_inline]] inline Quad<A> load_quad(const T* p) {
-  return Quad<A>{static_cast<A>(p[0]), static_cast<A>(p[1]), static_cast<A>(p[2]), static_cast<A>(p[3])};
+[[gnu::always_inline]] inline void load_quad(Quad<A>& v, const T* p) {
+  v = Quad<A>{static_cast<A>(p[0]), static_cast<A>(p[1]), static_cast<A>(p[2]), static_cast<A>(p[3])};
 }
 template <class A, class T>
-[[gnu::always_inline]] inline void store_quad(T* p, Quad<A> v) {
+[[gnu::always_inline]] inline void store_quad(T* p, const Quad<A>& v) {
   for (int i = 0; i < 4; ++i) p[i] = static_cast<T>(v[i]);
 }
 
@@ -49,8 +50,11 @@ template <class T, class A>
 void map_row(T* __restrict y, const T* __restrict x, const Blocks<A>& blocks, int64_t e) {
   const A* w = blocks.columns.data();
   for (int64_t n = 0; n < e; n += 4) {
-    Quad<A> sum{};
-    for (int64_t i = 0; i < 4; ++i) sum += load_quad<A>(w + n * 4 + i * 4) * static_cast<A>(x[n + i]);
+    Quad<A> sum{}, column;
+    for (int64_t i = 0; i < 4; ++i) {
+      load_quad<A>(column, w + n * 4 + i * 4);
+      sum += column * static_cast<A>(x[n + i]);
+    }
     store_quad<A>(y + n, sum);
   }
 }
@@ -61,12 +65,16 @@ void map_row_backward(A* __restrict dx, A* __restrict dw, const A* __restrict t,
                       const Blocks<A>& blocks, int64_t e) {
   const A* w = blocks.rows.data();
   for (int64_t n = 0; n < e; n += 4) {
-    const Quad<A> inputs = load_quad<A>(x + n);
-    Quad<A> sum = load_quad<A>(dx + n);
+    Quad<A> inputs, sum, row, gradient;
+    load_quad<A>(inputs, x + n);
+    load_quad<A>(sum, dx + n);
     for (int64_t o = 0; o < 4; ++o) {
       const int64_t at = (n + o) * 4;
-      sum += load_quad<A>(w + at) * t[n + o];
-      store_quad<A>(dw + at, load_quad<A>(dw + at) + inputs * t[n + o]);
+      load_quad<A>(row, w + at);
+      load_quad<A>(gradient, dw + at);
+      sum += row * t[n + o];
+      gradient += inputs * t[n + o];
+      store_quad<A>(dw + at, gradient);
     }
     store_quad<A>(dx + n, sum);
   }
