@@ -1,8 +1,12 @@
 #include "layers/norm.h"
 
-#include "autograd/elementwise.h"
+#include "autograd/layer_norm_offset.h"
 
 namespace krait::layers {
+
+namespace {
+double weight_offset(const NormConfig& config) { return config.type == "layer_1p" ? 1.0 : 0.0; }
+}  // namespace
 
 Norm::Norm(int64_t d_model, const NormConfig& config, comm::GroupPtr shared)
     : config_(config), shared_(std::move(shared)) {
@@ -11,19 +15,16 @@ Norm::Norm(int64_t d_model, const NormConfig& config, comm::GroupPtr shared)
   if (config.type == "layer") bias_ = parameter("bias", {d_model}, constant(0.0), options);
 }
 
-Variable Norm::weight() const {
-  const Variable w = copy_to_group(weight_, shared_);
-  return config_.type == "layer_1p" ? w + 1.0 : w;
-}
+Variable Norm::weight() const { return copy_to_group(weight_, shared_); }
 
 Variable Norm::forward(const Variable& x) const {
   if (config_.type == "rms") return rms_norm(x, weight(), config_.eps);
-  return layer_norm(x, weight(), bias(), config_.eps);
+  return layer_norm(x, weight(), bias(), config_.eps, weight_offset(config_));
 }
 
 AddNorm Norm::forward_add(const Variable& x, const Variable& residual) const {
   if (config_.type == "rms") return add_rms_norm(x, residual, weight(), config_.eps);
-  return add_layer_norm(x, residual, weight(), bias(), config_.eps);
+  return add_layer_norm(x, residual, weight(), bias(), config_.eps, weight_offset(config_));
 }
 
 }  // namespace krait::layers

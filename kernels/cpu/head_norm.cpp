@@ -20,7 +20,7 @@ void head_norm_forward(Tensor& y_out, Tensor& mean_out, Tensor& rstd_out, const 
         const auto s = row_statistics<true>(row.get(), p, static_cast<A>(eps));
         mean[i] = s.mean;
         rstd[i] = s.rstd;
-        normalise_row<X, A>(y + i * p, row.get(), w + i % h * p, nullptr, s.mean, s.rstd, p);
+        normalise_row<X, A>(y + i * p, row.get(), w + i % h * p, nullptr, A(0), s.mean, s.rstd, p);
       }
     });
   });
@@ -45,7 +45,7 @@ void head_norm_backward(Tensor& dx_out, Tensor& dw_out, bool add_dw, const Tenso
         std::fill(dw, dw + c, A(0));
         for (int64_t i = k * chunk * h; i < std::min(r, (k + 1) * chunk) * h; ++i) {
           const int64_t at = i % h * p;
-          backward_row<true, A>(row.get(), dw + at, static_cast<A*>(nullptr), dy + i * p, x + i * p, w + at, mean[i],
+          backward_row<true, A>(row.get(), dw + at, static_cast<A*>(nullptr), dy + i * p, x + i * p, w + at, A(0), mean[i],
                                 rstd[i], p);
           put_row(dx + i * p, row.get(), p);
         }

@@ -57,20 +57,21 @@ void sum_row(R* __restrict sum, A* __restrict v, const X* __restrict x, const R*
 }
 
 template <class X, class A>
-void normalise_row(X* __restrict y, const A* __restrict v, const A* __restrict w, const A* __restrict b, A mean,
-                   A rstd, int64_t c) {
+void normalise_row(X* __restrict y, const A* __restrict v, const A* __restrict w, const A* __restrict b, A offset,
+                   A mean, A rstd, int64_t c) {
   if (b != nullptr) {
 #pragma omp simd
-    for (int64_t j = 0; j < c; ++j) put(y[j], (v[j] - mean) * rstd * w[j] + b[j]);
+    for (int64_t j = 0; j < c; ++j) put(y[j], (v[j] - mean) * rstd * (w[j] + offset) + b[j]);
   } else {
 #pragma omp simd
-    for (int64_t j = 0; j < c; ++j) put(y[j], (v[j] - mean) * rstd * w[j]);
+    for (int64_t j = 0; j < c; ++j) put(y[j], (v[j] - mean) * rstd * (w[j] + offset));
   }
 }
 
 template <bool kCentred>
 void norm_forward(Tensor& y_out, Tensor& sum_out, Tensor& mean_out, Tensor& rstd_out, const Tensor& x_in,
-                  const Tensor& residual_in, const Tensor& w_in, const Tensor& b_in, double eps) {
+                  const Tensor& residual_in, const Tensor& w_in, const Tensor& b_in, double eps,
+                  double weight_offset = 0) {
   const int64_t c = x_in.size(-1), r = x_in.numel() / c;
   const bool fused = residual_in.defined();
   visit_norm(x_in.dtype(), fused ? residual_in.dtype() : x_in.dtype(), [&]<class X, class R>() {
@@ -94,7 +95,7 @@ void norm_forward(Tensor& y_out, Tensor& sum_out, Tensor& mean_out, Tensor& rstd
         const auto s = row_statistics<kCentred>(v, c, static_cast<A>(eps));
         if (kCentred) mean[i] = s.mean;
         rstd[i] = s.rstd;
-        normalise_row(y_all + i * c, v, w, b, s.mean, s.rstd, c);
+        normalise_row(y_all + i * c, v, w, b, static_cast<A>(weight_offset), s.mean, s.rstd, c);
       }
     });
   });
@@ -119,11 +120,11 @@ void sum_chunks(A* dst, bool add, A* partial, int64_t chunks, int64_t c) {
 // One row of the backward. Adds its part to dw and db; leaves the gradient in d (c), a scratch row.
 template <bool kCentred, class A, class X, class R>
 void backward_row(A* __restrict d, A* __restrict dw, A* __restrict db, const X* __restrict dy, const R* __restrict x,
-                  const A* __restrict w, A mean, A rstd, int64_t c) {
+                  const A* __restrict w, A offset, A mean, A rstd, int64_t c) {
   A sum_g = 0, sum_gx = 0;
 #pragma omp simd reduction(+ : sum_g, sum_gx)
   for (int64_t j = 0; j < c; ++j) {
-    const A up = static_cast<A>(dy[j]), xhat = (static_cast<A>(x[j]) - mean) * rstd, g = up * w[j];
+    const A up = static_cast<A>(dy[j]), xhat = (static_cast<A>(x[j]) - mean) * rstd, g = up * (w[j] + offset);
     dw[j] += up * xhat;
     d[j] = g;
     sum_g += g;
@@ -151,7 +152,7 @@ void put_row(T* __restrict to, const A* __restrict d, int64_t c) {
 template <bool kCentred>
 void norm_backward(Tensor& dr_out, Tensor& dx_out, Tensor& dw_out, bool add_dw, Tensor& db_out, bool add_db,
                    const Tensor& dy_in, const Tensor& dr_in, const Tensor& x_in, const Tensor& w_in,
-                   const Tensor& mean_in, const Tensor& rstd_in) {
+                   const Tensor& mean_in, const Tensor& rstd_in, double weight_offset = 0) {
   const int64_t c = x_in.size(-1), r = x_in.numel() / c;
   const int64_t chunk = std::max<int64_t>(16, (r + 127) / 128), chunks = (r + chunk - 1) / chunk;
   visit_norm(dy_in.dtype(), x_in.dtype(), [&]<class X, class R>() {
@@ -178,7 +179,7 @@ void norm_backward(Tensor& dr_out, Tensor& dx_out, Tensor& dw_out, bool add_dw, 
         if (want_db) std::fill(db_all + k * c, db_all + (k + 1) * c, A(0));
         for (int64_t i = k * chunk; i < std::min(r, (k + 1) * chunk); ++i) {
           backward_row<kCentred>(d, dw, want_db ? db_all + k * c : nullptr, dy_all + i * c, x_all + i * c, w,
-                                 kCentred ? means[i] : A(0), rstds[i], c);
+                                 static_cast<A>(weight_offset), kCentred ? means[i] : A(0), rstds[i], c);
           if (add_all != nullptr) add_row(d, add_all + i * c, c);
           put_row(dr_all + i * c, d, c);
           if (dx_all != nullptr) put_row(dx_all + i * c, d, c);

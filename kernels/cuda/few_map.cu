@@ -55,11 +55,11 @@ int64_t few_map_choosing_blocks(const FewMap& a) {
 
 void few_map(const FewMap& a, bool early, Stream stream) {
   visit_tile(a, [&]<int kTiles, int kSteps, int kWarps, bool kGated, bool kRounds, bool kNorms>() {
-    const auto kernel = few_map_kernel<kTiles, kSteps, kWarps, kGated, kRounds, kNorms>;
+    const auto kernel = few_map_kernel<kTiles, kSteps, kWarps, kGated, kRounds, kNorms, NothingBehind>;
     keep_shared_memory(kernel);
     launch_overlapped(kernel, {.grid = blocks_of(a, kGated ? 4 * kTiles : 8 * kTiles, kRounds), .block = 32 * kWarps,
                                .shared = a.norm_weight != nullptr ? int64_t{8} * a.k : 0, .stream = stream},
-                      a, early);
+                      a, early, NothingBehind{});
   });
 }
 

@@ -94,7 +94,7 @@ __device__ __forceinline__ void norm_rows(uint4 (&x)[kSteps], const FewMap& a, f
     const float4* const w = reinterpret_cast<const float4*>(scale + at + s * kSpan);
     const float4* const b = reinterpret_cast<const float4*>(scale + a.k + at + s * kSpan);
     const float4 w0 = w[0], w1 = w[1], b0 = b[0], b1 = b[1];
-    const auto normed = [&](int i, float weight, float bias) { return (v[s][i] - mean) * rstd * weight + bias; };
+    const auto normed = [&](int i, float weight, float bias) { return (v[s][i] - mean) * rstd * (weight + a.weight_offset) + bias; };
     const uint4 made = {pack(normed(0, w0.x, b0.x), normed(1, w0.y, b0.y)), pack(normed(2, w0.z, b0.z), normed(3, w0.w, b0.w)),
                         pack(normed(4, w1.x, b1.x), normed(5, w1.y, b1.y)), pack(normed(6, w1.z, b1.z), normed(7, w1.w, b1.w))};
     x[s] = {inside ? made.x : 0, inside ? made.y : 0, inside ? made.z : 0, inside ? made.w : 0};
@@ -110,13 +110,18 @@ __device__ __forceinline__ void norm_rows(uint4 (&x)[kSteps], const FewMap& a, f
   }
 }
 
+/// What a kernel may do with the values of y that a block has made, where it does nothing.
+struct NothingBehind {
+  static constexpr bool kThere = false;
+};
+
 /// A block: 8 kTiles columns of y at a time for all rows; its warps take pieces of 32 of k in turn, kSteps each, and are
 /// added in order. The weights wait in registers when the kernel in front ends. Rows are the first 8 of a tensor core's
 /// 16; which value of k sits where in a product does not matter as long as both operands agree, so a lane reads 8
 /// neighbours. kRounds: a block makes several such pieces of y.
-/// kNorms: it may stand behind a norm.
-template <int kTiles, int kSteps, int kWarps, bool kGated, bool kRounds, bool kNorms>
-__global__ void __launch_bounds__(32 * kWarps) few_map_kernel(const __grid_constant__ FewMap a, bool early) {
+/// kNorms: it may stand behind a norm. Behind: see few_mlstm.cu.
+template <int kTiles, int kSteps, int kWarps, bool kGated, bool kRounds, bool kNorms, class Behind = NothingBehind>
+__global__ void __launch_bounds__(32 * kWarps) few_map_kernel(const __grid_constant__ FewMap a, bool early, const __grid_constant__ Behind behind) {
   using Tile = FewMapTile<kTiles, kWarps, kRounds>;
   constexpr int kThreads = Tile::kThreads, kSpan = 32 * kWarps, kOwn = kGated ? Tile::kColumns / 2 : Tile::kColumns;
   static_assert(kThreads >= kFewMapRows * kOwn);  // a value of y a thread
@@ -153,6 +158,12 @@ __global__ void __launch_bounds__(32 * kWarps) few_map_kernel(const __grid_const
     bring_into_l2(a.norm_weight, int64_t{4} * a.k);
     if (shifts) bring_into_l2(a.norm_bias, int64_t{4} * a.k);
   }
+  [[maybe_unused]] const auto ahead = [&] {
+    if constexpr (Behind::kThere)
+      return behind.template read_ahead<kOwn>(first, row, own, a.rows);
+    else
+      return 0;
+  }();
   wait_for_previous();
   if (!early) let_next_begin();
 
@@ -211,11 +222,13 @@ __global__ void __launch_bounds__(32 * kWarps) few_map_kernel(const __grid_const
       } else {
         const auto made = static_cast<bf16>(activate_as(a.epilogue, v));
         a.y[here] = made;
+        if constexpr (Behind::kThere) v = static_cast<float>(made);
         if constexpr (kRounds)
           if (column < a.choices) likeliest = max(likeliest, likeliest_key(static_cast<float>(made), column));
         if (a.total != nullptr) a.total[there] = static_cast<bf16>(static_cast<float>(made) + (kRounds ? read_fresh_one(a.added + there) : old));
       }
     }
+    if constexpr (Behind::kThere) behind.template finish<kOwn>(ahead, v, row, own, a.rows);
     if (!more) break;
   }
   if constexpr (kRounds) {

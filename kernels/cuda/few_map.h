@@ -10,7 +10,7 @@ namespace krait::kernels::cuda {
 inline constexpr int kFewMapRows = 8;
 
 /// A linear map of a decoding step of 1 to 8 rows with what stands before and behind it, all matrices bf16:
-///   x = norm(x), with a weight: layer norm where centred, else RMSNorm; normed, mean and rstd receive what they name
+///   x = norm(x), with a weight, to which weight_offset is added: layer norm where centred, else RMSNorm; normed, mean and rstd receive what they name
 ///   y = epilogue(x w^T + bias)
 ///   gated: w (2 n, k), gates first, whose products go to y (rows, 2 n); units = silu(gate) up, n of them; no bias
 ///   with `total`: total = added + y
@@ -22,7 +22,7 @@ struct FewMap {
   Epilogue epilogue;
 
   const float *norm_weight, *norm_bias;  // (k); null: no norm; null: no bias
-  float eps;
+  float eps, weight_offset;
   bool centred;
   bf16* normed;  // (rows, k), may be null like mean and rstd
   float *mean, *rstd;

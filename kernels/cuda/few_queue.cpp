@@ -9,8 +9,10 @@
 #include "core/stream.h"
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/few_attention.h"
+#include "kernels/cuda/few_chain.h"
 #include "kernels/cuda/few_draw.h"
 #include "kernels/cuda/few_map.h"
+#include "kernels/cuda/few_mlstm.h"
 #include "kernels/cuda/gathering.h"
 #include "kernels/cuda/step_known.h"
 #include "kernels/cuda/step_map.h"
@@ -29,7 +31,7 @@ struct WaitingMap {
 struct WaitingNorm {
   bool centred;
   Tensor y, mean, rstd, x, w, b;
-  double eps;
+  double eps, weight_offset;
 };
 
 class FewQueue final : public Deferred {
@@ -48,10 +50,11 @@ class FewQueue final : public Deferred {
     plain_ = true;
     Tensor none;
     if (norm->centred)
-      layer_norm_forward(norm->y, none, norm->mean, norm->rstd, norm->x, {}, norm->w, norm->b, norm->eps);
+      layer_norm_forward(norm->y, none, norm->mean, norm->rstd, norm->x, {}, norm->w, norm->b, norm->eps, norm->weight_offset);
     else
       rms_norm_forward(norm->y, none, norm->rstd, norm->x, {}, norm->w, norm->eps);
     plain_ = false;
+    know(norm->y);
   }
 
   /// A norm of x, which is in memory or will have been made by what was launched.
@@ -67,6 +70,10 @@ class FewQueue final : public Deferred {
   WaitingMap* map_of(const Tensor& t) {
     return map_ && map_->made.raw_data() == t.raw_data() && map_->made.numel() == t.numel() ? &*map_ : nullptr;
   }
+  /// The map that waits, when t is the first columns of what it makes.
+  const FewMap* map_before(const Tensor& t) {
+    return map_ && map_->made.raw_data() == t.raw_data() && map_->work.rows == t.size(0) && map_->work.y_row == t.stride(0) ? &map_->work : nullptr;
+  }
   /// The map reads what the waiting norm makes, if it does and the kernel serves both.
   bool take_norm(WaitingMap& map) {
     if (!norm_ || norm_->y.raw_data() != map.work.x || norm_->y.numel() != int64_t{map.work.rows} * map.work.k || norm_->y.size(-1) != map.work.k) return false;
@@ -76,6 +83,7 @@ class FewQueue final : public Deferred {
     work.norm_weight = norm_->w.data<float>();
     work.norm_bias = pointer_or_null<float>(norm_->b);
     work.eps = static_cast<float>(norm_->eps);
+    work.weight_offset = static_cast<float>(norm_->weight_offset);
     work.centred = norm_->centred;
     work.normed = norm_->y.data<bf16>();
     work.mean = pointer_or_null<float>(norm_->mean);
@@ -93,13 +101,26 @@ class FewQueue final : public Deferred {
     few_map_draw(map.work, std::exchange(begun_, true), made, last, position, step, logits, current_stream(device_));
     return true;
   }
+  /// The map that waits, and what follows it.
+  void run(const FewMlstm& work) {
+    const WaitingMap map = std::move(*std::exchange(map_, {}));
+    know(map.made);
+    few_mlstm(map.work, work, std::exchange(begun_, true), current_stream(device_));
+    others_ = false;
+  }
+  void launched(const Tensor& y) {
+    know(y);
+    others_ = false;
+  }
   void run(const FewAttention& work) {
     few_attention(work, std::exchange(begun_, true), current_stream(device_));
     others_ = false;
   }
 
   /// What a later map may read: its memory is held.
-  void know(const Tensor& t) { known_[next_++ % known_.size()] = t; }
+  void know(const Tensor& t) {
+    if (!known(t.raw_data()).defined()) known_[next_++ % known_.size()] = t;
+  }
   Tensor known(const void* p) const {
     for (const Tensor& t : known_)
       if (t.defined() && t.raw_data() == p) return t;
@@ -142,14 +163,8 @@ int splits_of(int64_t capacity, int64_t d) {
   return static_cast<int>(std::clamp<int64_t>((capacity * d + kFewShare - 1) / kFewShare, kFewestSplits, kFewSplits));
 }
 
-}  // namespace
-
-std::unique_ptr<Deferred> gather_few(Device device) {
-  return std::make_unique<FewQueue>(device);
-}
-
-bool gather_few_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual,
-                     const Tensor& w, const Tensor& b, double eps) {
+bool gather_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual,
+                 const Tensor& w, const Tensor& b, double eps, double weight_offset) {
   FewQueue* const queue = gathering<FewQueue>(x.device());
   if (queue == nullptr || queue->plain() || x.dtype() != DType::bf16 || x.size(-1) % 256 != 0 || !aligned(x, y, w, b)) return false;
   if (residual.defined()) {
@@ -159,8 +174,24 @@ bool gather_few_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor&
     map->work.total = sum.data<bf16>();
     map->holds.insert(map->holds.end(), {residual, sum});
   }
-  queue->wait(WaitingNorm{centred, y, mean, rstd, residual.defined() ? sum : x, w, b, eps});
+  queue->wait(WaitingNorm{centred, y, mean, rstd, residual.defined() ? sum : x, w, b, eps, weight_offset});
   return true;
+}
+
+}  // namespace
+
+std::unique_ptr<Deferred> gather_few(Device device) {
+  return std::make_unique<FewQueue>(device);
+}
+
+bool gather_few_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual,
+                     const Tensor& w, const Tensor& b, double eps) {
+  return gather_norm(centred, y, sum, mean, rstd, x, residual, w, b, eps, 0);
+}
+
+bool gather_few_layer_norm(Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual, const Tensor& w,
+                           const Tensor& b, double eps, double weight_offset) {
+  return gather_norm(true, y, sum, mean, rstd, x, residual, w, b, eps, weight_offset);
 }
 
 bool gather_few_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
@@ -224,6 +255,31 @@ bool gather_few_draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step,
 
 void gather_few_known(const Tensor& t) {
   if (FewQueue* const queue = gathering<FewQueue>(t.device())) queue->know(t);
+}
+
+bool gather_few_mlstm_maps(MlstmStepMaps& out, Tensor& conv, const Tensor& x_m, const MlstmStepMapsWeights& w) {
+  FewQueue* const queue = gathering<FewQueue>(x_m.device());
+  const FewMap* const map = queue == nullptr ? nullptr : queue->map_before(x_m);
+  const int64_t e = x_m.size(1), n = w.maps.g.size(0);
+  if (map == nullptr || map->units != nullptr || map->total != nullptr || map->epilogue != Epilogue::none) return false;
+  const int parts = few_mlstm_parts(*map, e, n);
+  if (parts == 0) return false;
+  out.gates = empty({x_m.size(0), parts, n}, DType::f32, x_m.device());
+  queue->run(FewMlstm{out.q.data<bf16>(), out.k.data<bf16>(), out.v.data<bf16>(), out.x_c.data<bf16>(), conv.data<bf16>(), out.gates.data<float>(),
+                      w.conv_weight.data<bf16>(), pointer_or_null<bf16>(w.conv_bias), w.maps.w_q.data<bf16>(), w.maps.w_k.data<bf16>(),
+                      w.maps.w_v.data<bf16>(), w.maps.g.data<bf16>(), static_cast<int>(e), static_cast<int>(n), queue->may_read_ahead(conv.raw_data())});
+  return true;
+}
+
+bool few_reads_ahead(Device device, const Tensor& state) {
+  FewQueue* const queue = gathering<FewQueue>(device);
+  if (queue == nullptr) return false;
+  queue->finish();
+  return queue->may_read_ahead(state.raw_data());
+}
+
+void few_launched(const Tensor& y) {
+  if (FewQueue* const queue = gathering<FewQueue>(y.device())) queue->launched(y);
 }
 
 }  // namespace krait::kernels::cuda

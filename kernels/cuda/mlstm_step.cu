@@ -4,6 +4,7 @@
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/cluster_launch.cuh"
+#include "kernels/cuda/few_chain.h"
 #include "kernels/cuda/mlstm_block.cuh"
 #include "kernels/cuda/mlstm_common.cuh"
 #include "kernels/cuda/mlstm_step_cluster.h"
@@ -109,11 +110,12 @@ __global__ void __launch_bounds__(32) maps_kernel(MapsJob<T> j) {
   for (int t = 0; t + 1 < kTaps; ++t) *reinterpret_cast<Side<T, 4>*>(conv + t * j.e) = before[t + 1];
 }
 
-constexpr int kBlocks = 8;     // of a cluster, which advances a head of a row
+constexpr int kCluster = 8, kWideCluster = 16;  // blocks of a cluster, which advances a head of a row
 constexpr int kThreads = 512;  // at most
 constexpr int kAhead = 4;      // rows of C under way, of each group of threads
 constexpr int kMaxHead = 1024;
-constexpr int kOwn = kMaxHead / kBlocks / 32;  // columns of C, and values of n, of a lane of a block's first warp
+constexpr int64_t kMaxShared = 200 * 1024;  // that a block may take
+constexpr int64_t kHeldUnits = 32, kWideUnits = 4;  // heads of rows at most whose C goes to shared memory first, in wide clusters
 
 template <class T>
 struct CellJob {
@@ -130,38 +132,79 @@ struct CellJob {
   const T *skip, *x_c, *z;
   int64_t z_row;
   float norm_eps;
+  bool ahead;  // the state was written before the kernels that can be under way
 };
 
-// A block: dv / 8 columns of C, a lane of a group 4 of them. Each block takes a share of n as well and tells the others its
+// A block: dv / kBlocks columns of C, a lane of a group 4 of them. Each block takes a share of n as well and tells the others its
 // part of n . q, and mean and squared deviations of its columns of C^T q, of which the norm is made.
+// kHeld: its part of C lies in shared memory, read `ahead` while the kernel in front still runs, and is written behind
+// what the others wait for.
 // Bound by reading and writing C.
-template <class T, bool kWhole>
+template <class T, bool kWhole, bool kHeld, int kBlocks>
 __global__ void __launch_bounds__(kThreads) cell_kernel(CellJob<T> j) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr int kOwn = kMaxHead / kBlocks / 32;  // columns of C, and values of n, of a lane of a block's first warp
   extern __shared__ float4 shared[];
   __shared__ float4 told[kBlocks];
+  __shared__ __align__(8) uint64_t barrier;
   const int width = j.dv / kBlocks, lanes = width / 4, groups = static_cast<int>(blockDim.x) / lanes;
   const int t = static_cast<int>(threadIdx.x), group = t / lanes, lane = t % lanes;
   float* const qs = reinterpret_cast<float*>(shared);  // (dq)
   float* const ks = qs + j.dq;                         // (dq)
   float* const parts = ks + j.dq;                      // (groups, width)
+  [[maybe_unused]] float* const held = parts + groups * width;  // (dq, width)
   const int rank = static_cast<int>(cluster_rank());
   const int64_t unit = blockIdx.x / kBlocks, row = unit / j.heads, head = unit % j.heads;
   let_next_begin();
-  if (t < 32) {
+  float* const c = j.c + unit * j.dq * j.dv + rank * width + lane * 4;
+  const auto row_of = [&](int x) { return reinterpret_cast<float4*>(c + int64_t{x} * j.dv); };
+  const auto held_row = [&](int x) { return reinterpret_cast<float4*>(held + x * width + lane * 4); };
+  const auto hold = [&] {
+    for (int x = group; x < j.dq; x += groups) copy_async(held_row(x), row_of(x), true);
+    copy_commit();
+  };
+  if (kHeld && j.ahead) {
+    hold();
+  } else if (t < 32) {
     const int64_t piece = int64_t{j.dq} * j.dv / (kBlocks * 32);
     bring_into_l2(j.c + unit * j.dq * j.dv + (rank * 32 + t) * piece, piece * static_cast<int64_t>(sizeof(float)));
   }
+  const uint32_t arrivals = static_cast<uint32_t>(__cvta_generic_to_shared(&barrier));
+  if (t == 0) {
+    arrivals_init(arrivals);
+    arrivals_expect(arrivals, sizeof(told));
+  }
+  const auto column = [&](int s) { return t + 32 * s; };  // of the block, where t < 32
+  const auto channel = [&](int s) { return head * j.dv + rank * width + column(s); };
+  const auto has = [&](int s) { return t < 32 && column(s) < width; };
+  float factor[kOwn], add[kOwn], gate[kOwn], bias_i = 0, bias_f = 0;
+  if constexpr (kWhole) {
+    bias_i = j.bias_i[head];
+    bias_f = j.bias_f[head];
+#pragma unroll
+    for (int s = 0; s < kOwn; ++s) {
+      factor[s] = has(s) ? 1.0f + j.norm[channel(s)] : 0.0f;
+      add[s] = has(s) ? static_cast<float>(j.skip[channel(s)]) : 0.0f;
+    }
+  }
   cluster_barrier();  // the others' shared memory is there
   wait_for_previous();
+  if (kHeld && !j.ahead) hold();
 
-  float* const c = j.c + unit * j.dq * j.dv + rank * width + lane * 4;
-  const auto row_of = [&](int x) { return reinterpret_cast<float4*>(c + int64_t{x} * j.dv); };
   float4 ahead[kAhead];
+  if constexpr (!kHeld)
 #pragma unroll
-  for (int a = 0; a < kAhead; ++a)
-    if (group + a * groups < j.dq) ahead[a] = *row_of(group + a * groups);
+    for (int a = 0; a < kAhead; ++a)
+      if (group + a * groups < j.dq) ahead[a] = *row_of(group + a * groups);
   const Side<T, 4> v_in = load_four(j.v + unit * j.dv + rank * width + lane * 4);
+  const float m = j.m[unit];
+  if constexpr (kWhole)
+#pragma unroll
+    for (int s = 0; s < kOwn; ++s) {
+      if (!has(s)) continue;
+      add[s] *= static_cast<float>(j.x_c[row * j.heads * j.dv + channel(s)]);
+      gate[s] = static_cast<float>(j.z[row * j.z_row + channel(s)]);
+    }
   const int share = (j.dq + kBlocks - 1) / kBlocks, n_end = min((rank + 1) * share, j.dq);
   float n[kOwn];
 #pragma unroll
@@ -177,15 +220,14 @@ __global__ void __launch_bounds__(kThreads) cell_kernel(CellJob<T> j) {
   }
   i = warp_sum(i);
   f = warp_sum(f);
-  if constexpr (kWhole) {
-    i += j.bias_i[head];
-    f += j.bias_f[head];
-  }
-  const float old = j.m[unit] + log_sigmoid(f), top = fmaxf(old, i), keep = exp_of(old - top), take = exp_of(i - top);
+  i += bias_i;
+  f += bias_f;
+  const float old = m + log_sigmoid(f), top = fmaxf(old, i), keep = exp_of(old - top), take = exp_of(i - top);
   for (int x = t; x < j.dq; x += static_cast<int>(blockDim.x)) {
     qs[x] = j.scale * static_cast<float>(j.q[unit * j.dq + x]);
     ks[x] = take * static_cast<float>(j.k[unit * j.dq + x]);
   }
+  if constexpr (kHeld) copy_wait<0>();  // a thread reads what it copied itself
   __syncthreads();
   float v[4], sum[4] = {};
 #pragma unroll
@@ -196,25 +238,32 @@ __global__ void __launch_bounds__(kThreads) cell_kernel(CellJob<T> j) {
       const int x = base + a * groups;
       if (x >= j.dq) break;
       const float kx = ks[x], qx = qs[x];
-      float4 next = ahead[a];
+      float4 next = kHeld ? *held_row(x) : ahead[a];
       next.x = keep * next.x + kx * v[0];
       next.y = keep * next.y + kx * v[1];
       next.z = keep * next.z + kx * v[2];
       next.w = keep * next.w + kx * v[3];
-      *row_of(x) = next;
+      if constexpr (kHeld)
+        *held_row(x) = next;
+      else
+        *row_of(x) = next;
       sum[0] += qx * next.x;
       sum[1] += qx * next.y;
       sum[2] += qx * next.z;
       sum[3] += qx * next.w;
-      if (x + kAhead * groups < j.dq) ahead[a] = *row_of(x + kAhead * groups);
+      if (!kHeld && x + kAhead * groups < j.dq) ahead[a] = *row_of(x + kAhead * groups);
     }
   }
   *reinterpret_cast<float4*>(parts + group * width + lane * 4) = make_float4(sum[0], sum[1], sum[2], sum[3]);
   __syncthreads();
 
-  const auto column = [&](int s) { return t + 32 * s; };  // of the block, where t < 32
-  float num[kOwn], factor[kOwn], add[kOwn], gate[kOwn];
-  if (t < 32) {
+  const auto put_back = [&] {
+    if constexpr (kHeld)
+      for (int x = group; x < j.dq; x += groups) *row_of(x) = *held_row(x);
+  };
+  if (t >= 32) return put_back();
+  float num[kOwn];
+  {
     float r = 0, mean = 0, squares = 0;
 #pragma unroll
     for (int s = 0; s < kOwn; ++s) {
@@ -229,12 +278,7 @@ __global__ void __launch_bounds__(kThreads) cell_kernel(CellJob<T> j) {
 #pragma unroll 8
       for (int g = 0; g < groups; ++g) num[s] += parts[g * width + column(s)];
       mean += num[s];
-      if constexpr (kWhole) {
-        const int64_t channel = head * j.dv + rank * width + column(s), at = row * j.heads * j.dv + channel;
-        factor[s] = 1.0f + j.norm[channel];
-        add[s] = static_cast<float>(j.skip[channel]) * static_cast<float>(j.x_c[at]);
-        gate[s] = silu_of(static_cast<float>(j.z[row * j.z_row + channel]));
-      }
+      if constexpr (kWhole) gate[s] = silu_of(gate[s]);
     }
     r = warp_sum(r);
     if constexpr (kWhole) {
@@ -244,15 +288,13 @@ __global__ void __launch_bounds__(kThreads) cell_kernel(CellJob<T> j) {
         if (column(s) < width) squares += (num[s] - mean) * (num[s] - mean);
       squares = warp_sum(squares);
     }
-    if (t < kBlocks)
-      asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(
-                       of_block(static_cast<uint32_t>(__cvta_generic_to_shared(&told[rank])), static_cast<uint32_t>(t))),
-                   "f"(r), "f"(mean), "f"(squares), "f"(0.0f)
-                   : "memory");
+    if (t < kBlocks)  // not behind a barrier, which would wait for what has been written of C
+      send(of_block(static_cast<uint32_t>(__cvta_generic_to_shared(&told[rank])), static_cast<uint32_t>(t)), of_block(arrivals, static_cast<uint32_t>(t)),
+           uint4{__float_as_uint(r), __float_as_uint(mean), __float_as_uint(squares), 0});
   }
-  cluster_barrier();
-  if (t >= 32) return;
-  if (t == 0 && rank == 0) j.m[unit] = top;
+  put_back();
+  arrivals_wait(arrivals, 0);
+  if (t == 0 && rank == 0) j.m[unit] = top;  // which all blocks have read
   float r = 0, mean = 0, squares = 0;
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
@@ -279,7 +321,7 @@ __global__ void __launch_bounds__(kThreads) cell_kernel(CellJob<T> j) {
 // With q, k, v and the state of the job, and its sizes.
 bool cell_fits(const Tensor& q, const Tensor& k, const Tensor& v, const MlstmState& state) {
   const int64_t dq = state.c.size(2), dv = state.c.size(3);
-  return runs_sm90(q.device()) && (q.dtype() == DType::bf16 || q.dtype() == DType::f32) && dq % 4 == 0 && dq <= kMaxHead && dv % (4 * kBlocks) == 0 &&
+  return runs_sm90(q.device()) && (q.dtype() == DType::bf16 || q.dtype() == DType::f32) && dq % 4 == 0 && dq <= kMaxHead && dv % (4 * kCluster) == 0 &&
          (dv <= kMaxHead / 2 || (dv <= kMaxHead && dv % 64 == 0)) && aligned(q, k, v, state.c);
 }
 
@@ -302,10 +344,24 @@ CellJob<T> cell_job(const Tensor& q, const Tensor& k, const Tensor& v, MlstmStat
 
 template <class T, bool kWhole>
 void run(const CellJob<T>& job, int64_t units, Stream stream) {
-  const int lanes = job.dv / kBlocks / 4, groups = lanes <= kThreads / 32 ? 32 : 16;  // whole warps
-  const int64_t shared = (2 * job.dq + groups * 4 * lanes) * static_cast<int64_t>(sizeof(float));
-  launch_with({clusters_of(kBlocks), overlapping()}, cell_kernel<T, kWhole>,
-              {.grid = units * kBlocks, .block = groups * lanes, .shared = shared, .stream = stream}, job);
+  const auto launch = [&]<bool kHeld, int kBlocks>(int groups) {
+    const int lanes = job.dv / kBlocks / 4;
+    const int64_t floats = 2 * job.dq + groups * 4 * lanes + (kHeld ? int64_t{job.dq} * 4 * lanes : 0);
+    const LaunchConfig config{.grid = units * kBlocks, .block = groups * lanes, .shared = floats * static_cast<int64_t>(sizeof(float)), .stream = stream};
+    if (config.shared > kMaxShared || config.block > kThreads) return false;
+    const auto kernel = cell_kernel<T, kWhole, kHeld, kBlocks>;
+    if (kHeld) keep_shared_memory(kernel);
+    if (kBlocks > kCluster) {
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+      if (most_clusters(kernel, kBlocks, config) < 1) return false;
+    }
+    launch_with({clusters_of(kBlocks), overlapping()}, kernel, config, job);
+    return true;
+  };
+  const int groups = job.dv / kCluster / 4 <= kThreads / 32 ? 32 : 16;  // whole warps
+  if (units <= kWideUnits && job.dv % (4 * kWideCluster) == 0 && launch.template operator()<true, kWideCluster>(64)) return;
+  if (units <= kHeldUnits && launch.template operator()<true, kCluster>(groups)) return;
+  launch.template operator()<false, kCluster>(groups);
 }
 
 // The two types that clusters serve.
@@ -315,11 +371,22 @@ void visit_cell_dtype(DType dtype, F&& f) {
   f.template operator()<float>();
 }
 
+// What gather_few_mlstm_maps asks of the tensors.
+bool takes_few(const Tensor& conv, const Tensor& x_m, const MlstmStepMapsWeights& w) {
+  return x_m.dtype() == DType::bf16 && w.maps.w_q.size(1) == kSide && w.conv_weight.size(1) == kTaps &&
+         (!w.conv_bias.defined() || w.conv_bias.dtype() == DType::bf16) &&
+         aligned(conv, w.conv_weight, w.maps.w_q, w.maps.w_k, w.maps.w_v, w.maps.g);
+}
+
 }  // namespace
 
 void mlstm_step_maps(bool& done, MlstmStepMaps& out, Tensor& conv, const Tensor& x_m, const MlstmStepMapsWeights& w) {
   const int64_t rows = x_m.size(0), e = x_m.size(1), n = w.maps.g.size(0), warps = ceil_div(e, 32 * kSide);
   const int64_t four = 4 * size_of(x_m.dtype());
+  if (takes_few(conv, x_m, w) && gather_few_mlstm_maps(out, conv, x_m, w)) {
+    done = true;
+    return;
+  }
   done = w.maps.w_q.size(1) == kSide && w.conv_weight.size(1) == kTaps && rows < 65536 && x_m.stride(0) % 4 == 0 &&
          reinterpret_cast<uintptr_t>(x_m.raw_data()) % static_cast<uintptr_t>(four) == 0 &&
          (!w.conv_bias.defined() || w.conv_bias.dtype() == x_m.dtype()) &&
@@ -355,7 +422,9 @@ void mlstm_step_output(bool& done, Tensor& y, MlstmState& state, const MlstmStep
     job.z = z.data<T>();
     job.z_row = z.stride(0);
     job.norm_eps = static_cast<float>(w.norm_eps);
+    job.ahead = few_reads_ahead(y.device(), state.c);
     run<T, true>(job, state.m.numel(), current_stream(y.device()));
+    few_launched(y);
   });
 }
 

@@ -42,7 +42,7 @@ template <bool kCentred, class X, class R, int kThreads, int kEach>
 __global__ void __launch_bounds__(block_of(kThreads), (sizeof(X) == 2 ? 1024 : 512) / block_of(kThreads))
     norm_forward_kernel(X* __restrict__ y, R* __restrict__ sum, float* __restrict__ mean, float* __restrict__ rstd,
                         const X* __restrict__ x, const R* __restrict__ residual, const float* __restrict__ w,
-                        const float* __restrict__ b, int64_t r, int c, float eps) {
+                        const float* __restrict__ b, int64_t r, int c, float eps, float offset) {
   constexpr int V = 16 / sizeof(X), kVectors = kEach / V;
   const int lane = static_cast<int>(threadIdx.x) % kThreads;
   const int64_t row = int64_t{blockIdx.x} * groups_of(kThreads) + threadIdx.x / kThreads;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(block_of(kThreads), (sizeof(X) == 2 ? 1024 : 5
     load_values(weight, w + col);
     if (kCentred && b != nullptr) load_values(bias, b + col);
 #pragma unroll
-    for (int i = 0; i < V; ++i) v[k][i] = (v[k][i] - mu) * scale * weight[i] + bias[i];
+    for (int i = 0; i < V; ++i) v[k][i] = (v[k][i] - mu) * scale * (weight[i] + offset) + bias[i];
     store_values(y + row * c + col, v[k]);
   }
 }
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(block_of(kThreads), (sizeof(X) == 2 ? 1024 : 5
 // Any width and dtype: one block per row, which reads it three times (from cache).
 template <bool kCentred, class X, class R, class A = accum_t<X>>
 __global__ void norm_forward_plain_kernel(X* y, R* sum, A* mean, A* rstd, const X* x, const R* residual, const A* w,
-                                          const A* b, int64_t c, A eps) {
+                                          const A* b, int64_t c, A eps, A offset) {
   const int64_t row = blockIdx.x;
   x += row * c;
   y += row * c;
@@ -160,7 +160,7 @@ __global__ void norm_forward_plain_kernel(X* y, R* sum, A* mean, A* rstd, const 
   for (int64_t j = threadIdx.x; j < c; j += blockDim.x) {
     const A v = at(j);
     if (residual != nullptr) sum[j] = static_cast<R>(v);
-    y[j] = static_cast<X>((v - mu) * scale * w[j] + (b != nullptr ? b[j] : A(0)));
+    y[j] = static_cast<X>((v - mu) * scale * (w[j] + offset) + (b != nullptr ? b[j] : A(0)));
   }
 }
 
@@ -171,7 +171,8 @@ T* data_or_null(const Tensor& t) {
 
 template <bool kCentred>
 void norm_forward(Tensor& y_out, Tensor& sum_out, Tensor& mean_out, Tensor& rstd_out, const Tensor& x_in,
-                  const Tensor& residual_in, const Tensor& w_in, const Tensor& b_in, double eps) {
+                  const Tensor& residual_in, const Tensor& w_in, const Tensor& b_in, double eps,
+                  double weight_offset = 0) {
   const int64_t c = x_in.size(-1), r = x_in.numel() / c;
   const Stream stream = current_stream(x_in.device());
   visit_norm(x_in.dtype(), residual_in.defined() ? residual_in.dtype() : x_in.dtype(), [&]<class X, class R>() {
@@ -180,6 +181,7 @@ void norm_forward(Tensor& y_out, Tensor& sum_out, Tensor& mean_out, Tensor& rstd
     R *sum = data_or_null<R>(sum_out), *residual = data_or_null<R>(residual_in);
     A *mean = data_or_null<A>(mean_out), *rstd = rstd_out.data<A>(), *w = w_in.data<A>(), *b = data_or_null<A>(b_in);
     const X* x = x_in.data<X>();
+    const auto offset = static_cast<A>(weight_offset);
     if constexpr (!std::is_same_v<X, double>) {
       if (c <= 8192 && c % (16 / static_cast<int64_t>(sizeof(X))) == 0 && aligned16(y, sum, x, residual, w, b)) {
         const auto run = [&]<int kThreads>() {
@@ -187,9 +189,9 @@ void norm_forward(Tensor& y_out, Tensor& sum_out, Tensor& mean_out, Tensor& rstd
           const auto kernel = norm_forward_kernel<kCentred, X, R, kThreads, 32>;
           // A few rows are a step of a decoding loop, where every kernel is shorter than its launch.
           if (r <= 256)
-            launch_overlapped(kernel, config, y, sum, mean, rstd, x, residual, w, b, r, c, eps);
+            launch_overlapped(kernel, config, y, sum, mean, rstd, x, residual, w, b, r, c, eps, offset);
           else
-            launch(kernel, config, y, sum, mean, rstd, x, residual, w, b, r, c, eps);
+            launch(kernel, config, y, sum, mean, rstd, x, residual, w, b, r, c, eps, offset);
         };
         if (c <= 1024) return run.template operator()<32>();
         if (c <= 4096) return run.template operator()<128>();
@@ -197,7 +199,7 @@ void norm_forward(Tensor& y_out, Tensor& sum_out, Tensor& mean_out, Tensor& rstd
       }
     }
     launch(norm_forward_plain_kernel<kCentred, X, R>, {.grid = r, .block = 256, .stream = stream}, y, sum, mean, rstd,
-           x, residual, w, b, c, eps);
+           x, residual, w, b, c, eps, offset);
   });
 }
 

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(backward_block(kThreads, kEach), backward_bloc
     norm_backward_kernel(R* __restrict__ dr, X* __restrict__ dx, float* __restrict__ partial_w,
                          float* __restrict__ partial_b, const X* __restrict__ dy, const R* __restrict__ dr_in,
                          const R* __restrict__ x, const float* __restrict__ w, const float* __restrict__ mean,
-                         const float* __restrict__ rstd, int64_t r, int c) {
+                         const float* __restrict__ rstd, int64_t r, int c, float offset) {
   constexpr int V = 16 / sizeof(X), kVectors = kEach / V, kGroups = backward_groups(kThreads, kEach);
   const int lane = static_cast<int>(threadIdx.x) % kThreads, group = static_cast<int>(threadIdx.x) / kThreads;
   float dw[kVectors][V] = {}, db[kCentred ? kVectors : 1][V] = {};
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(backward_block(kThreads, kEach), backward_bloc
       load_values(weight, w + col);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float xhat = (xv[i] - mu) * scale, g = up[i] * weight[i];
+        const float xhat = (xv[i] - mu) * scale, g = up[i] * (weight[i] + offset);
         dw[k][i] += up[i] * xhat;
         if constexpr (kCentred) {
           db[k][i] += up[i];
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(backward_block(kThreads, kEach), backward_bloc
       if (dr_in != nullptr) adds[k].unpack(d);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float xhat = (xv[i] - mu) * scale, g = up[i] * weight[i];
+        const float xhat = (xv[i] - mu) * scale, g = up[i] * (weight[i] + offset);
         d[i] += scale * (g - mean_g - xhat * mean_gx);
       }
       store_values(dr + row * c + col, d);
@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(backward_block(kThreads, kEach), backward_bloc
 // Any width and dtype: 256 threads per row, sums in the block's row of the partials.
 template <bool kCentred, class X, class R, class A = accum_t<X>>
 __global__ void norm_backward_plain_kernel(R* dr, X* dx, A* partial_w, A* partial_b, const X* dy, const R* dr_in,
-                                           const R* x, const A* w, const A* mean, const A* rstd, int64_t r, int64_t c) {
+                                           const R* x, const A* w, const A* mean, const A* rstd, int64_t r, int64_t c,
+                                           A offset) {
   A* dw = partial_w + int64_t{blockIdx.x} * c;
   A* db = partial_b != nullptr ? partial_b + int64_t{blockIdx.x} * c : nullptr;
   // A thread adds to its own columns alone.
@@ -124,7 +125,7 @@ __global__ void norm_backward_plain_kernel(R* dr, X* dx, A* partial_w, A* partia
     const A mu = kCentred ? mean[row] : A(0), scale = rstd[row];
     A s[2] = {0, 0};
     for (int64_t j = threadIdx.x; j < c; j += blockDim.x) {
-      const A up = static_cast<A>(dy[at + j]), xhat = (static_cast<A>(x[at + j]) - mu) * scale, g = up * w[j];
+      const A up = static_cast<A>(dy[at + j]), xhat = (static_cast<A>(x[at + j]) - mu) * scale, g = up * (w[j] + offset);
       dw[j] += up * xhat;
       if (db != nullptr) db[j] += up;
       s[0] += g;
@@ -134,8 +135,8 @@ __global__ void norm_backward_plain_kernel(R* dr, X* dx, A* partial_w, A* partia
     const A mean_g = kCentred ? s[0] / static_cast<A>(c) : A(0), mean_gx = s[1] / static_cast<A>(c);
     for (int64_t j = threadIdx.x; j < c; j += blockDim.x) {
       const A xhat = (static_cast<A>(x[at + j]) - mu) * scale;
-      A g = static_cast<A>(dy[at + j]) * w[j];  // rounded, so that g - mean_g is 0 for a single column
-      if constexpr (std::is_same_v<A, float>) g = __fmul_rn(static_cast<A>(dy[at + j]), w[j]);
+      A g = static_cast<A>(dy[at + j]) * (w[j] + offset);  // rounded, so that g - mean_g is 0 for a single column
+      if constexpr (std::is_same_v<A, float>) g = __fmul_rn(static_cast<A>(dy[at + j]), w[j] + offset);
       const A d = scale * (g - mean_g - xhat * mean_gx) + (dr_in != nullptr ? static_cast<A>(dr_in[at + j]) : A(0));
       dr[at + j] = static_cast<R>(d);
       if (dx != nullptr) dx[at + j] = static_cast<X>(d);
@@ -168,7 +169,7 @@ __global__ void sum_partials_kernel(A* dw, bool add_dw, A* db, bool add_db, cons
 template <bool kCentred>
 void norm_backward(Tensor& dr_out, Tensor& dx_out, Tensor& dw_out, bool add_dw, Tensor& db_out, bool add_db,
                    const Tensor& dy_in, const Tensor& dr_in, const Tensor& x_in, const Tensor& w_in,
-                   const Tensor& mean_in, const Tensor& rstd_in) {
+                   const Tensor& mean_in, const Tensor& rstd_in, double weight_offset = 0) {
   const int64_t c = x_in.size(-1), r = x_in.numel() / c;
   const Stream stream = current_stream(x_in.device());
   constexpr int64_t kMultiprocessors = 132;  // a fixed number, so that every GPU gives the same bits
@@ -183,7 +184,7 @@ void norm_backward(Tensor& dr_out, Tensor& dx_out, Tensor& dw_out, bool add_dw, 
       const Tensor partial_w = empty({blocks, c}, dtype_of<A>, x_in.device());
       const Tensor partial_b = db_out.defined() ? empty({blocks, c}, dtype_of<A>, x_in.device()) : Tensor();
       launch(kernel, {.grid = blocks, .block = threads, .shared = shared, .stream = stream}, dr, dx, partial_w.data<A>(),
-             data_or_null<A>(partial_b), dy, add, x, w, mean, rstd, r, c);
+             data_or_null<A>(partial_b), dy, add, x, w, mean, rstd, r, c, static_cast<A>(weight_offset));
       launch_overlapped(
              sum_partials_kernel<A>,
              {.grid = ceil_div(c, 32), .grid_y = db_out.defined() ? 2 : 1, .block = 512, .stream = stream},

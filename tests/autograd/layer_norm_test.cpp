@@ -1,4 +1,4 @@
-#include "autograd/layer_norm.h"
+#include "autograd/layer_norm_offset.h"
 
 #include <cmath>
 
@@ -10,7 +10,7 @@ namespace {
 
 constexpr double kEps = 1e-3;  // large enough for finite differences at constant rows
 
-Tensor norm_of(const Tensor& x, const Tensor& w, const Tensor& b) {
+Tensor norm_of(const Tensor& x, const Tensor& w, const Tensor& b, double offset = 0) {
   const int64_t c = x.size(-1), r = x.numel() / c;
   const double n = static_cast<double>(c);
   Tensor y = empty_like(x);
@@ -20,7 +20,7 @@ Tensor norm_of(const Tensor& x, const Tensor& w, const Tensor& b) {
     for (int64_t j = 0; j < c; ++j) mean += row[j] / n;
     for (int64_t j = 0; j < c; ++j) variance += (row[j] - mean) * (row[j] - mean) / n;
     for (int64_t j = 0; j < c; ++j)
-      y.data<double>()[i * c + j] = (row[j] - mean) / std::sqrt(variance + kEps) * w.data<double>()[j] +
+      y.data<double>()[i * c + j] = (row[j] - mean) / std::sqrt(variance + kEps) * (w.data<double>()[j] + offset) +
                                     (b.defined() ? b.data<double>()[j] : 0.0);
   }
   return y;
@@ -48,6 +48,28 @@ const OpCase kNoBias{.name = "layer_norm without bias",
                      .reference = [](const Vars& in) { return Variable(norm_of(in[0].data(), in[1].data(), {})); },
                      .shapes = {{{7, 33}, {33}}, {{40, 768}, {768}}, {{3, 2048}, {2048}}},
                      .fills = {{1, Normal{1, 0.2}}}};
+
+const OpCase kOffset{.name = "layer_norm with 1 + w",
+                     .run = [](const Vars& in) { return layer_norm(in[0], in[1], Variable(), kEps, 1.0); },
+                     .reference = [](const Vars& in) { return Variable(norm_of(in[0].data(), in[1].data(), {}, 1)); },
+                     .shapes = {{{1, 1}, {1}}, {{7, 33}, {33}}, {{40, 768}, {768}}, {{300, 768}, {768}}, {{3, 2048}, {2048}},
+                                {{2, 8192}, {8192}}, {{2, 8200}, {8200}}},
+                     .tolerance = {{DType::f32, 2e-5}, {DType::bf16, 2e-2}},
+                     .fills = {{1, Normal{0, 0.2}}}};
+
+const OpCase kFusedOffset{.name = "add_layer_norm with 1 + w",
+                          .run =
+                              [](const Vars& in) {
+                                const AddNorm out = add_layer_norm(in[0], in[1], in[2], in[3], kEps, 1.0);
+                                return Vars{out.residual, out.y};
+                              },
+                          .reference =
+                              [](const Vars& in) {
+                                const Tensor s = sum_of(in[0].data(), in[1].data());
+                                return Vars{Variable(s), Variable(norm_of(s, in[2].data(), in[3].data(), 1))};
+                              },
+                          .shapes = {{{3, 5, 33}, {3, 5, 33}, {33}, {33}}, {{40, 768}, {40, 768}, {768}, {768}}},
+                          .fills = {{2, Normal{0, 0.2}}, {3, Normal{}}}};
 
 const OpCase kFused{.name = "add_layer_norm",
                     .run =
@@ -123,6 +145,12 @@ TEST_CASE("layer_norm: cuda equals cpu", "[cuda]") { check_twin(kPlain); }
 TEST_CASE("layer_norm without bias matches plain loops") { check_reference(kNoBias); }
 TEST_CASE("layer_norm without bias passes gradcheck") { check_grad(kNoBias); }
 TEST_CASE("layer_norm without bias: cuda equals cpu", "[cuda]") { check_twin(kNoBias); }
+TEST_CASE("layer_norm with 1 + w matches plain loops") { check_reference(kOffset); }
+TEST_CASE("layer_norm with 1 + w passes gradcheck") { check_grad(kOffset); }
+TEST_CASE("layer_norm with 1 + w: cuda equals cpu", "[cuda]") { check_twin(kOffset); }
+TEST_CASE("add_layer_norm with 1 + w matches plain loops") { check_reference(kFusedOffset); }
+TEST_CASE("add_layer_norm with 1 + w passes gradcheck") { check_grad(kFusedOffset); }
+TEST_CASE("add_layer_norm with 1 + w: cuda equals cpu", "[cuda]") { check_twin(kFusedOffset); }
 TEST_CASE("add_layer_norm matches plain loops") { check_reference(kFused); }
 TEST_CASE("add_layer_norm passes gradcheck") { check_grad(kFused); }
 TEST_CASE("add_layer_norm: cuda equals cpu", "[cuda]") { check_twin(kFused); }

@@ -7,8 +7,10 @@
 #include "kernels/linear.h"
 #include "kernels/mamba2_step.h"
 #include "kernels/mamba_step.h"
+#include "kernels/mlstm_step.h"
 #include "kernels/rms_norm.h"
 #include "kernels/sample.h"
+#include "kernels/slstm_step.h"
 #include "tests/testing/tensors.h"
 
 using namespace krait;
@@ -62,7 +64,7 @@ TEST_CASE("a step of few rows: norms and linear maps equal the cpu's", "[cuda]")
       const Tensor up = m.narrow({n, k}, 0.05), bias = m.narrow({n}), down = m.narrow({k, k}, 0.05);
       Tensor sum, y;
       if (centred) {
-        const auto out = kernels::add_layer_norm_forward(x, residual, w, b, 1e-5);
+        const auto out = kernels::add_layer_norm_forward(x, residual, w, b, 1e-5, 0.5);
         sum = out.residual, y = out.y;
       } else {
         const auto out = kernels::add_rms_norm_forward(x, residual, w, 1e-5);
@@ -357,6 +359,55 @@ TEST_CASE("a step of few rows: blocks with attention whose weights come in betwe
       }
       return out;
     });
+  }
+}
+
+// Weights stand ready before the step, so that neighbours meet: nothing else uses the stream between them.
+TEST_CASE("a step of few rows: blocks of mLSTM and sLSTM equal the cpu's", "[cuda]") {
+  struct Sizes { int64_t b, d, heads, vocab; };
+  for (const Sizes& s : {Sizes{1, 768, 4, 999}, Sizes{3, 768, 4, 999}, Sizes{8, 256, 2, 70}, Sizes{2, 1024, 4, 70}, Sizes{2, 264, 1, 70}}) {
+    INFO("b " << s.b << " d " << s.d);
+    check_gathered([&](Maker m) {
+      const int64_t e = 2 * s.d, n = 2 * s.heads, p = s.d / s.heads;
+      struct Weights { Tensor norm, up, down, conv; kernels::MlstmStepMapsWeights maps; kernels::MlstmStepOutputWeights output; kernels::MlstmState state; };
+      const Shape block{e / 4, 4, 4};
+      std::vector<Weights> layers;
+      for (int i = 0; i < 2; ++i)
+        layers.push_back({m.wide({s.d}, 0, 0.2), m.narrow({2 * e, s.d}, 0.05), m.narrow({s.d, e}, 0.03), m.narrow({s.b, 3, e}),
+                          {m.narrow({e, 4}, 0.5), i == 0 ? m.narrow({e}, 0.1) : Tensor{}, {m.narrow(block, 0.5), m.narrow(block, 0.5), m.narrow(block, 0.5), m.narrow({n, 3 * e}, 0.02)}},
+                          {m.wide({n}), m.wide({e}, 0, 0.3), m.narrow({e})},
+                          {m.wide({s.b, s.heads, e / s.heads, e / s.heads}, 0, 0.3), m.wide({s.b, s.heads, e / s.heads}, 0, 0.3), m.wide({s.b, s.heads})}});
+      const double std = 0.5 / std::sqrt(static_cast<double>(p));
+      const Shape map{s.heads, p, p};
+      const kernels::SlstmStepWeights cell{m.narrow({s.d, 4}), m.narrow({s.d}), m.narrow(map, std), m.narrow(map, std), m.narrow(map, std), m.narrow(map, std),
+                                           m.narrow({s.heads, 4, p, p}, std), m.wide({4, s.heads, p}), m.wide({s.d}, 0, 0.3)};
+      Tensor cell_conv = m.narrow({s.b, 3, s.d}), cell_state = zeros({s.b, 4, s.heads, p}, f32, m.device);
+      const Tensor slstm_norm = m.wide({s.d}, 0, 0.2), last_norm = m.wide({s.d}, 0, 0.2), head = m.narrow({s.vocab, s.d}, 0.05);
+      const std::vector<Tensor> tokens{m.narrow({s.b, s.d}), m.narrow({s.b, s.d})};
+      std::vector<Tensor> out;
+      for (const Tensor& token : tokens) {  // the second meets the states again
+        Tensor residual = token, pending;
+        const auto normed = [&](const Tensor& w) {
+          if (!pending.defined()) return kernels::layer_norm_forward(residual, w, {}, 1e-5, 1).y;
+          const auto both = kernels::add_layer_norm_forward(pending, residual, w, {}, 1e-5, 1);
+          residual = both.residual;
+          out.push_back(residual);
+          return both.y;
+        };
+        for (Weights& w : layers) {
+          const Tensor up = linear(normed(w.norm), w.up);
+          const kernels::MlstmStepMaps in = kernels::mlstm_step_maps(w.conv, up.slice(1, 0, e), w.maps);
+          const Tensor y = kernels::mlstm_step_output(w.state, in, up.slice(1, e, 2 * e), w.output);
+          pending = linear(y, w.down);
+          out.insert(out.end(), {up, in.q, in.k, in.v, in.x_c, y, pending});
+        }
+        pending = kernels::slstm_step(cell_conv, cell_state, normed(slstm_norm), cell);
+        out.push_back(linear(normed(last_norm), head));
+      }
+      for (const Weights& w : layers) out.insert(out.end(), {w.conv, w.state.c, w.state.n, w.state.m});
+      out.insert(out.end(), {cell_conv, cell_state});
+      return out;
+    }, s.b, 3);
   }
 }
 
