@@ -1,5 +1,5 @@
 #pragma once
-#include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/copy_words.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/rows_scan.h"
 
@@ -45,9 +45,7 @@ __global__ void __launch_bounds__(kThreads, 768 / kThreads) rows_scan_kernel(con
 #pragma unroll
     for (int q = 0; q < kScanPieces; ++q)
       if (lane + 4 * q < pieces)
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;\n" ::"r"(shared_address(weights + (p * kScanPieces + q) * kThreads + tid)),
-                     "l"(a.dt_proj + int64_t{c} * a.r + 4 * (lane + 4 * q))
-                     : "memory");
+        copy_words<8>(weights + (p * kScanPieces + q) * kThreads + tid, a.dt_proj + int64_t{c} * a.r + 4 * (lane + 4 * q));
   }
   copy_commit();
   wait_for_previous();
