@@ -3,7 +3,7 @@
 #include <cstddef>
 
 #include "kernels/cuda/aligned.h"
-#include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/copy_words.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/tma.cuh"
 
@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kOwn = kHeadChannels / kWarps;  // channels of a warp
 constexpr int kStages = 6, kStageBytes = 16 * 1024;
+[[maybe_unused]] constexpr int kFlight = 3;  // copies under way: more stand in the way of what the kernel in front still reads
 constexpr int kTogether = 2;               // heads that a warp has under way: latency counts
 constexpr int kGroup = 12;                 // heads of a row whose small values are brought together
 constexpr int kPitch = kHeadChannels + 8;  // different banks
@@ -119,6 +120,7 @@ __global__ void __launch_bounds__(kThreads + 32) rows_state_kernel(const __grid_
       const int stage = i % kStages, piece = i % kPieces, channels = min(kPieceChannels, a.p - piece * kPieceChannels);
       const uint32_t bytes = max(channels, 0) * kHeadStates * static_cast<int>(sizeof(T));
       if (i >= kStages) barrier_wait(empty + 8 * stage, (i / kStages - 1) % 2);
+      if (i >= kFlight) barrier_wait(full + 8 * ((i - kFlight) % kStages), (i - kFlight) / kStages % 2);
       barrier_expect(full + 8 * stage, bytes);
       if (bytes > 0)
         bring_bytes(shared_address(s.ring[stage]), h + (int64_t{begin + i / kPieces} * a.p + piece * kPieceChannels) * kHeadStates, bytes,
@@ -140,20 +142,22 @@ __global__ void __launch_bounds__(kThreads + 32) rows_state_kernel(const __grid_
     count = min(min(end - unit, a.heads - head), kGroup);
     const int m = a.count != nullptr ? a.count[unit] : 0;  // positions not yet in h, of all heads of a row
     if (unit > begin) meet();                   // the heads before have been read
+    const int pieces = a.p / 8;
 #pragma unroll 1
-    for (int i = tid; i < count * m * (a.p / 8); i += kThreads) {
-      const int u = i / (m * (a.p / 8)), j = i / (a.p / 8) % m, c = i % (a.p / 8) * 8;
-      copy_async(&s.x[u][j][c], a.recent_x + ((int64_t{unit + u} * a.size) + j) * a.p + c, true);
+    for (int u = warp; u < count; u += kWarps) {
+      const bf16* const from = a.recent_x + int64_t{unit + u} * a.size * a.p;
+#pragma unroll 1
+      for (int i = lane; i < m * pieces; i += 32) copy_async(&s.x[u][i / pieces][i % pieces * 8], from + 8 * i, true);
     }
 #pragma unroll 1
     for (int i = tid; i < m * (kHeadStates / 8); i += kThreads) copy_async(&s.B[0][0] + 8 * i, a.recent_B + row * a.size * kHeadStates + 8 * i, true);
     const int j = tid % kMaxRecent, u = tid / kMaxRecent;  // of `steps`
-    if (u < count && j < m) s.steps[u][j] = reinterpret_cast<const float2*>(a.recent_steps)[int64_t{unit + u} * a.size + j];
-    const float rate = u < count ? expf(a.A_log[head + u]) : 0.0f, bias = u < count ? a.dt_bias[head + u] : 0.0f;
+    if (u < count && j < m) copy_words<8>(&s.steps[u][j], a.recent_steps + 2 * (int64_t{unit + u} * a.size + j));
+    const float rate_log = u < count ? a.A_log[head + u] : 0.0f, bias = u < count ? a.dt_bias[head + u] : 0.0f;
 #pragma unroll 1
     for (int i = tid; i < count * a.p; i += kThreads) {
-      s.norm[i / a.p][i % a.p] = a.norm[head * a.p + i];
-      s.D[i / a.p][i % a.p] = a.D[a.D_columns == 1 ? head + i / a.p : head * a.p + i];
+      copy_words<4>(&s.norm[i / a.p][i % a.p], a.norm + head * a.p + i);
+      copy_words<4>(&s.D[i / a.p][i % a.p], a.D + (a.D_columns == 1 ? head + i / a.p : head * a.p + i));
     }
     copy_commit();
     if (unit == begin) {
@@ -200,7 +204,7 @@ __global__ void __launch_bounds__(kThreads + 32) rows_state_kernel(const __grid_
     meet();
     if (u < count && j <= m) {
       const float dt = fminf(fmaxf(raw > 20.0f ? raw : log1pf(expf(raw)), a.low), a.high);
-      const float log_now = (m > 0 ? s.steps[u][m - 1].y : 0.0f) - rate * dt;
+      const float log_now = (m > 0 ? s.steps[u][m - 1].y : 0.0f) - expf(rate_log) * dt;
       const float2 step = j < m ? s.steps[u][j] : float2{dt, log_now};
       const float f = expf(log_now - step.y) * step.x;
       s.factor[u][j] = f;
