@@ -12,9 +12,9 @@ namespace krait::kernels::cuda {
 
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 384;
 constexpr int kMaxWidth = 1024;  // of a head
-constexpr int kAhead = 4;        // rows of the state that a group of lanes has in flight
+constexpr int kAhead = 3;        // rows of the state that a group of lanes has in flight
 
 template <class T, class A = accum_t<T>>
 struct StepJob {
