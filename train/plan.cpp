@@ -26,6 +26,9 @@ void lay_out(Plan& plan, const Config& config) {
     config.fail("parallelism.tensor", fmt::format("tensor {} x sequence {} does not divide {} ranks", p.tensor,
                                                   p.sequence, plan.ranks),
                 fmt::format("--ranks {}", (plan.ranks / inner + 1) * inner));
+  if (config.data.context % p.sequence != 0)
+    config.fail("data.context", fmt::format("{} tokens cannot be cut into {} equal pieces (parallelism.sequence)", config.data.context, p.sequence),
+                fmt::format("{}", (config.data.context / p.sequence + 1) * p.sequence));
   plan.data = p.data == -1 ? plan.ranks / inner : p.data;
   if (plan.data * inner != plan.ranks)
     config.fail("parallelism.data", fmt::format("data {} x sequence {} x tensor {} are {} ranks, but --ranks is {}",

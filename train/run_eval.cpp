@@ -54,8 +54,7 @@ void print_json(const EvalResult& r, const LoadedRun& run, const std::string& wh
 
 int eval_task(LoadedRun& run, const EvalCommand& command) {
   const Config& c = run.session.config;
-  KRAIT_CHECK(command.data.empty() && command.context == 0 && command.stride == 0,
-              "--data, --context and --stride are for text; this run learned the task {}", c.data.type);
+  KRAIT_CHECK(command.data.empty(), "--data is for text; this run learned the task {}", c.data.type);
   const std::string split = command.split.empty() ? c.eval.split : command.split;
   KRAIT_CHECK(split == "valid" || split == "test", "split {}: examples of a task are held out in valid and test; choose one of them",
               split);

@@ -163,6 +163,7 @@ TEST_CASE("plans of a hundred thousand GPUs, of too little memory, and of sizes 
   REQUIRE(large.warnings.size() >= 1);
   CHECK(contains(large.warnings.back(), "out of memory: a rank needs"));
   CHECK(contains(error_of([] { plan_of({"parallelism.tensor=2"}, 3); }), "tensor 2 x sequence 1 does not divide 3 ranks"));
+  CHECK(contains(error_of([] { plan_of({"parallelism.sequence=7"}, 7); }), "tokens cannot be cut into 7 equal pieces (parallelism.sequence)"));
   CHECK(contains(error_of([] { train::find_machine("h1000", ""); }), "there is no machine 'h1000'; known: h100-sxm"));
   const TemporaryDirectory tmp;
   write_text(tmp / "small.yaml", kModel);
