@@ -164,18 +164,28 @@ template <class A>
   }
 }
 
-/// sum_c x[c] y[c] in a fixed order.
+/// sum_c x[c] y[c] in an order that is the same on every machine; the last values as in a product's sum over c, so that
+/// few channels give what the product gives (the gradient of one key's score is then exactly 0).
 template <class A, class T>
 inline A dot_row(const T* x, const T* y, int64_t d) {
-  constexpr int n = kLanes<A>;
+  constexpr int n = 64 / sizeof(A);
   A part[n] = {}, tail = 0;
   int64_t c = 0;
   for (; c + n <= d; c += n) {
 #pragma omp simd
     for (int l = 0; l < n; ++l) part[l] += static_cast<A>(x[c + l]) * static_cast<A>(y[c + l]);
   }
-  for (; c < d; ++c) tail += static_cast<A>(x[c]) * static_cast<A>(y[c]);
-  return total<A>(load(part)) + tail;
+  for (int w = n / 2; w > 0; w /= 2)
+    for (int l = 0; l < w; ++l) part[l] += part[l + w];
+  for (; c < d; ++c) {
+    const A one = static_cast<A>(x[c]), other = static_cast<A>(y[c]);
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    tail = std::fma(one, other, tail);
+#else
+    tail += one * other;
+#endif
+  }
+  return part[0] + tail;
 }
 
 }  // namespace krait::kernels::cpu
