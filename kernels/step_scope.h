@@ -6,11 +6,13 @@
 
 namespace krait::kernels {
 
+/// Kernels of few rows serve so many: their blocks make all of them.
+inline constexpr int kFewRows = 8;
 /// So many rows of Mamba's and Mamba-2's layers have kernels of their own, for plain states (kernels/mamba2_step.h).
 inline constexpr int64_t kFewScanRows = 3;
 
 /// While it lives, this thread's kernels of a decoding step of so many rows are gathered on a GPU that can (bf16, sm_90).
-/// Neighbours run as one kernel where there is such: of up to 8 rows, norms, linear maps, gated units, attention_append; of
+/// Neighbours run as one kernel where there is such: of up to kFewRows rows, norms, linear maps, gated units, attention_append; of
 /// more, or with `scans`, where all layers are such, norms, linear maps, mamba_step, mamba2_step. The results are there
 /// when anything else of this thread reads them: using the stream launches what waits.
 class StepScope {

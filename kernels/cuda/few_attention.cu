@@ -47,7 +47,7 @@ __device__ __forceinline__ uint4 turned(const bf16* head, int first, const float
 // A cluster: a row and a head. kLanes neighbouring lanes share a position, 8 columns each; kRounds positions of a lane are
 // read while the kernel in front still runs. Bound by latency, with long caches by reading them.
 template <int kLanes, int kRounds>
-__global__ void __launch_bounds__(kThreads) few_attention_kernel(const __grid_constant__ FewAttention a, bool early) {
+__global__ void __launch_bounds__(kThreads) few_attention_kernel(const __grid_constant__ FewAttention a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr int kDim = 8 * kLanes, kGroups = 32 / kLanes, kSpan = kWarps * kGroups, kOwn = kDim / 32;  // kOwn: columns a lane joins
   __shared__ __align__(16) float part_o[kWarps][kDim];
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) few_attention_kernel(const __grid_co
   const int split = static_cast<int>(blockIdx.x) % a.splits, pair = static_cast<int>(blockIdx.x) / a.splits;
   const int row = pair / a.hq, head = pair % a.hq, kv = head / (a.hq / a.hkv);
   const uint32_t arrivals = shared_address(&barrier);
-  if (early) let_next_begin();
+  if (a.early) let_next_begin();
   if (tid == 0) {
     arrivals_init(arrivals);
     arrivals_expect(arrivals, static_cast<uint32_t>(a.splits * (kDim + 2) * 4));
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) few_attention_kernel(const __grid_co
   }
   cluster_barrier();
   if (a.ahead) wait_for_previous();
-  if (!early) let_next_begin();
+  if (!a.early) let_next_begin();
 
   const bf16* const fresh = a.qkv + row * a.qkv_row;
   float q[8], sum[8] = {}, m = -INFINITY, l = 0;
@@ -211,16 +211,16 @@ __global__ void __launch_bounds__(kThreads) few_attention_kernel(const __grid_co
 }  // namespace
 
 bool few_attention_fits(const FewAttention& a) {
-  if (a.rows < 1 || a.rows > kFewMapRows || a.hkv < 1 || a.hq % a.hkv != 0 || a.qkv_row % 8 != 0 || a.splits < 1 || a.splits > kFewSplits) return false;
+  if (a.rows < 1 || a.rows > kFewRows || a.hkv < 1 || a.hq % a.hkv != 0 || a.qkv_row % 8 != 0 || a.splits < 1 || a.splits > kFewSplits) return false;
   if (!aligned16(a.qkv, a.k_cache, a.v_cache)) return false;
   if (a.cos != nullptr && a.half % (a.interleaved ? 4 : 8) != 0) return false;
   return a.d == 64 || a.d == 128;
 }
 
-void few_attention(const FewAttention& a, bool early, Stream stream) {
+void few_attention(const FewAttention& a, Stream stream) {
   const auto kernel = a.d == 64 ? few_attention_kernel<8, kAhead> : few_attention_kernel<16, kAhead>;
   keep_shared_memory(kernel);
-  launch_with({clusters_of(a.splits), overlapping()}, kernel, {.grid = int64_t{a.rows} * a.hq * a.splits, .block = kThreads, .stream = stream}, a, early);
+  launch_with({clusters_of(a.splits), overlapping()}, kernel, {.grid = int64_t{a.rows} * a.hq * a.splits, .block = kThreads, .stream = stream}, a);
 }
 
 }  // namespace krait::kernels::cuda

@@ -40,7 +40,7 @@ int64_t blocks_of(const FewMap& a, int columns, bool rounds) {
 }  // namespace
 
 bool few_map_fits(const FewMap& a) {
-  if (a.rows < 1 || a.rows > kFewMapRows || a.n < 1 || a.x_row % 8 != 0) return false;
+  if (a.rows < 1 || a.rows > kFewRows || a.n < 1 || a.x_row % 8 != 0) return false;
   if (!aligned16(a.x, a.w, a.normed) || !aligned16(a.norm_weight, a.norm_bias)) return false;
   return visit_tile(a, [&]<int kTiles, int kSteps, int kWarps, bool kGated, bool kRounds, bool kNorms>() {});
 }

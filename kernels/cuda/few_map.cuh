@@ -28,8 +28,8 @@ __device__ __forceinline__ const T* kept(const T* p) {
 template <int kTiles, int kWarps, bool kRounds>
 struct FewMapTile {
   static constexpr int kThreads = 32 * kWarps, kColumns = 8 * kTiles, kPitch = kColumns + (kTiles % 4 == 0 ? 8 : 0);
-  float sums[kRounds ? 2 : 1][kWarps][kFewMapRows][kPitch];  // with rounds, of one and of the one before
-  float2 stats[kWarps][kFewMapRows];           // mean and squares about it, of a warp's share of a row
+  float sums[kRounds ? 2 : 1][kWarps][kFewRows][kPitch];  // with rounds, of one and of the one before
+  float2 stats[kWarps][kFewRows];                         // mean and squares about it, of a warp's share of a row
 };
 
 inline constexpr int kFewNormWarps = 8;
@@ -37,7 +37,7 @@ inline constexpr int kFewNormWarps = 8;
 /// x, in pieces of 8 values a step of a lane, normed. k is a multiple of 256: lanes hold equally many. Few instructions, and
 /// none that wait for one another: a block has two warps for each of its schedulers.
 template <int kSteps>
-__device__ __forceinline__ void norm_rows(uint4 (&x)[kSteps], const FewMap& a, float2 (&stats)[kFewNormWarps][kFewMapRows], const float* scale, int at) {
+__device__ __forceinline__ void norm_rows(uint4 (&x)[kSteps], const FewMap& a, float2 (&stats)[kFewNormWarps][kFewRows], const float* scale, int at) {
   constexpr int kWarps = kFewNormWarps, kSpan = 32 * kWarps;
   const int warp = static_cast<int>(threadIdx.x) / 32, g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
   const int steps = a.k / kSpan;
@@ -124,7 +124,7 @@ template <int kTiles, int kSteps, int kWarps, bool kGated, bool kRounds, bool kN
 __global__ void __launch_bounds__(32 * kWarps) few_map_kernel(const __grid_constant__ FewMap a, bool early, const __grid_constant__ Behind behind) {
   using Tile = FewMapTile<kTiles, kWarps, kRounds>;
   constexpr int kThreads = Tile::kThreads, kSpan = 32 * kWarps, kOwn = kGated ? Tile::kColumns / 2 : Tile::kColumns;
-  static_assert(kThreads >= kFewMapRows * kOwn);  // a value of y a thread
+  static_assert(kThreads >= kFewRows * kOwn);  // a value of y a thread
   extern __shared__ __align__(16) float scale[];  // (k), then the shift's (k)
   __shared__ Tile tile;
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
@@ -232,8 +232,8 @@ __global__ void __launch_bounds__(32 * kWarps) few_map_kernel(const __grid_const
     if (!more) break;
   }
   if constexpr (kRounds) {
-    static_assert(kWarps >= kFewMapRows && kOwn <= 32);
-    __shared__ uint64_t keys[kFewMapRows][kOwn];
+    static_assert(kWarps >= kFewRows && kOwn <= 32);
+    __shared__ uint64_t keys[kFewRows][kOwn];
     if (a.likeliest == nullptr) return;
     if (row < a.rows) keys[row][own] = likeliest;
     __syncthreads();

@@ -4,12 +4,11 @@
 #include "core/dtype.h"
 #include "core/stream.h"
 #include "kernels/linear.h"
+#include "kernels/step_scope.h"
 
 namespace krait::kernels::cuda {
 
-inline constexpr int kFewMapRows = 8;
-
-/// A linear map of a decoding step of 1 to 8 rows with what stands before and behind it, all matrices bf16:
+/// A linear map of a decoding step of 1 to kFewRows rows with what stands before and behind it, all matrices bf16:
 ///   x = norm(x), with a weight, to which weight_offset is added: layer norm where centred, else RMSNorm; normed, mean and rstd receive what they name
 ///   y = epilogue(x w^T + bias)
 ///   gated: w (2 n, k), gates first, whose products go to y (rows, 2 n); units = silu(gate) up, n of them; no bias

@@ -66,7 +66,7 @@ struct MlstmBehind {
   // x_m: of the thread's channel, rounded. All threads of the block come here.
   template <int kOwn>
   __device__ __forceinline__ void finish(const Ahead<kOwn>& ahead, float x_m, int row, int own, int rows) const {
-    __shared__ float made[kFewMapRows][3][kOwn];
+    __shared__ float made[kFewRows][3][kOwn];
     if (ahead.channel - own >= m.e) return;  // a whole block
     Ahead<kOwn> a = ahead;
     if (!m.ahead) read_past(a, row);
@@ -122,7 +122,7 @@ struct MlstmBehind {
 
 // 8ths of the columns of a block; 0: no kernel serves. Fewer blocks norm the rows for themselves where 24 columns divide e.
 int tiles_of(const FewMap& a, int64_t e) {
-  if (a.rows < 1 || a.rows > kFewMapRows || a.k > 1024 || a.k % 256 != 0 || a.norm_weight == nullptr || a.units != nullptr || e % 8 != 0 || e > a.n) return 0;
+  if (a.rows < 1 || a.rows > kFewRows || a.k > 1024 || a.k % 256 != 0 || a.norm_weight == nullptr || a.units != nullptr || e % 8 != 0 || e > a.n) return 0;
   return e % 24 == 0 && a.n >= 1536 ? 3 : 1;
 }
 

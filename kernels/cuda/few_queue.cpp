@@ -112,8 +112,11 @@ class FewQueue final : public Deferred {
     know(y);
     others_ = false;
   }
-  void run(const FewAttention& work) {
-    few_attention(work, std::exchange(begun_, true), current_stream(device_));
+  void run(FewAttention work) {
+    finish();
+    work.ahead = may_read_ahead(work.k_cache);
+    work.early = std::exchange(begun_, true);
+    few_attention(work, current_stream(device_));
     others_ = false;
   }
 
@@ -157,7 +160,7 @@ class FewQueue final : public Deferred {
   std::vector<const void*> caches_;
 };
 
-bool suits(const Gemm& g) { return g.dtype == DType::bf16 && g.ldb == g.k && g.m <= kFewMapRows && g.n < (int64_t{1} << 30); }
+bool suits(const Gemm& g) { return g.dtype == DType::bf16 && g.ldb == g.k && g.m <= kFewRows && g.n < (int64_t{1} << 30); }
 
 int splits_of(int64_t capacity, int64_t d) {
   return static_cast<int>(std::clamp<int64_t>((capacity * d + kFewShare - 1) / kFewShare, kFewestSplits, kFewSplits));
@@ -221,7 +224,7 @@ bool gather_few_gated_units(Tensor& h, Tensor& pre, const Gemm& g) {
 
 bool gather_few_attention(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor& v_cache, const Tensor& position, const AttentionAppend& a) {
   FewQueue* const queue = gathering<FewQueue>(qkv.device());
-  if (queue == nullptr || qkv.dtype() != DType::bf16 || a.alibi_slopes.defined() || qkv.size(0) > kFewMapRows) return false;
+  if (queue == nullptr || qkv.dtype() != DType::bf16 || a.alibi_slopes.defined() || qkv.size(0) > kFewRows) return false;
   FewAttention work{};
   work.o = o.data<bf16>();
   work.k_cache = k_cache.data<bf16>();
@@ -241,8 +244,6 @@ bool gather_few_attention(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor&
   work.scale = static_cast<float>(a.scale);
   work.splits = splits_of(k_cache.size(1), qkv.size(2));
   if (!few_attention_fits(work)) return false;
-  queue->finish();
-  work.ahead = queue->may_read_ahead(work.k_cache);
   queue->run(work);
   queue->know(o);
   return true;

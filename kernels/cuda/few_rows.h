@@ -3,15 +3,16 @@
 
 #include "core/dtype.h"
 #include "core/stream.h"
+#include "kernels/step_scope.h"
 
 // A decoding step of up to kFewRows rows: two kernels a layer of Mamba, whose sums over all channels are left in parts that the
 // next kernel adds. All matrices are bf16, sums fp32. A kernel lets the next begin at once, and reads states and weights
 // (but those of the norm in front of a map) before the kernels in front have finished: what wrote them must lie before one
-// that was not overlapped. Every block adds all parts of all rows, so that more than kFewScanRows (kernels/step_scope.h)
+// that was not overlapped. Every block adds all parts of all rows, so that more than kFewScanRows
 // are served better by rows_linear.h.
 namespace krait::kernels::cuda {
 
-inline constexpr int kFewRows = 8, kFewWidth = 768, kFewTaps = 4;
+inline constexpr int kFewWidth = 768, kFewTaps = 4;
 inline constexpr int kFewColumns = 32;  // of y, a block of FewLinear
 inline constexpr int kFewParts = 12;  // that are read together
 

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps, kChannels = 16;  // channels of a head that a block advances
 constexpr int kNormThreads = 512;
-constexpr int64_t kFewRows = 8;  // so many do the convolution on the way
 
 struct Layout {
   int64_t heads, p, n, g, k;

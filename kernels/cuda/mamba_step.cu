@@ -9,7 +9,6 @@ namespace krait::kernels::cuda {
 
 namespace {
 
-constexpr int64_t kFewRows = 8;  // so many do the convolution on the way
 constexpr int kThreads = 128;
 constexpr int kProjectThreads = 256, kOutputs = 4;  // two warps an output
 constexpr int kLanes = 4;                           // threads of a channel in the scan

@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "kernels/cuda/aligned.h"
+#include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
 #include "kernels/cuda/recurrence.cuh"
@@ -15,8 +16,8 @@ namespace krait::kernels::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kFewRows = 16;  // beyond, products of the library are faster
-constexpr int kMaxGroups = kFewRows;  // of rows
+constexpr int kMaxRows = 16;  // beyond, products of the library are faster
+constexpr int kMaxGroups = kMaxRows;  // of rows
 
 template <class T>
 struct StepJob {
@@ -75,20 +76,6 @@ __device__ void hand_over(const StepJob<T>& j, int64_t row0, int64_t end) {
     j.state[(row0 + i / j.p) * Cell::kStates * j.p + i % j.p] = __ldcg(j.fresh + row0 * j.p + i);
 }
 
-__device__ __forceinline__ uint32_t pair_of(float low, float high) {
-  const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-  uint32_t bits;
-  __builtin_memcpy(&bits, &v, 4);
-  return bits;
-}
-
-// d += a (16 x 16) b (16 x 8). The order of the 16 is free, as long as a and b share it.
-__device__ __forceinline__ void multiply(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // A block: 16 places (4 units, or 16 of the RNN's) of up to 8 kTiles rows, on tensor cores. Warps take pieces of 32 inputs in
 // turn, first x's, then y's; a lane holds 8 neighbours of two places, which is all its warp needs of the weights: they are
 // read once, the first of them before the kernels in front have finished. Bound by reading the weights at few rows.
@@ -135,13 +122,13 @@ __global__ void __launch_bounds__(kThreads) mma_step_kernel(const StepJob<bf16> 
           if (of_y) {
             const float4* const y = reinterpret_cast<const float4*>(j.state + row * Cell::kStates * j.p + k);
             const float4 low = y[0], high = y[1];
-            in = {pair_of(low.x, low.y), pair_of(low.z, low.w), pair_of(high.x, high.y), pair_of(high.z, high.w)};
+            in = {pack(low.x, low.y), pack(low.z, low.w), pack(high.x, high.y), pack(high.z, high.w)};
           } else {
             in = *reinterpret_cast<const uint4*>(j.x + row * j.d + k);
           }
         }
-        multiply(sums[tile], w[i][0].x, w[i][1].x, w[i][0].y, w[i][1].y, in.x, in.y);
-        multiply(sums[tile], w[i][0].z, w[i][1].z, w[i][0].w, w[i][1].w, in.z, in.w);
+        mma(sums[tile], {w[i][0].x, w[i][1].x, w[i][0].y, w[i][1].y}, in.x, in.y);
+        mma(sums[tile], {w[i][0].z, w[i][1].z, w[i][0].w, w[i][1].w}, in.z, in.w);
       }
     }
   }
@@ -263,7 +250,7 @@ unsigned* arrivals(Device device, Tensor& held) {
 void recurrent_step(bool& done, Tensor& y, Tensor& state, const Tensor& x, const RecurrentStepWeights& w, RecurrentCell cell) {
   const int64_t b = x.size(0), d = x.size(1), p = w.w_hh.size(1), width = 16 / size_of(x.dtype());
   done = true;
-  if ((x.dtype() != DType::bf16 && x.dtype() != DType::f32) || b > kFewRows || d % width != 0 || p % width != 0 || d >= (1 << 24) ||
+  if ((x.dtype() != DType::bf16 && x.dtype() != DType::f32) || b > kMaxRows || d % width != 0 || p % width != 0 || d >= (1 << 24) ||
       p >= (1 << 24) || !aligned(x, state, w.w_ih, w.w_hh)) {
     step_by_products(y, state, x, w, cell);
     known_to_step(y);
