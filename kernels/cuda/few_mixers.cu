@@ -1,8 +1,6 @@
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/cluster_launch.cuh"
 #include "kernels/cuda/few_rows.cuh"
-#include "kernels/cuda/rows_scan.h"
-#include "kernels/cuda/rows_state.h"
 
 // Mamba's and Mamba-2's states with the map behind them by columns: a block has 16 channels and all outputs; a cluster
 // adds its blocks' sums, each block a share of the outputs.
@@ -226,6 +224,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_state_kernel(const __grid_con
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 16, own = tid / 16, e = a.heads * a.p;
   const int first = static_cast<int>(blockIdx.x) * kChannels, c = first + own, head = first / a.p;
   const bool alive = first < e;
+  auto* const all_h = static_cast<float*>(a.h);
   let_next_begin();
   expect_sums(s.received, a.rows, true);
 
@@ -235,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_state_kernel(const __grid_con
 #pragma unroll 1
     for (int r = 0; r < a.rows; ++r)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) copy_async(&s.states[r][i][tid], a.h + r * row_states + at_h + 64 * i, true);
+      for (int i = 0; i < 2; ++i) copy_async(&s.states[r][i][tid], all_h + r * row_states + at_h + 64 * i, true);
   copy_commit();
   Columns columns;
   columns.read(a.w, a.d, e, first);
@@ -277,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_state_kernel(const __grid_con
         float4 h = s.states[r][i][tid];
         h = {decay * h.x + add * B.x, decay * h.y + add * B.y, decay * h.z + add * B.z, decay * h.w + add * B.w};
         all += dot(h, C);
-        *reinterpret_cast<float4*>(a.h + r * row_states + at_h + 64 * i) = h;
+        *reinterpret_cast<float4*>(all_h + r * row_states + at_h + 64 * i) = h;
       }
       all = sum_lanes<16>(all);
       if (lane == 0) {

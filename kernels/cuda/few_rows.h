@@ -3,6 +3,8 @@
 
 #include "core/dtype.h"
 #include "core/stream.h"
+#include "kernels/cuda/rows_scan.h"
+#include "kernels/cuda/rows_state.h"
 #include "kernels/step_scope.h"
 
 // A decoding step of up to kFewRows rows: two kernels a layer of Mamba, whose sums over all channels are left in parts that the
@@ -48,35 +50,27 @@ struct FewLinear {
 };
 
 /// Mamba's scan behind FewLinear's parts, and the map behind that: part (clusters, rows, d), whose sum is y w^T.
-struct FewScan {
-  bf16* y;
-  float* h;
-  const bf16 *mixed, *xz, *dt_proj;
-  const float *projected, *dt_bias, *A_log, *D;  // projected (rows, projections, r + 2 n)
-  const bf16* w;                                 // (d, e)
+struct FewScan : RowsScan {
+  const bf16* w;  // (d, e)
   float* part;
-  int rows, e, r, projections, d;
+  int d;
 };
 
-/// The same of Mamba-2: the sum of the parts lacks the gated norm's factor, which squares (rows, clusters) make.
-struct FewState {
-  bf16* weighted;  // u silu(z) norm
-  float* h;
-  const bf16 *mixed, *zxbcdt;
-  const float *dt_bias, *A_log, *D, *norm;
-  float low, high;
+/// The same of Mamba-2, whose h is fp32 and holds every position: the sum of the parts lacks the gated norm's factor, which
+/// squares, here (rows, clusters), make.
+struct FewState : RowsState {
   const bf16* w;
-  float *part, *squares;
-  int rows, heads, p, channels, input, D_columns, d;
+  float* part;
+  int d;
 };
 
 /// rows <= kFewRows; k is a multiple of 128, at most kFewWidth; kFewTaps taps. With `project` conv_begin is 0, conv_end a
 /// multiple of kFewColumns, and there are at most 128 outputs. n may be 0: the rows are all that is wanted. Addresses are
 /// multiples of 16.
 void few_linear(const FewLinear& a, bool overlapped, Stream stream);
-/// e is a multiple of 16, r of 4, at most kScanMaxRank (rows_scan.h); d at most kFewWidth.
+/// e is a multiple of 16, r of 4, at most kScanMaxRank; d at most kFewWidth.
 void few_scan(const FewScan& a, Stream stream);
-/// p is a multiple of 16; one group of kHeadStates (rows_state.h).
+/// p is a multiple of 16; one group of kHeadStates.
 void few_state(const FewState& a, Stream stream);
 /// Clusters that serve e channels.
 int64_t few_parts(int64_t e);

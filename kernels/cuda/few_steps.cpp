@@ -174,20 +174,7 @@ bool FewSteps::mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, 
   work.part = part.data<float>();
   work.outputs = static_cast<int>(outputs);
   start(work, work.conv);
-  FewScan scan{};
-  scan.y = y.data<bf16>();
-  scan.h = h.data<float>();
-  scan.mixed = work.mixed;
-  scan.xz = xz.data<bf16>();
-  scan.dt_proj = w.dt_proj.data<bf16>();
-  scan.projected = work.part;
-  scan.dt_bias = w.dt_bias.data<float>();
-  scan.A_log = w.A_log.data<float>();
-  scan.D = w.D.data<float>();
-  scan.rows = work.rows;
-  scan.e = work.conv_end;
-  scan.r = static_cast<int>(r);
-  scan.projections = static_cast<int>(parts);
+  const FewScan scan{rows_scan_of(y, h, mixed, xz, part, w), nullptr, nullptr, 0};
   held_ = {y, h, mixed, xz, part, w.dt_proj, w.dt_bias, w.A_log, w.D};
   waiting_ = Scan{scan, y};
   return true;
@@ -204,23 +191,7 @@ bool FewSteps::mamba2_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& zxb
   convolve(work, conv, w, e, e + channels);
   work.mixed = mixed.data<bf16>();
   start(work, work.conv);
-  FewState state{};
-  state.weighted = weighted.data<bf16>();
-  state.h = h.data<float>();
-  state.mixed = work.mixed;
-  state.zxbcdt = zxbcdt.data<bf16>();
-  state.dt_bias = w.dt_bias.data<float>();
-  state.A_log = w.A_log.data<float>();
-  state.D = w.D.data<float>();
-  state.norm = w.norm_weight.data<float>();
-  state.low = static_cast<float>(w.dt_low);
-  state.high = static_cast<float>(w.dt_high);
-  state.rows = work.rows;
-  state.heads = static_cast<int>(h.size(1));
-  state.p = static_cast<int>(h.size(2));
-  state.channels = static_cast<int>(channels);
-  state.input = static_cast<int>(zxbcdt.size(1));
-  state.D_columns = w.D.ndim() == 1 ? 1 : state.p;
+  const FewState state{rows_state_of(weighted, {}, h, nullptr, mixed, zxbcdt, w), nullptr, nullptr, 0};
   held_ = {h, mixed, zxbcdt, w.dt_bias, w.A_log, w.D, w.norm_weight};
   waiting_ = State{state, y, weighted, static_cast<float>(w.eps)};
   return true;
@@ -244,15 +215,13 @@ Tensor FewSteps::flush() {
     finish(norm->in, norm->rows, norm->k, current_stream(device_));
     normed = norm->y;
   } else if (const Scan* scan = std::get_if<Scan>(&waiting)) {
-    const FewScan& a = scan->work;
-    rows_scan({a.y, a.h, a.mixed, a.xz, a.dt_proj, a.projected, a.dt_bias, a.A_log, a.D, a.rows, a.e, a.r, a.projections}, current_stream(device_));
+    rows_scan(scan->work, current_stream(device_));
   } else if (const State* state = std::get_if<State>(&waiting)) {
-    const FewState& a = state->work;
+    RowsState a = state->work;
     const Tensor squares = empty({a.rows, a.heads}, DType::f32, device_);
-    RowsState alone{a.weighted, squares.data<float>(), a.h, false, a.mixed, a.zxbcdt, a.dt_bias, a.A_log, a.D, a.norm, a.low, a.high, a.rows, a.heads,
-                    a.p, a.channels, a.input, a.D_columns, nullptr, nullptr, nullptr, nullptr, 1};
-    rows_state(alone, current_stream(device_));
-    scale_rows({squares.data<float>(), a.heads, state->eps, state->y.data<bf16>(), nullptr}, a.weighted, a.rows, a.heads * a.p, current_stream(device_));
+    a.squares = squares.data<float>();
+    rows_state(a, current_stream(device_));
+    scale_rows({a.squares, a.heads, state->eps, state->y.data<bf16>(), nullptr}, a.weighted, a.rows, a.heads * a.p, current_stream(device_));
   } else if (const Parts* parts = std::get_if<Parts>(&waiting)) {
     finish(parts->in, parts->rows, parts->k, current_stream(device_));
     scale_gated(*parts);

@@ -174,10 +174,7 @@ bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz
   map.part = part.data<float>();
   const Stream stream = current_stream(xz.device());
   rows_linear(map, stream);
-  rows_scan({y.data<bf16>(), h.data<float>(), mixed.data<bf16>(), xz.data<bf16>(), w.dt_proj.data<bf16>(), part.data<float>(),
-             w.dt_bias.data<float>(), w.A_log.data<float>(), w.D.data<float>(), static_cast<int>(rows), static_cast<int>(e),
-             static_cast<int>(r), static_cast<int>(parts)},
-            stream);
+  rows_scan(rows_scan_of(y, h, mixed, xz, part, w), stream);
   queue->know(y);
   return true;
 }

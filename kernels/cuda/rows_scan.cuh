@@ -63,14 +63,14 @@ __global__ void __launch_bounds__(kThreads, 768 / kThreads) rows_scan_kernel(con
     bias[p] = c < a.e ? a.dt_bias[c] : 0.0f;
     skip[p] = c < a.e ? a.D[c] : 0.0f;
   }
-  const int quads = outputs / 4, items = kScanRows * quads, each = (a.parts + kScanGroups - 1) / kScanGroups;
+  const int quads = outputs / 4, items = kScanRows * quads, each = (a.projections + kScanGroups - 1) / kScanGroups;
 #pragma unroll 1
   for (int at = tid; at < items * kScanGroups; at += kThreads) {
     const int item = at % items, group = at / items, row = item / quads, o = item % quads * 4;
     float4 s{};
     if (row < count) {
-      const float* const from = a.part + (first_row + row) * int64_t{a.parts} * outputs + o;
-      const int end = min(a.parts, (group + 1) * each);
+      const float* const from = a.projected + (first_row + row) * int64_t{a.projections} * outputs + o;
+      const int end = min(a.projections, (group + 1) * each);
 #pragma unroll 8
       for (int i = group * each; i < end; ++i) {
         const float4 v = *reinterpret_cast<const float4*>(from + int64_t{i} * outputs);

@@ -287,7 +287,7 @@ bool rows_state_fits(const Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeig
 
 RowsState rows_state_of(const Tensor& weighted, const Tensor& squares, Tensor& h, RecentPositions* recent, const Tensor& mixed, const Tensor& zxbcdt,
                         const Mamba2StepWeights& w) {
-  RowsState a{weighted.data<bf16>(), squares.data<float>(), h.raw_data(), h.dtype() == DType::bf16, mixed.data<bf16>(), zxbcdt.data<bf16>(),
+  RowsState a{weighted.data<bf16>(), pointer_or_null<float>(squares), h.raw_data(), h.dtype() == DType::bf16, mixed.data<bf16>(), zxbcdt.data<bf16>(),
               w.dt_bias.data<float>(), w.A_log.data<float>(), w.D.data<float>(), w.norm_weight.data<float>(), static_cast<float>(w.dt_low),
               static_cast<float>(w.dt_high), static_cast<int>(h.size(0)), static_cast<int>(h.size(1)), static_cast<int>(h.size(2)),
               static_cast<int>(w.conv_weight.size(0)), static_cast<int>(zxbcdt.size(1)), w.D.ndim() == 1 ? 1 : static_cast<int>(h.size(2)),

@@ -24,7 +24,7 @@ struct RowsState {
 
 inline constexpr int kHeadChannels = 64, kHeadStates = 128, kMaxRecent = 16;
 
-/// Whether such steps are served; what w, h and `recent` (may be null) say of one.
+/// Whether such steps are served; what w, h and `recent` (may be null) say of one, with squares or without.
 bool rows_state_fits(const Tensor& h, const Tensor& zxbcdt, const Mamba2StepWeights& w);
 RowsState rows_state_of(const Tensor& weighted, const Tensor& squares, Tensor& h, RecentPositions* recent, const Tensor& mixed, const Tensor& zxbcdt,
                         const Mamba2StepWeights& w);
