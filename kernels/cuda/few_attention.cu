@@ -4,6 +4,7 @@
 #include "kernels/cuda/cluster_launch.cuh"
 #include "kernels/cuda/few_map.cuh"
 #include "kernels/cuda/packed.cuh"
+#include "kernels/cuda/step_values.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -13,7 +14,7 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kAhead = 4;  // positions of a lane that are read while the kernel in front still runs
 
 __device__ __forceinline__ void unpack8(float (&out)[8], uint4 v) {
-  const float2 p[4] = {pair_of(v.x), pair_of(v.y), pair_of(v.z), pair_of(v.w)};
+  const float2 p[4] = {two(v.x), two(v.y), two(v.z), two(v.w)};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     out[2 * i] = p[i].x;
@@ -116,9 +117,7 @@ __global__ void __launch_bounds__(kThreads) few_attention_kernel(const __grid_co
     unpack8(k, packed);
 #pragma unroll
     for (int i = 0; i < 8; ++i) s = fmaf(q[i], k[i], s);
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) s += __shfl_xor_sync(0xffffffffu, s, offset);
-    return s;
+    return sum_lanes<kLanes>(s);
   };
   const auto add = [&](float weight, uint4 packed) {
     float v[8];

@@ -12,7 +12,7 @@ constexpr int kPieces = kFewWidth / 256;  // of 32 of k that a warp multiplies
 
 // Four values of row r of what the parts add up to, or of what has been made.
 __device__ __forceinline__ float4 add_parts(const FewInput& in, int64_t at, int r, int rows, int k) {
-  if (in.parts == 0) return four(fresh8(in.made + at));
+  if (in.parts == 0) return four_masked(fresh8(in.made + at));
   float4 v{};
   float squares = 0;
   if (in.squares != nullptr)  // a part's in each of 16 lanes, as a rule
@@ -88,11 +88,11 @@ __global__ void __launch_bounds__(kThreads, 2) few_linear_kernel(const __grid_co
       if (a.in.residual != nullptr) residual = fresh8(a.in.residual + at);
       uint2 u = packed(add_parts(a.in, at, r, a.rows, a.k));
       if (writes && a.in.parts > 0 && a.in.made_out != nullptr) *reinterpret_cast<uint2*>(a.in.made_out + at) = u;
-      float4 v = four(u);
+      float4 v = four_masked(u);
       if (a.in.residual != nullptr) {
-        u = packed(sum(v, four(residual)));
+        u = packed(sum(v, four_masked(residual)));
         if (writes && a.in.sum != nullptr) *reinterpret_cast<uint2*>(a.in.sum + at) = u;
-        v = four(u);
+        v = four_masked(u);
       }
       *reinterpret_cast<uint2*>(&x[r][4 * tid]) = packed(product(v, weight));
       square = dot(v, v);
@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(kThreads, 2) few_linear_kernel(const __grid_co
     const bf16 now = static_cast<bf16>(v * factor_of(warp) + bias);
     a.y[int64_t{warp} * a.n + column] = now;
     if (convolved) {
-      const float2 w01 = two(filter.x), w23 = two(filter.y);
-      const bf16 out = static_cast<bf16>(silu(conv_bias + w01.x * static_cast<float>(before[0]) + w01.y * static_cast<float>(before[1]) +
+      const float2 w01 = two_masked(filter.x), w23 = two_masked(filter.y);
+      const bf16 out = static_cast<bf16>(silu_fast(conv_bias + w01.x * static_cast<float>(before[0]) + w01.y * static_cast<float>(before[1]) +
                                               w23.x * static_cast<float>(before[2]) + w23.y * static_cast<float>(now)));
       mixed[warp][lane] = out;
       past[0] = before[1];
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_linear_kernel(const __grid_co
   if (writes && a.in.normed != nullptr && tid < quads)
     for (int r = 0; r < a.rows; ++r) {
       const float factor = factor_of(r);
-      const float4 v = four(*reinterpret_cast<const uint2*>(&x[r][4 * tid]));
+      const float4 v = four_masked(*reinterpret_cast<const uint2*>(&x[r][4 * tid]));
       *reinterpret_cast<uint2*>(a.in.normed + int64_t{r} * a.k + 4 * tid) = packed({v.x * factor, v.y * factor, v.z * factor, v.w * factor});
       if (tid == 0 && a.in.rstd != nullptr) a.in.rstd[r] = factor;
     }

@@ -4,6 +4,7 @@
 #include "kernels/cuda/few_map.h"
 #include "kernels/cuda/likeliest.cuh"
 #include "kernels/cuda/overlap.cuh"
+#include "kernels/cuda/step_values.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -13,10 +14,6 @@ __device__ __forceinline__ uint4 read_ahead(const void* p, bool inside) {
   if (inside) asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
-/// What the kernel in front wrote: from the L2 cache.
-__device__ __forceinline__ uint4 read_fresh(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
-__device__ __forceinline__ float read_fresh_one(const bf16* p) { return __uint_as_float(uint32_t{__ldcg(reinterpret_cast<const unsigned short*>(p))} << 16); }
-__device__ __forceinline__ float2 pair_of(uint32_t v) { return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v)); }
 
 /// An address that is made where this stands.
 template <class T>
@@ -45,7 +42,7 @@ __device__ __forceinline__ void norm_rows(uint4 (&x)[kSteps], const FewMap& a, f
   float v[kSteps][8];
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    const float2 p[4] = {pair_of(x[s].x), pair_of(x[s].y), pair_of(x[s].z), pair_of(x[s].w)};
+    const float2 p[4] = {two(x[s].x), two(x[s].y), two(x[s].z), two(x[s].w)};
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[s][i] = i % 2 == 0 ? p[i / 2].x : p[i / 2].y;
   }

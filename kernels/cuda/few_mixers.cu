@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, 2) few_scan_kernel(const __grid_cons
 #pragma unroll
   for (int i = 0; i < kFewRows / 4; ++i)
     if (const int row = tid / 64 + 4 * i; alive && row < a.rows) {
-      x[i] = fresh(a.mixed + int64_t{row} * a.e + c);
-      z[i] = fresh(a.xz + (int64_t{row} * 2 + 1) * a.e + c);
+      x[i] = read_fresh_one(a.mixed + int64_t{row} * a.e + c);
+      z[i] = read_fresh_one(a.xz + (int64_t{row} * 2 + 1) * a.e + c);
     }
   if (group < groups) {
 #pragma unroll 1
@@ -198,9 +198,9 @@ __global__ void __launch_bounds__(kThreads, 2) few_scan_kernel(const __grid_cons
     float dt = 0;
 #pragma unroll
     for (int q = 0; q < kScanPieces; ++q)
-      if (const int at = 4 * (lane + 4 * q); at < a.r) dt += dot(four(ranks[q]), *reinterpret_cast<const float4*>(values + at));
+      if (const int at = 4 * (lane + 4 * q); at < a.r) dt += dot(four_masked(ranks[q]), *reinterpret_cast<const float4*>(values + at));
     dt = rounded(sum_lanes<4>(dt)) + bias;
-    const float delta = dt > 20.0f ? dt : log1pf(__expf(dt)), in = i == 0 ? x[0] : x[1], out = i == 0 ? z[0] : z[1], add = delta * in;
+    const float delta = softplus_fast(dt), in = i == 0 ? x[0] : x[1], out = i == 0 ? z[0] : z[1], add = delta * in;
     const float4 B = *reinterpret_cast<const float4*>(values + a.r + 4 * lane), C = *reinterpret_cast<const float4*>(values + a.r + kScanStates + 4 * lane);
     float4 h = s.states[i][tid];
     h = {exp2f(delta * rate.x) * h.x + add * B.x, exp2f(delta * rate.y) * h.y + add * B.y, exp2f(delta * rate.z) * h.z + add * B.z,
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_scan_kernel(const __grid_cons
     if (!alive) break;
     *reinterpret_cast<float4*>(a.h + (int64_t{row} * a.e + c) * kScanStates + 4 * lane) = h;
     if (lane != 0) continue;
-    const bf16 y = static_cast<bf16>((all + skip * in) * silu(out));
+    const bf16 y = static_cast<bf16>((all + skip * in) * silu_fast(out));
     s.y[row][own] = y;
     a.y[int64_t{row} * a.e + c] = y;
   }
@@ -257,12 +257,12 @@ __global__ void __launch_bounds__(kThreads, 2) few_state_kernel(const __grid_con
 
   if (const int row = tid / 32, i = tid % 32; alive && row < a.rows) {  // B and C, then x, z and dt
     const bf16 *const mixed = a.mixed + int64_t{row} * a.channels, *const in = a.zxbcdt + int64_t{row} * a.input;
-    const uint4 v = fresh16(mixed + e + 8 * i);
-    const float u = fresh(i < kChannels ? mixed + first + i : in + first + i - kChannels), step = fresh(in + e + a.channels + head);
+    const uint4 v = read_fresh(mixed + e + 8 * i);
+    const float u = read_fresh_one(i < kChannels ? mixed + first + i : in + first + i - kChannels), step = read_fresh_one(in + e + a.channels + head);
     *reinterpret_cast<uint4*>(&s.BC[row][0][8 * i]) = v;
     (i < kChannels ? s.x : s.z)[row][i % kChannels] = u;
     const float raw = step + bias;
-    if (i == 0) s.dt[row] = fminf(fmaxf(raw > 20.0f ? raw : log1pf(__expf(raw)), a.low), a.high);
+    if (i == 0) s.dt[row] = fminf(fmaxf(softplus_fast(raw), a.low), a.high);
   }
   __syncthreads();
   if (alive)
@@ -272,7 +272,8 @@ __global__ void __launch_bounds__(kThreads, 2) few_state_kernel(const __grid_con
       float all = 0;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float4 B = four(*reinterpret_cast<const uint2*>(&s.BC[r][0][4 * lane + 64 * i])), C = four(*reinterpret_cast<const uint2*>(&s.BC[r][1][4 * lane + 64 * i]));
+        const float4 B = four_masked(*reinterpret_cast<const uint2*>(&s.BC[r][0][4 * lane + 64 * i]));
+        const float4 C = four_masked(*reinterpret_cast<const uint2*>(&s.BC[r][1][4 * lane + 64 * i]));
         float4 h = s.states[r][i][tid];
         h = {decay * h.x + add * B.x, decay * h.y + add * B.y, decay * h.z + add * B.z, decay * h.w + add * B.w};
         all += dot(h, C);
@@ -280,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 2) few_state_kernel(const __grid_con
       }
       all = sum_lanes<16>(all);
       if (lane == 0) {
-        const float gated = rounded(all + skip * in) * silu(s.z[r][own]);
+        const float gated = rounded(all + skip * in) * silu_fast(s.z[r][own]);
         const bf16 y = static_cast<bf16>(gated * norm);
         s.y[r][own] = y;
         s.squares[r][own] = gated * gated;

@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/few_map.cuh"
 #include "kernels/cuda/packed.cuh"
+#include "kernels/cuda/step_values.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -9,8 +10,6 @@ namespace {
 
 constexpr int kTaps = 4, kSide = 4;
 constexpr int kQuarters = 4;  // lanes of a gate's sum
-
-__device__ __forceinline__ float2 two(uint32_t v) { return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)}; }
 
 // Behind few_map_kernel, on kOwn columns of x_m: a thread has one channel of a row, a warp the gates of a row.
 struct MlstmBehind {
@@ -70,7 +69,7 @@ struct MlstmBehind {
     if (ahead.channel - own >= m.e) return;  // a whole block
     Ahead<kOwn> a = ahead;
     if (!m.ahead) read_past(a, row);
-    const float2 f01 = two(a.filter.x), f23 = two(a.filter.y);
+    const float2 f01 = two_masked(a.filter.x), f23 = two_masked(a.filter.y);
     float p = a.bias;
     p += f01.x * static_cast<float>(a.before[0]);
     p += f01.y * static_cast<float>(a.before[1]);
@@ -88,7 +87,7 @@ struct MlstmBehind {
       float out[3];
 #pragma unroll
       for (int part = 0; part < 3; ++part) {
-        const float2 w01 = two(a.w[part].x), w23 = two(a.w[part].y);
+        const float2 w01 = two_masked(a.w[part].x), w23 = two_masked(a.w[part].y);
         const float(&in)[kSide] = x[part / 2];
         out[part] = w01.x * in[0] + w01.y * in[1] + w23.x * in[2] + w23.y * in[3];
         made[row][part][own] = out[part];
@@ -111,7 +110,7 @@ struct MlstmBehind {
     for (int part = 0; part < 3; ++part)
 #pragma unroll
       for (int i = 0; i < kOwn / kQuarters / 2; ++i) {
-        const float2 w = two(a.gate[part][i]), u = *reinterpret_cast<const float2*>(&made[warp][part][lane % kQuarters * (kOwn / kQuarters) + 2 * i]);
+        const float2 w = two_masked(a.gate[part][i]), u = *reinterpret_cast<const float2*>(&made[warp][part][lane % kQuarters * (kOwn / kQuarters) + 2 * i]);
         sum += w.x * u.x + w.y * u.y;
       }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);

@@ -4,6 +4,7 @@
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/rows_queue.h"
 #include "kernels/cuda/step_rows.h"
+#include "kernels/cuda/step_values.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -17,11 +18,6 @@ struct Layout {
   int64_t e, channels, input;  // inner width; of the convolution; of a row of zxbcdt
   int64_t D_columns;           // 1 or p
 };
-
-template <class A>
-__device__ A silu_of(A v) {
-  return v / (A(1) + exp(-v));
-}
 
 template <class T, class A = accum_t<T>>
 __device__ A convolved(const T* conv, const T* x, const T* weight, const T* bias, int64_t c, const Layout& d) {
@@ -62,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (threadIdx.x < count) x[threadIdx.x] = convolved(conv, xbc, conv_weight, conv_bias, head * d.p + first + threadIdx.x, d);
   const A raw = static_cast<A>(in[d.e + d.channels + head]) + dt_bias[head];
-  const A dt = min(max(raw > A(20) ? raw : log1p(exp(raw)), low), high);
+  const A dt = min(max(softplus_of(raw), low), high);
   const A decay = exp(-exp(A_log[head]) * dt);
   __syncthreads();
   for (int c = static_cast<int>(threadIdx.x) / 32; c < count; c += kWarps) {
@@ -75,7 +71,7 @@ __global__ void __launch_bounds__(kThreads)
       state[j] = now;
       sum += now * C[j];
     }
-    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    sum = sum_lanes<32>(sum);
     if (threadIdx.x % 32 == 0)
       u[row * d.e + head * d.p + first + c] = static_cast<T>(sum + D[d.D_columns == 1 ? head : head * d.p + first + c] * x[c]);
   }

@@ -4,6 +4,7 @@
 #include "kernels/cuda/packed.cuh"
 #include "kernels/cuda/rows_queue.h"
 #include "kernels/cuda/step_rows.h"
+#include "kernels/cuda/step_values.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -13,16 +14,6 @@ constexpr int kThreads = 128;
 constexpr int kProjectThreads = 256, kOutputs = 4;  // two warps an output
 constexpr int kLanes = 4;                           // threads of a channel in the scan
 constexpr int kVector = 8;                          // channels that a thread convolves at a time
-
-template <class A>
-__device__ A silu_of(A v) {
-  return v / (A(1) + exp(-v));
-}
-
-template <class A>
-__device__ A softplus_of(A v) {
-  return v > A(20) ? v : log1p(exp(v));
-}
 
 // x~ of one channel, rounded like the convolution's output.
 template <class T, class A = accum_t<T>>
@@ -90,7 +81,7 @@ __global__ void __launch_bounds__(kProjectThreads)
       for (int64_t c = begin; c < e; c += 64) sum += static_cast<A>(weight[c]) * static_cast<A>(mixed[c]);
     }
   }
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  sum = sum_lanes<32>(sum);
   if (lane == 0) half[warp] = sum;
   __syncthreads();
   if (lane == 0 && warp % 2 == 0 && output < outputs) dbc[row * outputs + output] = static_cast<T>(half[warp] + half[warp + 1]);
@@ -133,7 +124,7 @@ __global__ void __launch_bounds__(kThreads)
   } else {
     for (int j = lane; j < r; j += kLanes) dt += static_cast<A>(dt_proj[c * r + j]) * static_cast<A>(dbc[j]);
   }
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) dt += __shfl_xor_sync(0xffffffffu, dt, offset);
+  dt = sum_lanes<kLanes>(dt);
   const A delta = softplus_of(static_cast<A>(static_cast<T>(dt)) + dt_bias[c]);
   A sum = 0;
   for (int j = lane; alive && j < n; j += kLanes) {
@@ -142,7 +133,7 @@ __global__ void __launch_bounds__(kThreads)
     *state = now;
     sum += now * static_cast<A>(dbc[r + n + j]);
   }
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  sum = sum_lanes<kLanes>(sum);
   __syncwarp();  // all lanes have read the convolution's state
   if (!alive || lane != 0) return;
   y[row * e + c] = static_cast<T>((sum + D[c] * x) * silu_of(static_cast<A>(xz[e + c])));

@@ -9,6 +9,7 @@
 #include "kernels/cuda/mlstm_common.cuh"
 #include "kernels/cuda/mlstm_step_cluster.h"
 #include "kernels/cuda/overlap.cuh"
+#include "kernels/cuda/step_values.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -17,16 +18,7 @@ namespace {
 constexpr int kTaps = 4, kSide = 4;  // of the convolution; of a block of the maps
 constexpr int kGates = 8;            // summed at a time
 
-template <class A>
-__device__ A warp_sum(A v) {
-  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
-}
 __device__ float log_sigmoid(float x) { return fminf(x, 0.0f) - log1pf(expf(-fabsf(x))); }
-template <class A>
-__device__ A silu_of(A v) {
-  return v / (A(1) + exp_of(-v));
-}
 
 template <class T>
 struct MapsJob {
@@ -97,7 +89,7 @@ __global__ void __launch_bounds__(32) maps_kernel(MapsJob<T> j) {
     }
 #pragma unroll
     for (int g = 0; g < kGates; ++g) {
-      const A sum = warp_sum(sums[g]);
+      const A sum = sum_lanes<32>(sums[g]);
       if (lane == g && g0 + g < j.n_gates) gates[g0 + g] = sum;
     }
   }
@@ -218,8 +210,8 @@ __global__ void __launch_bounds__(kThreads) cell_kernel(CellJob<T> j) {
     i += j.i[at];
     f += j.f[at];
   }
-  i = warp_sum(i);
-  f = warp_sum(f);
+  i = sum_lanes<32>(i);
+  f = sum_lanes<32>(f);
   i += bias_i;
   f += bias_f;
   const float old = m + log_sigmoid(f), top = fmaxf(old, i), keep = exp_of(old - top), take = exp_of(i - top);
@@ -280,13 +272,13 @@ __global__ void __launch_bounds__(kThreads) cell_kernel(CellJob<T> j) {
       mean += num[s];
       if constexpr (kWhole) gate[s] = silu_of(gate[s]);
     }
-    r = warp_sum(r);
+    r = sum_lanes<32>(r);
     if constexpr (kWhole) {
-      mean = warp_sum(mean) / static_cast<float>(width);
+      mean = sum_lanes<32>(mean) / static_cast<float>(width);
 #pragma unroll
       for (int s = 0; s < kOwn; ++s)
         if (column(s) < width) squares += (num[s] - mean) * (num[s] - mean);
-      squares = warp_sum(squares);
+      squares = sum_lanes<32>(squares);
     }
     if (t < kBlocks)  // not behind a barrier, which would wait for what has been written of C
       send(of_block(static_cast<uint32_t>(__cvta_generic_to_shared(&told[rank])), static_cast<uint32_t>(t)), of_block(arrivals, static_cast<uint32_t>(t)),

@@ -4,6 +4,7 @@
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
 #include "kernels/cuda/rows_linear.h"
+#include "kernels/cuda/step_values.cuh"
 #include "kernels/cuda/tma.cuh"
 
 namespace krait::kernels::cuda {
@@ -13,10 +14,6 @@ inline constexpr int kRowsTaps = 4;
 __device__ __forceinline__ uint4 read_or_zero(const bf16* p, bool inside) {
   return inside ? *reinterpret_cast<const uint4*>(p) : uint4{0, 0, 0, 0};
 }
-__device__ __forceinline__ float2 two_of(uint32_t v) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v));
-}
-__device__ __forceinline__ float silu_of_row(float v) { return __fdividef(v, 1.0f + __expf(-v)); }
 /// The part of a row's squares that lane i of kScaleLanes adds.
 inline constexpr int kScaleLanes = 8;
 __device__ __forceinline__ float squares_of_lane(const RowScale& s, int64_t row, int lane) {
@@ -36,8 +33,7 @@ __device__ __forceinline__ float squares_of_lane(const RowScale& s, int64_t row,
 }
 /// The row's factor, to all of these lanes.
 __device__ __forceinline__ float factor_of_row(const RowScale& s, float sum, int k) {
-#pragma unroll
-  for (int offset = kScaleLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  sum = sum_lanes<kScaleLanes>(sum);
   return rsqrtf(sum / static_cast<float>(k) + s.eps);
 }
 
@@ -217,7 +213,7 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
       }
       if (a.scale.squares != nullptr) s = {s.x * factor[local], s.y * factor[local]};
       if (a.bias != nullptr) {
-        const float2 b = two_of(*reinterpret_cast<const uint32_t*>(a.bias + at));
+        const float2 b = two(*reinterpret_cast<const uint32_t*>(a.bias + at));
         s = {s.x + b.x, s.y + b.y};
       }
       if (a.epilogue != Epilogue::none) s = {activate_as(a.epilogue, s.x), activate_as(a.epilogue, s.y)};
@@ -225,9 +221,9 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
       *reinterpret_cast<uint32_t*>(a.y + row * a.y_row + at) = made;
       if (!kConvolves && a.residual != nullptr) {
         if (q > 0) residual = *reinterpret_cast<const uint32_t*>(a.residual + row * a.n + at);
-        const float2 v = two_of(made), r = two_of(residual);
+        const float2 v = two(made), r = two(residual);
         const uint32_t sum = pack(v.x + r.x, v.y + r.y);
-        const float2 u = two_of(sum);
+        const float2 u = two(sum);
         *reinterpret_cast<uint32_t*>(a.sum + row * a.n + at) = sum;
         *reinterpret_cast<uint32_t*>(a.weighted + row * a.n + at) = pack(u.x * weight.x, u.y * weight.y);
         square = u.x * u.x + u.y * u.y;
@@ -236,12 +232,12 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
         const uint32_t* const slots = past + q * (kRowsTaps - 1) * kThreads + tid;
         const uint4 filter = taps[column / 2];
         const uint32_t past1 = slots[kThreads], past2 = slots[2 * kThreads];
-        float2 p = a.conv_bias != nullptr ? two_of(bias[column / 2]) : float2{0, 0};
-        const float2 w01 = two_of(filter.x), w23 = two_of(filter.y), v01 = two_of(filter.z), v23 = two_of(filter.w);
-        const float2 x0 = two_of(slots[0]), x1 = two_of(past1), x2 = two_of(past2), x3 = two_of(made);
+        float2 p = a.conv_bias != nullptr ? two(bias[column / 2]) : float2{0, 0};
+        const float2 w01 = two(filter.x), w23 = two(filter.y), v01 = two(filter.z), v23 = two(filter.w);
+        const float2 x0 = two(slots[0]), x1 = two(past1), x2 = two(past2), x3 = two(made);
         p.x += w01.x * x0.x + w01.y * x1.x + w23.x * x2.x + w23.y * x3.x;
         p.y += v01.x * x0.y + v01.y * x1.y + v23.x * x2.y + v23.y * x3.y;
-        const uint32_t mixed = pack(silu_of_row(p.x), silu_of_row(p.y));
+        const uint32_t mixed = pack(silu_fast(p.x), silu_fast(p.y));
         const int channel = at - a.conv_begin;
         bf16* const state = a.conv + row * (kRowsTaps - 1) * channels + channel;
         *reinterpret_cast<uint32_t*>(state) = past1;
@@ -252,8 +248,7 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
       }
     }
     if (!kConvolves && a.residual != nullptr) {  // the same for the whole block
-#pragma unroll
-      for (int offset = Tile::kRowLanes / 2; offset > 0; offset /= 2) square += __shfl_xor_sync(0xffffffffu, square, offset);
+      square = sum_lanes<Tile::kRowLanes>(square);
       if (column == 0 && row < a.rows) a.squares[row * gridDim.x + blockIdx.x] = square;
     }
   }

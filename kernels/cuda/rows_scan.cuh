@@ -2,6 +2,7 @@
 #include "kernels/cuda/copy_words.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/rows_scan.h"
+#include "kernels/cuda/step_values.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -98,15 +99,15 @@ __global__ void __launch_bounds__(kThreads, 768 / kThreads) rows_scan_kernel(con
 #pragma unroll 1
     for (int q = 0; lane + 4 * q < pieces; ++q) {
       const uint2 w = weights[(p * kScanPieces + q) * kThreads + tid];
-      const float2 low = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&w.x)), high = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&w.y));
+      const float4 v = four(w);
 #pragma unroll
       for (int i = 0; i < kScanRows; ++i) {
         const float4 d = *reinterpret_cast<const float4*>(values + i * outputs + 4 * (lane + 4 * q));
-        part[i] += low.x * d.x + low.y * d.y + high.x * d.z + high.y * d.w;
+        part[i] += dot(v, d);
       }
     }
     const float dt = static_cast<float>(static_cast<bf16>(sum_own(part, lane))) + (kPasses == 1 || p == 0 ? bias[0] : bias[kPasses - 1]);
-    const float delta = dt > 20.0f ? dt : log1pf(__expf(dt)), x = static_cast<float>(kPasses == 1 || p == 0 ? own_x[0] : own_x[kPasses - 1]), add = delta * x;
+    const float delta = softplus_fast(dt), x = static_cast<float>(kPasses == 1 || p == 0 ? own_x[0] : own_x[kPasses - 1]), add = delta * x;
 #pragma unroll
     for (int i = 0; i < kScanRows; ++i) {
       const int from = tid % 32 / 4 * 4 + i;

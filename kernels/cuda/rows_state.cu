@@ -5,6 +5,7 @@
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/copy_words.cuh"
 #include "kernels/cuda/overlap.cuh"
+#include "kernels/cuda/step_values.cuh"
 #include "kernels/cuda/tma.cuh"
 
 namespace krait::kernels::cuda {
@@ -18,25 +19,14 @@ constexpr int kTogether = 2;               // heads that a warp has under way: l
 constexpr int kGroup = 12;                 // heads of a row whose small values are brought together
 constexpr int kPitch = kHeadChannels + 8;  // different banks
 
-__device__ __forceinline__ float4 four_of(uint2 v) {
-  const float2 a = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v.x)), b = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v.y));
-  return {a.x, a.y, b.x, b.y};
-}
 /// A lane's four of 128 values.
-__device__ __forceinline__ float4 quad(const bf16* values, int lane) { return four_of(*reinterpret_cast<const uint2*>(values + 4 * lane)); }
+__device__ __forceinline__ float4 quad(const bf16* values, int lane) { return four(*reinterpret_cast<const uint2*>(values + 4 * lane)); }
 __device__ __forceinline__ float4 quad(const float* values, int lane) { return *reinterpret_cast<const float4*>(values + 4 * lane); }
 __device__ __forceinline__ void store_quad(bf16* to, int lane, float4 v) { *reinterpret_cast<uint2*>(to + 4 * lane) = {pack(v.x, v.y), pack(v.z, v.w)}; }
 __device__ __forceinline__ void store_quad(float* to, int lane, float4 v) { *reinterpret_cast<float4*>(to + 4 * lane) = v; }
-__device__ __forceinline__ float dot(float4 a, float4 b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
 __device__ __forceinline__ void add_scaled(float4& a, float f, float4 b) {
   a = {a.x + f * b.x, a.y + f * b.y, a.z + f * b.z, a.w + f * b.w};
 }
-__device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
-}
-
 /// The threads that compute.
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
 
@@ -79,7 +69,7 @@ __device__ __forceinline__ void take_in(T* to, const T* from, const StateShared&
   for (int j = 0; j <= m; ++j) {
     const float4 B = quad(s.B[j], lane);
     const uint4 words = *reinterpret_cast<const uint4*>(&s.x[q][j][first_channel]);
-    const float4 low = four_of({words.x, words.y}), high = four_of({words.z, words.w});
+    const float4 low = four({words.x, words.y}), high = four({words.z, words.w});
     const float x[kOwn] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) add_scaled(state[i], s.factor[q][j] * x[i], B);
@@ -200,10 +190,10 @@ __global__ void __launch_bounds__(kThreads + 32) rows_state_kernel(const __grid_
     const float4 C = quad(s.C, lane);
 #pragma unroll 1
     for (int i = warp; i <= m; i += kWarps)
-      if (const float product = warp_sum(dot(quad(s.B[i], lane), C)); lane == 0) s.products[i] = product;
+      if (const float product = sum_lanes<32>(dot(quad(s.B[i], lane), C)); lane == 0) s.products[i] = product;
     meet();
     if (u < count && j <= m) {
-      const float dt = fminf(fmaxf(raw > 20.0f ? raw : log1pf(expf(raw)), a.low), a.high);
+      const float dt = fminf(fmaxf(softplus_of(raw), a.low), a.high);
       const float log_now = (m > 0 ? s.steps[u][m - 1].y : 0.0f) - expf(rate_log) * dt;
       const float2 step = j < m ? s.steps[u][j] : float2{dt, log_now};
       const float f = expf(log_now - step.y) * step.x;

@@ -6,6 +6,7 @@
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
 #include "kernels/cuda/recurrence.cuh"
+#include "kernels/cuda/step_values.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -26,11 +27,6 @@ struct StepJob {
   bool exp_forget;
   float norm_eps;
 };
-
-__device__ float warp_sum(float v) {
-  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-  return v;
-}
 
 // A block: p / 8 units of a head for kRows rows; a warp makes one unit at a time, its four gates from eight rows of weights.
 // Mean and squared deviations of its units go to the cluster's other blocks, for the norm. Bound by latency at few rows, by
@@ -117,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) slstm_step_kernel(StepJob<T> j) {
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int g = 0; g < 4; ++g) {
-        const float sum = warp_sum(sums[r][g]);
+        const float sum = sum_lanes<32>(sums[r][g]);
         if (lane == r) gates[g] = sum;
       }
     if (cell_lane) {
@@ -136,9 +132,9 @@ __global__ void __launch_bounds__(kThreads) slstm_step_kernel(StepJob<T> j) {
     const float* const y = ys + warp * units;
     float mean = 0, squares = 0;
     for (int u = lane; u < units; u += 32) mean += y[u];
-    mean = warp_sum(mean) / static_cast<float>(units);
+    mean = sum_lanes<32>(mean) / static_cast<float>(units);
     for (int u = lane; u < units; u += 32) squares += (y[u] - mean) * (y[u] - mean);
-    squares = warp_sum(squares);
+    squares = sum_lanes<32>(squares);
     if (lane < kBlocks)
       asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(of_block(
                        static_cast<uint32_t>(__cvta_generic_to_shared(&told[warp][rank])), static_cast<uint32_t>(lane))),

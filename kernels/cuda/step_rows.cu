@@ -5,14 +5,15 @@
 #include "kernels/cuda/packed.cuh"
 #include "kernels/cuda/rows_linear.h"
 #include "kernels/cuda/rows_state.h"
+#include "kernels/cuda/step_values.cuh"
 #include "kernels/linear.h"
 
 namespace krait::kernels::cuda {
 
 namespace {
 
-__device__ float silu_of(float v) { return v / (1.0f + __expf(-v)); }
-__device__ float softplus_of(float v) { return v > 20.0f ? v : log1pf(expf(v)); }
+// As silu_fast, but for the division.
+__device__ float silu_divided(float v) { return v / (1.0f + __expf(-v)); }
 
 constexpr int kTaps = 4, kMixThreads = 128;
 
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kMixThreads)
     if (j > 0) in_order[j].store(past + (j - 1) * channels);
   }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) p[i] = silu_of(p[i]);
+  for (int i = 0; i < 8; ++i) p[i] = silu_divided(p[i]);
   store_values(mixed + row * channels + c, p);
 }
 
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(kLanes * kChannels)
 #pragma unroll
     for (int q = 0; q < kMaxRank / kLanes; ++q)
       if (const int j = lane + q * kLanes; j < r) dt += weight[q] * values[j];
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) dt += __shfl_xor_sync(0xffffffffu, dt, offset);
+    dt = sum_lanes<kLanes>(dt);
     const float delta = softplus_of(static_cast<float>(static_cast<bf16>(dt)) + bias), add = delta * x[i];
     const float *const B = values + r + 4 * lane, *const C = B + kStates;
     float4 now = state[i];
@@ -113,8 +114,8 @@ __global__ void __launch_bounds__(kLanes * kChannels)
     const int64_t row = first_row + i;
     *reinterpret_cast<float4*>(h + (row * e + c) * kStates + 4 * lane) = now;
     float sum = now.x * C[0] + now.y * C[1] + now.z * C[2] + now.w * C[3];
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    if (lane == 0) y[row * e + c] = static_cast<bf16>((sum + skip * x[i]) * silu_of(z[i]));
+    sum = sum_lanes<kLanes>(sum);
+    if (lane == 0) y[row * e + c] = static_cast<bf16>((sum + skip * x[i]) * silu_divided(z[i]));
   }
 }
 
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(32 * kHeadWarps) state_rows_kernel(bf16* u, fl
                           decay * state[q].w + add * B[3]};
       *reinterpret_cast<float4*>(h + (first + q) * kHeadStates) = now;
       float sum = now.x * C[0] + now.y * C[1] + now.z * C[2] + now.w * C[3];
-      for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+      sum = sum_lanes<32>(sum);
       if (lane == q) mine = sum;
     }
     if (lane < kAhead && own < a.p) u[row * e + head * a.p + own] = static_cast<bf16>(mine + D_own * x_own);
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(kNormThreads)
     load_values(gate, z + row * z_row + c);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float gated = v[q][i] * silu_of(gate[i]), counted = norm_first ? v[q][i] : gated;
+      const float gated = v[q][i] * silu_divided(gate[i]), counted = norm_first ? v[q][i] : gated;
       sum += counted * counted;
       v[q][i] = gated;
     }
