@@ -7,6 +7,7 @@
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
 #include "kernels/cuda/step_known.h"
+#include "kernels/cuda/step_values.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) linear_attention_step_kernel(const S
     A sum = A(0);
     for (int i = t; i < j.m; i += kThreads)
       sum += static_cast<A>(j.u[row * j.m + i]) * static_cast<A>(j.gate_weight[int64_t{head} * j.m + i]);
-    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    sum = sum_lanes<32>(sum);
     if (t % 32 == 0) gate[t / 32] = sum;
   }
   __syncthreads();
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) linear_attention_step_kernel(const S
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      for (int offset = kLanes / 2; offset > 0; offset /= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], offset);
+      sum[i] = sum_lanes<kLanes>(sum[i]);
       if (const int r = first + i * groups; lane == 0 && r < rows) sums[r] = sum[i];
     }
   }

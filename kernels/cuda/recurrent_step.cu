@@ -9,6 +9,7 @@
 #include "kernels/cuda/packed.cuh"
 #include "kernels/cuda/recurrence.cuh"
 #include "kernels/cuda/step_known.h"
+#include "kernels/cuda/step_values.cuh"
 #include "kernels/linear.h"
 
 namespace krait::kernels::cuda {
@@ -186,8 +187,7 @@ __global__ void __launch_bounds__(kThreads) plain_step_kernel(const StepJob<floa
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int q = 0; q < P; ++q) {
-        float sum = sums[r][q];
-        for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        const float sum = sum_lanes<32>(sums[r][q]);
         if (lane == r) own[q] = sum;
       }
     if (lane < kRows && row0 + lane < end) advance<Cell>(j, row0 + lane, unit, own);

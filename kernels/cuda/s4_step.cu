@@ -5,6 +5,7 @@
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/step_known.h"
+#include "kernels/cuda/step_values.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -46,11 +47,6 @@ __global__ void __launch_bounds__(kThreads) s4_step_kernel(const StepJob<T> j) {
   const int64_t at = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kLanes;
   const bool real = at < j.channels;
   const int64_t channel = real ? at : 0, row0 = int64_t{blockIdx.y} * kRows;
-  const auto summed = [](A v) {
-#pragma unroll
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-    return v;
-  };
   take_over();
 
   // Each lane's states: V at lane V, V more kLanes V further on, ...
@@ -96,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) s4_step_kernel(const StepJob<T> j) {
       for (int i = 0; i < J; ++i)
 #pragma unroll
         for (int v = 0; v < V; ++v) dot += (q[i].v[v] * x[r][i].v[v]).re;
-      dot = 2 * summed(dot);
+      dot = 2 * sum_lanes<kLanes>(dot);
 #pragma unroll
       for (int i = 0; i < J; ++i)
 #pragma unroll
@@ -112,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) s4_step_kernel(const StepJob<T> j) {
       for (int v = 0; v < V; ++v) sum += (c[i].v[v] * next[r][i].v[v]).re;
       if (holds(i) && row0 + r < j.rows) *state(r, i) = next[r][i];
     }
-    sum = 2 * summed(sum) + skip * u[r];
+    sum = 2 * sum_lanes<kLanes>(sum) + skip * u[r];
     if (real && lane == r && row0 + r < j.rows)
       j.y[(row0 + r) * j.channels + channel] = static_cast<T>(F::at(static_cast<A>(static_cast<T>(sum))).value);
   }
