@@ -194,17 +194,7 @@ TEST_CASE("baseline layers: single steps on cuda are the whole sequence", "[cuda
         for (auto& [key, value] : fitting.options)
           if (key == "hidden") value = std::to_string(width + 5);
         Layer layer(fitting, dtype, gpu, width);
-        const NoGrad guard;
-        const double tolerance = dtype == DType::f64 ? 1e-10 : dtype == DType::f32 ? 1e-4 : 5e-2;
-        const Tensor x = mixer_input(3, 11, width, dtype).to(gpu);
-        LayerState state = layer.mixer->initial_state(3, 0, dtype, gpu), steps = layer.mixer->initial_state(3, 0, dtype, gpu);
-        const Tensor whole = layer.mixer->forward(Variable(x), {}, &state).data();
-        layer.mixer->forward(Variable(x.slice(1, 0, 4)), {}, &steps);
-        for (int64_t t = 4; t < 11; ++t)
-          CHECK(relative_error(layer.mixer->step(x.slice(1, t, t + 1), steps), whole.slice(1, t, t + 1)) < tolerance);
-        CHECK(steps.length == 11);
-        for (const auto& [name, value] : state.tensors)
-          if (value.numel() > 0) CHECK(relative_error(steps.tensors.at(name), value) < tolerance);
+        check_steps(layer, mixer_input(3, 11, width, dtype).to(gpu), dtype == DType::f64 ? 1e-10 : dtype == DType::f32 ? 1e-4 : 5e-2);
       }
 }
 

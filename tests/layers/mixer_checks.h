@@ -45,6 +45,21 @@ void check_documents(Layer& packed, Layer& apart, int64_t width) {
   CHECK(relative_error(all.slice(1, 6, 17), y.data().slice(1, 6, 17)) < 1e-12);
 }
 
+/// Four positions of x and then single steps are the whole sequence, outputs and states.
+template <class Layer>
+void check_steps(Layer& layer, const Tensor& x, double tolerance) {
+  const NoGrad guard;
+  const auto state_of = [&] { return layer.mixer->initial_state(x.size(0), 64, x.dtype(), x.device()); };
+  LayerState state = state_of(), steps = state_of();
+  const Tensor whole = layer.mixer->forward(Variable(x), {}, &state).data();
+  layer.mixer->forward(Variable(x.slice(1, 0, 4)), {}, &steps);
+  for (int64_t t = 4; t < x.size(1); ++t)
+    CHECK(relative_error(layer.mixer->step(x.slice(1, t, t + 1), steps), whole.slice(1, t, t + 1)) < tolerance);
+  CHECK(steps.length == x.size(1));
+  for (const auto& [name, value] : state.tensors)
+    if (value.numel() > 0) CHECK(relative_error(steps.tensors.at(name), value) < tolerance);
+}
+
 /// What comes later does not change what came before.
 template <class Layer>
 void check_causal(Layer& layer, int64_t width) {

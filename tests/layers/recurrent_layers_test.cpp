@@ -133,16 +133,7 @@ TEST_CASE("recurrent layers: single steps on cuda are the whole sequence", "[cud
       for (const DType dtype : {DType::f32, DType::bf16}) {
         INFO(kind.name << " " << name_of(dtype) << " width " << width);
         Layer layer(kind, dtype, gpu, width);
-        const NoGrad guard;
-        const double tolerance = dtype == DType::f32 ? 1e-4 : 4e-2;
-        const Tensor x = input(3, 11, dtype, width).to(gpu);
-        LayerState state = layer.mixer->initial_state(3, 64, dtype, gpu), steps = layer.mixer->initial_state(3, 64, dtype, gpu);
-        const Tensor whole = layer.mixer->forward(Variable(x), {}, &state).data();
-        layer.mixer->forward(Variable(x.slice(1, 0, 4)), {}, &steps);
-        for (int64_t t = 4; t < 11; ++t)
-          CHECK(relative_error(layer.mixer->step(x.slice(1, t, t + 1), steps), whole.slice(1, t, t + 1)) < tolerance);
-        CHECK(steps.length == 11);
-        for (const auto& [name, value] : state.tensors) CHECK(relative_error(steps.tensors.at(name), value) < tolerance);
+        check_steps(layer, input(3, 11, dtype, width).to(gpu), dtype == DType::f32 ? 1e-4 : 4e-2);
       }
 }
 
