@@ -1,5 +1,6 @@
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/cluster_launch.cuh"
+#include "kernels/cuda/exp2.cuh"
 #include "kernels/cuda/few_rows.cuh"
 
 // Mamba's and Mamba-2's states with the map behind them by columns: a block has 16 channels and all outputs; a cluster
@@ -146,7 +147,6 @@ __global__ void __launch_bounds__(kThreads, 2) few_scan_kernel(const __grid_cons
       if (const int at = 4 * (lane + 4 * q); at < a.r) ranks[q] = *reinterpret_cast<const uint2*>(a.dt_proj + int64_t{c} * a.r + at);
   }
   copy_commit();
-  constexpr float kLog2e = 1.4426950408889634f;
   rate = {-kLog2e * __expf(rate.x), -kLog2e * __expf(rate.y), -kLog2e * __expf(rate.z), -kLog2e * __expf(rate.w)};
   if (tid < kFewRows * kChannels) s.y[tid / kChannels][tid % kChannels] = static_cast<bf16>(0.0f);
   copy_wait<0>();

@@ -1,5 +1,6 @@
 #pragma once
 #include "kernels/cuda/copy_words.cuh"
+#include "kernels/cuda/exp2.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/rows_scan.h"
 #include "kernels/cuda/step_values.cuh"
@@ -24,7 +25,6 @@ __global__ void __launch_bounds__(kThreads, 768 / kThreads) rows_scan_kernel(con
   static_assert(kScanRows == 4, "a lane a row");
   extern __shared__ __align__(16) float scan_shared[];
   constexpr int kEach = kThreads / 4;  // channels a pass
-  constexpr float kLog2e = 1.4426950408889634f;
   const int outputs = a.r + 2 * kScanStates, tid = static_cast<int>(threadIdx.x), lane = tid % 4, pieces = a.r / 4;
   float4* const states = reinterpret_cast<float4*>(scan_shared);               // (kPasses, kScanRows, kThreads)
   float4* const logs = states + kPasses * kScanRows * kThreads;                // (kPasses, kThreads)
