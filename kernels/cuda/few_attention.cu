@@ -71,8 +71,9 @@ __global__ void __launch_bounds__(kThreads) few_attention_kernel(const __grid_co
   const int p = __ldcg(a.position + row);
   const bool inside = p >= 0 && p < a.capacity;
   // How many blocks share them follows the position alone, so that sums do not change with the capacity.
-  const int sharing = min(max((p * kDim + kFewShare - 1) / kFewShare, kFewestSplits), a.splits);
-  const int share = (p + sharing - 1) / sharing, begin = min(p, split * share), end = inside ? min(p, begin + share) : 0;
+  constexpr int kShare = kFewShare / kDim;
+  const int share = p <= kFewestSplits * kShare ? (p + kFewestSplits - 1) / kFewestSplits : max(kShare, (p + kFewSplits - 1) / kFewSplits);
+  const int begin = min(p, split * share), end = inside ? min(p, begin + share) : 0;
   uint4 key[kRounds], value[kRounds];
   const auto read = [&](int from) {
 #pragma unroll
