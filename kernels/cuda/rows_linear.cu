@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(32 * kScaleWarps) scale_rows_kernel(RowScale s
   wait_for_previous();
   let_next_begin();
   if (row >= rows) return;
-  const float factor = factor_of_row(scale, squares_of_lane(scale, row, lane % kScaleLanes), k);
+  const float factor = factor_of_row(scale, row, k);
   for (int c = lane; c < k; c += 32) scale.normed[row * k + c] = static_cast<bf16>(static_cast<float>(x[row * k + c]) * factor);
   if (lane == 0 && scale.rstd != nullptr) scale.rstd[row] = factor;
 }

@@ -5,7 +5,6 @@
 #include "kernels/cuda/packed.cuh"
 #include "kernels/cuda/rows_linear.h"
 #include "kernels/cuda/step_values.cuh"
-#include "kernels/cuda/tma.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -14,113 +13,79 @@ inline constexpr int kRowsTaps = 4;
 __device__ __forceinline__ uint4 read_or_zero(const bf16* p, bool inside) {
   return inside ? *reinterpret_cast<const uint4*>(p) : uint4{0, 0, 0, 0};
 }
-/// The part of a row's squares that lane i of kScaleLanes adds.
-inline constexpr int kScaleLanes = 8;
-__device__ __forceinline__ float squares_of_lane(const RowScale& s, int64_t row, int lane) {
-  const float* const from = s.squares + row * s.parts;
-  float sum = 0;
-  if (s.parts % 4 == 0) {
-#pragma unroll 1
-    for (int i = 4 * lane; i < s.parts; i += 4 * kScaleLanes) {
-      const float4 v = *reinterpret_cast<const float4*>(from + i);
-      sum += (v.x + v.y) + (v.z + v.w);
-    }
-  } else {
-#pragma unroll 1
-    for (int i = lane; i < s.parts; i += kScaleLanes) sum += from[i];
-  }
-  return sum;
-}
-/// The row's factor, to all of these lanes.
-__device__ __forceinline__ float factor_of_row(const RowScale& s, float sum, int k) {
-  sum = sum_lanes<kScaleLanes>(sum);
-  return rsqrtf(sum / static_cast<float>(k) + s.eps);
+
+/// A row's factor; a warp together.
+__device__ __forceinline__ float factor_of_row(const RowScale& s, int64_t row, int k) {
+  float square = 0;
+  for (int i = static_cast<int>(threadIdx.x) % 32; i < s.parts; i += 32) square += s.squares[row * s.parts + i];
+  return rsqrtf(sum_lanes<32>(square) / static_cast<float>(k) + s.eps);
 }
 
 /// A block: 16 kM rows by 8 kN columns of y; its warps take pieces of 32 of k in turn, kSteps at a time, and are added in
 /// order. Which value of k sits where in a product does not matter as long as both operands agree: a lane reads 8
-/// neighbours of its rows, and of the weights, which wait in shared memory when the kernel in front ends: the block's
-/// columns come as two halves, so that neighbours of a product, one of each half, lie in different banks. Once a launch
-/// every instruction comes from the L2 cache: loops that need no registers by name stay loops.
+/// neighbours of its rows, and of the weights what itself multiplies, which wait in shared memory when the kernel in
+/// front ends. Once a launch every instruction comes from the L2 cache: loops that need no registers by name stay loops.
 template <int kM, int kN, int kWarps, int kSteps>
 struct RowsTile {
   static constexpr int kThreads = 32 * kWarps, kRows = 16 * kM, kColumns = 8 * kN;
   static constexpr int kSpan = 32 * kWarps * kSteps;  // of k at a time
-  static constexpr int kHalf = kColumns / 2;
-  static constexpr int kPitch = kColumns % 16 == 8 ? kColumns : kColumns + 8;  // of mixed values: different banks
-  static constexpr int kSumPitch = (kColumns + 3) / 8 * 8 + 4;                 // of sums: rows in different banks
-  static constexpr int kRowLanes = kColumns <= 32 ? 16 : 32;                   // neighbours that finish a row with its squares
-  /// Neighbours in a column's row that a thread finishes, two columns each: a row by kRowLanes threads, or (convolved) all
-  /// in turn.
-  static constexpr int pairs(bool convolves) { return (convolves ? kRows * kColumns / 2 + kThreads - 1 : kRows * kRowLanes) / kThreads; }
-  /// Bytes in front of the second half of the weights: an odd multiple of 64.
-  static constexpr int second_half(int k) { return kHalf * k * 2 + (kHalf * k * 2 % 128 == 0 ? 64 : 0); }
+  static constexpr int kPitch = kColumns % 16 == 8 ? kColumns : kColumns + 8;  // of sums and of mixed values: different banks
+  static constexpr int kRowLanes = kColumns <= 32 ? 16 : 32;                   // neighbours that finish a row, two columns each
+  static constexpr int kPairs = kRows * kRowLanes / kThreads;
+  static constexpr int64_t weight_bytes(int k) { return int64_t{(k + 32 * kWarps - 1) / (32 * kWarps)} * kN * kThreads * 16; }
   static constexpr int64_t front_bytes(int k) {
-    const int64_t sums = int64_t{kWarps} * kRows * kSumPitch * 4, weights = second_half(k) + int64_t{kHalf} * k * 2;
-    return weights > sums ? weights : sums;
+    const int64_t sums = int64_t{kWarps} * kRows * kPitch * 4;
+    return weight_bytes(k) > sums ? weight_bytes(k) : sums;
   }
-  /// Weights, later sums; a pair's past; the columns' filters and biases; mixed values; the columns of `project`.
+  /// Weights, later sums; a pair's filter, past and bias; mixed values; the columns of `project`.
   static constexpr int64_t shared_bytes(int k, bool convolves, int outputs) {
-    return front_bytes(k) +
-           (convolves ? int64_t{pairs(true)} * kThreads * 4 * (kRowsTaps - 1) + kColumns / 2 * 20 + int64_t{2} * (kRows + outputs) * kPitch : 0);
+    return front_bytes(k) + (convolves ? int64_t{kPairs} * kThreads * (16 + 4 * kRowsTaps) + int64_t{2} * (kRows + outputs) * kPitch : 0);
   }
 };
 
 template <int kM, int kN, int kWarps, int kSteps, bool kConvolves>
 __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_kernel(const __grid_constant__ RowsLinear a) {
   using Tile = RowsTile<kM, kN, kWarps, kSteps>;
-  constexpr int kThreads = Tile::kThreads, kRows = Tile::kRows, kColumns = Tile::kColumns, kPitch = Tile::kPitch;
-  constexpr int kHalf = Tile::kHalf, kSumPitch = Tile::kSumPitch;
-  constexpr int kPairs = Tile::pairs(kConvolves);
-  static_assert(kRows * kScaleLanes <= kThreads, "a thread a share of a row's squares");
+  constexpr int kThreads = Tile::kThreads, kRows = Tile::kRows, kColumns = Tile::kColumns, kPitch = Tile::kPitch, kPairs = Tile::kPairs;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ float factor[kRows];
-  float* const sums = reinterpret_cast<float*>(shared);                              // (kWarps, kRows, kSumPitch)
-  uint4* const taps = reinterpret_cast<uint4*>(shared + Tile::front_bytes(a.k));     // (kColumns / 2)
-  uint32_t* const bias = reinterpret_cast<uint32_t*>(taps + kColumns / 2);           // (kColumns / 2), of the convolution
-  uint32_t* const past = bias + kColumns / 2;                                        // (kPairs, kRowsTaps - 1, kThreads)
-  bf16* const tile = reinterpret_cast<bf16*>(past + kPairs * (kRowsTaps - 1) * kThreads);  // (kRows, kPitch)
+  uint4* const weights = reinterpret_cast<uint4*>(shared);  // (steps, kN, kThreads)
+  float* const sums = reinterpret_cast<float*>(shared);     // (kWarps, kRows, kPitch)
+  uint4* const taps = reinterpret_cast<uint4*>(shared + Tile::front_bytes(a.k));    // (kPairs, kThreads)
+  uint32_t* const past = reinterpret_cast<uint32_t*>(taps + kPairs * kThreads);     // (kPairs, kRowsTaps, kThreads)
+  bf16* const tile = reinterpret_cast<bf16*>(past + kPairs * kRowsTaps * kThreads);  // (kRows, kPitch)
   bf16* const project = tile + kRows * kPitch;                                       // (outputs, kPitch)
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   const int first = static_cast<int>(blockIdx.x) * kColumns, first_row = static_cast<int>(blockIdx.y) * kRows;
   const int steps = (a.k + 32 * kWarps - 1) / (32 * kWarps), channels = a.conv_end - a.conv_begin;
-  const int second_half = Tile::second_half(a.k);
-  const bool projects_any = kConvolves && a.part != nullptr, projects = projects_any && first < a.conv_end;
-  // Row and columns, within the block, of this thread's q-th pair.
-  const auto row_of = [&](int q) { return kConvolves ? (tid + q * kThreads) / (kColumns / 2) : (tid + q * kThreads) / Tile::kRowLanes; };
-  const auto column_of = [&](int q) { return 2 * (kConvolves ? (tid + q * kThreads) % (kColumns / 2) : tid % Tile::kRowLanes); };
-  const auto convolved = [&](int column) { return first + column >= a.conv_begin && first + column < min(a.n, a.conv_end); };
+  const int pair_row = tid / Tile::kRowLanes, pair_column = tid % Tile::kRowLanes * 2;  // of pair 0; the others further down
+  constexpr int kRowsOfPair = kThreads / Tile::kRowLanes;
+  const bool in_columns = pair_column < kColumns && first + pair_column < a.n;
+  const bool projects = kConvolves && a.part != nullptr && first < a.conv_end;
+  const int channel = first + pair_column - a.conv_begin;
+  const bool convolved = kConvolves && in_columns && channel >= 0 && channel < channels;
 
-  const int columns = min(kColumns, a.n - first);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  __shared__ uint64_t arrived;  // of the weights
-  if (tid == 0) {
-    const uint32_t barrier = shared_address(&arrived);
-    barrier_init(barrier, 1);
-    barriers_visible();
-    barrier_expect(barrier, columns * a.k * 2);
-    const bf16* const from = a.w + int64_t{first} * a.k;
-    bring_bytes(shared_address(shared), from, min(columns, kHalf) * a.k * 2, barrier);
-    if (columns > kHalf) bring_bytes(shared_address(shared + second_half), from + kHalf * a.k, (columns - kHalf) * a.k * 2, barrier);
-  }
-#else
 #pragma unroll 1
-  for (int i = tid; i < columns * (a.k / 8); i += kThreads)
-    copy_async(shared + (i < kHalf * (a.k / 8) ? 0 : second_half - kHalf * a.k * 2) + 16 * i, a.w + int64_t{first} * a.k + int64_t{8} * i, true);
-#endif
-  if constexpr (kConvolves) {
-    if (tid < kColumns / 2 && convolved(2 * tid)) {
-      const int channel = first + 2 * tid - a.conv_begin;
-      copy_async(taps + tid, a.conv_weight + kRowsTaps * channel, true);
-      if (a.conv_bias != nullptr) copy_words<4>(bias + tid, a.conv_bias + channel);
+  for (int s = 0; s < steps; ++s) {
+    const int at = (s * kWarps + warp) * 32 + 8 * t;
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      const int column = first + 8 * j + g;
+      const bool inside = at < a.k && column < a.n;
+      copy_async(weights + (s * kN + j) * kThreads + tid, a.w + (inside ? int64_t{column} * a.k + at : 0), inside);
     }
+  }
+  if constexpr (kConvolves) {
 #pragma unroll 1
     for (int q = 0; q < kPairs; ++q) {
-      const int row = first_row + row_of(q), column = column_of(q);
-      if (!convolved(column) || row_of(q) >= kRows || row >= a.rows) continue;
-      const bf16* const from = a.conv + int64_t{row} * (kRowsTaps - 1) * channels + first + column - a.conv_begin;
+      const int row = first_row + pair_row + q * kRowsOfPair;
+      if (!convolved || row >= a.rows) continue;
+      uint32_t* const slots = past + q * kRowsTaps * kThreads + tid;
+      const bf16* const from = a.conv + int64_t{row} * (kRowsTaps - 1) * channels + channel;
+      copy_async(taps + q * kThreads + tid, a.conv_weight + kRowsTaps * channel, true);
 #pragma unroll
-      for (int j = 0; j + 1 < kRowsTaps; ++j) copy_words<4>(past + (q * (kRowsTaps - 1) + j) * kThreads + tid, from + int64_t{j} * channels);
+      for (int j = 0; j + 1 < kRowsTaps; ++j) copy_words<4>(slots + j * kThreads, from + int64_t{j} * channels);
+      if (a.conv_bias != nullptr) copy_words<4>(slots + (kRowsTaps - 1) * kThreads, a.conv_bias + channel);
     }
     if (projects)
 #pragma unroll 1
@@ -130,18 +95,16 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
       }
   }
   copy_commit();
-  __syncthreads();  // the barrier is there
   wait_for_previous();
-  if (!projects_any) let_next_begin();
+  let_next_begin();
 
   uint32_t residual = 0;  // of pair 0
   float2 weight{};
-  const bool in_columns = column_of(0) < kColumns && first + column_of(0) < a.n;  // without a convolution that of all pairs
-  if (!kConvolves && a.residual != nullptr && in_columns && first_row + row_of(0) < a.rows) {
-    residual = *reinterpret_cast<const uint32_t*>(a.residual + int64_t{first_row + row_of(0)} * a.n + first + column_of(0));
-    weight = *reinterpret_cast<const float2*>(a.weight + first + column_of(0));
+  if (a.residual != nullptr && in_columns && first_row + pair_row < a.rows) {
+    residual = *reinterpret_cast<const uint32_t*>(a.residual + int64_t{first_row + pair_row} * a.n + first + pair_column);
+    weight = *reinterpret_cast<const float2*>(a.weight + first + pair_column);
   }
-  float acc[kM][kN][4] = {}, square_sum = 0;
+  float acc[kM][kN][4] = {};
 #pragma unroll 1
   for (int base = 0; base < steps; base += kSteps) {
     uint4 x[kSteps][2 * kM];
@@ -155,23 +118,21 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
       }
     }
     if (base == 0) {
-      if (a.scale.squares != nullptr && tid < kRows * kScaleLanes)
-        square_sum = squares_of_lane(a.scale, min(first_row + tid / kScaleLanes, a.rows - 1), tid % kScaleLanes);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-      barrier_wait(shared_address(&arrived), 0);
-#else
+      if (a.scale.squares != nullptr)
+#pragma unroll
+        for (int i = 0; i < kRows / kWarps; ++i) {
+          const float f = factor_of_row(a.scale, min(first_row + warp + i * kWarps, a.rows - 1), a.k);
+          if (lane == 0) factor[warp + i * kWarps] = f;
+        }
       copy_wait<0>();
-      __syncthreads();
-#endif
     }
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-      const int piece = (base + s) * kWarps + warp;
-      if (piece * 32 >= a.k) break;
-      const unsigned char* const from = shared + g % 2 * second_half + g / 2 * a.k * 2 + piece * 64 + 16 * t;
+      if (base + s >= steps) break;
+      const uint4* const from = weights + (base + s) * kN * kThreads + tid;
       uint4 v[kN];
 #pragma unroll
-      for (int j = 0; j < kN; ++j) v[j] = *reinterpret_cast<const uint4*>(from + 4 * j * a.k * 2);
+      for (int j = 0; j < kN; ++j) v[j] = from[j * kThreads];
 #pragma unroll
       for (int j = 0; j < kN; ++j)
 #pragma unroll
@@ -182,32 +143,27 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
         for (int m = 0; m < kM; ++m) mma(acc[m][j], {x[s][2 * m].z, x[s][2 * m + 1].z, x[s][2 * m].w, x[s][2 * m + 1].w}, v[j].z, v[j].w);
     }
   }
-  if (a.scale.squares != nullptr) {
-    const float f = factor_of_row(a.scale, square_sum, a.k);
-    if (tid < kRows * kScaleLanes && tid % kScaleLanes == 0) factor[tid / kScaleLanes] = f;
-  }
-  if (projects_any) let_next_begin();  // not before: the states that it brings would stand in front of x
-  copy_wait<0>();
-  __syncthreads();  // the weights have been read; what was copied is there
+  __syncthreads();  // the weights have been read
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int j = 0; j < kN; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[(warp * kRows + 16 * m + i / 2 * 8 + g) * kSumPitch + i % 2 * kHalf + 4 * j + t] = acc[m][j][i];
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<float2*>(sums + (warp * kRows + 16 * m + 8 * half + g) * kPitch + 8 * j + 2 * t) = {acc[m][j][2 * half], acc[m][j][2 * half + 1]};
   __syncthreads();
 
 #pragma unroll 1
   for (int q = 0; q < kPairs; ++q) {
-    const int local = row_of(q), column = column_of(q), at = first + column;
+    const int local = pair_row + q * kRowsOfPair, at = first + pair_column;
     const int64_t row = first_row + local;
-    const bool alive = column < kColumns && at < a.n && local < kRows && row < a.rows;
+    const bool alive = in_columns && row < a.rows;
     float square = 0;
     if (alive) {
       float2 s = {0, 0};
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const float2 v = *reinterpret_cast<const float2*>(sums + (w * kRows + local) * kSumPitch + column);
+        const float2 v = *reinterpret_cast<const float2*>(sums + (w * kRows + local) * kPitch + pair_column);
         s.x += v.x;
         s.y += v.y;
       }
@@ -219,7 +175,7 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
       if (a.epilogue != Epilogue::none) s = {activate_as(a.epilogue, s.x), activate_as(a.epilogue, s.y)};
       const uint32_t made = pack(s.x, s.y);
       *reinterpret_cast<uint32_t*>(a.y + row * a.y_row + at) = made;
-      if (!kConvolves && a.residual != nullptr) {
+      if (a.residual != nullptr) {
         if (q > 0) residual = *reinterpret_cast<const uint32_t*>(a.residual + row * a.n + at);
         const float2 v = two(made), r = two(residual);
         const uint32_t sum = pack(v.x + r.x, v.y + r.y);
@@ -228,28 +184,27 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
         *reinterpret_cast<uint32_t*>(a.weighted + row * a.n + at) = pack(u.x * weight.x, u.y * weight.y);
         square = u.x * u.x + u.y * u.y;
       }
-      if (kConvolves && convolved(column)) {
-        const uint32_t* const slots = past + q * (kRowsTaps - 1) * kThreads + tid;
-        const uint4 filter = taps[column / 2];
+      if (convolved) {
+        const uint32_t* const slots = past + q * kRowsTaps * kThreads + tid;
+        const uint4 filter = taps[q * kThreads + tid];
         const uint32_t past1 = slots[kThreads], past2 = slots[2 * kThreads];
-        float2 p = a.conv_bias != nullptr ? two(bias[column / 2]) : float2{0, 0};
+        float2 p = a.conv_bias != nullptr ? two(slots[3 * kThreads]) : float2{0, 0};
         const float2 w01 = two(filter.x), w23 = two(filter.y), v01 = two(filter.z), v23 = two(filter.w);
         const float2 x0 = two(slots[0]), x1 = two(past1), x2 = two(past2), x3 = two(made);
         p.x += w01.x * x0.x + w01.y * x1.x + w23.x * x2.x + w23.y * x3.x;
         p.y += v01.x * x0.y + v01.y * x1.y + v23.x * x2.y + v23.y * x3.y;
         const uint32_t mixed = pack(silu_fast(p.x), silu_fast(p.y));
-        const int channel = at - a.conv_begin;
         bf16* const state = a.conv + row * (kRowsTaps - 1) * channels + channel;
         *reinterpret_cast<uint32_t*>(state) = past1;
         *reinterpret_cast<uint32_t*>(state + channels) = past2;
         *reinterpret_cast<uint32_t*>(state + 2 * int64_t{channels}) = made;
         *reinterpret_cast<uint32_t*>(a.mixed + row * channels + channel) = mixed;
-        *reinterpret_cast<uint32_t*>(tile + local * kPitch + column) = mixed;
+        *reinterpret_cast<uint32_t*>(tile + local * kPitch + pair_column) = mixed;
       }
     }
-    if (!kConvolves && a.residual != nullptr) {  // the same for the whole block
+    if (a.residual != nullptr) {  // the same for the whole block
       square = sum_lanes<Tile::kRowLanes>(square);
-      if (column == 0 && row < a.rows) a.squares[row * gridDim.x + blockIdx.x] = square;
+      if (pair_column == 0 && row < a.rows) a.squares[row * gridDim.x + blockIdx.x] = square;
     }
   }
   if (kConvolves && projects) {
