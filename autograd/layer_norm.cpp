@@ -1,4 +1,4 @@
-#include "autograd/layer_norm_offset.h"
+#include "autograd/layer_norm.h"
 
 #include "kernels/layer_norm.h"
 
@@ -25,12 +25,6 @@ AddNorm add_layer_norm(const Variable& x, const Variable& residual, const Variab
         return {grad.dx, grad.dresidual, grad.dw, grad.db};
       });
   return {out[0], out[1]};
-}
-
-Variable layer_norm(const Variable& x, const Variable& w, const Variable& b, double eps) { return layer_norm(x, w, b, eps, 0); }
-
-AddNorm add_layer_norm(const Variable& x, const Variable& residual, const Variable& w, const Variable& b, double eps) {
-  return add_layer_norm(x, residual, w, b, eps, 0);
 }
 
 }  // namespace krait::autograd

@@ -1,6 +1,6 @@
 #include "layers/norm.h"
 
-#include "autograd/layer_norm_offset.h"
+#include "autograd/layer_norm.h"
 
 namespace krait::layers {
 

@@ -9,7 +9,6 @@
 #include "core/stream.h"
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/few_attention.h"
-#include "kernels/cuda/few_chain.h"
 #include "kernels/cuda/few_draw.h"
 #include "kernels/cuda/few_map.h"
 #include "kernels/cuda/few_mlstm.h"
@@ -166,8 +165,14 @@ int splits_of(int64_t capacity, int64_t d) {
   return static_cast<int>(std::clamp<int64_t>((capacity * d + kFewShare - 1) / kFewShare, kFewestSplits, kFewSplits));
 }
 
-bool gather_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual,
-                 const Tensor& w, const Tensor& b, double eps, double weight_offset) {
+}  // namespace
+
+std::unique_ptr<Deferred> gather_few(Device device) {
+  return std::make_unique<FewQueue>(device);
+}
+
+bool gather_few_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual,
+                     const Tensor& w, const Tensor& b, double eps, double weight_offset) {
   FewQueue* const queue = gathering<FewQueue>(x.device());
   if (queue == nullptr || queue->plain() || x.dtype() != DType::bf16 || x.size(-1) % 256 != 0 || !aligned(x, y, w, b)) return false;
   if (residual.defined()) {
@@ -179,22 +184,6 @@ bool gather_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rst
   }
   queue->wait(WaitingNorm{centred, y, mean, rstd, residual.defined() ? sum : x, w, b, eps, weight_offset});
   return true;
-}
-
-}  // namespace
-
-std::unique_ptr<Deferred> gather_few(Device device) {
-  return std::make_unique<FewQueue>(device);
-}
-
-bool gather_few_norm(bool centred, Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual,
-                     const Tensor& w, const Tensor& b, double eps) {
-  return gather_norm(centred, y, sum, mean, rstd, x, residual, w, b, eps, 0);
-}
-
-bool gather_few_layer_norm(Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual, const Tensor& w,
-                           const Tensor& b, double eps, double weight_offset) {
-  return gather_norm(true, y, sum, mean, rstd, x, residual, w, b, eps, weight_offset);
 }
 
 bool gather_few_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {

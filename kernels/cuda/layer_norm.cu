@@ -1,13 +1,13 @@
 #include "kernels/layer_norm.h"
 
-#include "kernels/cuda/few_chain.h"
+#include "kernels/cuda/few_queue.h"
 #include "kernels/cuda/norm_backward.cuh"
 
 namespace krait::kernels::cuda {
 
 void layer_norm_forward(Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, const Tensor& x, const Tensor& residual,
                         const Tensor& w, const Tensor& b, double eps, double weight_offset) {
-  if (gather_few_layer_norm(y, sum, mean, rstd, x, residual, w, b, eps, weight_offset)) return;
+  if (gather_few_norm(true, y, sum, mean, rstd, x, residual, w, b, eps, weight_offset)) return;
   norm_forward<true>(y, sum, mean, rstd, x, residual, w, b, eps, weight_offset);
   few_launched(y);
 }

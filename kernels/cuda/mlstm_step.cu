@@ -4,7 +4,7 @@
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/cluster_launch.cuh"
-#include "kernels/cuda/few_chain.h"
+#include "kernels/cuda/few_queue.h"
 #include "kernels/cuda/mlstm_block.cuh"
 #include "kernels/cuda/mlstm_common.cuh"
 #include "kernels/cuda/mlstm_step_cluster.h"

@@ -9,7 +9,7 @@ namespace krait::kernels::cuda {
 void rms_norm_forward(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, const Tensor& residual, const Tensor& w,
                       double eps) {
   Tensor no_mean;
-  if (gather_few_norm(false, y, sum, no_mean, rstd, x, residual, w, Tensor(), eps)) return;
+  if (gather_few_norm(false, y, sum, no_mean, rstd, x, residual, w, Tensor(), eps, 0)) return;
   if (gather_rows_norm(y, sum, rstd, x, residual, w, eps)) return;
   norm_forward<false>(y, sum, no_mean, rstd, x, residual, w, Tensor(), eps);
 }

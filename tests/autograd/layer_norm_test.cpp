@@ -1,4 +1,4 @@
-#include "autograd/layer_norm_offset.h"
+#include "autograd/layer_norm.h"
 
 #include <cmath>
 

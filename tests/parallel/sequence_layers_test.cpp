@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <cmath>
+
 // Layers and models whose sequences lie over the ranks against one rank that holds all of them: outputs, gradients of
 // inputs and parameters, losses, dropout.
 #include "core/comm/collectives.h"
@@ -34,12 +37,23 @@ Tensor own(const Tensor& t) {
   return t.slice(1, world()->rank() * l, (world()->rank() + 1) * l).contiguous();
 }
 
+double largest(const Tensor& t) {
+  double size = 0;
+  for (const double v : t.to_vector<double>()) size = std::max(size, std::abs(v));
+  return size;
+}
+
 void check_gradients(const ParameterStore& part, const ParameterStore& full, Tensor grad, double tolerance) {
   const auto found = part.named(comm::all_reduce(grad, *world())), wanted = full.named_grads();
   REQUIRE(found.size() == wanted.size());
+  std::vector<double> sizes;
+  for (const auto& w : wanted) sizes.push_back(largest(w.value));
+  const double all = *std::max_element(sizes.begin(), sizes.end());
   for (size_t i = 0; i < wanted.size(); ++i) {
     INFO(wanted[i].name);
-    CHECK(relative_error(found[i].value, wanted[i].value) < tolerance);
+    // Queries that see one position have no gradient: their weights' is what the rounding of larger terms leaves.
+    const double difference = relative_error(found[i].value, wanted[i].value) * std::max(sizes[i], 1e-6);
+    CHECK(difference < tolerance * std::max(sizes[i], 1e-3 * all));
   }
 }
 
