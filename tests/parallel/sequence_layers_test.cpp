@@ -1,8 +1,8 @@
+// Layers and models whose sequences lie over the ranks against one rank that holds all of them: outputs, gradients of
+// inputs and parameters, losses, dropout.
 #include <algorithm>
 #include <cmath>
 
-// Layers and models whose sequences lie over the ranks against one rank that holds all of them: outputs, gradients of
-// inputs and parameters, losses, dropout.
 #include "core/comm/collectives.h"
 #include "core/comm/job.h"
 #include "core/device.h"
