@@ -22,8 +22,8 @@ struct OptimizerOptions {
   bool nesterov = false;             // sgd
 };
 
-/// Updates flat parameters in place from flat gradients, in one launch, or two where some go first. Holds views of the buffers it is given
-/// (the caller keeps writing gradients into them) and owns its state.
+/// Updates flat parameters in place from flat gradients, in one launch, or two where some go first. Holds views of the
+/// buffers it is given (the caller keeps writing gradients into them) and owns its state.
 ///
 /// One step:  optimizer.prepare(lr, step);                                     on the host, outside a graph
 ///            clip = grad_norm(grad, max_norm, optimizer.skipped_steps());     may be captured from here

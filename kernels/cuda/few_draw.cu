@@ -25,8 +25,7 @@ __global__ void few_draw_kernel(const __grid_constant__ FewDraw a) {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) best = max(best, key[i]);
   }
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) best = max(best, uint64_t{__shfl_xor_sync(0xffffffffu, best, offset)});
+  best = likeliest_of_warp(best);
   __syncthreads();  // all have read the step
   if (lane != 0) return;
   const int64_t token = likeliest_index(best);

@@ -235,9 +235,7 @@ __global__ void __launch_bounds__(32 * kWarps) few_map_kernel(const __grid_const
     if (row < a.rows) keys[row][own] = likeliest;
     __syncthreads();
     if (warp >= a.rows) return;
-    likeliest = lane < kOwn ? keys[warp][lane] : 0;
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) likeliest = max(likeliest, uint64_t{__shfl_xor_sync(0xffffffffu, likeliest, offset)});
+    likeliest = likeliest_of_warp(lane < kOwn ? keys[warp][lane] : 0);
     if (lane == 0) a.likeliest[int64_t{warp} * gridDim.x + blockIdx.x] = likeliest;
   }
 }

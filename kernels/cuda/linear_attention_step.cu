@@ -28,9 +28,6 @@ struct StepJob {
   bool elu1;
 };
 
-__device__ __forceinline__ float log1p_of(float x) { return log1pf(x); }
-__device__ __forceinline__ double log1p_of(double x) { return ::log1p(x); }
-
 // A block: one head of one row. kLanes lanes share a row of the state, V values at a time. Bound by reading and writing the
 // state at many rows, else by latency.
 template <class T, int kLanes, int V>
