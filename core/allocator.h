@@ -16,11 +16,17 @@ struct MemoryStats {
   int64_t system_allocations = 0;  // calls to the system allocator so far: constant once a loop is warm
 };
 
+/// Memory ran out: how much was wanted, how much there is. What to change depends on the command.
+class OutOfMemory : public Error {
+ public:
+  using Error::Error;
+};
+
 /// Device memory with a cache of freed blocks. Freed blocks are reused in stream order, without waiting.
 class Allocator {
  public:
   virtual ~Allocator() = default;
-  /// At least 64-byte aligned (512 on CUDA). Throws Error with sizes when memory runs out. 0 bytes: null.
+  /// At least 64-byte aligned (512 on CUDA). Throws OutOfMemory with sizes. 0 bytes: null.
   virtual void* allocate(size_t bytes) = 0;
   virtual void deallocate(void* pointer) noexcept = 0;
   virtual MemoryStats stats() const = 0;

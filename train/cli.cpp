@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <new>
 
+#include "core/allocator.h"
 #include "core/comm/job.h"
 #include "core/config_node.h"
 #include "train/build_info.h"
@@ -43,6 +44,11 @@ void check_command_names(const CLI::App& app, int argc, const char* const* argv)
   }
 }
 
+std::string chosen_command(const CLI::App& app) {
+  const auto chosen = app.get_subcommands();
+  return chosen.empty() ? "" : chosen.front()->get_name();
+}
+
 /// CLI11's messages, on one line, with a pointer to the help of the command they are about.
 std::string usage_error(const CLI::App& app, const CLI::ParseError& e) {
   std::string path = "krait";
@@ -57,6 +63,14 @@ std::string usage_error(const CLI::App& app, const CLI::ParseError& e) {
 }
 
 }  // namespace
+
+std::string memory_advice(const std::string& command) {
+  if (command == "generate") return "\n       try a lower --max-tokens, a shorter --prompt, or --state-dtype bf16 (Mamba-2 on a GPU)";
+  if (command == "eval") return "\n       try eval.micro_batch_size=1, or a shorter --context";
+  if (command == "train")
+    return "\n       try a lower train.micro_batch_size, a shorter data.context, train.recompute=block, or a smaller model";
+  return "";
+}
 
 int run(int argc, const char* const* argv, const std::vector<AddCommand>& commands) {
   CLI::App app("Krait trains sequence models from a YAML file.", "krait");
@@ -74,8 +88,10 @@ int run(int argc, const char* const* argv, const std::vector<AddCommand>& comman
     return report(usage_error(app, e), 2);
   } catch (const ConfigError& e) {
     return report(e.what(), 2);
+  } catch (const OutOfMemory& e) {
+    return report(e.what() + memory_advice(chosen_command(app)), 1);
   } catch (const std::bad_alloc&) {
-    return report("out of memory; lower train.micro_batch_size or the model's size", 1);
+    return report("out of memory" + memory_advice(chosen_command(app)), 1);
   } catch (const std::exception& e) {
     return report(e.what(), 1);
   }

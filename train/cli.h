@@ -20,6 +20,9 @@ void add_bench(CLI::App& app, Action& action);
 void add_info(CLI::App& app, Action& action);
 void add_plan(CLI::App& app, Action& action);
 
+/// A line for an out-of-memory message: what users of this command can lower. Empty: nothing is known.
+std::string memory_advice(const std::string& command);
+
 /// Parses, runs, and reports errors on stderr. 0: success, 1: failure, 2: bad command line or config.
 int run(int argc, const char* const* argv, const std::vector<AddCommand>& commands);
 

@@ -44,8 +44,9 @@ class CpuAllocator final : public Allocator {
         release_locked();
         p = fresh(size);
       }
-      KRAIT_CHECK(p, "out of memory: wanted {:.2f} GiB more, {:.2f} GiB in use; lower train.micro_batch_size or the model's size",
-                  static_cast<double>(bytes) / (1 << 30), static_cast<double>(stats_.current_bytes) / (1 << 30));
+      if (!p)
+        throw OutOfMemory(fmt::format("out of memory: wanted {:.2f} GiB more, {:.2f} GiB in use", static_cast<double>(bytes) / (1 << 30),
+                                      static_cast<double>(stats_.current_bytes) / (1 << 30)));
       stats_.reserved_bytes += static_cast<int64_t>(size);
       ++stats_.system_allocations;
     }

@@ -151,10 +151,8 @@ class CudaAllocator final : public Allocator {
       size_t free_bytes = 0, total = 0;
       check(cudaMemGetInfo(&free_bytes, &total));
       const auto gib = [](auto n) { return static_cast<double>(n) / (1 << 30); };
-      throw_error(fmt::format(
-          "out of GPU memory: wanted {:.2f} GiB, {:.2f} GiB of {:.1f} free ({:.2f} in use here); lower "
-          "train.micro_batch_size or data.context, or set train.recompute=true",
-          gib(wanted), gib(free_bytes), gib(total), gib(stats_.current_bytes)));
+      throw OutOfMemory(fmt::format("out of GPU memory: wanted {:.2f} GiB, {:.2f} GiB of {:.1f} free ({:.2f} in use here)",
+                                    gib(wanted), gib(free_bytes), gib(total), gib(stats_.current_bytes)));
     }
     check(status);
     stats_.reserved_bytes += static_cast<int64_t>(bytes);

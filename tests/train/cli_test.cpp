@@ -3,6 +3,7 @@
 #include "tests/testing/catch.h"
 #include "tests/train/krait_command.h"
 #include "train/checkpoint.h"
+#include "train/cli.h"
 #include "train/launcher.h"
 #include "train/progress.h"
 #include "train/run_directory.h"
@@ -63,6 +64,12 @@ TEST_CASE("krait: a bad command line exits with 2, one error, and the nearest na
   CHECK(contains(message("data prepare a.txt -o a.h5 --valid 1.5"), "--valid: found 1.5, expected a number from 0 to 1\n"));
   CHECK(contains(message("data prepare a.txt -o a.h5 --tokenizer bite"),
                  "--tokenizer: found bite, expected one of byte, char, sentencepiece; did you mean byte?\n"));
+}
+
+TEST_CASE("krait: out of memory, a command names what its users can lower") {
+  CHECK(contains(cli::memory_advice("train"), "train.micro_batch_size"));
+  CHECK(contains(cli::memory_advice("generate"), "--max-tokens"));
+  CHECK(contains(cli::memory_advice("eval"), "eval.micro_batch_size"));
 }
 
 TEST_CASE("krait info: build, libraries, devices") {
