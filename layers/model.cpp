@@ -13,7 +13,7 @@ double Model::train_flops_per_token(int64_t context) const {
 }
 
 void Model::set_recompute(bool on) {
-  KRAIT_CHECK(!on, "train.recompute: this model has no blocks that could be computed again; use recompute: none");
+  if (on) throw ConfigError("train.recompute: this model has no blocks that could be computed again; use recompute: none");
 }
 
 Resized Model::resize(int64_t, const ModelInput&, const ParameterStore&) {
@@ -57,8 +57,10 @@ Variable Model::predict(const ModelInput&) {
   throw_error("this model answers for each token, not for each sequence; set model.type: classifier or regressor");
 }
 
-std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss,
-                                  const Parallel& parallel) {
+namespace {
+
+std::unique_ptr<Model> made(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss,
+                            const Parallel& parallel) {
   std::unique_ptr<Model> model;
   if (config.type == "language_model")
     model = std::make_unique<LanguageModel>(config, shape, loss, parallel);
@@ -70,6 +72,17 @@ std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelShape& s
     model = std::make_unique<SequenceModel>(config, shape, parallel);
   model->set_primary(parallel.tensor->rank() == 0);
   return model;
+}
+
+}  // namespace
+
+std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss,
+                                  const Parallel& parallel) {
+  try {
+    return made(config, shape, loss, parallel);
+  } catch (const Error& e) {  // layers refuse sizes; what they name is the config's
+    throw ConfigError(e.what());
+  }
 }
 
 }  // namespace krait::layers

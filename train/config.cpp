@@ -28,7 +28,7 @@ void read_runtime(ConfigNode& section, RuntimeConfig& c) {
   options.read("cuda_graphs", c.cuda_graphs);
   options.read("require_fast", c.require_fast);
   options.read("tf32", c.tf32);
-  options.read("threads", c.threads, between(0, 4096));
+  options.read("threads", c.threads, at_least(0));
   options.finish();
   if (c.device == "cuda" && !built_with_cuda()) {
     options.fail("device", "found cuda, but this build has no CUDA", "device: cpu, or build with -DKRAIT_CUDA=ON");
@@ -51,6 +51,8 @@ void read_data(ConfigNode& section, DataConfig& c) {
     if (c.path.empty()) options.fail("path", "found an empty string, expected a file");
   }
   options.read("split", c.split);
+  if (!tokens && c.split != "train")  // the others end after one pass
+    options.fail("split", fmt::format("found {}, but data.type {} trains on its split train", c.split, c.type), "split: train");
   if (tokens) {
     options.read("context", c.context, between(1, int64_t{1} << 30));
     options.choice("state", c.state, {"reset", "carry", "tbptt"});
@@ -110,6 +112,8 @@ void read_eval(ConfigNode& section, EvalConfig& c, const Config& config) {
   options.read("interval", c.interval, at_least(0));
   options.read("split", c.split);
   if (config.data.task) {  // a pass over the split's examples: no windows
+    if (c.split != "valid" && c.split != "test")  // training examples come without an end
+      options.fail("split", fmt::format("found {}, expected valid or test for data.type {}", c.split, config.data.type), "split: valid");
     options.read("micro_batch_size", c.micro_batch_size, between(1, 1 << 24));
     options.finish();
     c.context = c.stride = config.data.task->shape().eval_context;

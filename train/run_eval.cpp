@@ -55,9 +55,7 @@ void print_json(const EvalResult& r, const LoadedRun& run, const std::string& wh
 int eval_task(LoadedRun& run, const EvalCommand& command) {
   const Config& c = run.session.config;
   KRAIT_CHECK(command.data.empty(), "--data is for text; this run learned the task {}", c.data.type);
-  const std::string split = command.split.empty() ? c.eval.split : command.split;
-  KRAIT_CHECK(split == "valid" || split == "test", "split {}: examples of a task are held out in valid and test; choose one of them",
-              split);
+  const std::string& split = c.eval.split;
   const EvalResult r = evaluate_task(
       run.session, c.data.task->split(split, c.eval.micro_batch_size, static_cast<uint64_t>(c.seed), run.session.data.directory));
   if (command.json) {
@@ -87,13 +85,13 @@ int run_eval(const EvalCommand& command) {
     if (command.stride == 0) overrides.push_back(fmt::format("eval.stride={}", command.context));
   }
   if (command.stride > 0) overrides.push_back(fmt::format("eval.stride={}", command.stride));
+  if (!command.split.empty()) overrides.push_back(fmt::format("eval.split=\"{}\"", command.split));
   LoadedRun run = load_finished_run(command.run_dir, overrides);
   const Config& c = run.session.config;
   if (c.data.task) return eval_task(run, command);
   const std::string file = command.data.empty() ? find_data_file(c) : command.data;
   KRAIT_CHECK(std::filesystem::exists(file), "{}: no such file; give --data FILE", file);
-  const data::TokensPtr tokens =
-      tokens_to_evaluate(run.session, file, command.split.empty() ? c.eval.split : command.split);
+  const data::TokensPtr tokens = tokens_to_evaluate(run.session, file, c.eval.split);
   const EvalOptions options = eval_options(c);
   const EvalResult result = evaluate(run.session, tokens, options);
   (command.json ? print_json : print_text)(result, run, tokens->where(), options);

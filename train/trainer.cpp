@@ -27,10 +27,6 @@ TrainData open_task(const Session& session) {
   const auto split = [&](const std::string& name, int64_t batch) {
     return c.data.task->split(name, batch, seed, session.data.directory);
   };
-  if (c.data.split != "train")  // the others end after one pass
-    c.fail("data.split", fmt::format("found {}, but data.type {} trains on its split train", c.data.split, c.data.type), "split: train");
-  if (c.eval.split != "valid" && c.eval.split != "test")  // training examples come without an end
-    c.fail("eval.split", fmt::format("found {}, expected valid or test for data.type {}", c.eval.split, c.data.type), "split: valid");
   return {split(c.data.split, c.train.micro_batch_size), nullptr, split(c.eval.split, c.eval.micro_batch_size)};
 }
 

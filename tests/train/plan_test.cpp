@@ -172,6 +172,9 @@ TEST_CASE("plans of a hundred thousand GPUs, of too little memory, and of sizes 
   CHECK(contains(text.out, "small: 4 x a100, data 4 x sequence 1 x tensor 1, ZeRO 1"));
   CHECK(krait_command("plan --show-hardware").status == 0);
   CHECK(krait_command("plan").status == 2);
+  const Outcome heads = krait_command(fmt::format("plan {} --ranks 3 parallelism.tensor=3", tmp / "small.yaml"));
+  CHECK(heads.status == 2);
+  CHECK(contains(heads.err, "heads do not split over 3 processes (parallelism.tensor)"));
 }
 
 namespace {

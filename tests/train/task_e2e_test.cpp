@@ -82,5 +82,7 @@ TEST_CASE("what a task does not fit is refused with a way out") {
   CHECK(endless.status == 2);
   CHECK(contains(endless.err, "eval.split: found train, expected valid or test"));
   REQUIRE(krait_command(fmt::format("train {} --run-dir {} lr_scheduler.warmup_steps=1", tmp / "split.yaml", tmp / "run")).status == 0);
-  CHECK(contains(krait_command(fmt::format("eval {} --split train", tmp / "run")).err, "split train: examples of a task are held out in"));
+  const Outcome eval = krait_command(fmt::format("eval {} --split train", tmp / "run"));
+  CHECK(eval.status == 2);
+  CHECK(contains(eval.err, "eval.split: found train, expected valid or test"));
 }
