@@ -2,9 +2,11 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <fstream>
 
 #include "core/dispatch.h"
+#include "core/limits.h"
 
 namespace krait::core {
 
@@ -23,6 +25,7 @@ DeviceInfo cpu_info() {
       break;
     }
   info.total_bytes = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE);
+  if (const int64_t most = group_limits().memory_bytes; most > 0) info.total_bytes = std::min(info.total_bytes, most);
   return info;
 }
 

@@ -5,11 +5,15 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
+
+#include "core/limits.h"
+
 extern "C" void openblas_set_num_threads(int);
 
 namespace krait::core {
@@ -17,7 +21,8 @@ namespace krait::core {
 namespace {
 
 int default_threads() {
-  static const int n = omp_get_max_threads();
+  // The library knows on which processors we may run, but not of a share of their time.
+  static const int n = std::getenv("OMP_NUM_THREADS") ? omp_get_max_threads() : std::min(omp_get_max_threads(), processors());
   return n;
 }
 int& current_num_threads() {

@@ -1,6 +1,6 @@
 #include "layers/module.h"
 
-#include <algorithm>
+#include <unordered_set>
 
 #include "layers/random_values.h"
 
@@ -24,19 +24,18 @@ const Variable& Parameter::variable() const {
 
 void Module::collect(const std::string& prefix, std::vector<NamedParameter>& out) const {
   for (const Entry& e : entries_) {
-    if (e.parameter) {
-      const bool known =
-          std::any_of(out.begin(), out.end(), [&](const NamedParameter& p) { return p.data == e.parameter; });
-      if (!known) out.push_back({prefix, e.parameter});
-    } else {
+    if (e.parameter)
+      out.push_back({prefix, e.parameter});
+    else
       e.module->collect(e.name.empty() ? prefix : prefix + e.name + ".", out);
-    }
   }
 }
 
 std::vector<NamedParameter> Module::parameters() const {
   std::vector<NamedParameter> out;
   collect("", out);
+  std::unordered_set<const ParameterData*> known;
+  std::erase_if(out, [&](const NamedParameter& p) { return !known.insert(p.data.get()).second; });
   return out;
 }
 

@@ -19,7 +19,7 @@ struct RuntimeConfig {
   bool cuda_graphs = true;
   bool require_fast = false;  // refuse every slow path
   bool tf32 = false;          // fp32 matrix products in TF32
-  int64_t threads = 0;        // CPU threads; 0: the processors of this process
+  int64_t threads = 0;        // CPU threads; 0: the processors of this process. At most 64, or 4 for each of them
 };
 
 struct DataConfig {

@@ -57,16 +57,6 @@ double optimizer_bytes(const OptimizerConfig& c) {
   return c.type == "lion" || c.momentum > 0 ? 4 : 0;
 }
 
-int64_t parameters_of(const layers::Model& local) {
-  int64_t n = 0;
-  for (const auto& p : local.parameters())
-    for (const auto& part : p.data->parts) {
-      const Shape& all = p.data->shape;
-      n += layers::local_shape(all.ndim() == 0 ? all : all.with(0, part.rows), part.shard).numel();
-    }
-  return n;
-}
-
 void count_memory(Plan& plan, const Config& config, const ModelCost& cost, int64_t vocab) {
   const double n = static_cast<double>(plan.parameters_per_rank), replicas = static_cast<double>(plan.data * plan.sequence);
   const bool rounded = config.runtime.precision == "bf16";
@@ -212,7 +202,7 @@ const Planner::Split& Planner::split(int64_t tensor, int64_t sequence) {
   if (found != splits_.end()) return found->second;
   Traffic ignored;
   const auto local = layers::make_model(config_.model, shape_, {}, simulated_parallel(tensor, sequence, &ignored, &ignored));
-  return splits_[{tensor, sequence}] = {probe_model(config_, shape_, tensor, sequence), parameters_of(*local)};
+  return splits_[{tensor, sequence}] = {probe_model(config_, shape_, tensor, sequence), parameter_count(*local)};
 }
 
 double Planner::needed_gib(const Plan& plan) { return plan.memory.total() / kGiB + kOutsideGiB; }

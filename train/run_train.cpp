@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <map>
 
 #include "core/comm/job.h"
@@ -19,6 +20,21 @@ RunDirectory shared_directory(const TrainCommand& command, const std::string& na
   const std::string path = from_rank(world, 0, own ? own->path() : std::string());
   const bool has_run = !from_rank(world, 0, own && own->has_run() ? "yes" : "").empty();
   return own ? std::move(*own) : RunDirectory::join(path, has_run);
+}
+
+// The least that a step holds: what each block was given, also where the block is computed again. All else is learned
+// step by step, but what cannot be is better said before hours of making parameters.
+void check_memory(const Config& c) {
+  const Device device = device_of(c.runtime);
+  const double tokens = static_cast<double>(c.train.micro_batch_size) * static_cast<double>(c.data.context) / static_cast<double>(c.parallelism.sequence);
+  const double least = tokens * static_cast<double>(c.model.n_layers) * static_cast<double>(c.model.d_model) *
+                       static_cast<double>(size_of(compute_dtype(c.runtime.precision)));
+  const int64_t all = device_info(device).total_bytes;
+  if (least > static_cast<double>(all))
+    c.fail("train.micro_batch_size",
+           fmt::format("{} sequences of {} tokens: the inputs of {} layers alone take {}, but {} has {}", c.train.micro_batch_size, c.data.context,
+                       c.model.n_layers, human_bytes(static_cast<int64_t>(std::min(least, 0x1p62))), device.is_cpu() ? "this machine" : "the GPU", human_bytes(all)),
+           "fewer, a shorter data.context, or fewer layers");
 }
 
 void print_plan(Session& session, const std::vector<std::string>& description) {
@@ -64,6 +80,7 @@ int run_train(const TrainCommand& command, const Launch& launch, const comm::Gro
   Config config = load_config(command.config, command.overrides);
   settle_mesh(config, launch, *world);
   const MeshShape shape = fit_to_ranks(config, launch);
+  check_memory(config);
   Session session = make_session(config, open_data(config), 0,
                                  comm::make_mesh(world, static_cast<int>(shape.data), static_cast<int>(shape.sequence),
                                                  static_cast<int>(shape.tensor)));

@@ -2,11 +2,12 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <thread>
 
 #include "core/comm/job.h"
+#include "core/limits.h"
 #include "core/parallel.h"
 #include "kernels/matmul.h"
+#include "train/progress.h"
 
 namespace krait::train {
 
@@ -18,13 +19,35 @@ layers::LanguageModel& Session::language_model(const char* purpose) {
 
 namespace {
 
-// The processes of one host share its processors, unless the launcher has bound each to its own.
-int thread_count(const RuntimeConfig& runtime) {
-  if (runtime.threads > 0 || comm::local_size() == 1 || std::getenv("OMP_NUM_THREADS"))
-    return static_cast<int>(runtime.threads);
+// The processes of one host share its processors, unless the launcher has bound each to its own. A config may come from a
+// larger machine: more threads than processors are slower, but only very many of them keep the machine from other work.
+int thread_count(const Config& config) {
+  const int64_t threads = config.runtime.threads, most = std::max(64, 4 * processors());
+  if (threads > most)
+    config.fail("runtime.threads", fmt::format("found {}, but this process may use {} processors: {} threads at most",
+                                               threads, processors(), most),
+                "threads: 0 (one for each processor)");
+  if (threads > 0 || comm::local_size() == 1 || std::getenv("OMP_NUM_THREADS")) return static_cast<int>(threads);
   set_num_threads(0);
-  const int share = static_cast<int>(std::thread::hardware_concurrency()) / comm::local_size();
-  return std::clamp(share, 1, num_threads());
+  return std::clamp(processors() / comm::local_size(), 1, num_threads());
+}
+
+// Before the parameters exist: what the system lends beyond its memory is called in later, by a kill.
+void check_memory(const Session& s, const layers::StoreOptions& store) {
+  const double n = static_cast<double>(parameter_count(*s.model)), wide = static_cast<double>(size_of(store.master));
+  const auto check = [&](Device device, const char* what, double bytes) {
+    const double all = static_cast<double>(device_info(device).total_bytes);
+    if (bytes > all)
+      s.config.fail("model", fmt::format("{} parameters: their {} alone take {}, but {} has {}", human_count(n), what,
+                                         human_bytes(static_cast<int64_t>(bytes)), device.is_cpu() ? "this machine" : "the GPU",
+                                         human_bytes(static_cast<int64_t>(all))),
+                    "fewer layers (model.n_layers) or less width (model.d_model)");
+  };
+  const double copy = store.compute == store.master ? 0 : static_cast<double>(size_of(store.compute));
+  const double processes = comm::local_size();
+  if (s.device.is_cpu()) return check(kCpu, "values and gradients", n * (2 * wide + copy) * processes);
+  check(s.device, "values and gradients", n * (2 * wide + copy));
+  check(kCpu, "first values", n * wide * processes);
 }
 
 void check_state(const Config& config, const layers::Model& model, const comm::ProcessGroup& sequence) {
@@ -73,6 +96,16 @@ layers::ModelShape model_shape(const Config& config, const DataSource& data) {
   return shape;
 }
 
+int64_t parameter_count(const layers::Model& local) {
+  int64_t n = 0;
+  for (const auto& p : local.parameters())
+    for (const auto& part : p.data->parts) {
+      const Shape& all = p.data->shape;
+      n += layers::local_shape(all.ndim() == 0 ? all : all.with(0, part.rows), part.shard).numel();
+    }
+  return n;
+}
+
 DataSource open_data(const Config& config) {
   if (config.data.task) return {nullptr, nullptr, config.data.task->needs_files() ? find_data_file(config) : ""};
   const data::TokenStorePtr store = data::TokenStore::open(find_data_file(config));
@@ -96,6 +129,7 @@ void build_model(Session& s, const layers::ModelConfig& model) {
     store.bucket = static_cast<int64_t>(config.parallelism.bucket_mb * 1048576.0) / size_of(master);
   if (ranks > 1 || config.parallelism.zero > 0) store.granule = ranks * 128;
   store.fp32_apart = config.parallelism.zero > 0;
+  check_memory(s, store);
   s.parameters = std::make_unique<layers::ParameterStore>(*s.model, store);
 }
 
@@ -105,7 +139,7 @@ Session make_session(const Config& config, DataSource data, int64_t finished_ste
   s.data = std::move(data);
   s.mesh = std::move(mesh);
   s.device = device_of(config.runtime);
-  set_num_threads(thread_count(config.runtime));
+  set_num_threads(thread_count(config));
   kernels::set_tf32(config.runtime.tf32);
   build_model(s, layers::config_at_step(config.model, std::max<int64_t>(finished_steps - 1, 0)));
   return s;

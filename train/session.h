@@ -50,6 +50,9 @@ void build_model(Session& session, const layers::ModelConfig& config);
 /// The CPU batch on the session's device, as the model takes it: of this rank's positions.
 layers::ModelInput model_input(const data::Batch& batch, Device device, const comm::ProcessGroup& sequence);
 
+/// Elements of the parameters that this process holds.
+int64_t parameter_count(const layers::Model& model);
+
 /// What the data decide about the model: vocabulary, features, context.
 layers::ModelShape model_shape(const Config& config, const DataSource& data);
 /// runtime.precision as the dtype that products compute in.
