@@ -9,6 +9,7 @@
 #include "kernels/cuda/few_steps.h"
 #include "kernels/cuda/gathering.h"
 #include "kernels/cuda/rows_linear.h"
+#include "kernels/cuda/rows_mamba.h"
 #include "kernels/cuda/rows_scan.h"
 #include "kernels/cuda/rows_state.h"
 #include "kernels/cuda/step_known.h"
@@ -31,6 +32,14 @@ struct WaitingLinear {
   RowsLinear map;
   Tensor y;
   std::vector<Tensor> reads;  // whose memory nobody else may take before the launch
+  Tensor normed;              // what map.scale leaves there
+};
+// Layers of Mamba that wait for the next one: one kernel.
+struct WaitingLayers {
+  RowsMamba run;
+  Tensor mixed, part, weighted, squares;
+  std::vector<Tensor> reads, normed;  // `normed` of each layer, may be undefined
+  RowsMambaLayer& last() { return run.layer[run.layers - 1]; }
 };
 
 class RowsQueue final : public Deferred {
@@ -43,22 +52,32 @@ class RowsQueue final : public Deferred {
     take_few_map();
     if (few_)
       if (const Tensor made = few_->flush(); made.defined()) known_ = made;
-    if (const std::optional<WaitingLinear> linear = std::exchange(linear_, {})) {
-      known_ = linear->y;
-      rows_linear(linear->map, current_stream(device_));
+    std::optional<WaitingLayers> layers = std::exchange(layers_, {});
+    const std::optional<WaitingLinear> linear = std::exchange(linear_, {});
+    const std::optional<WaitingNorm> norm = std::exchange(norm_, {});  // at most one of the two
+    if (linear) known_ = linear->y;
+    if (layers) {
+      for (int i = 0; i < layers->run.layers; ++i)  // what nobody holds nobody reads
+        layers->run.layer[i].normed = layers->normed[i].use_count() > 1 ? layers->normed[i].data<bf16>() : nullptr;
+      const Tensor arrived = zeros({mamba_counters(layers->run.layers)}, DType::i32, device_);
+      layers->run.arrived = reinterpret_cast<unsigned*>(arrived.data<int32_t>());
+      rows_mamba(layers->run, current_stream(device_));
     }
-    if (const std::optional<WaitingNorm> norm = std::exchange(norm_, {}))
+    if (linear) rows_linear(linear->map, current_stream(device_));
+    if (norm)
       scale_rows(norm->scale(), norm->x.data<bf16>(), static_cast<int>(norm->squares.size(0)), static_cast<int>(norm->x.size(-1)), current_stream(device_));
   }
 
   void wait(WaitingNorm norm) {
-    flush();
+    if (linear_ || norm_ || few_) flush();
     norm_ = std::move(norm);
   }
   void wait(WaitingLinear linear) {
-    flush();
+    if (linear_ || norm_ || few_) flush();
     linear_ = std::move(linear);
   }
+  /// What waits in front of a map or a norm.
+  std::optional<WaitingLayers>& layers() { return layers_; }
   /// What the thread's next linear map may read: its memory is held.
   void know(const Tensor& t) { known_ = t; }
   const Tensor& known() const { return known_; }
@@ -77,7 +96,7 @@ class RowsQueue final : public Deferred {
     FewSteps::Map map{};
     if (!few_ || !few_->take_map(map)) return;
     known_ = map.x;
-    linear_ = WaitingLinear{map.alone, map.y, {map.x}};
+    linear_ = WaitingLinear{map.alone, map.y, {map.x}, {}};
   }
   Device device() const { return device_; }
 
@@ -86,8 +105,61 @@ class RowsQueue final : public Deferred {
   std::optional<FewSteps> few_;
   std::optional<WaitingNorm> norm_;
   std::optional<WaitingLinear> linear_;  // at most one of the two
+  std::optional<WaitingLayers> layers_;
   Tensor known_;
 };
+
+WaitingLayers first_layer(const RowsLinear& in, int64_t e, int64_t r, Device device) {
+  WaitingLayers layers{};
+  RowsMamba& run = layers.run;
+  run.rows = in.rows;
+  run.d = in.k;
+  run.e = static_cast<int>(e);
+  run.r = static_cast<int>(r);
+  run.x = in.x;
+  run.x_row = in.x_row;
+  run.x_squares = in.scale.squares;
+  run.x_parts = in.scale.parts;
+  layers.mixed = empty({run.rows, e}, DType::bf16, device);
+  layers.weighted = empty({run.rows, run.d}, DType::bf16, device);
+  layers.part = empty({run.rows, mamba_parts(run.e), in.outputs}, DType::f32, device);
+  layers.squares = empty({run.rows, mamba_squares(run.d)}, DType::f32, device);
+  run.mixed = layers.mixed.data<bf16>();
+  run.weighted = layers.weighted.data<bf16>();
+  run.part = layers.part.data<float>();
+  run.squares = layers.squares.data<float>();
+  return layers;
+}
+
+// in_proj to scan of one more.
+void add_layer(WaitingLayers& layers, const WaitingLinear& linear, const RowsLinear& in, const Tensor& y, const Tensor& h, const Tensor& conv,
+               const Tensor& xz, const MambaStepWeights& w) {
+  RowsMambaLayer& layer = layers.run.layer[layers.run.layers++];
+  layer = {.in = in.w, .conv_weight = in.conv_weight, .conv_bias = in.conv_bias, .project = in.project, .conv = in.conv, .xz = in.y,
+           .rstd = in.scale.rstd, .eps = in.scale.eps, .dt_proj = w.dt_proj.data<bf16>(), .dt_bias = w.dt_bias.data<float>(),
+           .A_log = w.A_log.data<float>(), .D = w.D.data<float>(), .h = h.data<float>(), .y = y.data<bf16>()};
+  layers.normed.push_back(linear.normed);
+  layers.reads.insert(layers.reads.end(), linear.reads.begin(), linear.reads.end());
+  layers.reads.insert(layers.reads.end(), {y, h, conv, xz});
+}
+
+// Whether the layers that wait took the map behind their last scan, with the sum and the weight of the norm behind it.
+bool take_out(WaitingLayers& layers, const WaitingLinear& linear, const Tensor& sum, const Tensor& residual, const Tensor& w) {
+  RowsMamba& run = layers.run;
+  RowsMambaLayer& layer = layers.last();
+  const RowsLinear& map = linear.map;
+  const bool fits = layer.out == nullptr && map.x == layer.y && map.k == run.e && map.n == run.d && map.rows == run.rows && map.x_row == run.e &&
+                    map.y_row == run.d && map.bias == nullptr && map.epilogue == Epilogue::none && map.scale.squares == nullptr &&
+                    (run.layers == 1 || residual.data<bf16>() == run.layer[run.layers - 2].sum);
+  if (!fits) return false;
+  layer.out = map.w;
+  layer.residual = residual.data<bf16>();
+  layer.weight = w.data<float>();
+  layer.made = map.y;
+  layer.sum = sum.data<bf16>();
+  layers.reads.insert(layers.reads.end(), {linear.y, residual, w, sum});
+  return true;
+}
 
 }  // namespace
 
@@ -108,6 +180,10 @@ bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, con
     return false;
   }
   RowsLinear& map = linear->map;
+  if (std::optional<WaitingLayers>& layers = queue->layers(); layers && take_out(*layers, *linear, sum, residual, w)) {
+    queue->wait(WaitingNorm{y, rstd, layers->weighted, layers->squares, eps});
+    return true;
+  }
   const Tensor weighted = empty(y.shape(), DType::bf16, y.device());
   const Tensor squares = empty({map.rows, rows_linear_blocks(map)}, DType::f32, y.device());
   map.residual = residual.data<bf16>();
@@ -126,7 +202,7 @@ bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue e
   if (queue != nullptr && queue->few() != nullptr && queue->few()->linear(y, g, bias, epilogue)) return true;
   if (queue != nullptr) queue->take_few_map();
   if (queue == nullptr || g.dtype != DType::bf16 || g.ldb != g.k || g.ldc != g.n || g.m > kMaxRows || g.n > kMaxColumns) return false;
-  WaitingLinear linear{step_map_of<RowsLinear>(g, y, bias, epilogue), y, {}};
+  WaitingLinear linear{step_map_of<RowsLinear>(g, y, bias, epilogue), y, {}, {}};
   RowsLinear& map = linear.map;
   std::optional<WaitingNorm>& norm = queue->norm();
   const bool scaled = norm && norm->y.raw_data() == g.a && norm->y.size(-1) == g.k && norm->squares.size(0) == g.m;
@@ -134,7 +210,8 @@ bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue e
     map.x = norm->x.data<bf16>();
     map.x_row = g.k;
     map.scale = norm->scale();
-    linear.reads = {norm->x, norm->squares, norm->y, norm->rstd};
+    linear.reads = {norm->x, norm->squares, norm->rstd};
+    linear.normed = norm->y;
   } else if (queue->known().defined() && queue->known().raw_data() == g.a) {
     linear.reads = {queue->known()};
   } else {
@@ -167,6 +244,16 @@ bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz
   if (!rows_linear_fits(map)) {
     queue->give_back(std::move(linear));
     return false;
+  }
+  if (rows_mamba_fits(map, e, r, xz.device())) {
+    std::optional<WaitingLayers>& layers = queue->layers();
+    if (layers && !(layers->last().out != nullptr && layers->run.layers < kMambaLayers && map.x == layers->run.weighted && map.rows == layers->run.rows &&
+                    map.k == layers->run.d && e == layers->run.e && r == layers->run.r))
+      queue->flush();
+    if (!layers) layers = first_layer(map, e, r, xz.device());
+    add_layer(*layers, *linear, map, y, h, conv, xz, w);
+    queue->know(y);
+    return true;
   }
   const int64_t parts = e / projected_columns(map);
   const Tensor mixed = empty({rows, e}, DType::bf16, xz.device()), part = empty({rows, parts, outputs}, DType::f32, xz.device());

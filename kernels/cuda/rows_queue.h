@@ -6,7 +6,8 @@
 
 // A decoding step of more rows than few_queue.h serves, or of Mamba and Mamba-2: an operation waits for the next one, and
 // the two run as one kernel where there is such: RMSNorm and the linear map behind it, a linear map and the sum with the
-// residual stream, Mamba's in_proj, convolution and x_proj. Kernels begin while the one in front still runs (overlap.cuh).
+// residual stream, Mamba's in_proj, convolution and x_proj; of 33 to 64 rows all layers of Mamba that follow one another
+// (rows_mamba.h). Kernels begin while the one in front still runs (overlap.cuh).
 namespace krait::kernels::cuda {
 
 /// `few`: layers run as kernels of few rows where they can (few_steps.h).
