@@ -1,5 +1,7 @@
 #include "kernels/attention.h"
 
+#include <cmath>
+
 #include "core/parallel.h"
 #include "kernels/cpu/attention_unit.h"
 

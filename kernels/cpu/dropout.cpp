@@ -1,6 +1,7 @@
 #include "kernels/dropout.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "core/parallel.h"
 #include "kernels/cpu/put.h"

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 
 #include "core/parallel.h"
 #include "kernels/cpu/put.h"

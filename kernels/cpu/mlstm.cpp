@@ -1,5 +1,7 @@
 #include "kernels/mlstm.h"
 
+#include <cmath>
+
 #include "core/parallel.h"
 #include "kernels/cpu/attention_unit.h"
 #include "kernels/cpu/put.h"

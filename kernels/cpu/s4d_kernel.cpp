@@ -3,6 +3,8 @@
 // tiles is in double.
 #include "kernels/s4d_kernel.h"
 
+#include <cmath>
+
 #include "core/parallel.h"
 #include "kernels/s4d_math.h"
 #include "kernels/ssm_gradients.h"

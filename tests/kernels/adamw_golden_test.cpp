@@ -1,4 +1,6 @@
 // AdamW over ten steps, every case of train.h5, fp64 to 1e-12 and fp32 state to 1e-5.
+#include <cmath>
+
 #include "kernels/adamw.h"
 #include "kernels/grad_norm.h"
 #include "kernels/set_scalars.h"

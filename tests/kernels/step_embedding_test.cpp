@@ -1,5 +1,7 @@
 #include "kernels/step_embedding.h"
 
+#include <cmath>
+
 #include "kernels/elementwise.h"
 #include "kernels/embedding.h"
 #include "tests/testing/tensors.h"

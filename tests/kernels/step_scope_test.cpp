@@ -1,5 +1,7 @@
 #include "kernels/step_scope.h"
 
+#include <cmath>
+
 #include "kernels/attention_append.h"
 #include "kernels/elementwise.h"
 #include "kernels/feed_forward.h"

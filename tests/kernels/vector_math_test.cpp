@@ -1,6 +1,7 @@
 #include "kernels/cpu/vector_math.h"
 
 #include <chrono>
+#include <cmath>
 #include <limits>
 #include <vector>
 

@@ -1,4 +1,5 @@
 // The whole path as a user walks it: text, token store, training, checkpoints, evaluation, generation.
+#include <cmath>
 #include <csignal>
 #include <nlohmann/json.hpp>
 #include <thread>
