@@ -151,8 +151,8 @@ Rows linear_rows(Tensor& dx, const Tensor& x, const Tensor& w, const Tensor& tar
   const int64_t chunk = std::min(t, job.chunk_rows > 0 ? job.chunk_rows : rows_per_chunk(t, columns, x.dtype(), device));
   bool done = false;
   if (!sharded)
-    KRAIT_DISPATCH(device, head_loss(done, out.losses, out.nll, dx, dw, rows, weight, targets, out.count, valid, chunk,
-                                     job.loss_scale, job.options));
+    KRAIT_DISPATCH_GPU(device, head_loss(done, out.losses, out.nll, dx, dw, rows, weight, targets, out.count, valid, chunk,
+                                         job.loss_scale, job.options));
   if (done) return out;
   const Tensor lse = empty({t}, accum, device), buffer = empty({chunk, v}, x.dtype(), device);
   for (int64_t begin = 0; begin < t; begin += chunk) {

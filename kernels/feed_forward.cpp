@@ -41,7 +41,7 @@ GatedUnits gated_units_forward(const Tensor& x, const Tensor& w, const Tensor& b
   const Gemm product = gemm_of(pre, flat, weight, false, true);
   const KernelMemory memory(0);  // on a GPU the product's epilogue does it all, here and below
   bool done = false;
-  if (!bias.defined()) KRAIT_DISPATCH(x.device(), gated_units_forward(done, h, pre, product));
+  if (!bias.defined()) KRAIT_DISPATCH_GPU(x.device(), gated_units_forward(done, h, pre, product));
   if (done) return out;
   Tensor none;
   KRAIT_DISPATCH(x.device(), linear_forward(pre, none, product, bias.defined() ? bias.contiguous() : bias, Epilogue::none));
@@ -65,7 +65,7 @@ UnitsGrad units_backward(const Tensor& dy, const Tensor& w, const Tensor& pre_in
   const Tensor up = dy.contiguous().flatten_leading(), weight = blas_ready(w), pre = pre_in.contiguous().flatten_leading();
   const KernelMemory memory(0);
   bool done = false;
-  KRAIT_DISPATCH(dy.device(), units_backward(done, dpre, out.db, db_sum.defined(), up, weight, pre, epilogue));
+  KRAIT_DISPATCH_GPU(dy.device(), units_backward(done, dpre, out.db, db_sum.defined(), up, weight, pre, epilogue));
   if (!done)
     KRAIT_DISPATCH(dy.device(), linear_gradient(dpre, out.db, mapped_back(up, weight), pre, epilogue, db_sum.defined()));
   return out;
@@ -79,7 +79,7 @@ Tensor gated_units_backward(const Tensor& dy, const Tensor& w, const Tensor& pre
   const Tensor up = dy.contiguous().flatten_leading(), weight = blas_ready(w), pre = pre_in.contiguous().flatten_leading();
   const KernelMemory memory(0);
   bool done = false;
-  KRAIT_DISPATCH(dy.device(), gated_units_backward(done, dpre, up, weight, pre));
+  KRAIT_DISPATCH_GPU(dy.device(), gated_units_backward(done, dpre, up, weight, pre));
   if (done) return out;
   const int64_t f = w.size(1);
   Tensor dgate = dpre.slice(1, 0, f), dup = dpre.slice(1, f, 2 * f);

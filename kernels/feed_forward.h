@@ -1,4 +1,5 @@
 #pragma once
+#include "core/gpu_backend.h"
 #include "kernels/linear.h"
 
 namespace krait {
@@ -26,12 +27,12 @@ UnitsGrad units_backward(const Tensor& dy, const Tensor& w, const Tensor& pre, E
                          const Tensor& db_sum = {});
 Tensor gated_units_backward(const Tensor& dy, const Tensor& w, const Tensor& pre);
 
-// Backends: done says whether they do it in the products; else nothing was written. Matrices, contiguous but for w, whose
+// On a GPU: done says whether it does it in the products; else nothing was written. Matrices, contiguous but for w, whose
 // strides BLAS can express. product: x w^T into pre.
-KRAIT_BACKENDS(void gated_units_forward(bool& done, Tensor& h, Tensor& pre, const Gemm& product);
-               void units_backward(bool& done, Tensor& dpre, Tensor& db, bool add_db, const Tensor& dy, const Tensor& w,
-                                   const Tensor& pre, Epilogue epilogue);
-               void gated_units_backward(bool& done, Tensor& dpre, const Tensor& dy, const Tensor& w, const Tensor& pre))
+KRAIT_GPU_BACKEND(void gated_units_forward(bool& done, Tensor& h, Tensor& pre, const Gemm& product);
+                  void units_backward(bool& done, Tensor& dpre, Tensor& db, bool add_db, const Tensor& dy, const Tensor& w,
+                                      const Tensor& pre, Epilogue epilogue);
+                  void gated_units_backward(bool& done, Tensor& dpre, const Tensor& dy, const Tensor& w, const Tensor& pre))
 
 }  // namespace kernels
 }  // namespace krait

@@ -33,7 +33,7 @@ Tensor gated_cnn_step(Tensor& conv, const Tensor& projected_in, const Tensor& we
   const Tensor projected = projected_in.contiguous(), filters = weight.contiguous(), shift = bias.contiguous();
   Tensor y = empty({projected.size(0), projected.size(1) / 2}, projected.dtype(), projected.device());
   bool done = y.numel() == 0;
-  if (!done) KRAIT_DISPATCH(projected.device(), gated_cnn_step(done, y, conv, projected, filters, shift));
+  if (!done) KRAIT_DISPATCH_GPU(projected.device(), gated_cnn_step(done, y, conv, projected, filters, shift));
   return done ? y : composed(conv, projected, filters, shift);
 }
 

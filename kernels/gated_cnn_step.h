@@ -1,5 +1,5 @@
 #pragma once
-#include "core/dispatch.h"
+#include "core/gpu_backend.h"
 #include "core/tensor.h"
 
 namespace krait {
@@ -11,9 +11,9 @@ namespace kernels {
 /// oldest first, contiguous, advances in place. y (b, f).
 Tensor gated_cnn_step(Tensor& conv, const Tensor& projected, const Tensor& weight, const Tensor& bias);
 
-// Backends: done says whether they have one kernel for it; else nothing was written, and the operations for sequences run.
+// On a GPU: done says whether it has one kernel for it; else nothing was written, and the operations for sequences run.
 // Everything is contiguous, nothing is empty.
-KRAIT_BACKENDS(void gated_cnn_step(bool& done, Tensor& y, Tensor& conv, const Tensor& projected, const Tensor& weight, const Tensor& bias))
+KRAIT_GPU_BACKEND(void gated_cnn_step(bool& done, Tensor& y, Tensor& conv, const Tensor& projected, const Tensor& weight, const Tensor& bias))
 
 }  // namespace kernels
 }  // namespace krait

@@ -16,7 +16,7 @@ Tensor glu_linear(const Tensor& x_in, const Tensor& w_in, const Tensor& bias_in)
   const Tensor x = x_in.contiguous(), w = w_in.contiguous(), bias = bias_in.defined() ? bias_in.contiguous() : Tensor();
   Tensor y = empty({x.size(0), w.size(0) / 2}, x.dtype(), x.device());
   bool done = y.numel() == 0;
-  if (!done && x.numel() > 0) KRAIT_DISPATCH(x.device(), glu_linear(done, y, x, w, bias));
+  if (!done && x.numel() > 0) KRAIT_DISPATCH_GPU(x.device(), glu_linear(done, y, x, w, bias));
   return done ? y : glu_packed_forward(linear_forward(x, w, bias, Epilogue::none, false).y, Activation::sigmoid, true);
 }
 

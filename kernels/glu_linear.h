@@ -1,5 +1,5 @@
 #pragma once
-#include "core/dispatch.h"
+#include "core/gpu_backend.h"
 #include "core/tensor.h"
 
 namespace krait {
@@ -10,9 +10,9 @@ namespace kernels {
 /// x (r, k), w (2 n, k), bias (2 n) or undefined: fp32, bf16 or fp64 alike. y (r, n), [a, g] rounded to its dtype before.
 Tensor glu_linear(const Tensor& x, const Tensor& w, const Tensor& bias);
 
-// Backends: done says whether they have one kernel for it; else nothing was written, and a linear map and the unit run.
+// On a GPU: done says whether it has one kernel for it; else nothing was written, and a linear map and the unit run.
 // Everything is contiguous, nothing is empty.
-KRAIT_BACKENDS(void glu_linear(bool& done, Tensor& y, const Tensor& x, const Tensor& w, const Tensor& bias))
+KRAIT_GPU_BACKEND(void glu_linear(bool& done, Tensor& y, const Tensor& x, const Tensor& w, const Tensor& bias))
 
 }  // namespace kernels
 }  // namespace krait

@@ -1,4 +1,5 @@
 #pragma once
+#include "core/gpu_backend.h"
 #include "kernels/cross_entropy.h"
 
 namespace krait {
@@ -16,9 +17,9 @@ namespace kernels {
 // done: whether it was done. It is not for CPUs (a chunk's logits lie in their caches), other dtypes than bf16, GPUs before
 // and after sm_90, a d that is no multiple of 8, a v that is none of 32, label smoothing and a cap. losses and nll (t), dx (t, d),
 // dw (v, d) fp32, added to; dx and dw may be undefined. targets (t) are contiguous, valid and chunk (rows) are resolved.
-KRAIT_BACKENDS(void head_loss(bool& done, Tensor& losses, Tensor& nll, Tensor& dx, Tensor& dw, const Tensor& x,
-                              const Tensor& w, const Tensor& targets, const Tensor& count, int64_t valid, int64_t chunk,
-                              double scale, const CrossEntropyOptions& options))
+KRAIT_GPU_BACKEND(void head_loss(bool& done, Tensor& losses, Tensor& nll, Tensor& dx, Tensor& dw, const Tensor& x,
+                                 const Tensor& w, const Tensor& targets, const Tensor& count, int64_t valid, int64_t chunk,
+                                 double scale, const CrossEntropyOptions& options))
 
 }  // namespace kernels
 }  // namespace krait

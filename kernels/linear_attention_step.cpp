@@ -20,7 +20,7 @@ Tensor linear_attention_step(Tensor& S, const Tensor& qkv, const LinearAttention
   }
   Tensor y = empty({b, h, d}, qkv.dtype(), qkv.device());
   bool done = y.numel() == 0;
-  if (!done) KRAIT_DISPATCH(qkv.device(), linear_attention_step(done, y, S, qkv, whole));
+  if (!done) KRAIT_DISPATCH_GPU(qkv.device(), linear_attention_step(done, y, S, qkv, whole));
   return done ? y : Tensor();
 }
 

@@ -1,5 +1,5 @@
 #pragma once
-#include "core/dispatch.h"
+#include "core/gpu_backend.h"
 #include "core/tensor.h"
 
 namespace krait {
@@ -18,8 +18,8 @@ struct LinearAttentionStep {
 /// place. y (b, h, d) like qkv; undefined, with nothing written, where no kernel does all of it (on a CPU, for d > 1024).
 Tensor linear_attention_step(Tensor& S, const Tensor& qkv, const LinearAttentionStep& step);
 
-// Backends: done as above. Everything is contiguous, nothing is empty.
-KRAIT_BACKENDS(void linear_attention_step(bool& done, Tensor& y, Tensor& S, const Tensor& qkv, const LinearAttentionStep& step))
+// On a GPU: done as above. Everything is contiguous, nothing is empty.
+KRAIT_GPU_BACKEND(void linear_attention_step(bool& done, Tensor& y, Tensor& S, const Tensor& qkv, const LinearAttentionStep& step))
 
 }  // namespace kernels
 }  // namespace krait

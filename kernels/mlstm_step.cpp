@@ -68,7 +68,7 @@ MlstmStepMaps mlstm_step_maps(Tensor& conv, const Tensor& x_in, const MlstmStepM
   const auto like = [&] { return empty({b, e}, x_m.dtype(), x_m.device()); };
   MlstmStepMaps out{like(), like(), like(), like(), {}};
   bool done = false;
-  if (b > 0) KRAIT_DISPATCH(x_m.device(), mlstm_step_maps(done, out, conv, x_m, whole));
+  if (b > 0) KRAIT_DISPATCH_GPU(x_m.device(), mlstm_step_maps(done, out, conv, x_m, whole));
   return done ? out : composed_maps(conv, x_m, whole);
 }
 
@@ -97,7 +97,7 @@ Tensor mlstm_step_output(MlstmState& state, const MlstmStepMaps& in, const Tenso
   const MlstmStepOutputWeights weights{w.gate_bias.contiguous(), w.norm.contiguous(), w.skip.contiguous(), w.eps, w.norm_eps};
   Tensor y = empty({b, e}, z.dtype(), z.device());
   bool done = y.numel() == 0;
-  if (!done) KRAIT_DISPATCH(z.device(), mlstm_step_output(done, y, state, whole, z, weights));
+  if (!done) KRAIT_DISPATCH_GPU(z.device(), mlstm_step_output(done, y, state, whole, z, weights));
   return done ? y : composed_output(state, whole, z, weights);
 }
 

@@ -1,4 +1,5 @@
 #pragma once
+#include "core/gpu_backend.h"
 #include "kernels/mlstm.h"
 #include "kernels/mlstm_block.h"
 
@@ -23,11 +24,11 @@ MlstmStepMaps mlstm_step_maps(Tensor& conv, const Tensor& x_m, const MlstmStepMa
 struct MlstmStepOutputWeights { Tensor gate_bias, norm, skip; double eps = 1e-6, norm_eps = 1e-5; };
 Tensor mlstm_step_output(MlstmState& state, const MlstmStepMaps& in, const Tensor& z, const MlstmStepOutputWeights& w);
 
-// Backends: done says whether they have one kernel for it; else nothing was written, and the operations for sequences run.
+// On a GPU: done says whether it has one kernel for it; else nothing was written, and the operations for sequences run.
 // Everything but x_m and z is contiguous, nothing is empty. gates are the backend's to allocate.
-KRAIT_BACKENDS(void mlstm_step_maps(bool& done, MlstmStepMaps& out, Tensor& conv, const Tensor& x_m, const MlstmStepMapsWeights& w);
-               void mlstm_step_output(bool& done, Tensor& y, MlstmState& state, const MlstmStepMaps& in, const Tensor& z,
-                                      const MlstmStepOutputWeights& w))
+KRAIT_GPU_BACKEND(void mlstm_step_maps(bool& done, MlstmStepMaps& out, Tensor& conv, const Tensor& x_m, const MlstmStepMapsWeights& w);
+                  void mlstm_step_output(bool& done, Tensor& y, MlstmState& state, const MlstmStepMaps& in, const Tensor& z,
+                                         const MlstmStepOutputWeights& w))
 
 }  // namespace kernels
 }  // namespace krait

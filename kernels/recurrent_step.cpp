@@ -35,7 +35,7 @@ Tensor recurrent_step(RecurrentCell cell, Tensor& state, const Tensor& x, const 
   const Tensor input = x.contiguous();
   Tensor y = empty({b, p}, x.dtype(), x.device());
   bool done = y.numel() == 0;
-  if (!done && x.numel() > 0) KRAIT_DISPATCH(x.device(), recurrent_step(done, y, state, input, whole, cell));
+  if (!done && x.numel() > 0) KRAIT_DISPATCH_GPU(x.device(), recurrent_step(done, y, state, input, whole, cell));
   return done ? y : composed(cell, state, input, whole);
 }
 

@@ -1,4 +1,5 @@
 #pragma once
+#include "core/gpu_backend.h"
 #include "kernels/recurrent.h"
 
 namespace krait {
@@ -12,9 +13,9 @@ namespace kernels {
 struct RecurrentStepWeights { Tensor w_ih, w_hh, b_ih, b_hh; };
 Tensor recurrent_step(RecurrentCell cell, Tensor& state, const Tensor& x, const RecurrentStepWeights& w);
 
-// Backends: done says whether they have one kernel for it; else nothing was written, and the operations for sequences run.
+// On a GPU: done says whether it has one kernel for it; else nothing was written, and the operations for sequences run.
 // Everything is contiguous, nothing is empty.
-KRAIT_BACKENDS(void recurrent_step(bool& done, Tensor& y, Tensor& state, const Tensor& x, const RecurrentStepWeights& w, RecurrentCell cell))
+KRAIT_GPU_BACKEND(void recurrent_step(bool& done, Tensor& y, Tensor& state, const Tensor& x, const RecurrentStepWeights& w, RecurrentCell cell))
 
 }  // namespace kernels
 }  // namespace krait

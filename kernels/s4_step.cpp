@@ -34,7 +34,7 @@ Tensor s4_step(Tensor& x, const Tensor& u, const S4System& s, std::optional<Acti
   Tensor y = empty({u.size(0), vector[0]}, u.dtype(), u.device());
   bool done = y.numel() == 0;
   const S4System system{whole(s.A), whole(s.B), whole(s.C), whole(s.D), whole(s.M), whole(s.Q)};
-  if (!done) KRAIT_DISPATCH(u.device(), s4_step(done, y, x, u.contiguous(), system, f));
+  if (!done) KRAIT_DISPATCH_GPU(u.device(), s4_step(done, y, x, u.contiguous(), system, f));
   return done ? y : composed(x, u, s, f);
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 #include <optional>
 
+#include "core/gpu_backend.h"
 #include "kernels/activation.h"
 #include "kernels/s4_scan.h"
 
@@ -14,9 +15,9 @@ namespace kernels {
 /// to its dtype before f, as the sequence form does; without f: as it is.
 Tensor s4_step(Tensor& x, const Tensor& u, const S4System& system, std::optional<Activation> f);
 
-// Backends: done says whether they have one kernel for it; else nothing was written, and the operations for sequences run.
+// On a GPU: done says whether it has one kernel for it; else nothing was written, and the operations for sequences run.
 // Everything is contiguous, nothing is empty.
-KRAIT_BACKENDS(void s4_step(bool& done, Tensor& y, Tensor& x, const Tensor& u, const S4System& s, std::optional<Activation> f))
+KRAIT_GPU_BACKEND(void s4_step(bool& done, Tensor& y, Tensor& x, const Tensor& u, const S4System& s, std::optional<Activation> f))
 
 }  // namespace kernels
 }  // namespace krait

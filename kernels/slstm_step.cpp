@@ -55,7 +55,7 @@ Tensor slstm_step(Tensor& conv, Tensor& cell, const Tensor& x_in, const SlstmSte
   const Tensor x = x_in.contiguous();
   Tensor y = empty(x.shape(), x.dtype(), x.device());
   bool done = y.numel() == 0;
-  if (!done) KRAIT_DISPATCH(x.device(), slstm_step(done, y, conv, cell, x, whole));
+  if (!done) KRAIT_DISPATCH_GPU(x.device(), slstm_step(done, y, conv, cell, x, whole));
   return done ? y : composed(conv, cell, x, whole);
 }
 

@@ -1,4 +1,5 @@
 #pragma once
+#include "core/gpu_backend.h"
 #include "kernels/slstm.h"
 
 namespace krait {
@@ -17,9 +18,9 @@ struct SlstmStepWeights {
 };
 Tensor slstm_step(Tensor& conv, Tensor& cell, const Tensor& x, const SlstmStepWeights& w);
 
-// Backends: done says whether they have one kernel for it; else nothing was written, and the operations for sequences run.
+// On a GPU: done says whether it has one kernel for it; else nothing was written, and the operations for sequences run.
 // Everything is contiguous, nothing is empty.
-KRAIT_BACKENDS(void slstm_step(bool& done, Tensor& y, Tensor& conv, Tensor& cell, const Tensor& x, const SlstmStepWeights& w))
+KRAIT_GPU_BACKEND(void slstm_step(bool& done, Tensor& y, Tensor& conv, Tensor& cell, const Tensor& x, const SlstmStepWeights& w))
 
 }  // namespace kernels
 }  // namespace krait
