@@ -234,14 +234,15 @@ void step_by_products(Tensor& y, Tensor& state, const Tensor& x, const Recurrent
   });
 }
 
-// Shared by all steps of the device: they are queued on one stream.
-unsigned* arrivals(Device device, Tensor& held) {
+// Of the stream, whose steps come one after the other; recorded ones are replayed on the stream that recorded them. Steps of
+// two streams would count each other's blocks.
+unsigned* arrivals(const Stream& stream, Tensor& held) {
   static std::mutex mutex;
-  static auto* all = new std::map<int, Tensor>;
+  static auto* all = new std::map<void*, Tensor>;
   const std::lock_guard lock(mutex);
-  const auto it = all->find(device.index);
-  held = it != all->end() ? it->second : zeros({kMaxGroups}, DType::i32, device);
-  if (!is_capturing(device)) all->emplace(device.index, held);
+  const auto it = all->find(stream.handle);
+  held = it != all->end() ? it->second : zeros({kMaxGroups}, DType::i32, stream.device);
+  if (!is_capturing(stream.device)) all->emplace(stream.handle, held);
   return reinterpret_cast<unsigned*>(held.data<int32_t>());
 }
 
@@ -258,7 +259,7 @@ void recurrent_step(bool& done, Tensor& y, Tensor& state, const Tensor& x, const
   }
   const Tensor fresh = empty({b, p}, DType::f32, x.device());
   Tensor held;
-  unsigned* const arrived = arrivals(x.device(), held);
+  unsigned* const arrived = arrivals(current_stream(x.device()), held);
   const auto job = [&]<class T>() {
     return StepJob<T>{y.data<T>(), state.data<float>(), fresh.data<float>(), arrived, x.data<T>(), w.w_ih.data<T>(), w.w_hh.data<T>(),
                       w.b_ih.data<T>(), w.b_hh.data<T>(), b, static_cast<int>(d), static_cast<int>(p)};

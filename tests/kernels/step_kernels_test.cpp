@@ -251,6 +251,35 @@ TEST_CASE("recurrent_step gives the same to the bit each time", "[cuda]") {
   }
 }
 
+TEST_CASE("recurrent_step: two decodings whose steps take turns are those of each alone", "[cuda]") {
+  struct Decoding {
+    Decoding(kernels::RecurrentCell c, int64_t rows, int64_t p) : cell(c), b(rows), m{cuda_device(), f32} {
+      const int64_t n = kernels::gates_of(c) * p;
+      w = {m.narrow({n, p}, 0.1), m.narrow({n, p}, 0.1), m.narrow({n}), m.narrow({n})};
+      x = m.narrow({b, p});
+      state = m.wide({b, kernels::states_of(c), 1, p}, 0, 0.5);
+    }
+    void step() { x = kernels::recurrent_step(cell, state, x, w); }
+    std::vector<float> values() const { return state.cpu().to_vector<float>(); }
+    kernels::RecurrentCell cell;
+    int64_t b;
+    Maker m;
+    kernels::RecurrentStepWeights w;
+    Tensor x, state;
+  };
+  const auto lstm = [] { return Decoding(kernels::RecurrentCell::lstm, 1, 264); };
+  const auto gru = [] { return Decoding(kernels::RecurrentCell::gru, 13, 96); };
+  Decoding a = lstm(), b = gru(), a_alone = lstm(), b_alone = gru();
+  for (int i = 0; i < 5; ++i) a_alone.step();
+  for (int i = 0; i < 5; ++i) b_alone.step();
+  for (int i = 0; i < 5; ++i) {
+    a.step();
+    b.step();
+  }
+  CHECK(a.values() == a_alone.values());
+  CHECK(b.values() == b_alone.values());
+}
+
 TEST_CASE("gated_cnn_step: cuda equals cpu, outputs and states of three steps", "[cuda]") {
   for (const DType t : {f64, f32, bf16_type})
     for (const auto& [b, f, c, taps] : std::vector<std::array<int64_t, 4>>{{1, 2048, 768, 7}, {3, 130, 48, 7}, {65, 17, 6, 1}, {2, 33, 33, 11}, {5, 300, 300, 4}}) {
