@@ -2,13 +2,12 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/multiprocessors.h"
 #include "kernels/cuda/packed.cuh"
 
 namespace krait::kernels::cuda {
 
 namespace {
-
-constexpr int64_t kMultiprocessors = 132;
 
 // Calls f with the tile that serves: 8ths of its columns, steps, warps, gated, several rounds, normed. False when none does.
 template <class F>

@@ -1,6 +1,7 @@
 #include "kernels/gated_rms_norm.h"
 
 #include "kernels/cuda/gate.cuh"
+#include "kernels/cuda/multiprocessors.h"
 #include "kernels/cuda/norm_backward.cuh"
 
 // Bound by memory: forward 3 r e sizeof(T) bytes, backward 5 (6 with y). A warp or a block holds a group of a row in
@@ -247,7 +248,6 @@ void gated_rms_norm_forward(Tensor& y, Tensor& rstd, const Tensor& x, const Tens
 void gated_rms_norm_backward(Tensor& dx, Tensor& dz, Tensor& y, Tensor& dw, bool add_dw, const Tensor& dy,
                              const Tensor& x, const Tensor& z, const Tensor& w, const Tensor& rstd, bool norm_first) {
   const int64_t r = x.size(0), e = x.size(1), groups = rstd.size(1), c = e / groups;
-  constexpr int64_t kMultiprocessors = 132;  // a fixed number, so that every GPU gives the same bits
   const Stream stream = current_stream(x.device());
   visit_float(x.dtype(), [&]<class T>() {
     using A = accum_t<T>;

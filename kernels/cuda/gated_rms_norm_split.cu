@@ -1,6 +1,7 @@
 #include "kernels/gated_rms_norm_split.h"
 
 #include "kernels/cuda/gate.cuh"
+#include "kernels/cuda/multiprocessors.h"
 #include "kernels/cuda/norm_backward.cuh"
 
 // Bound by memory: squares 2 r e sizeof(T) bytes, apply and dots 3, backward 5 (6 with y).
@@ -153,7 +154,6 @@ void gated_rms_norm_backward_split(Tensor& dx, Tensor& dz, Tensor& y, Tensor& dw
                                    const Tensor& mean, bool norm_first) {
   Sizes d = sizes_of(x, z, rstd.size(1));
   d.dz_row = dz.stride(0);
-  constexpr int64_t kMultiprocessors = 132;  // a fixed number, so that every GPU gives the same bits
   const Stream stream = current_stream(x.device());
   visit_float(x.dtype(), [&]<class T>() {
     using A = accum_t<T>;

@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/epilogue.cuh"
+#include "kernels/cuda/multiprocessors.h"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
 
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 bool linear_batch_rows(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
-  constexpr int64_t kMaxRows = 64, kMaxColumns = 8192, kBlocks = 132;
+  constexpr int64_t kMaxRows = 64, kMaxColumns = 8192;
   if (g.m > kMaxRows || g.n > kMaxColumns || g.dtype != DType::bf16 || g.k % kPiece != 0 || g.lda % 8 != 0 || g.ldb % 8 != 0) return false;
   const auto start = [&]<int kTiles>() {
     launch_overlapped(batch_rows_kernel<kTiles>,
@@ -76,9 +77,9 @@ bool linear_batch_rows(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue ep
                       bias.defined() ? bias.data<bf16>() : nullptr, static_cast<int>(g.m), g.n, g.k, g.lda, g.ldb, g.ldc, epilogue);
   };
   const auto blocks = [&](int64_t rows) { return ceil_div(g.n, kColumns) * ceil_div(g.m, rows); };
-  if (blocks(64) >= kBlocks)
+  if (blocks(64) >= kMultiprocessors)
     start.template operator()<8>();
-  else if (blocks(32) >= kBlocks)
+  else if (blocks(32) >= kMultiprocessors)
     start.template operator()<4>();
   else
     start.template operator()<2>();

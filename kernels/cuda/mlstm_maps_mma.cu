@@ -7,6 +7,7 @@
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/causal_conv1d.cuh"
 #include "kernels/cuda/mlstm_maps.cuh"
+#include "kernels/cuda/multiprocessors.h"
 
 namespace krait::kernels::cuda {
 
@@ -14,7 +15,7 @@ namespace {
 
 constexpr int kForwardWarps = 8, kBackwardWarps = 4, kStep = 16, kWarpChannels = 32, kStages = 3;
 // Blocks that fill an H100; fixed numbers, so that every GPU gives the same bits.
-constexpr int64_t kForwardBlocks = 2 * 132, kBackwardBlocks = 3 * 132;
+constexpr int64_t kForwardBlocks = 2 * kMultiprocessors, kBackwardBlocks = 3 * kMultiprocessors;
 
 struct Eight { uint32_t two[4]; };  // values of a row, packed
 

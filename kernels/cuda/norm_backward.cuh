@@ -1,4 +1,5 @@
 #pragma once
+#include "kernels/cuda/multiprocessors.h"
 #include "kernels/cuda/norm.cuh"
 
 // dx in one pass over the rows; dw and db in two: each block keeps the sums of its rows (in registers where the row
@@ -172,7 +173,6 @@ void norm_backward(Tensor& dr_out, Tensor& dx_out, Tensor& dw_out, bool add_dw, 
                    const Tensor& mean_in, const Tensor& rstd_in, double weight_offset = 0) {
   const int64_t c = x_in.size(-1), r = x_in.numel() / c;
   const Stream stream = current_stream(x_in.device());
-  constexpr int64_t kMultiprocessors = 132;  // a fixed number, so that every GPU gives the same bits
   visit_norm(dy_in.dtype(), x_in.dtype(), [&]<class X, class R>() {
     using A = accum_t<X>;
     R *dr = dr_out.data<R>(), *add = data_or_null<R>(dr_in);

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/chirp_dft.cuh"
+#include "kernels/cuda/multiprocessors.h"
 #include "kernels/s4_math.h"
 #include "kernels/ssm_gradients.h"
 
@@ -236,8 +237,7 @@ int64_t chunk_of(int64_t h, int64_t values) {
 
 // Long kernels leave few channels in a chunk: their nodes are then shared by several blocks. At least 64 nodes a warp.
 int64_t node_pieces(int64_t blocks, int64_t bins) {
-  constexpr int64_t kBlocks = 132 * 4;
-  return std::clamp<int64_t>(std::min(ceil_div(kBlocks, blocks), bins / (kWarps * 64)), 1, 65535);
+  return std::clamp<int64_t>(std::min(ceil_div(4 * kMultiprocessors, blocks), bins / (kWarps * 64)), 1, 65535);
 }
 
 template <int R, class T>
