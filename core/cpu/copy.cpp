@@ -1,5 +1,6 @@
 #include "core/copy.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -19,76 +20,89 @@ D convert(S value) {
     return static_cast<D>(value);
 }
 
-// n values, ds and ss elements apart. One small function for each pair of dtypes: a hundred walks over all dimensions would
-// take minutes to compile under the sanitizers.
+/// rows x n values; in dst and src a row is dr, sr elements behind the one before it, a value ds, ss.
+struct Block {
+  int64_t rows, n, dr, sr, ds, ss;
+};
+
+// One small function for each pair of dtypes: a hundred walks over all dimensions would take minutes to compile under the
+// sanitizers.
 template <class D, class S>
-void copy_row(void* to, const void* from, int64_t n, int64_t ds, int64_t ss) {
+void copy_block(void* to, const void* from, const Block& b) {
   D* d = static_cast<D*>(to);
   const S* s = static_cast<const S*>(from);
-  if (ds == 1 && ss == 1) {
-    if constexpr (std::is_same_v<D, S>) {
-      std::memcpy(d, s, static_cast<size_t>(n) * sizeof(D));
-    } else {
+  for (int64_t r = 0; r < b.rows; ++r, d += b.dr, s += b.sr) {
+    if (b.ds == 1 && b.ss == 1) {
+      if constexpr (std::is_same_v<D, S>) {
+        std::memcpy(d, s, static_cast<size_t>(b.n) * sizeof(D));
+      } else {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) d[i] = convert<D>(s[i]);
+        for (int64_t i = 0; i < b.n; ++i) d[i] = convert<D>(s[i]);
+      }
+    } else {
+      for (int64_t i = 0; i < b.n; ++i) d[i * b.ds] = convert<D>(s[i * b.ss]);
     }
-  } else {
-    for (int64_t i = 0; i < n; ++i) d[i * ds] = convert<D>(s[i * ss]);
   }
 }
-using CopyRow = void (*)(void*, const void*, int64_t, int64_t, int64_t);
+using CopyBlock = void (*)(void*, const void*, const Block&);
 
-// The last dimension is a row; the leading ones are walked by index.
-void copy_rows(Tensor& dst, const Tensor& src, CopyRow copy) {
-  const int64_t n = dst.ndim();
-  const int64_t inner = n == 0 ? 1 : dst.size(-1);
-  const int64_t ds = n == 0 ? 1 : dst.stride(-1), ss = n == 0 ? 1 : src.stride(-1);
-  const int64_t rows = dst.numel() / inner;
-  char* const d0 = static_cast<char*>(dst.raw_data());
-  const char* const s0 = static_cast<const char*>(src.raw_data());
-  struct Dim { int64_t size, d, s; };  // strides in bytes
-  std::vector<Dim> outer;
-  for (int64_t i = 0; i < n - 1; ++i)
-    outer.push_back({dst.size(i), dst.stride(i) * size_of(dst.dtype()), src.stride(i) * size_of(src.dtype())});
-  parallel_for(0, rows, std::max<int64_t>(1, 8192 / inner), [&](int64_t first, int64_t last) {
-    std::vector<int64_t> at(outer.size());
-    int64_t rest = first, doff = 0, soff = 0;
-    for (size_t i = outer.size(); i-- > 0; rest /= outer[i].size) {
-      at[i] = rest % outer[i].size;
-      doff += at[i] * outer[i].d;
-      soff += at[i] * outer[i].s;
-    }
-    const auto next_row = [&] {
-      for (size_t i = outer.size(); i-- > 0;) {
-        doff += outer[i].d;
-        soff += outer[i].s;
-        if (++at[i] < outer[i].size) return;
-        doff -= at[i] * outer[i].d;
-        soff -= at[i] * outer[i].s;
-        at[i] = 0;
-      }
-    };
-    for (int64_t r = first; r < last; ++r, next_row()) copy(d0 + doff, s0 + soff, inner, ds, ss);
-  });
+struct Dim { int64_t size, d, s; };  // strides in bytes
+
+// From the outermost: neighbours that both tensors walk as one are one.
+std::vector<Dim> common_dims(const Tensor& dst, const Tensor& src) {
+  std::vector<Dim> dims;
+  for (int64_t i = 0; i < dst.ndim(); ++i) {
+    const Dim dim{dst.size(i), dst.stride(i) * size_of(dst.dtype()), src.stride(i) * size_of(src.dtype())};
+    if (dim.size == 1) continue;
+    if (!dims.empty() && dims.back().d == dim.size * dim.d && dims.back().s == dim.size * dim.s)
+      dims.back() = {dims.back().size * dim.size, dim.d, dim.s};
+    else
+      dims.push_back(dim);
+  }
+  if (dims.empty()) dims.push_back({1, size_of(dst.dtype()), size_of(src.dtype())});
+  return dims;
 }
 
-Tensor flat(const Tensor& t) { return t.view({-1}); }
-
-// Long contiguous tensors are cut into rows so that all threads share the work.
-Tensor rows_of(const Tensor& t, int64_t inner) { return t.view({-1, inner}); }
+// The last two dimensions are blocks, or what a thread has of one; the leading ones are walked by index.
+void copy_blocks(Tensor& dst, const Tensor& src, CopyBlock copy) {
+  if (dst.numel() == 0) return;
+  std::vector<Dim> outer = common_dims(dst, src);
+  const auto take = [&] {
+    const Dim dim = outer.back();
+    outer.pop_back();
+    return dim;
+  };
+  const int64_t wide_d = size_of(dst.dtype()), wide_s = size_of(src.dtype());
+  char* const d0 = static_cast<char*>(dst.raw_data());
+  const char* const s0 = static_cast<const char*>(src.raw_data());
+  constexpr int64_t kGrain = 8192;
+  const Dim inner = take();
+  const int64_t ds = inner.d / wide_d, ss = inner.s / wide_s;
+  if (outer.empty()) {
+    parallel_for(0, inner.size, kGrain, [&](int64_t first, int64_t last) {
+      copy(d0 + first * inner.d, s0 + first * inner.s, {1, last - first, 0, 0, ds, ss});
+    });
+    return;
+  }
+  const Dim row = take();
+  parallel_for(0, dst.numel() / inner.size, std::max<int64_t>(1, kGrain / inner.size), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last;) {
+      const int64_t at = r % row.size, rows = std::min(last - r, row.size - at);
+      int64_t doff = at * row.d, soff = at * row.s, rest = r / row.size;
+      for (size_t i = outer.size(); i-- > 0; rest /= outer[i].size) {
+        doff += rest % outer[i].size * outer[i].d;
+        soff += rest % outer[i].size * outer[i].s;
+      }
+      copy(d0 + doff, s0 + soff, {rows, inner.size, row.d / wide_d, row.s / wide_s, ds, ss});
+      r += rows;
+    }
+  });
+}
 
 }  // namespace
 
 void strided_copy(Tensor& dst, const Tensor& src) {
-  Tensor d = dst, s = src;
-  if (d.is_contiguous() && s.is_contiguous()) {
-    const int64_t n = d.numel();
-    int64_t inner = 1;
-    while (inner < 4096 && n % (inner * 2) == 0) inner *= 2;
-    d = inner >= 64 ? rows_of(d, inner) : flat(d);
-    s = inner >= 64 ? rows_of(s, inner) : flat(s);
-  }
-  visit_all(d.dtype(), [&]<class D>() { visit_all(s.dtype(), [&]<class S>() { copy_rows(d, s, copy_row<D, S>); }); });
+  visit_all(dst.dtype(), [&]<class D>() { visit_all(src.dtype(), [&]<class S>() { copy_blocks(dst, src, copy_block<D, S>); }); });
 }
 
 void fill(Tensor& dst, double value) {
@@ -100,7 +114,7 @@ void fill(Tensor& dst, double value) {
       return;
     }
     const Tensor one = full({}, value, dst.dtype(), kCpu).expand(dst.shape());
-    copy_rows(dst, one, copy_row<T, T>);
+    copy_blocks(dst, one, copy_block<T, T>);
   });
 }
 
