@@ -1,10 +1,13 @@
 #include "kernels/cpu/gemm.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <utility>
 
 #include "core/parallel.h"
 #include "core/tensor.h"
+#include "kernels/cpu/vector_bytes.h"
 
 // Blocked product after Goto & van de Geijn 2008, for the shapes of small models, where packing and threading cost
 // more than the library's arithmetic. b is packed into panels of kNR columns by all threads, for all of them. Contiguous rows
@@ -14,13 +17,9 @@ namespace krait::kernels::cpu {
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kMR = 12;  // 24 accumulators, 2 of b, 1 of a: 27 of 32 registers
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kMR = 6;  // 12 + 2 + 1 of 16
-#else
-constexpr int kLanes = 4, kMR = 8;
-#endif
+constexpr int kLanes = static_cast<int>(kVectorBytes / sizeof(float));
+// AVX-512: 24 accumulators, 2 of b, 1 of a: 27 of 32 registers. AVX: 12 + 2 + 1 of 16.
+constexpr int kMR = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 8;
 constexpr int kNR = 2 * kLanes;
 constexpr int64_t kRows = 8 * kMR;         // rows of a that stay in the second-level cache
 constexpr int64_t kDepth = 768;            // k is cut into pieces of at most this
@@ -95,26 +94,13 @@ void micro(const Tile& t) {
 }
 
 using Micro = void (*)(const Tile&);
+// rows: 1 to kMR.
 template <int NV, bool kRowA>
 Micro micro_of(int64_t rows) {
-  switch (rows) {
-    case 1: return micro<1, NV, kRowA>;
-    case 2: return micro<2, NV, kRowA>;
-    case 3: return micro<3, NV, kRowA>;
-    case 4: return micro<4, NV, kRowA>;
-    case 5: return micro<5, NV, kRowA>;
-    case 6: return micro<6, NV, kRowA>;
-#if defined(__AVX512F__)
-    case 7: return micro<7, NV, kRowA>;
-    case 8: return micro<8, NV, kRowA>;
-    case 9: return micro<9, NV, kRowA>;
-    case 10: return micro<10, NV, kRowA>;
-    case 11: return micro<11, NV, kRowA>;
-#elif !defined(__AVX__)
-    case 7: return micro<7, NV, kRowA>;
-#endif
-    default: return micro<kMR, NV, kRowA>;
-  }
+  static constexpr auto kAll = []<size_t... R>(std::index_sequence<R...>) {
+    return std::array<Micro, kMR>{micro<static_cast<int>(R) + 1, NV, kRowA>...};
+  }(std::make_index_sequence<kMR>());
+  return kAll[static_cast<size_t>(rows - 1)];
 }
 Micro micro_of(int64_t rows, int nv, bool row_a) {
   if (nv == 2) return row_a ? micro_of<2, true>(rows) : micro_of<2, false>(rows);
