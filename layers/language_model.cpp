@@ -41,16 +41,24 @@ Variable LanguageModel::embedded(const Tensor& tokens) const {
 
 kernels::VocabularyShard LanguageModel::vocabulary() const { return {group_, rows_.begin, padded_}; }
 
+namespace {
+
+// One token a sequence, nothing kept for a gradient: all that it needs of the tables are rows, which one kernel takes.
+bool generates(const ModelInput& input) {
+  return input.state && input.tokens.size(1) == 1 && input.tokens.dtype() == DType::i64 && !recording();
+}
+
+}  // namespace
+
 Variable LanguageModel::hidden(const ModelInput& input) {
   const int64_t l = input.tokens.size(1), before = input.state ? input.state->length : 0;
   const int64_t offset = before + sequence_->rank() * l;
   const Tensor& places = input.info.positions;
-  const bool one_step = input.state && l == 1 && !recording() && group_->size() == 1 && input.tokens.dtype() == DType::i64 &&
-                        (!positions_.defined() || (places.defined() && places.dtype() == DType::i32));
+  const bool placed = positions_.defined() && places.defined(), whole = group_->size() == 1;
   Variable x;
-  if (one_step) {
-    const bool placed = positions_.defined();
-    x = Variable(kernels::step_embedding(embedding_.variable().data(), input.tokens, placed ? positions_.variable().data() : Tensor(), placed ? places : Tensor()));
+  if (whole && placed == positions_.defined() && generates(input)) {
+    x = Variable(kernels::step_embedding(embedding_.variable().data(), input.tokens, placed ? positions_.variable().data() : Tensor(),
+                                         placed ? places : Tensor()));
   } else {
     x = embedded(input.tokens);
     if (positions_.defined()) {
