@@ -8,6 +8,12 @@
 #include <utility>
 
 namespace krait::data {
+namespace {
+
+// Not fmt::print, which throws: no work is given up because nobody can see how far it is.
+void print(const std::string& text) { std::fputs(text.c_str(), stderr); }
+
+}  // namespace
 
 Progress::Progress(std::string label, int64_t total_bytes, bool quiet)
     : label_(std::move(label)),
@@ -35,15 +41,15 @@ void Progress::show(bool last) {
   const std::string rate =
       seconds > 0 ? human_bytes(static_cast<int64_t>(static_cast<double>(done_) / seconds)) + "/s" : "";
   if (!terminal_) {
-    fmt::print(stderr, "{:<10} {:>3.0f}%  {}  {}  {:.1f} s\n", label_, share * 100, human_bytes(done_), rate, seconds);
+    print(fmt::format("{:<10} {:>3.0f}%  {}  {}  {:.1f} s\n", label_, share * 100, human_bytes(done_), rate, seconds));
     return;
   }
   constexpr int kWidth = 30;
   const auto filled = static_cast<size_t>(share * kWidth);
   const std::string bar = std::string(filled, '=') + std::string(kWidth - filled, ' ');
   const std::string left = last || share <= 0 ? "" : fmt::format("  {:.0f} s left", seconds * (1 - share) / share);
-  fmt::print(stderr, "\r{:<10} [{}] {:>3.0f}%  {}  {}{}\x1b[K{}", label_, bar, share * 100, human_bytes(done_), rate,
-             left, last ? "\n" : "");
+  print(fmt::format("\r{:<10} [{}] {:>3.0f}%  {}  {}{}\x1b[K{}", label_, bar, share * 100, human_bytes(done_), rate, left,
+                    last ? "\n" : ""));
   std::fflush(stderr);
 }
 

@@ -1,6 +1,8 @@
 #include "train/cli.h"
 
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <new>
 
 #include "core/allocator.h"
@@ -62,6 +64,15 @@ std::string usage_error(const CLI::App& app, const CLI::ParseError& e) {
   return fmt::format("{}: {}\n       try {} --help", path, message, path);
 }
 
+/// What these commands print is all they make: where it is lost they have failed. (A reader that stops reading has enough.)
+void check_output(const CLI::App& app) {
+  bool prints = false;
+  for (const char* name : {"eval", "generate", "bench", "plan", "info"}) prints = prints || app.got_subcommand(name);
+  errno = 0;
+  if (!prints || (std::fflush(stdout) == 0 && !std::ferror(stdout)) || errno == EPIPE) return;
+  throw Error(fmt::format("standard output: cannot be written: {}", errno ? std::strerror(errno) : "a part of it is lost"));
+}
+
 }  // namespace
 
 std::string memory_advice(const std::string& command) {
@@ -81,7 +92,9 @@ int run(int argc, const char* const* argv, const std::vector<AddCommand>& comman
   try {
     check_command_names(app, argc, argv);
     app.parse(argc, argv);
-    return action();
+    const int status = action();
+    if (status == 0) check_output(app);
+    return status;
   } catch (const CLI::Success& e) {  // --help, --version
     return app.exit(e);
   } catch (const CLI::ParseError& e) {

@@ -1,6 +1,7 @@
 #include "train/trainer.h"
 
 #include <cmath>
+#include <cstdio>
 
 #include "core/allocator.h"
 #include "core/parallel.h"
@@ -76,7 +77,7 @@ Trainer::Trainer(Session& session, const TrainData& data, const RunDirectory& di
     if (session.leads()) {
       std::vector<std::string> skipped;
       const auto found = latest_checkpoint(directory.checkpoints(), &skipped);
-      for (const std::string& message : skipped) fmt::print(stderr, "warning: {}\n", message);
+      for (const std::string& message : skipped) std::fputs(fmt::format("warning: {}\n", message).c_str(), stderr);
       KRAIT_CHECK(found || skipped.empty(), "{}: every checkpoint is damaged\n       try to restore one; or remove them all, "
                   "and the run starts from step 0", directory.checkpoints());
       if (found) path = found->path;

@@ -38,6 +38,22 @@ TEST_CASE("krait: version and help succeed, on standard output") {
   CHECK(contains(help.out, "--verify"));
 }
 
+TEST_CASE("krait: what is printed and lost is an error, but not where a reader has enough") {
+  const TemporaryDirectory tmp;
+  const auto status_of = [&](const std::string& redirected) {
+    const int status = std::system(fmt::format("({{ '{}' plan --show-hardware; echo $? >&3; }} {}) 3> '{}' 2> '{}'", krait::testing::krait_program(),
+                                               redirected, tmp / "status", tmp / "err").c_str());
+    REQUIRE(WIFEXITED(status));
+    return read_file(tmp / "status");
+  };
+  CHECK(status_of("> /dev/full") == "1\n");
+  CHECK(read_file(tmp / "err") == "error: standard output: cannot be written: No space left on device\n");
+  CHECK(status_of(">&-") == "1\n");
+  CHECK(contains(read_file(tmp / "err"), "standard output: cannot be written: "));
+  status_of("| head -n 1 > /dev/null");
+  CHECK(read_file(tmp / "err").empty());
+}
+
 TEST_CASE("krait: a bad command line exits with 2, one error, and the nearest name") {
   const Outcome unknown = krait_command("inof");
   CHECK(unknown.status == 2);
