@@ -107,11 +107,13 @@ struct CheckpointInfo {
   int64_t bytes = 0;
   bool best = false;
   std::string problem;  // why it cannot be used; empty when whole
+  bool newer = false;   // not damaged: of a format that a later Krait writes
 };
 /// All checkpoints, oldest first. Without `verify` only the manifest and the file sizes are looked at.
 std::vector<CheckpointInfo> list_checkpoints(const std::string& directory, bool verify);
 
 /// The newest whole checkpoint; one message in `skipped` for each newer one that is damaged. None: nullopt.
+/// One of a newer format is an error: going on before it would replace it by and by.
 std::optional<CheckpointInfo> latest_checkpoint(const std::string& directory, std::vector<std::string>* skipped = nullptr);
 /// The one that `best` points at, else the newest.
 std::optional<CheckpointInfo> best_checkpoint(const std::string& directory, std::vector<std::string>* skipped = nullptr);

@@ -22,6 +22,10 @@ struct Manifest {
   std::vector<std::string> files;
 };
 
+struct NewerFormat : Error {
+  using Error::Error;
+};
+
 std::optional<int64_t> step_of_name(const std::string& name) {
   constexpr std::string_view kPrefix = "step-";
   if (!name.starts_with(kPrefix)) return {};
@@ -46,8 +50,10 @@ Manifest check_files(const std::string& path, bool checksums) {
     if (json.at("format") != checkpoint::kFormat) damaged(manifest_path, "not a manifest of a checkpoint");
     const auto& version = json.at("format_version");
     if (!version.is_number_integer() || version < 1 || version > checkpoint::kVersion) {
-      throw Error(fmt::format("{}: format version {}, this build reads 1 to {}", manifest_path, version.dump(),
-                              checkpoint::kVersion));
+      const std::string message =
+          fmt::format("{}: format version {}, this build reads 1 to {}", manifest_path, version.dump(), checkpoint::kVersion);
+      if (version.is_number_integer() && version > checkpoint::kVersion) throw NewerFormat(message);
+      throw Error(message);
     }
     manifest.step = json.at("step").get<int64_t>();
     for (const auto& entry : json.at("files")) {
@@ -285,6 +291,7 @@ std::vector<CheckpointInfo> list_checkpoints(const std::string& directory, bool 
       if (manifest.step != *step) info.problem = fmt::format("{}: damaged checkpoint: its manifest is of step {}", info.path, manifest.step);
     } catch (const std::exception& e) {
       info.problem = e.what();
+      info.newer = dynamic_cast<const NewerFormat*>(&e) != nullptr;
     }
     all.push_back(std::move(info));
   }
@@ -295,6 +302,8 @@ std::vector<CheckpointInfo> list_checkpoints(const std::string& directory, bool 
 namespace {
 
 std::optional<CheckpointInfo> verified(CheckpointInfo info, std::vector<std::string>* skipped) {
+  if (info.newer)
+    throw Error(info.problem + "\n       try the Krait that wrote it; to use an earlier checkpoint, move this one out of the run");
   try {
     if (!info.problem.empty()) throw Error(info.problem);
     check_files(info.path, true);

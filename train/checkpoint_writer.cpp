@@ -120,7 +120,7 @@ namespace {
 
 Error write_error(int64_t step, const std::string& what) {
   return Error(fmt::format("the checkpoint of step {} could not be written: {}\n"
-                           "       earlier checkpoints are untouched; free space and continue with --resume", step, what));
+                           "       earlier checkpoints are untouched; once that is mended, continue with --resume", step, what));
 }
 
 }  // namespace
@@ -129,6 +129,7 @@ CheckpointWriter::CheckpointWriter(std::string directory, const CheckpointOption
     : directory_(std::move(directory)), options_(options), world_(std::move(world)) {
   if (world_->rank() > 0) return;
   fs::create_directories(directory_);
+  check_posix(::access(directory_.c_str(), W_OK | X_OK), directory_ + ": checkpoints cannot be written there");
   std::vector<std::string> leftovers;
   for (const fs::directory_entry& entry : fs::directory_iterator(directory_)) {
     const std::string name = entry.path().filename().string();

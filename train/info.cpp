@@ -84,15 +84,17 @@ int run_info_of(const InfoCommand& command) {
   print_last_metrics(run);
   const auto all = list_checkpoints(run.checkpoints(), command.verify);
   if (all.empty()) line("checkpoints", "none");
-  size_t damaged = 0;
+  size_t damaged = 0, newer = 0;
   for (const CheckpointInfo& info : all) {
     const std::string state = !info.problem.empty() ? info.problem : command.verify ? "checksums match" : "";
     line(checkpoint_name(info.step), fmt::format("{}{}  {}", human_bytes(info.bytes), info.best ? "  best" : "", state));
-    damaged += !info.problem.empty();
+    newer += info.newer;
+    damaged += !info.problem.empty() && !info.newer;
   }
   if (damaged > 0) {
     throw Error(fmt::format("{}: {} of {} checkpoints damaged", run.checkpoints(), damaged, all.size()));
   }
+  if (newer > 0) throw Error(fmt::format("{}: {} of {} checkpoints are for a newer Krait", run.checkpoints(), newer, all.size()));
   return 0;
 }
 

@@ -1,6 +1,7 @@
 #include "train/run_state.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <nlohmann/json.hpp>
 
 #include "train/run_directory.h"
@@ -242,7 +243,7 @@ LoadedRun load_finished_run(const std::string& run_dir, const std::vector<std::s
   const Config config = load_config(directory.config_file(), overrides);
   std::vector<std::string> skipped;
   const auto found = best_checkpoint(directory.checkpoints(), &skipped);
-  for (const std::string& message : skipped) fmt::print(stderr, "warning: {}\n", message);
+  for (const std::string& message : skipped) std::fputs(fmt::format("warning: {}\n", message).c_str(), stderr);
   KRAIT_CHECK(found || skipped.empty(), "{}: every checkpoint is damaged; restore one", directory.checkpoints());
   KRAIT_CHECK(found, "{}: no checkpoint; train it further with krait train {} --run-dir {} --resume",
               directory.checkpoints(), directory.config_file(), run_dir);

@@ -169,11 +169,25 @@ TEST_CASE("checkpoint: damage is found, named, and stepped over") {
   CHECK(contains(message([&] { fs::remove(bad + "/manifest.json"); }), bad + "/manifest.json: damaged checkpoint: the file is missing"));
   CHECK(contains(message([&] { write_text(bad + "/manifest.json", "{\"format\":"); }), bad + "/manifest.json: damaged checkpoint: "));
   CHECK(contains(message([&] { write_text(bad + "/manifest.json", "[]"); }), bad + "/manifest.json: damaged checkpoint: "));
-  CHECK(contains(message([&] { write_text(bad + "/manifest.json", R"({"format":"krait.checkpoint","format_version":99})"); }),
-                 "format version 99, this build reads 1 to 2"));
+  CHECK(contains(message([&] { write_text(bad + "/manifest.json", R"({"format":"krait.checkpoint","format_version":0})"); }),
+                 "format version 0, this build reads 1 to 2"));
   CHECK(CheckpointReader(good).step() == 1);
   CHECK(error_of([&] { CheckpointReader reader(tmp / "c/none"); }) == (tmp / "c/none") + ": no such checkpoint");
   CHECK_FALSE(latest_checkpoint(tmp / "nothing"));
+}
+
+TEST_CASE("checkpoint: one of a newer format is not stepped over, which would replace it") {
+  const TemporaryDirectory tmp;
+  for (const int64_t step : {1, 2}) save_one(tmp / "c", step);
+  const std::string manifest = tmp / "c/step-00000002/manifest.json";
+  write_text(manifest, R"({"format":"krait.checkpoint","format_version":99})");
+  std::vector<std::string> skipped;
+  CHECK(error_of([&] { latest_checkpoint(tmp / "c", &skipped); }) ==
+        manifest + ": format version 99, this build reads 1 to 2\n"
+                   "       try the Krait that wrote it; to use an earlier checkpoint, move this one out of the run");
+  CHECK(error_of([&] { best_checkpoint(tmp / "c", &skipped); }).starts_with(manifest));
+  CHECK(skipped.empty());
+  CHECK(list_checkpoints(tmp / "c", true)[1].newer);
 }
 
 TEST_CASE("checkpoint: a damaged later one does not push a good one out") {
