@@ -133,7 +133,8 @@ EvalResult evaluate(Session& session, const data::TokensPtr& tokens, const EvalO
   r.bytes = static_cast<int64_t>(all[2]);
   KRAIT_CHECK(r.tokens > 0, "{}: {} token(s), nothing to predict; a split needs at least 2", tokens->where(),
               tokens->size());
-  r.whole_split = r.tokens == windows->total_targets();
+  r.split_tokens = windows->total_targets();
+  r.whole_split = r.tokens == r.split_tokens;
   r.nll = r.total_nll / static_cast<double>(r.tokens);
   r.ppl = std::exp(r.nll);
   if (r.bytes > 0) {
@@ -255,7 +256,7 @@ EvalOptions eval_options(const Config& config) {
           config.data.state == "carry"};
 }
 
-std::string describe_convention(const EvalOptions& o) {
+std::string describe_convention(const EvalOptions& o, const EvalResult& r) {
   const std::string windows =
       o.carry ? fmt::format("streaming in windows of {} tokens, {} stream(s); the state goes on from window to window",
                             o.context, o.micro_batch_size)
@@ -265,7 +266,8 @@ std::string describe_convention(const EvalOptions& o) {
                         o.stride, o.context - o.stride);
   return windows + (o.documents == data::Documents::pack ? "; documents apart, their first tokens not predicted"
                                                          : "; the split as one text, its first token not predicted") +
-         "; bits per byte over the bytes of the predicted tokens; word perplexity over words and line ends";
+         (r.bytes > 0 ? "; bits per byte over the bytes of the predicted tokens" : "") +
+         (r.word_ppl > 0 ? "; word perplexity over words and line ends" : "");
 }
 
 }  // namespace krait::train

@@ -29,6 +29,7 @@ struct EvalResult {
   int64_t bytes = 0;      // of those
   int64_t words = 0;      // words + line ends of the split
   double seconds = 0;
+  int64_t split_tokens = 0;  // that could be predicted in the split; fewer were when whole_split is false
   bool whole_split = true;
 };
 
@@ -44,6 +45,6 @@ EvalResult evaluate_task(Session& session, const data::DatasetPtr& split);
 EvalOptions eval_options(const Config& config);
 
 /// What the numbers mean, for people: "sliding windows of 1024, stride 512: ...".
-std::string describe_convention(const EvalOptions& options);
+std::string describe_convention(const EvalOptions& options, const EvalResult& result);
 
 }  // namespace krait::train

@@ -26,11 +26,13 @@ data::TokensPtr tokens_to_evaluate(const Session& session, const std::string& fi
 
 void print_text(const EvalResult& r, const LoadedRun& run, const std::string& where, const EvalOptions& options) {
   fmt::print("{} (step {}) on {}\n", run.checkpoint, run.step, where);
+  if (!r.whole_split)
+    fmt::print("  only the first {} of {} tokens, as eval.max_tokens asks for; eval.max_tokens=0 takes all\n", r.tokens, r.split_tokens);
   fmt::print("  tokens {}   nll {:.6f} nats/token   perplexity {:.4f}\n", r.tokens, r.nll, r.ppl);
   if (r.bytes > 0)
     fmt::print("  bytes {}   bits per byte {:.4f}   byte perplexity {:.4f}\n", r.bytes, r.bpb, r.byte_ppl);
   if (r.word_ppl > 0) fmt::print("  words and line ends {}   word perplexity {:.3f}\n", r.words, r.word_ppl);
-  fmt::print("  {}\n  {:.1f} s, {:.0f} tokens/s\n", describe_convention(options), r.seconds,
+  fmt::print("  {}\n  {:.1f} s, {:.0f} tokens/s\n", describe_convention(options, r), r.seconds,
              static_cast<double>(r.tokens) / r.seconds);
 }
 
@@ -38,6 +40,7 @@ void print_json(const EvalResult& r, const LoadedRun& run, const std::string& wh
   nlohmann::ordered_json j{{"checkpoint", run.checkpoint}, {"step", run.step},     {"data", where},
                            {"tokens", r.tokens},           {"nll", r.nll},         {"ppl", r.ppl},
                            {"context", options.context},   {"stride", options.stride}};
+  if (!r.whole_split) j["split_tokens"] = r.split_tokens;
   if (r.bytes > 0) {
     j["bytes"] = r.bytes;
     j["bpb"] = r.bpb;
@@ -47,7 +50,7 @@ void print_json(const EvalResult& r, const LoadedRun& run, const std::string& wh
     j["words"] = r.words;
     j["word_ppl"] = r.word_ppl;
   }
-  j["convention"] = describe_convention(options);
+  j["convention"] = describe_convention(options, r);
   j["seconds"] = r.seconds;
   fmt::print("{}\n", j.dump());
 }
@@ -90,7 +93,7 @@ int run_eval(const EvalCommand& command) {
   const Config& c = run.session.config;
   if (c.data.task) return eval_task(run, command);
   const std::string file = command.data.empty() ? find_data_file(c) : command.data;
-  KRAIT_CHECK(std::filesystem::exists(file), "{}: no such file; give --data FILE", file);
+  if (std::error_code none; !std::filesystem::exists(file, none)) throw ConfigError(fmt::format("--data: no such file: {}", file));
   const data::TokensPtr tokens = tokens_to_evaluate(run.session, file, c.eval.split);
   const EvalOptions options = eval_options(c);
   const EvalResult result = evaluate(run.session, tokens, options);
