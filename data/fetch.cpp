@@ -166,8 +166,13 @@ class Fetcher {
   std::vector<FetchedFile> run() {
     make_directories(goal_);
     std::vector<FetchedFile> files;
-    for (const FetchSource& source : set_.sources) {
-      if (!all_there(source, files)) one(source, files);
+    try {
+      for (const FetchSource& source : set_.sources)
+        if (!all_there(source, files)) one(source, files);
+    } catch (...) {
+      std::error_code kept;
+      fs::remove(goal_, kept);  // when nothing is in it
+      throw;
     }
     return files;
   }
@@ -309,7 +314,12 @@ std::string to_string(const FetchSet& set, const std::vector<FetchedFile>& files
   text += fmt::format("terms: {}\n", set.terms);
   if (files.empty()) return text;
   const std::string& first = files.front().path;
+  const std::string directory = fs::path(first).parent_path().string();
   if (set.name == "shakespeare") text += fmt::format("next: krait data prepare {} -o data/shakespeare_char.h5 --tokenizer char\n", first);
+  if (set.name == "mnist") text += fmt::format("next: krait train configs/smnist_s4d.yaml data.path={}\n", directory);
+  if (set.name.starts_with("wikitext"))
+    text += fmt::format("next: krait data prepare {0}/wiki.train.tokens --valid-file {0}/wiki.valid.tokens --test-file {0}/wiki.test.tokens "
+                        "-o data/{1}.h5 --tokenizer sentencepiece\n", directory, set.name);
   return text;
 }
 

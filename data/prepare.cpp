@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <filesystem>
 #include <set>
 #include <utility>
@@ -263,7 +264,7 @@ TokenizerPtr make_tokenizer(const PrepareOptions& o, const Scan& scan, const std
   read_documents(sources[0].files, {o.field, unescape(o.document_separator)}, sample);
   sample.finish();
   if (!o.quiet)
-    fmt::print(stderr, "training a sentencepiece vocabulary of {} on {} lines\n", o.vocab_size, sample.lines().size());
+    std::fputs(fmt::format("training a sentencepiece vocabulary of {} on {} lines\n", o.vocab_size, sample.lines().size()).c_str(), stderr);
   size_t next = 0;
   return train_sentencepiece(
       [&]() -> std::optional<std::string> {
@@ -331,6 +332,7 @@ PrepareSummary prepare(const PrepareOptions& options) {
   summary.output = options.output;
   summary.tokenizer = tokenizer->name();
   summary.vocab_size = tokenizer->vocab_size();
+  summary.wanted_vocab = !given && options.tokenizer == "sentencepiece" ? options.vocab_size : summary.vocab_size;
   summary.eos_id = eos ? tokenizer->eos_id() : -1;
   summary.sha256 = scan.sha256();
   {
@@ -368,7 +370,9 @@ PrepareSummary prepare(const PrepareOptions& options) {
 std::string to_string(const PrepareSummary& s) {
   std::string out = fmt::format("{}: {} in {:.1f} s, sha256 of the text {}\n", s.output, human_bytes(s.file_bytes),
                                 s.seconds, s.sha256);
-  out += fmt::format("tokenizer {}, vocabulary {}, {}\n", s.tokenizer, with_commas(s.vocab_size),
+  const std::string wanted =
+      s.wanted_vocab > s.vocab_size ? fmt::format(" (the text has not enough pieces for {})", with_commas(s.wanted_vocab)) : "";
+  out += fmt::format("tokenizer {}, vocabulary {}{}, {}\n", s.tokenizer, with_commas(s.vocab_size), wanted,
                      s.eos_id >= 0 ? fmt::format("end of document {}", s.eos_id) : "no end-of-document token");
   out += fmt::format("{:<6} {:>11} {:>15} {:>15} {:>15} {:>13} {:>12}\n", "split", "documents", "tokens", "bytes",
                      "characters", "words", "bytes/token");

@@ -47,6 +47,7 @@ struct SplitSummary {
 struct PrepareSummary {
   std::string output, tokenizer, sha256;
   int64_t vocab_size = 0, eos_id = -1;
+  int64_t wanted_vocab = 0;  // a small text gives sentencepiece less than was asked for
   int64_t file_bytes = 0;
   double seconds = 0;
   std::vector<SplitSummary> splits;  // those that are not empty, train first

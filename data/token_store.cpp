@@ -119,7 +119,8 @@ TokensPtr open_split(std::shared_ptr<const hdf5::File> file, const std::string& 
   const hdf5::Dataset tokens = group.dataset(kTokens);
   const hdf5::Type expected = vocab_size > kMaxShortVocabulary ? hdf5::Type::u32 : hdf5::Type::u16;
   KRAIT_CHECK(tokens.type() == expected && tokens.shape().size() == 1,
-              "{}: expected {} in one dimension (vocabulary {}), found {} in {}; prepare the data again",
+              "{}: expected {} in one dimension (vocabulary {}), found {} in {}; prepare the data again, or write it as "
+              "data/token_store.h describes",
               tokens.where(), hdf5::name_of(expected), vocab_size, hdf5::name_of(tokens.type()), tokens.shape().size());
   const std::string where = fmt::format("{}: split {}", file->file(), name);
   if (expected == hdf5::Type::u16)
@@ -155,7 +156,7 @@ TokenStorePtr TokenStore::open(const std::string& path, const StoreOptions& opti
   auto file = std::make_shared<const hdf5::File>(
       hdf5::File::open(path, "a token store, which `krait data prepare` makes from text"));
   KRAIT_CHECK(file->has_attribute("format") && file->string_attribute("format") == kFormat,
-              "{}: is an HDF5 file but not a token store; `krait data prepare` makes one from text", path);
+              "{}: is an HDF5 file but not a token store; `krait data prepare` makes one from text, data/token_store.h describes them", path);
   const int64_t version = file->int_attribute("format_version");
   KRAIT_CHECK(version == kFormatVersion, "{}: format version {}, this build reads {}; prepare the data again", path,
               version, kFormatVersion);

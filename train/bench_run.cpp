@@ -76,7 +76,7 @@ std::vector<std::string> select_rows(const std::vector<std::string>& names, cons
       const std::string op = name.substr(0, name.find(' '));
       if (some.find(op) == std::string::npos) some += (some.empty() ? "" : ", ") + op;
     }
-    throw ConfigError(fmt::format("--filter {}: no row has these words\n       rows: {}",
+    throw ConfigError(fmt::format("--filter {}: no row has these words\n       rows: {}; --list prints them whole, --device those of another device",
                                   command.only.empty() ? command.filter : command.only, some));
   }
   if (command.list)

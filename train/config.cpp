@@ -324,7 +324,10 @@ std::string find_data_file(const Config& config) {
     if (fs::exists(place, error)) return place.string();
     tried += (tried.empty() ? "" : ", ") + place.string() + (error ? " (" + error.message() + ")" : "");
   }
-  config.fail("data.path", fmt::format("no such file: {}", tried),
+  // A run's relative path was relative to where it was started.
+  std::error_code none;
+  const std::string from = path.is_relative() ? fmt::format(" (from {})", fs::current_path(none).string()) : "";
+  config.fail("data.path", fmt::format("no such file: {}{}", tried, from),
               config.data.type == "image_sequence"
                   ? "krait data fetch, or another data.path"
                   : fmt::format("krait data prepare TEXT -o {}, or another data.path", path.string()));

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <optional>
 #include <sstream>
 
 #include "data/utf8.h"
@@ -122,6 +123,23 @@ class TreeBuilder final : public YAML::EventHandler {
   int64_t nodes_ = 0;
 };
 
+/// YAML is indented with spaces alone, which its parser tells in riddles. The first tab in front of something, at most in
+/// line `last` (from 0).
+std::optional<YAML::Mark> indenting_tab(const std::string& text, int last) {
+  YAML::Mark mark;
+  mark.line = 0;
+  for (size_t begin = 0; begin < text.size() && mark.line <= last; ++mark.line) {
+    const size_t end = std::min(text.find('\n', begin), text.size());
+    const size_t tab = text.find('\t', begin), word = text.find_first_not_of(" \t\r", begin);
+    if (tab < word && word < end && text[word] != '#') {
+      mark.column = static_cast<int>(tab - begin);
+      return mark;
+    }
+    begin = end + 1;
+  }
+  return {};
+}
+
 /// Gives every node below the mark of the override that wrote it.
 void set_marks(ConfigNode& node, const SourceMark& mark) {
   node.set_mark(mark);
@@ -148,6 +166,7 @@ ConfigNode parse_yaml(const std::string& text, const std::string& source) {
       }
     }
   } catch (const YAML::Exception& e) {
+    if (const auto tab = indenting_tab(text, e.mark.line)) builder.fail(*tab, "not valid YAML: a tab in front; indent with spaces");
     builder.fail(e.mark, "not valid YAML: " + e.msg);
   }
   ConfigNode root = builder.take_root();

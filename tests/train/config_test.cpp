@@ -1,5 +1,6 @@
-#include "layers/attention_config.h"
 #include "train/config.h"
+
+#include <filesystem>
 
 #include "layers/attention_config.h"
 #include "tests/testing/catch.h"
@@ -223,7 +224,8 @@ TEST_CASE("config: combinations that cannot be name both values and a way out") 
 TEST_CASE("config: a missing data file names where it was looked for") {
   const Config c = small({"data.path=no/such.h5"});
   CHECK(error_of([&] { find_data_file(c); }) ==
-        "override 'data.path=no/such.h5': data.path: no such file: no/such.h5\n"
+        "override 'data.path=no/such.h5': data.path: no such file: no/such.h5 (from " +
+            std::filesystem::current_path().string() + ")\n"
         "       try krait data prepare TEXT -o no/such.h5, or another data.path");
 }
 
@@ -233,6 +235,12 @@ TEST_CASE("yaml: what is not one plain document is refused") {
   CHECK(contains(error_in("a: 1\n---\nb: 2\n"), "a second YAML document begins here; a config is one document"));
   CHECK(contains(error_in("a: [1, 2\n"), "exp.yaml:2:1: not valid YAML: "));
   CHECK(contains(error_in("a: *nothing\n"), "not valid YAML: "));
+  for (const char* text : {"a:\n  b: 1\n\tc: 2\n", "a:\n  d: {e: 1,\n  f: 2}\n\tc: 2\n  g: 3\n"}) {
+    const std::string error = error_in(text);
+    INFO(error);
+    CHECK(contains(error, ":1: not valid YAML: a tab in front; indent with spaces"));
+  }
+  CHECK(error_in("a:\r\n  b:\t[1, 2,\r\n# x\r\n\t3]\r\n  c: 4\r\na: 1\r\n") == "exp.yaml:6:1: duplicate key 'a'; it was first given at line 1");
   CHECK(error_in("a: !!int 5\n") == "exp.yaml:1:4: found tag tag:yaml.org,2002:int, expected a plain value");
   CHECK(error_in("[a, b]: 1\n") == "exp.yaml:1:1: a key must be a plain word");
   CHECK(error_in("name: \"a\xC3(\"\n") == "exp.yaml: byte 8: 0xC3 is not UTF-8");

@@ -11,4 +11,5 @@ TEST_CASE("krait data fetch: refuses unknown sets and says what a mirror lacks")
   const Outcome empty = krait_command(fmt::format("data fetch shakespeare --mirror '{}' -o '{}'", tmp / ".", tmp / "out"));
   CHECK(empty.status == 1);
   CHECK(contains(empty.err, "holds neither input.txt nor input.txt"));
+  CHECK_FALSE(std::filesystem::exists(tmp / "out/tinyshakespeare"));
 }

@@ -125,6 +125,38 @@ TEST_CASE("a run outlives the reader of its output") {
   CHECK(json::parse(train::read_file(w.tmp / "run/summary.json"))["status"] == "finished");
 }
 
+TEST_CASE("closed standard streams: what would be printed does not end up in a file of the run") {
+  const Workplace w;
+  const auto closed = [&](const std::string& arguments) {
+    const int status = std::system(fmt::format("'{}' {} <&- >&- 2>&-", krait_program(), arguments).c_str());
+    REQUIRE(WIFEXITED(status));
+    return WEXITSTATUS(status);
+  };
+  CHECK(closed(fmt::format("train {} --run-dir {} train.steps=10", w.config, w.tmp / "run")) == 0);
+  REQUIRE(w.train("other", "train.steps=10").status == 0);
+  CHECK(losses(w.tmp / "run") == losses(w.tmp / "other"));
+  CHECK(fs::file_size(w.tmp / "run/.lock") < 20);  // "pid 12345"
+  CHECK(closed(fmt::format("data prepare {} -o {}", w.tmp / "text.txt", w.tmp / "closed.h5")) == 0);
+  CHECK(krait_command("data inspect " + (w.tmp / "closed.h5")).status == 0);
+}
+
+TEST_CASE("eval says when it has not seen the whole split") {
+  const Workplace w;
+  const std::string run = w.tmp / "run";
+  REQUIRE(w.train("run", "train.steps=10").status == 0);
+  const Outcome part = krait_command("eval " + run + " eval.max_tokens=100");
+  CHECK(contains(part.out, "only the first 100 of "));
+  CHECK_FALSE(contains(part.out, "word perplexity"));
+  const Outcome whole = krait_command("eval " + run);
+  CHECK_FALSE(contains(whole.out, "only the first"));
+  CHECK(contains(whole.out, "; word perplexity over words and line ends\n"));
+  const json j = json::parse(krait_command("eval " + run + " eval.max_tokens=100 --json").out);
+  CHECK(j["tokens"] == 100);
+  CHECK(j["split_tokens"].get<int64_t>() > 100);
+  CHECK_FALSE(json::parse(krait_command("eval " + run + " --json").out).contains("split_tokens"));
+  CHECK(krait_command("eval " + run + " --data " + (w.tmp / "nowhere.h5")).err == "error: --data: no such file: " + (w.tmp / "nowhere.h5") + "\n");
+}
+
 TEST_CASE("bad input: one clear error, a non-zero exit, nothing written") {
   const Workplace w;
   struct Case {
