@@ -156,6 +156,7 @@ int run_ablate(const AblateCommand& command) {
   const std::string directory = command.run_dir.empty() ? "runs/" + ablation.name : command.run_dir;
   const Slots slots = Slots::of(ablation, command.jobs);
   fs::create_directories(directory);
+  const FileDescriptor lock = lock_directory(directory, "running an ablation");  // two would take each other's runs for failed
   fmt::print("ablation {}: {} runs, {} at a time on {}; results in {}\n", ablation.name, ablation.variants.size(), slots.jobs,
              slots.devices > 0 ? fmt::format("{} GPU(s)", slots.devices) : std::string("the CPU"), directory);
   std::fflush(stdout);

@@ -82,18 +82,19 @@ RunDirectory RunDirectory::open(const std::string& path) {
   return RunDirectory(fs::path(path).lexically_normal().string(), true);
 }
 
-void RunDirectory::lock() {
-  const std::string file = path_ + "/.lock";
-  lock_ = FileDescriptor::open(file, O_RDWR | O_CREAT);
-  if (::flock(lock_.get(), LOCK_EX | LOCK_NB) < 0) {
+FileDescriptor lock_directory(const std::string& directory, std::string_view doing) {
+  const std::string file = directory + "/.lock";
+  FileDescriptor lock = FileDescriptor::open(file, O_RDWR | O_CREAT);
+  if (::flock(lock.get(), LOCK_EX | LOCK_NB) < 0) {
     if (errno != EWOULDBLOCK) check_posix(-1, file + ": cannot be locked");
     std::string owner = read_file(file);
     if (!owner.empty()) owner = " (" + owner + ")";
-    throw Error(fmt::format("{}: another process{} is training in this directory\n       try another --run-dir, or wait for it",
-                            path_, owner));
+    throw Error(fmt::format("{}: another process{} is {} in this directory\n       try another --run-dir, or wait for it", directory,
+                            owner, doing));
   }
-  check_posix(::ftruncate(lock_.get(), 0), file + ": cannot be written");
-  lock_.write_all(fmt::format("pid {}", ::getpid()));
+  check_posix(::ftruncate(lock.get(), 0), file + ": cannot be written");
+  lock.write_all(fmt::format("pid {}", ::getpid()));
+  return lock;
 }
 
 namespace {

@@ -1,11 +1,15 @@
 #pragma once
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "core/config_node.h"
 #include "train/files.h"
 
 namespace krait::train {
+
+/// Keeps other processes from writing to `directory` while what it returns is open; they are told who is `doing` so.
+FileDescriptor lock_directory(const std::string& directory, std::string_view doing);
 
 /// The directory of one run (DESIGN.md, "Edges: the run directory"). Locked against a second process that would
 /// write to it, for as long as the object lives; the kernel lets go of the lock of a killed process.
@@ -33,7 +37,7 @@ class RunDirectory {
 
  private:
   RunDirectory(std::string path, bool has_run) : path_(std::move(path)), has_run_(has_run) {}
-  void lock();
+  void lock() { lock_ = lock_directory(path_, "training"); }
   std::string path_;
   bool has_run_;
   FileDescriptor lock_;

@@ -5,6 +5,7 @@
 
 #include "tests/train/workplace.h"
 #include "train/ablation.h"
+#include "train/run_directory.h"
 
 using namespace krait;
 using namespace krait::testing;
@@ -92,6 +93,17 @@ TEST_CASE("an interrupted ablation goes on where it stopped") {
   INFO(rest.out << rest.err);
   CHECK(rest.status == 0);
   CHECK(count(train::read_file(w.tmp / "out/results.csv"), ",finished,") == 3);
+}
+
+TEST_CASE("two ablations do not share a directory at the same time") {
+  const Workplace w;
+  fs::create_directories(w.tmp / "out");
+  const train::FileDescriptor first = train::lock_directory(w.tmp / "out", "running an ablation");
+  const Outcome out = krait_command(fmt::format("ablate {} --run-dir {}", ablation_of(w, "seed: [1, 2]"), w.tmp / "out"));
+  CHECK(out.status == 1);
+  CHECK(out.err == fmt::format("error: {}: another process (pid {}) is running an ablation in this directory\n"
+                               "       try another --run-dir, or wait for it\n", w.tmp / "out", ::getpid()));
+  CHECK_FALSE(fs::exists(w.tmp / "out/results.csv"));
 }
 
 TEST_CASE("a wrong ablation file is refused before anything runs") {
