@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstring>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "core/error.h"
 #include "data/utf8.h"
@@ -38,6 +39,8 @@ class Reader {
       got += static_cast<size_t>(n);
     }
     buffer.resize(old + got);
+    if (!begun_) check_not_compressed(buffer, input_.shown);
+    begun_ = true;
     if (got > 0) sink.raw(std::string_view(buffer).substr(old));
     return got > 0;
   }
@@ -45,6 +48,7 @@ class Reader {
  private:
   const TextInput& input_;
   int fd_;
+  bool begun_ = false;
 };
 
 class TextFile {
@@ -149,6 +153,16 @@ void read_json_lines(const TextInput& input, const std::string& field, DocumentS
 
 std::string Place::str(int64_t ahead) const {
   return byte < 0 ? fmt::format("{}:{}", input->shown, line) : fmt::format("{}: byte {}", input->shown, byte + ahead);
+}
+
+void check_not_compressed(std::string_view head, const std::string& shown) {
+  using namespace std::string_view_literals;
+  constexpr std::pair<std::string_view, std::string_view> kKinds[] = {{"gzip", "\x1F\x8B\x08"sv}, {"zip", "PK\x03\x04"sv},
+                                                                      {"xz", "\xFD""7zXZ\0"sv}, {"zstd", "\x28\xB5\x2F\xFD"sv},
+                                                                      {"bzip2", "BZh"sv}};
+  for (const auto& [name, magic] : kKinds)
+    KRAIT_CHECK(!head.starts_with(magic) || (name == "bzip2" && head.substr(4, 2) != "1A"sv),
+                "{}: is compressed ({}), and its bytes are no text; unpack it, or pipe the text to krait data prepare -", shown, name);
 }
 
 void read_documents(const std::vector<TextInput>& inputs, const DocumentFormat& format, DocumentSink& sink) {

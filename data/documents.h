@@ -32,6 +32,9 @@ class DocumentSink {
   virtual void raw(std::string_view bytes) = 0;
 };
 
+/// Throws when a file's first bytes are those of gzip, zip, xz, zstd or bzip2: as text they would be noise.
+void check_not_compressed(std::string_view head, const std::string& shown);
+
 struct DocumentFormat {
   std::string field = "text";  // of JSON lines
   std::string separator;       // a line of text files that ends a document; "": one document a file

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "data/documents.h"
 #include "data/hdf5.h"
 #include "data/text_counts.h"
 #include "data/token_store_format.h"
@@ -143,6 +144,7 @@ TokensPtr tokens_in_memory(std::vector<int32_t> ids, std::vector<int64_t> docume
 }
 
 TokensPtr encode_text(std::string_view text, const Tokenizer& tokenizer, const std::string& where) {
+  check_not_compressed(text, where);
   TextCounter counter;
   counter.add(text);
   try {
