@@ -39,9 +39,10 @@ FetchOptions options(const TempDir& dir, const std::string& mirror) {
   return {.directory = dir / "out", .mirror = mirror, .quiet = true};
 }
 
-// Nothing but the named files is left in the set's folder.
+// Nothing but the named files is left in the set's folder, which is gone when it would be empty.
 std::vector<std::string> left(const TempDir& dir) {
   std::vector<std::string> names;
+  if (!std::filesystem::exists(dir / "out/folder")) return names;
   for (const auto& entry : std::filesystem::recursive_directory_iterator(dir / "out/folder"))
     if (entry.is_regular_file()) names.push_back(std::filesystem::relative(entry.path(), dir / "out/folder").string());
   std::sort(names.begin(), names.end());
