@@ -10,16 +10,11 @@ namespace {
 
 constexpr int64_t kGrain = 8192;
 
-template <class A>
-struct ValueAndSlope { A value, slope; };
-
 // Branch-free per element, so that the loops over them vectorise. The unused half folds away.
 struct Silu {
   template <class A>
   [[gnu::always_inline]] static ValueAndSlope<A> at(A x) {
-    const A c = x < A(-110) ? A(-110) : x;  // silu(-infinity) = 0, not -infinity * 0
-    const A s = vsigmoid(c);
-    return {c * s, s * (A(1) + c * (A(1) - s))};
+    return vsilu_and_slope(x);
   }
 };
 struct GeluTanh {
@@ -27,7 +22,7 @@ struct GeluTanh {
   template <class A>
   [[gnu::always_inline]] static ValueAndSlope<A> at(A x) {
     const A k = A(1.5957691216057308), q = A(0.044715);
-    const A s = vsigmoid(k * (x + q * x * x * x)), slope = k * (A(1) + A(3) * q * x * x);
+    const A square = x * x, s = vsigmoid(x * (k + k * q * square)), slope = k + A(3) * k * q * square;
     return {x * s, s + x * s * (A(1) - s) * slope};
   }
 };

@@ -16,9 +16,9 @@ template <class T, class A>
 void gate_rows(A* __restrict s, A* __restrict slope, const T* __restrict z, int64_t e) {
 #pragma omp simd
   for (int64_t j = 0; j < e; ++j) {
-    const A v = static_cast<A>(z[j]), c = v < A(-100) ? A(-100) : v, sigmoid = A(1) / (A(1) + vexp(-c));
-    s[j] = c * sigmoid;
-    slope[j] = sigmoid * (A(1) + c * (A(1) - sigmoid));
+    const ValueAndSlope<A> at = vsilu_and_slope(static_cast<A>(z[j]));
+    s[j] = at.value;
+    slope[j] = at.slope;
   }
 }
 

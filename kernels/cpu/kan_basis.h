@@ -168,11 +168,7 @@ struct EdgeBasis {
     for (int64_t b = 0; b < kKanRows; ++b) s[b] = vsilu(v[b]);
     if (!derivatives) return;
 #pragma omp simd
-    for (int64_t b = 0; b < kKanRows; ++b) {
-      const A c = v[b] < A(-80) ? A(-80) : v[b] > A(80) ? A(80) : v[b];  // -inf times 0 otherwise
-      const A gate = vsigmoid(c);
-      d[b] = gate * (A(1) + c * (A(1) - gate));
-    }
+    for (int64_t b = 0; b < kKanRows; ++b) d[b] = vsilu_and_slope(v[b]).slope;
   }
 
   int64_t k;

@@ -262,9 +262,10 @@ void mlstm_output_backward(MlstmOutputGrad& grad, bool add_dw, bool add_dskip, c
 #pragma omp simd
         for (int64_t j = 0; j < p; ++j) {
           const A xhat = (v[j] - mu) * scale, xv = static_cast<A>(x[j]), zv = static_cast<A>(gate[j]);
-          const A sigmoid = vsigmoid(zv), d = static_cast<A>(up[j]), b = static_cast<A>(by[j]);
-          const A u = xhat * weight[j] + b * xv, du = d * zv * sigmoid;
-          dz[j] = static_cast<T>(d * u * sigmoid * (A(1) + zv * (A(1) - sigmoid)));
+          const A d = static_cast<A>(up[j]), b = static_cast<A>(by[j]);
+          const auto [value, slope] = vsilu_and_slope(zv);
+          const A u = xhat * weight[j] + b * xv, du = d * value;
+          dz[j] = static_cast<T>(d * u * slope);
           dx[j] = static_cast<T>(du * b);
           dskip[j] += du * xv;
           dw[j] += du * xhat;

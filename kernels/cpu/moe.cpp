@@ -178,10 +178,9 @@ void moe_hidden_backward(Tensor& dhidden_out, Tensor& weighted_out, Tensor& dwei
 #pragma omp simd reduction(+ : sum)
         for (int64_t c = 0; c < f; ++c) {
           const A g = static_cast<A>(gate[c]), u = static_cast<A>(up[c]), d = static_cast<A>(dh[c]);
-          const A bounded = g < A(-110) ? A(-110) : g;  // silu(-infinity) = 0
-          const A s = vsigmoid(bounded), a = bounded * s;
+          const auto [a, slope] = vsilu_and_slope(g);
           sum += d * a * u;
-          put(dgate[c], w * d * u * s * (A(1) + bounded * (A(1) - s)));
+          put(dgate[c], w * d * u * slope);
           put(dup[c], w * d * a);
           put(weighted[c], w * a * u);
         }

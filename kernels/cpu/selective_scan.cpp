@@ -79,13 +79,12 @@ void gate(A* __restrict u, const A* __restrict z) {
 // dz = dy u silu'(z), g = dy silu(z).
 template <class A>
 void gate_gradient(A* __restrict dz, A* __restrict g, const A* __restrict dy, const A* __restrict u,
-                   const A* __restrict z_in) {
+                   const A* __restrict z) {
 #pragma omp simd
   for (int64_t j = 0; j < kBlock; ++j) {
-    const A z = z_in[j] < A(-110) ? A(-110) : z_in[j];
-    const A s = vsigmoid(z);
-    dz[j] = dy[j] * u[j] * s * (A(1) + z * (A(1) - s));
-    g[j] = dy[j] * z * s;
+    const auto [value, slope] = vsilu_and_slope(z[j]);
+    dz[j] = dy[j] * u[j] * slope;
+    g[j] = dy[j] * value;
   }
 }
 

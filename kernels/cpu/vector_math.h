@@ -24,6 +24,16 @@ namespace detail {
 [[gnu::always_inline]] inline float from_bits(uint32_t u) { return std::bit_cast<float>(u); }
 [[gnu::always_inline]] inline uint32_t to_bits(float x) { return std::bit_cast<uint32_t>(x); }
 
+/// e^r - 1 for |r| <= ln 2 / 2. In pairs, since a loop over exponentials waits for the chain of its operations: a
+/// processor's registers hold those of a few turns only.
+[[gnu::always_inline]] inline float expm1_near(float r) {
+  // (e^r - 1 - r) / r^2, minimax
+  const float r2 = r * r;
+  const float low = multiply_add(0x1.555556p-3f, r, 0.5f), middle = multiply_add(0x1.111090p-7f, r, 0x1.5554aep-5f);
+  const float high = multiply_add(0x1.a1a13ap-13f, r, 0x1.6d7444p-10f);
+  return multiply_add(multiply_add(multiply_add(high, r2, middle), r2, low), r2, r);
+}
+
 /// x = n ln 2 + r with |r| <= ln 2 / 2: expm1(r) and 2^n as two factors, whose product with it overflows or becomes
 /// subnormal as it should. For |x| <= 110; beyond it, a value without meaning. NaN passes through expm1_r.
 struct ExpParts {
@@ -37,15 +47,8 @@ struct ExpParts {
   const float nf = t - kRound;
   float r = multiply_add(nf, -0x1.62e4p-1f, x);  // ln 2 in two parts; the first has few bits
   r = multiply_add(nf, -0x1.7f7d1cp-20f, r);
-  // (e^r - 1 - r) / r^2, minimax
-  float q = 0x1.a1a13ap-13f;
-  q = multiply_add(q, r, 0x1.6d7444p-10f);
-  q = multiply_add(q, r, 0x1.111090p-7f);
-  q = multiply_add(q, r, 0x1.5554aep-5f);
-  q = multiply_add(q, r, 0x1.555556p-3f);
-  q = multiply_add(q, r, 0.5f);
   const uint32_t sum = to_bits(t), half = sum >> 1;
-  return {multiply_add(q * r, r, r), from_bits(half << 23), from_bits((sum - half) << 23)};
+  return {expm1_near(r), from_bits(half << 23), from_bits((sum - half) << 23)};
 }
 
 }  // namespace detail
@@ -58,6 +61,22 @@ struct ExpParts {
   y = x > 90.0f ? __builtin_inff() : y;
   return x < -105.0f ? 0.0f : y;
 }
+
+namespace detail {
+
+/// 1 + e^-x for -88 <= x <= 80; beyond them, a value without meaning. A sum with 1 needs no small values of the
+/// exponential, so that its power of two is one factor, and 1 is added to it beside the polynomial.
+[[gnu::always_inline]] inline float one_plus_exp_minus(float x) {
+  constexpr float kRound = 12582912.0f + 127.0f;  // as in exp_parts; the low bits hold an exponent with its bias
+  const float t = multiply_add(x, -1.44269504f, kRound);
+  const float m = kRound - t;
+  float r = multiply_add(m, -0x1.62e4p-1f, x);
+  r = multiply_add(m, -0x1.7f7d1cp-20f, r);
+  const float scale = from_bits(to_bits(t) << 23);
+  return multiply_add(expm1_near(-r), scale, 1.0f + scale);
+}
+
+}  // namespace detail
 
 [[gnu::always_inline]] inline float vexpm1(float x) {
   const auto [e, s, t] = detail::exp_parts(x);
@@ -108,12 +127,28 @@ struct ExpParts {
   return std::copysign(t / (t + 2.0f), x);
 }
 
-[[gnu::always_inline]] inline float vsigmoid(float x) { return 1.0f / (1.0f + vexp(-x)); }
+[[gnu::always_inline]] inline float vsigmoid(float x) {
+  float y = 1.0f / detail::one_plus_exp_minus(x);
+  y = x > 80.0f ? 1.0f : y;
+  return x < -88.0f ? 0.0f : y;
+}
 
 /// x sigmoid(x); 0 at -infinity.
 [[gnu::always_inline]] inline float vsilu(float x) {
-  const float y = x / (1.0f + vexp(-x));
-  return x < -110.0f ? -0.0f : y;
+  float y = x / detail::one_plus_exp_minus(x);
+  y = x > 80.0f ? x : y;
+  return x < -88.0f ? -0.0f : y;
+}
+
+template <class A>
+struct ValueAndSlope { A value, slope; };
+/// silu(x) and its derivative by one division; 0 and 0 at -infinity.
+[[gnu::always_inline]] inline ValueAndSlope<float> vsilu_and_slope(float x) {
+  const float s = 1.0f / detail::one_plus_exp_minus(x);
+  float value = x * s, slope = s * multiply_add(x, 1.0f - s, 1.0f);
+  value = x > 80.0f ? x : value;
+  slope = x > 80.0f ? 1.0f : slope;
+  return {x < -88.0f ? -0.0f : value, x < -88.0f ? 0.0f : slope};
 }
 
 /// log(1 + e^x)
@@ -156,6 +191,10 @@ inline double vlog1p(double x) { return std::log1p(x); }
 inline double vtanh(double x) { return std::tanh(x); }
 inline double vsigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 inline double vsilu(double x) { return x < -800.0 ? -0.0 : x / (1.0 + std::exp(-x)); }
+inline ValueAndSlope<double> vsilu_and_slope(double x) {
+  const double c = x < -800.0 ? -800.0 : x, s = vsigmoid(c);
+  return {c * s, s * (1.0 + (c > 800.0 ? 800.0 : c) * (1.0 - s))};
+}
 inline double vsoftplus(double x) { return (x > 0.0 ? x : 0.0) + std::log1p(std::exp(-std::fabs(x))); }
 inline double verf(double x) { return std::erf(x); }
 
