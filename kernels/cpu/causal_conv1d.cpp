@@ -7,16 +7,16 @@
 #include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
 
-// Rows are walked in their order in memory, whole, since a step to the next row is a step to another page. With four
-// taps, four positions go together: each input and tap is loaded once for them, and in the backward g = dy silu'(p)
-// never leaves the registers but for the three rows that the next positions' dx needs. Everything else (other widths,
-// starts of documents, the ends) goes position by position, up to kBlock channels at a time, with taps in fours, the
-// last ones padded with a row of zeros.
+// Rows are walked in their order in memory, since a step to the next row is a step to another page. With four taps, four
+// positions go together, in blocks of channels that stay in the first cache and in passes that each fit into the
+// registers: p, then SiLU or its gradient, then sums and dx. (One pass over all of it spills half of its values: twice the
+// time with AVX2.) Everything else (other widths, starts of documents, the ends) goes position by position, with taps in
+// fours, the last ones padded with a row of zeros.
 namespace krait::kernels::cpu {
 
 namespace {
 
-constexpr int64_t kBlock = 256, kRows = 32, kGrain = 16384, kTile = 4;
+constexpr int64_t kBlock = 512, kRows = 32, kGrain = 16384, kTile = 4;
 
 template <class A, class B>
 void add_taps(A* __restrict p, const B* __restrict s0, const B* __restrict s1, const B* __restrict s2,
@@ -52,17 +52,11 @@ void put_silu(T* __restrict to, const A* __restrict p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) put(to[i], vsilu(p[i]));
 }
 
-template <class A>
-[[gnu::always_inline]] inline A silu_slope(A p) {
-  const A x = p < A(-110) ? A(-110) : p, s = vsigmoid(x);
-  return s * (A(1) + x * (A(1) - s));
-}
-
 // g = dy silu'(p), into p.
 template <class T, class A>
 void silu_gradient(A* __restrict p, const T* __restrict dy, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<A>(dy[i]) * silu_slope(p[i]);
+  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<A>(dy[i]) * vsilu_and_slope(p[i]).slope;
 }
 
 // Where the rows of one batch row are, and which of them a position sees.
@@ -132,53 +126,89 @@ void filter_row(A* p, const Sequence<T>& in, const Taps<A>& taps, const A* bias,
   });
 }
 
-// y of four positions; x is the row three before the first.
-template <bool silu, class T, class A>
-void forward_tile(T* y, int64_t y_row, const T* x, int64_t x_row, const A* w, const A* bias, int64_t c) {
+// p of four positions, n channels, rows kBlock apart; x is the row three before the first.
+template <class T, class A>
+void filter_tile(A* __restrict p, const T* __restrict x, int64_t x_row, const A* __restrict w, const A* __restrict bias,
+                 int64_t c, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < c; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     const A w0 = w[i], w1 = w[c + i], w2 = w[2 * c + i], w3 = w[3 * c + i], from = bias[i];
     A a[kTile + 3];
 #pragma GCC unroll 8
     for (int r = 0; r < kTile + 3; ++r) a[r] = static_cast<A>(x[r * x_row + i]);
 #pragma GCC unroll 4
-    for (int r = 0; r < kTile; ++r) {
-      const A p = from + ((w0 * a[r] + w1 * a[r + 1]) + (w2 * a[r + 2] + w3 * a[r + 3]));
-      put(y[r * y_row + i], silu ? vsilu(p) : p);
-    }
+    for (int r = 0; r < kTile; ++r)
+      p[r * kBlock + i] = from + ((w0 * a[r] + w1 * a[r + 1]) + (w2 * a[r + 2] + w3 * a[r + 3]));
   }
 }
 
-// Positions t .. t + 3: sums (4 rows of dweight, one of dbias) +=, dx of positions t - 3 .. t, and g of the last three.
-// x and dx point to position t - 3, dy to t.
-template <bool silu, class T, class A>
-void backward_tile(T* dx, int64_t dx_row, A* sums, A* const (&g)[kTile + 3], const T* dy, int64_t dy_row, const T* x,
-                   int64_t x_row, const A* w, const A* bias, int64_t c) {
-  const A *before0 = g[0], *before1 = g[1], *before2 = g[2];
-  A *after0 = g[4], *after1 = g[5], *after2 = g[6];
+// y of four positions.
+template <class T, class A>
+void forward_tile(T* y, int64_t y_row, const T* x, int64_t x_row, const A* w, const A* bias, int64_t c, bool silu) {
+  alignas(64) A p[kTile * kBlock];
+  for (int64_t at = 0; at < c; at += kBlock) {
+    const int64_t n = std::min(kBlock, c - at);
+    filter_tile(p, x + at, x_row, w + at, bias + at, c, n);
+    for (int64_t r = 0; r < kTile; ++r)
+      silu ? put_silu(y + r * y_row + at, p + r * kBlock, n) : put_row(y + r * y_row + at, p + r * kBlock, n);
+  }
+}
+
+// g = dy silu'(p), or dy where p is null.
+template <class T, class A>
+void gradient_row(A* __restrict g, const T* __restrict dy, const A* __restrict p, int64_t n) {
+  if (p == nullptr) {
 #pragma omp simd
-  for (int64_t i = 0; i < c; ++i) {
-    const A w0 = w[i], w1 = w[c + i], w2 = w[2 * c + i], w3 = w[3 * c + i];
-    A a[kTile + 3], d[kTile + 3];
+    for (int64_t i = 0; i < n; ++i) g[i] = static_cast<A>(dy[i]);
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) g[i] = static_cast<A>(dy[i]) * vsilu_and_slope(p[i]).slope;
+}
+
+// Sums of four positions: 4 rows of dweight, one of dbias. x is the row three before the first.
+template <class T, class A>
+void add_tile_sums(A* __restrict sums, int64_t c, const A* __restrict g0, const A* __restrict g1, const A* __restrict g2,
+                   const A* __restrict g3, const T* __restrict x, int64_t x_row, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A d[kTile] = {g0[i], g1[i], g2[i], g3[i]};
+    A a[kTile + 3];
 #pragma GCC unroll 8
     for (int r = 0; r < kTile + 3; ++r) a[r] = static_cast<A>(x[r * x_row + i]);
-    d[0] = before0[i];
-    d[1] = before1[i];
-    d[2] = before2[i];
 #pragma GCC unroll 4
-    for (int r = 0; r < kTile; ++r) {
-      d[r + 3] = static_cast<A>(dy[r * dy_row + i]);
-      if (silu) d[r + 3] *= silu_slope(bias[i] + ((w0 * a[r] + w1 * a[r + 1]) + (w2 * a[r + 2] + w3 * a[r + 3])));
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sums[j * c + i] += (d[3] * a[j] + d[4] * a[j + 1]) + (d[5] * a[j + 2] + d[6] * a[j + 3]);
-    sums[4 * c + i] += (d[3] + d[4]) + (d[5] + d[6]);
+    for (int j = 0; j < 4; ++j) sums[j * c + i] += (d[0] * a[j] + d[1] * a[j + 1]) + (d[2] * a[j + 2] + d[3] * a[j + 3]);
+    sums[4 * c + i] += (d[0] + d[1]) + (d[2] + d[3]);
+  }
+}
+
+// dx of four positions from g of them and of the three behind.
+template <class T, class A>
+void input_gradient_tile(T* __restrict dx, int64_t dx_row, A* const (&g)[kTile + 3], int64_t at, const A* __restrict w,
+                         int64_t c, int64_t n) {
+  const A *g0 = g[0] + at, *g1 = g[1] + at, *g2 = g[2] + at, *g3 = g[3] + at, *g4 = g[4] + at, *g5 = g[5] + at, *g6 = g[6] + at;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A w0 = w[i], w1 = w[c + i], w2 = w[2 * c + i], w3 = w[3 * c + i];
+    const A d[kTile + 3] = {g0[i], g1[i], g2[i], g3[i], g4[i], g5[i], g6[i]};
 #pragma GCC unroll 4
     for (int r = 0; r < kTile; ++r)
       put(dx[r * dx_row + i], (w0 * d[r + 3] + w1 * d[r + 2]) + (w2 * d[r + 1] + w3 * d[r]));
-    after0[i] = d[4];
-    after1[i] = d[5];
-    after2[i] = d[6];
+  }
+}
+
+// Positions t .. t + 3: sums +=, dx of positions t - 3 .. t, and g of all four, the last three of which come again.
+// x and dx point to position t - 3, dy to t, g to those of t - 3 .. t + 3.
+template <class T, class A>
+void backward_tile(T* dx, int64_t dx_row, A* sums, A* const (&g)[kTile + 3], const T* dy, int64_t dy_row, const T* x,
+                   int64_t x_row, const A* w, const A* bias, int64_t c, bool silu) {
+  alignas(64) A p[kTile * kBlock];
+  for (int64_t at = 0; at < c; at += kBlock) {
+    const int64_t n = std::min(kBlock, c - at);
+    if (silu) filter_tile(p, x + at, x_row, w + at, bias + at, c, n);
+    for (int64_t r = 0; r < kTile; ++r) gradient_row(g[r + 3] + at, dy + r * dy_row + at, silu ? p + r * kBlock : nullptr, n);
+    add_tile_sums(sums + at, c, g[3] + at, g[4] + at, g[5] + at, g[6] + at, x + at, x_row, n);
+    input_gradient_tile(dx + at, dx_row, g, at, w + at, c, n);
   }
 }
 
@@ -200,8 +230,7 @@ void causal_conv1d_forward(Tensor& y_out, Tensor& final_out, const CausalConv1dI
         const int64_t t = i % l;
         if (i + kTile <= last && s.tile(t)) {
           const T* x = s.x + (t - 3) * s.stride;
-          in.silu ? forward_tile<true>(y_all + i * c, c, x, s.stride, w, bias, c)
-                  : forward_tile<false>(y_all + i * c, c, x, s.stride, w, bias, c);
+          forward_tile(y_all + i * c, c, x, s.stride, w, bias, c, in.silu);
           i += kTile;
           continue;
         }
@@ -256,10 +285,9 @@ struct BackwardPiece {
     int64_t next = begin == 0 && s.initial != nullptr ? 1 - k : begin;  // whose dx comes next
     for (int64_t t = begin; t < seen;) {
       if (next >= 0 && next == t - 3 && t + kTile <= end && s.tile(t)) {
-        A* const rows[kTile + 3] = {g(t - 3), g(t - 2), g(t - 1), nullptr, g(t + 1), g(t + 2), g(t + 3)};
-        const auto tile = silu ? backward_tile<true, T, A> : backward_tile<false, T, A>;
-        tile(dx + next * dx_row, dx_row, sums, rows, dy + t * dy_row, dy_row, s.x + next * s.stride, s.stride,
-             taps.rows.template data<A>(), bias, s.c);
+        A* const rows[kTile + 3] = {g(t - 3), g(t - 2), g(t - 1), g(t), g(t + 1), g(t + 2), g(t + 3)};
+        backward_tile(dx + next * dx_row, dx_row, sums, rows, dy + t * dy_row, dy_row, s.x + next * s.stride, s.stride,
+                      taps.rows.template data<A>(), bias, s.c, silu);
         t += kTile;
         next += kTile;
         continue;
