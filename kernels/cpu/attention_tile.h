@@ -23,6 +23,15 @@ template <class A> inline Vec<A> load(const A* p) {
 }
 template <class A> inline void store(A* p, const Vec<A>& v) { std::memcpy(p, &v, sizeof v); }
 
+/// Keeps a loaded vector in its register. GCC else makes the load an operand of every product that reads it, and loads
+/// are what such loops have most of.
+template <class V>
+[[gnu::always_inline]] inline void keep(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+}
+
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 /// One register block: c (kStrip, NV vectors) = a b, or += with `add`; a(i,x) = a[i a_row + x a_col], b (k, .).
@@ -35,7 +44,10 @@ inline void multiply_block(A* c, int64_t c_row, const A* a, int64_t a_row, int64
     for (int j = 0; j < NV; ++j) sum[i][j] = add ? load(c + i * c_row + j * kLanes<A>) : Vec<A>{};
   for (int64_t x = 0; x < k; ++x) {
     Vec<A> row[NV];
-    for (int j = 0; j < NV; ++j) row[j] = load(b + x * b_row + j * kLanes<A>);
+    for (int j = 0; j < NV; ++j) {
+      row[j] = load(b + x * b_row + j * kLanes<A>);
+      keep(row[j]);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kStrip; ++i) {
       const A factor = a[i * a_row + x * a_col];

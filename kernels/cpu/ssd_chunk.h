@@ -158,7 +158,10 @@ template <class A, int NV, class Done>
     for (int64_t x = 0; x < f.k; ++x, a += f.a_column, b += f.b_row) {
       Vec<A> row[NV];
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) row[v] = load(b + v * kLanes<A>);
+      for (int v = 0; v < NV; ++v) {
+        row[v] = load(b + v * kLanes<A>);
+        keep(row[v]);
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < kStrip; ++i) {
         const A factor = a[i * a_row];
