@@ -185,11 +185,12 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
   }
   const float* const squares = layer > 0 ? a.squares : a.x_squares;
   const int parts = layer > 0 ? mamba_squares(a.d) : a.x_parts;
-  float square = 0;
-  if (squares != nullptr && tid < 8 * kHalfRows)
-    if (const int row = at.half_row + tid / 8; row < a.rows)
-#pragma unroll 4
-      for (int i = tid % 8; i < parts; i += 8) square += __ldcg(squares + int64_t{row} * parts + i);
+  float own_squares[4] = {};  // all are asked for before one is added
+  const bool adds = squares != nullptr && tid < 8 * kHalfRows && at.half_row + tid / 8 < a.rows;
+  const float* const row_squares = squares + int64_t{at.half_row + tid / 8} * parts;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (adds && tid % 8 + 8 * i < parts) own_squares[i] = __ldcg(row_squares + tid % 8 + 8 * i);
   barrier_wait(shared_address(&s.in_full), layer % 2);
   float acc[2][6][4] = {};
 #pragma unroll
@@ -209,9 +210,13 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
 #pragma unroll
       for (int m = 0; m < 2; ++m) mma(acc[m][j], {x[step][2 * m].z, x[step][2 * m + 1].z, x[step][2 * m].w, x[step][2 * m + 1].w}, v[j].z, v[j].w);
   }
+  float square = (own_squares[0] + own_squares[1]) + (own_squares[2] + own_squares[3]);
+  if (adds)
+    for (int i = tid % 8 + 32; i < parts; i += 8) square += __ldcg(row_squares + i);
   square = sum_lanes<8>(square);
   if (tid < 8 * kHalfRows && tid % 8 == 0) s.factor[tid / 8] = squares != nullptr ? rsqrtf(square / static_cast<float>(a.d) + l.eps) : 1.0f;
   meet();  // the weights have been read
+  if (tid == 0 && layer > 0) barrier_arrive(shared_address(&s.out_free));
   float* const sums = reinterpret_cast<float*>(s.in);  // (kWarps, kHalfRows, kInSums)
 #pragma unroll
   for (int m = 0; m < 2; ++m)
@@ -234,18 +239,17 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
       sum = {sum.x + v.x, sum.y + v.y};
     }
     const uint32_t made = pack(sum.x * s.factor[local], sum.y * s.factor[local]);
-    *reinterpret_cast<uint32_t*>(l.xz + row * 2 * a.e + channel) = made;
-    if (!convolves) continue;
+    if (!convolves) {
+      *reinterpret_cast<uint32_t*>(l.xz + row * 2 * a.e + channel) = made;
+      continue;
+    }
     float2 p = two(conv_bias[q]);
     const float2 w01 = two(filter[q].x), w23 = two(filter[q].y), v01 = two(filter[q].z), v23 = two(filter[q].w);
     const float2 x0 = two(past[q][0]), x1 = two(past[q][1]), x2 = two(past[q][2]), x3 = two(made);
     p.x += w01.x * x0.x + w01.y * x1.x + w23.x * x2.x + w23.y * x3.x;
     p.y += v01.x * x0.y + v01.y * x1.y + v23.x * x2.y + v23.y * x3.y;
     const uint32_t mixed = pack(silu_fast(p.x), silu_fast(p.y));
-    bf16* const state = l.conv + row * (kTaps - 1) * a.e + channel;
-    *reinterpret_cast<uint32_t*>(state) = past[q][1];
-    *reinterpret_cast<uint32_t*>(state + a.e) = past[q][2];
-    *reinterpret_cast<uint32_t*>(state + 2 * int64_t{a.e}) = made;
+    past[q][0] = made;
     *reinterpret_cast<uint32_t*>(a.mixed + row * a.e + channel) = mixed;
     *reinterpret_cast<uint32_t*>(&s.mixed[local][column]) = mixed;
   }
@@ -283,9 +287,18 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
   }
   publish_shared();
   meet();
-  if (tid == 0) {
-    barrier_arrive(shared_address(&s.in_free));
-    arrive(counter(a, layer, kInDone));
+  if (tid == 0) arrive(counter(a, layer, kInDone));
+  if (!convolves) return;
+#pragma unroll
+  for (int q = 0; q < kPairs; ++q) {  // what no other block reads
+    const int pair = tid + q * kThreads, channel = at.in_first + pair % (kInColumns / 2) * 2;
+    const int64_t row = at.half_row + pair / (kInColumns / 2);
+    if (row >= a.rows) continue;
+    bf16* const state = l.conv + row * (kTaps - 1) * a.e + channel;
+    *reinterpret_cast<uint32_t*>(state) = past[q][1];
+    *reinterpret_cast<uint32_t*>(state + a.e) = past[q][2];
+    *reinterpret_cast<uint32_t*>(state + 2 * int64_t{a.e}) = past[q][0];
+    *reinterpret_cast<uint32_t*>(l.xz + row * 2 * a.e + channel) = past[q][0];
   }
 }
 
@@ -338,6 +351,7 @@ __device__ __forceinline__ void scan_phase(const RowsMamba& a, Shared& s, const 
     own_z[p] = read_fresh_one(l.xz + own_row * 2 * a.e + a.e + c);
   }
   meet();
+  if (tid == 0) barrier_arrive(shared_address(&s.in_free));
   if (tid < kRows * outputs) {
     float sum = 0;
 #pragma unroll
@@ -366,10 +380,10 @@ __device__ __forceinline__ void scan_phase(const RowsMamba& a, Shared& s, const 
       const float4 B = *reinterpret_cast<const float4*>(s.values + i * outputs + a.r + 4 * lane);
       const float4 C = *reinterpret_cast<const float4*>(s.values + i * outputs + a.r + kScanStates + 4 * lane);
       float4 now = s.h[i][local][lane];
-      now.x = exp2f(own_delta * rate[p].x) * now.x + own_add * B.x;
-      now.y = exp2f(own_delta * rate[p].y) * now.y + own_add * B.y;
-      now.z = exp2f(own_delta * rate[p].z) * now.z + own_add * B.z;
-      now.w = exp2f(own_delta * rate[p].w) * now.w + own_add * B.w;
+      now.x = exp2_fast(own_delta * rate[p].x) * now.x + own_add * B.x;
+      now.y = exp2_fast(own_delta * rate[p].y) * now.y + own_add * B.y;
+      now.z = exp2_fast(own_delta * rate[p].z) * now.z + own_add * B.z;
+      now.w = exp2_fast(own_delta * rate[p].w) * now.w + own_add * B.w;
       s.h[i][local][lane] = now;
       part[i] = now.x * C.x + now.y * C.y + now.z * C.z + now.w * C.w;
     }
@@ -381,7 +395,7 @@ __device__ __forceinline__ void scan_phase(const RowsMamba& a, Shared& s, const 
   meet();
   if (tid == 0) {
     arrive(counter(a, layer, kScanDone + at.block / 32));
-    barrier_arrive(shared_address(&s.h_made));
+    if (l.out == nullptr) barrier_arrive(shared_address(&s.h_made));
   }
 }
 
@@ -427,6 +441,7 @@ __device__ __forceinline__ void out_phase(const RowsMamba& a, Shared& s, const P
     for (int j = 0; j < 3; ++j) mma(acc[j], {x[step][0].z, x[step][1].z, x[step][0].w, x[step][1].w}, v[j].z, v[j].w);
   }
   meet();  // the weights have been read
+  if (tid == 0) barrier_arrive(shared_address(&s.h_made));
   float* const sums = reinterpret_cast<float*>(s.out);  // (kWarps, kOutRows, kOutSums)
 #pragma unroll
   for (int j = 0; j < 3; ++j)
@@ -435,6 +450,7 @@ __device__ __forceinline__ void out_phase(const RowsMamba& a, Shared& s, const P
       *reinterpret_cast<float2*>(sums + (warp * kOutRows + 8 * i + g) * kOutSums + 8 * j + 2 * t) = {acc[j][2 * i], acc[j][2 * i + 1]};
   meet();
   float square = 0;
+  uint32_t made = 0, sum = 0;
   if (finishes) {
     float2 v = {0, 0};
 #pragma unroll
@@ -442,23 +458,21 @@ __device__ __forceinline__ void out_phase(const RowsMamba& a, Shared& s, const P
       const float2 one = *reinterpret_cast<const float2*>(sums + (w * kOutRows + local) * kOutSums + column);
       v = {v.x + one.x, v.y + one.y};
     }
-    const uint32_t made = pack(v.x, v.y);
+    made = pack(v.x, v.y);
     const float2 m = two(made), before = two(residual);
-    const uint32_t sum = pack(m.x + before.x, m.y + before.y);
+    sum = pack(m.x + before.x, m.y + before.y);
     const float2 u = two(sum);
     *reinterpret_cast<uint32_t*>(a.weighted + row * a.d + c) = pack(u.x * weight.x, u.y * weight.y);
-    *reinterpret_cast<uint32_t*>(l.made + row * a.d + c) = made;
-    *reinterpret_cast<uint32_t*>(l.sum + row * a.d + c) = sum;
     square = u.x * u.x + u.y * u.y;
   }
   square = sum_lanes<16>(square);
   if (finishes && column == 0) a.squares[row * mamba_squares(a.d) + at.block % 32] = square;
   publish_shared();
   meet();
-  if (tid == 0) {
-    arrive(counter(a, layer, kOutDone));
-    barrier_arrive(shared_address(&s.out_free));
-  }
+  if (tid == 0) arrive(counter(a, layer, kOutDone));
+  if (!finishes) return;
+  *reinterpret_cast<uint32_t*>(l.made + row * a.d + c) = made;  // what no other block reads
+  *reinterpret_cast<uint32_t*>(l.sum + row * a.d + c) = sum;
 }
 
 #endif
@@ -481,8 +495,8 @@ __global__ void __launch_bounds__(kThreads + 32, 1) rows_mamba_kernel(const __gr
     in_phase(a, s, at, layer);
     scan_phase(a, s, at, layer);
     if (a.layer[layer].out != nullptr) out_phase(a, s, at, layer);
-    else if (threadIdx.x == 0) barrier_arrive(shared_address(&s.out_free));
   }
+  if (threadIdx.x == 0) barrier_arrive(shared_address(&s.out_free));
 #endif
 }
 
