@@ -270,10 +270,17 @@ std::vector<ClaimCheck> check_claim(const Ablation& ablation, const std::vector<
       if (other_rest != rest || std::find(claim.than.begin(), claim.than.end(), other_value) == claim.than.end()) continue;
       const double gain = (good.mean() - other.mean()) * (ablation.higher_is_better() ? 1 : -1);
       ClaimCheck check;
-      check.holds = !good.values.empty() && !other.values.empty() && gain >= claim.margin;
-      check.text = fmt::format("{}{}: {:.4f} against {} {:.4f}: better by {:.4f}, {:.4f} needed: {}",
-                               rest.empty() ? "" : rest + ": ", value, good.mean(), other_value, other.mean(), gain,
-                               claim.margin, check.holds ? "holds" : "does not hold");
+      const auto results = static_cast<int64_t>(good.values.size() + other.values.size()), runs = good.runs + other.runs;
+      check.decided = results == runs;
+      check.holds = check.decided && gain >= claim.margin;
+      const std::string verdict = !check.decided ? fmt::format("open, {} of {} runs have a result", results, runs)
+                                  : check.holds  ? "holds"
+                                                 : "does not hold";
+      const std::string where = rest.empty() ? "" : rest + ": ";
+      check.text = good.values.empty() || other.values.empty()
+                       ? fmt::format("{}{} against {}: {}", where, value, other_value, verdict)
+                       : fmt::format("{}{}: {:.4f} against {} {:.4f}: better by {:.4f}, {:.4f} needed: {}", where, value,
+                                     good.mean(), other_value, other.mean(), gain, claim.margin, verdict);
       checks.push_back(std::move(check));
     }
   }

@@ -74,9 +74,10 @@ struct GroupResult {
 };
 std::vector<GroupResult> group_results(const Ablation& ablation, const std::vector<VariantResult>& results);
 
-/// One comparison of the claim: "freeze=[A, B]: legs 0.981 against random 0.942: +0.039 (needs 0.02): holds".
+/// One comparison of the claim: "freeze=[A, B]: legs: 0.981 against random 0.942: better by 0.039, 0.02 needed: holds".
 struct ClaimCheck {
   std::string text;
+  bool decided = false;  // once all of its runs have ended with a result
   bool holds = false;
 };
 std::vector<ClaimCheck> check_claim(const Ablation& ablation, const std::vector<GroupResult>& groups);

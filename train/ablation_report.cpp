@@ -64,8 +64,9 @@ PlotLine curve_of(const Ablation& a, const std::vector<VariantResult>& results, 
 std::string claim_html(const Ablation& a, const std::vector<ClaimCheck>& checks) {
   if (!a.claim) return "";
   const bool holds = !checks.empty() && std::all_of(checks.begin(), checks.end(), [](const ClaimCheck& c) { return c.holds; });
+  const bool fails = std::any_of(checks.begin(), checks.end(), [](const ClaimCheck& c) { return c.decided && !c.holds; });
   std::string html = fmt::format("<h2>Claim</h2><p>{} <b class=\"{}\">{}</b></p><ul>", html_escape(a.claim->text),
-                                 holds ? "yes" : "no", holds ? "Holds." : "Does not hold.");
+                                 holds ? "yes" : fails ? "no" : "", holds ? "Holds." : fails ? "Does not hold." : "Open.");
   for (const ClaimCheck& c : checks) html += "<li>" + html_escape(c.text) + "</li>";
   return html + "</ul>\n";
 }

@@ -5,6 +5,7 @@
 
 #include "tests/train/workplace.h"
 #include "train/ablation.h"
+#include "train/ablation_report.h"
 #include "train/run_directory.h"
 
 using namespace krait;
@@ -104,6 +105,26 @@ TEST_CASE("two ablations do not share a directory at the same time") {
   CHECK(out.err == fmt::format("error: {}: another process (pid {}) is running an ablation in this directory\n"
                                "       try another --run-dir, or wait for it\n", w.tmp / "out", ::getpid()));
   CHECK_FALSE(fs::exists(w.tmp / "out/results.csv"));
+}
+
+TEST_CASE("a claim stays open until all of its runs have a result") {
+  const Workplace w;
+  const train::Ablation ablation = train::load_ablation(ablation_of(
+      w, "optimizer.lr: [1e-2, 1e-9], seed: [1, 2]", "claim: {text: t, key: optimizer.lr, better: 1e-2, than: [1e-9], margin: 0.1}\n"));
+  std::vector<train::VariantResult> results(4);
+  const auto check = [&] {
+    const auto checks = train::check_claim(ablation, train::group_results(ablation, results));
+    REQUIRE(checks.size() == 1);
+    return checks[0];
+  };
+  CHECK(check().text == "1e-2 against 1e-9: open, 0 of 4 runs have a result");
+  for (size_t i = 0; i < 3; ++i) results[i].metric = i < 2 ? 1.0 : 2.0;
+  CHECK(contains(check().text, "better by 1.0000, 0.1000 needed: open, 3 of 4 runs have a result"));
+  CHECK_FALSE(check().holds);
+  CHECK(contains(train::report_html(ablation, results, "krait ablate"), ">Open.<"));
+  results[3].metric = 2.0;
+  CHECK(check().holds);
+  CHECK(contains(train::report_html(ablation, results, "krait ablate"), ">Holds.<"));
 }
 
 TEST_CASE("a wrong ablation file is refused before anything runs") {
