@@ -1,9 +1,12 @@
 #include "data/prepare.h"
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
+#include <map>
 #include <set>
 #include <utility>
 
@@ -287,6 +290,19 @@ std::string source_names(const PrepareOptions& o) {
   return left_out == 0 ? out : out + fmt::format("\n... and {} more", left_out);
 }
 
+/// A held-out file that lies in a directory of the inputs would be trained on, and its perplexity worth nothing.
+void check_apart(const std::vector<Source>& sources) {
+  std::map<std::pair<dev_t, ino_t>, size_t> owner;
+  for (size_t i = 0; i < sources.size(); ++i)
+    for (const TextInput& file : sources[i].files) {
+      struct stat status {};
+      if (::stat(file.path.c_str(), &status) != 0) continue;  // the one who reads it says why
+      const auto [found, added] = owner.emplace(std::pair(status.st_dev, status.st_ino), i);
+      KRAIT_CHECK(added || found->second == i, "{}: is text of {} and of {}; leave it out of one (a directory takes all files in it)",
+                  file.shown, name_of(sources[found->second].whole), name_of(sources[i].whole));
+    }
+}
+
 }  // namespace
 
 PrepareSummary prepare(const PrepareOptions& options) {
@@ -304,6 +320,7 @@ PrepareSummary prepare(const PrepareOptions& options) {
     sources.push_back({inputs.find(options.valid_files, options.format), Split::valid, 0, {}});
   if (!options.test_files.empty())
     sources.push_back({inputs.find(options.test_files, options.format), Split::test, 0, {}});
+  check_apart(sources);
   const int64_t total_bytes = inputs.total_bytes();
   output.refuse_inputs(inputs.paths());
 
@@ -325,7 +342,7 @@ PrepareSummary prepare(const PrepareOptions& options) {
   const TokenizerPtr tokenizer =
       given ? given->tokenizer() : make_tokenizer(options, scan, sources, eos, valid, total_bytes);
   KRAIT_CHECK(!eos || tokenizer->eos_id() >= 0,
-              "{}: its {} tokenizer has no end-of-document token; prepare without one (--eos false)",
+              "{}: its {} tokenizer has no end-of-document token; prepare without one (--no-eos)",
               options.tokenizer_from, tokenizer->name());
 
   PrepareSummary summary;

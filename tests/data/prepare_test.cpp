@@ -337,6 +337,7 @@ TEST_CASE("bad input gives one error and no file") {
   CHECK(contains(refused("a.jsonl", "[1]\n", nothing), "a.jsonl:1: is an array"));
   CHECK(contains(refused("a.txt", "", nothing), "a.txt: no text found"));
   CHECK(contains(refused("a.txt", "\x1F\x8B\x08 packed", nothing), "a.txt: is compressed (gzip), and its bytes are no text"));
+  CHECK(contains(refused("a.txt", "text", [](PrepareOptions& o) { o.test_files = o.inputs; }), "a.txt: is text of train and of test; leave it out of one"));
   CHECK(contains(refused("a.txt", "x", nothing), "too little text to train on (1 bytes)"));
   CHECK(contains(refused("a.txt", "good \xE9t\xE9\n", [](PrepareOptions& o) { o.tokenizer = "char"; }),
                  "a.txt: byte 5: 0xE9 is not UTF-8"));
