@@ -24,6 +24,12 @@ void attention_backward_mma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do
 bool attention_backward_wgmma_serves(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);
 bool attention_backward_wgmma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& do_, const Tensor& q, const Tensor& k,
                               const Tensor& v, const Tensor& o, const Tensor& lse, const AttentionOptions& options);
+/// What it calls, of the tensors it serves, for long heads of 128: one kernel, whose sums of dq are a workspace of 4 bytes
+/// a value of q, at most options.vendor_bytes at a time (sequences are worked off in parts; one must fit).
+bool attention_backward_wgmma_joint_serves(const Tensor& q, const Tensor& k, const AttentionOptions& options);
+void attention_backward_wgmma_joint(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& do_, const Tensor& q,
+                                    const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse,
+                                    const AttentionOptions& options);
 
 /// Few queries against many keys: keys are split over blocks and the parts combined. For generation: no dropout.
 void attention_forward_decode(Tensor& o, Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,

@@ -5,7 +5,7 @@
 //   query_gradient: a warpgroup owns 64 queries, walks the keys:      S = q k^T    dP = do v^T    dq += dS k
 //   key_gradient:   a warpgroup owns 64 keys, walks the queries:      S^T = k q^T  dP^T = v do^T  dv += P^T do  dk += dS^T q
 // An accumulator of wgmma has the layout of a left operand in registers: P and dS never leave them. Seven products
-// instead of five, two exponentials a score instead of one.
+// instead of five, two exponentials a score instead of one. Long heads of 128: attention_wgmma_joint.cu.
 // One block a multiprocessor: two warpgroups that compute (and take turns by themselves: one's exponentials under the
 // other's products) and a warp that brings tiles. Blocks stay for many tiles; those of the next come during the last.
 #include <algorithm>
@@ -369,6 +369,10 @@ bool attention_backward_wgmma(Tensor& dq, Tensor& dk, Tensor& dv, const Tensor& 
                               const Tensor& v, const Tensor& o, const Tensor& lse, const AttentionOptions& options) {
   for (const Tensor& t : {do_, o, dq, dk, dv})
     if (!serves(t)) return false;
+  if (attention_backward_wgmma_joint_serves(q, k, options)) {
+    attention_backward_wgmma_joint(dq, dk, dv, do_, q, k, v, o, lse, options);
+    return true;
+  }
   Problem p{static_cast<int>(q.size(0)), static_cast<int>(q.size(1)), static_cast<int>(k.size(1)),
             static_cast<int>(q.size(2)), static_cast<int>(k.size(2)), options.causal,
             static_cast<float>(options.scale), lse.data<float>(), nullptr, nullptr};
