@@ -29,24 +29,31 @@ accum_t<T> row_max(const T* x, int64_t c) {
   return m;
 }
 
-}  // namespace
-
-void softmax_forward(Tensor& y_out, const Tensor& x_in) {
+// row(y, x, c, the largest of x, the sum of e^{x - largest}) for every row.
+template <class F>
+void softmax_rows(Tensor& y_out, const Tensor& x_in, F row) {
   const int64_t r = x_in.size(0), c = x_in.size(1);
   visit_float(x_in.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     for_rows(r, c, [&, y0 = y_out.data<T>(), x0 = x_in.data<T>()](int64_t i) {
       const T* const x = x0 + i * c;
-      T* const y = y0 + i * c;
       const A m = row_max(x, c);
       A s = 0;
 #pragma omp simd reduction(+ : s)
       for (int64_t k = 0; k < c; ++k) s += vexp(static_cast<A>(x[k]) - m);
-      const A scale = A(1) / s;
-      // exp again instead of a stored fp32 row: bf16 results are rounded once, and no scratch is needed.
-#pragma omp simd
-      for (int64_t k = 0; k < c; ++k) put(y[k], vexp(static_cast<A>(x[k]) - m) * scale);
+      row(y0 + i * c, x, c, m, s);
     });
+  });
+}
+
+}  // namespace
+
+void softmax_forward(Tensor& y_out, const Tensor& x_in) {
+  softmax_rows(y_out, x_in, []<class T, class A>(T* y, const T* x, int64_t c, A m, A s) {
+    const A scale = A(1) / s;
+    // exp again instead of a stored fp32 row: bf16 results are rounded once, and no scratch is needed.
+#pragma omp simd
+    for (int64_t k = 0; k < c; ++k) put(y[k], vexp(static_cast<A>(x[k]) - m) * scale);
   });
 }
 
@@ -67,20 +74,10 @@ void softmax_backward(Tensor& dx_out, const Tensor& dy_in, const Tensor& y_in) {
 }
 
 void log_softmax_forward(Tensor& y_out, const Tensor& x_in) {
-  const int64_t r = x_in.size(0), c = x_in.size(1);
-  visit_float(x_in.dtype(), [&]<class T>() {
-    using A = accum_t<T>;
-    for_rows(r, c, [&, y0 = y_out.data<T>(), x0 = x_in.data<T>()](int64_t i) {
-      const T* const x = x0 + i * c;
-      T* const y = y0 + i * c;
-      const A m = row_max(x, c);
-      A s = 0;
-#pragma omp simd reduction(+ : s)
-      for (int64_t k = 0; k < c; ++k) s += vexp(static_cast<A>(x[k]) - m);
-      const A log_s = vlog(s);
+  softmax_rows(y_out, x_in, []<class T, class A>(T* y, const T* x, int64_t c, A m, A s) {
+    const A log_s = vlog(s);
 #pragma omp simd
-      for (int64_t k = 0; k < c; ++k) put(y[k], static_cast<A>(x[k]) - m - log_s);
-    });
+    for (int64_t k = 0; k < c; ++k) put(y[k], static_cast<A>(x[k]) - m - log_s);
   });
 }
 
