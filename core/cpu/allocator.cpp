@@ -9,6 +9,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "core/counting_allocator.h"
+
 namespace krait::core {
 
 namespace {
@@ -28,7 +30,7 @@ void* fresh(size_t size) {
 
 // Blocks are rounded up to a quarter of a power of two and kept by size when freed: a training step asks for
 // the same sizes again and again, and fresh pages from the system cost a fault each.
-class CpuAllocator final : public Allocator {
+class CpuAllocator final : public CountingAllocator {
  public:
   void* allocate(size_t bytes) override {
     if (bytes == 0) return nullptr;
@@ -52,8 +54,7 @@ class CpuAllocator final : public Allocator {
     }
     const size_t asked = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     used_[p] = {size, asked};
-    stats_.current_bytes += static_cast<int64_t>(asked);
-    stats_.peak_bytes = std::max(stats_.peak_bytes, stats_.current_bytes);
+    count(static_cast<int64_t>(asked));
     return p;
   }
 
@@ -66,31 +67,13 @@ class CpuAllocator final : public Allocator {
     used_.erase(it);
   }
 
-  MemoryStats stats() const override {
-    const std::lock_guard lock(mutex_);
-    return stats_;
-  }
-  void reset_peak() override {
-    const std::lock_guard lock(mutex_);
-    stats_.peak_bytes = stats_.current_bytes;
-  }
-  void release_cached() override {
-    const std::lock_guard lock(mutex_);
-    release_locked();
-  }
-  void note_taken(int64_t bytes) override {
-    const std::lock_guard lock(mutex_);
-    stats_.current_bytes += bytes;
-    stats_.reserved_bytes += bytes;
-    stats_.peak_bytes = std::max(stats_.peak_bytes, stats_.current_bytes);
-  }
 
  private:
   static size_t rounded(size_t bytes) {
     const size_t step = std::max(kAlignment, std::bit_floor(bytes) / 4);
     return (bytes + step - 1) / step * step;
   }
-  void release_locked() {
+  void release_locked() override {
     for (auto& [size, blocks] : free_) {
       for (void* p : blocks) std::free(p);
       stats_.reserved_bytes -= static_cast<int64_t>(size * blocks.size());
@@ -99,10 +82,8 @@ class CpuAllocator final : public Allocator {
   }
 
   struct Block { size_t size, asked; };
-  mutable std::mutex mutex_;
   std::unordered_map<size_t, std::vector<void*>> free_;
   std::unordered_map<void*, Block> used_;
-  MemoryStats stats_;
 };
 
 }  // namespace

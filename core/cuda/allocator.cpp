@@ -1,12 +1,12 @@
 #include "core/allocator.h"
 
-#include <algorithm>
 #include <map>
 #include <mutex>
 #include <set>
 #include <unordered_map>
 #include <utility>
 
+#include "core/counting_allocator.h"
 #include "core/cpu/allocator.h"
 #include "core/cuda/check.h"
 #include "core/stream.h"
@@ -36,7 +36,7 @@ struct BySize {
 
 // Best fit over free blocks that are split and joined within segments taken from cudaMalloc. All work of a
 // device is queued on one stream, so a freed block may be reused at once: later work runs later.
-class CudaAllocator final : public Allocator {
+class CudaAllocator final : public CountingAllocator {
  public:
   explicit CudaAllocator(int index) : index_(index) {}
 
@@ -63,8 +63,7 @@ class CudaAllocator final : public Allocator {
     }
     block->free = false;
     used_[block->pointer] = block;
-    stats_.current_bytes += static_cast<int64_t>(block->size);
-    stats_.peak_bytes = std::max(stats_.peak_bytes, stats_.current_bytes);
+    count(static_cast<int64_t>(block->size));
     return block->pointer;
   }
 
@@ -95,25 +94,6 @@ class CudaAllocator final : public Allocator {
     free.insert(block);
   }
 
-  MemoryStats stats() const override {
-    const std::lock_guard lock(mutex_);
-    return stats_;
-  }
-  void reset_peak() override {
-    const std::lock_guard lock(mutex_);
-    stats_.peak_bytes = stats_.current_bytes;
-  }
-  void release_cached() override {
-    const std::lock_guard lock(mutex_);
-    release_locked();
-  }
-
-  void note_taken(int64_t bytes) override {
-    const std::lock_guard lock(mutex_);
-    stats_.current_bytes += bytes;
-    stats_.reserved_bytes += bytes;
-    stats_.peak_bytes = std::max(stats_.peak_bytes, stats_.current_bytes);
-  }
 
   int create_pool() {
     const std::lock_guard lock(mutex_);
@@ -161,7 +141,7 @@ class CudaAllocator final : public Allocator {
   }
 
   // Whole free segments of the common pool go back to the driver.
-  void release_locked() {
+  void release_locked() override {
     auto& free = free_[0];
     for (auto it = free.begin(); it != free.end();) {
       Block* b = *it;
@@ -177,10 +157,8 @@ class CudaAllocator final : public Allocator {
   }
 
   const int index_;
-  mutable std::mutex mutex_;
   std::map<int, std::set<Block*, BySize>> free_;
   std::unordered_map<char*, Block*> used_;
-  MemoryStats stats_;
   int pool_ = 0, next_pool_ = 1;
 };
 
