@@ -21,7 +21,7 @@ data::TokensPtr tokens_to_evaluate(const Session& session, const std::string& fi
               "--tokenizer-from the run's data",
               file, store->tokenizer()->name(), store->vocab_size(), session.data.tokenizer->name(),
               session.data.tokenizer->vocab_size());
-  return store->split(split);
+  return split_of(session.config, *store, "eval.split", split);
 }
 
 void print_text(const EvalResult& r, const LoadedRun& run, const std::string& where, const EvalOptions& options) {

@@ -112,6 +112,15 @@ DataSource open_data(const Config& config) {
   return {store, store->tokenizer(), ""};
 }
 
+data::TokensPtr split_of(const Config& config, const data::TokenStore& store, const std::string& key, const std::string& name) {
+  if (!store.has_split(name)) {
+    std::string known;
+    for (const std::string& s : store.splits()) known += (known.empty() ? "" : ", ") + s;
+    config.fail(key, fmt::format("found {}, but {} has: {}", name, store.path(), known), known);
+  }
+  return store.split(name);
+}
+
 void build_model(Session& s, const layers::ModelConfig& model) {
   const Config& config = s.config;
   CrossEntropyOptions loss;

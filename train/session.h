@@ -19,6 +19,8 @@ struct DataSource {
 };
 /// Opens what data.path names.
 DataSource open_data(const Config& config);
+/// The split that `key` of the config names; ConfigError with the store's splits where it has none of that name.
+data::TokensPtr split_of(const Config& config, const data::TokenStore& store, const std::string& key, const std::string& name);
 
 /// A config brought to life on one device: data, model, parameters. What train, eval and generate share.
 struct Session {

@@ -13,15 +13,6 @@ namespace krait::train {
 
 namespace {
 
-data::TokensPtr split_of(const Session& session, const std::string& key, const std::string& name) {
-  if (!session.data.store->has_split(name)) {
-    std::string known;
-    for (const std::string& s : session.data.store->splits()) known += (known.empty() ? "" : ", ") + s;
-    session.config.fail(key, fmt::format("found {}, but {} has: {}", name, session.data.store->path(), known), known);
-  }
-  return session.data.store->split(name);
-}
-
 TrainData open_task(const Session& session) {
   const Config& c = session.config;
   const auto seed = static_cast<uint64_t>(c.seed);
@@ -34,7 +25,7 @@ TrainData open_task(const Session& session) {
 TrainData open_tokens(const Session& session) {
   const Config& c = session.config;
   TrainData d;
-  const data::TokensPtr train = split_of(session, "data.split", c.data.split);
+  const data::TokensPtr train = split_of(c, *session.data.store, "data.split", c.data.split);
   if (train->size() < c.data.context + 1)
     c.fail("data.context",
            fmt::format("{} tokens need {} in a row, but {} has {}", c.data.context, c.data.context + 1,
@@ -47,7 +38,7 @@ TrainData open_tokens(const Session& session) {
                 ? data::streams(train, {c.data.context, c.train.micro_batch_size * ranks, documents, true, seed})
                 : data::random_crops(train, {c.data.context, c.train.micro_batch_size, seed, documents});
   if (session.data.store->has_split(c.eval.split) || c.eval.interval > 0)
-    d.eval_tokens = split_of(session, "eval.split", c.eval.split);
+    d.eval_tokens = split_of(c, *session.data.store, "eval.split", c.eval.split);
   if (d.eval_tokens && c.data.state != "carry" && d.eval_tokens->size() <= c.eval.context) {
     if (c.eval.interval > 0)  // now, and not when the first evaluation is due
       c.fail("eval.context", fmt::format("{} tokens need {} in a row, but {} has {}", c.eval.context, c.eval.context + 1,

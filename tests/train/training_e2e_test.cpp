@@ -84,6 +84,9 @@ TEST_CASE("training learns, and leaves the run directory that DESIGN.md names") 
   const json result = json::parse(eval.out);
   CHECK(result["nll"].get<double>() < lines.back()["nll"].get<double>() + 0.02);  // more context per token
   CHECK(contains(result["convention"].get<std::string>(), "stride 16"));
+  const Outcome nowhere = krait_command("eval " + run + " --split nowhere");
+  CHECK(nowhere.status == 2);
+  CHECK(contains(nowhere.err, "eval.split: found nowhere, but"));
 
   const Outcome text = krait_command("generate " + run + " --prompt 'the ' --max-tokens 40 --seed 7");
   REQUIRE(text.status == 0);
