@@ -251,7 +251,7 @@ void gated_rms_norm_backward(Tensor& dx, Tensor& dz, Tensor& y, Tensor& dw, bool
   const Stream stream = current_stream(x.device());
   visit_float(x.dtype(), [&]<class T>() {
     using A = accum_t<T>;
-    T* y_again = data_or_null<T>(y);
+    T* y_again = pointer_or_null<T>(y);
     Tensor partial;
     if constexpr (!std::is_same_v<T, double>) {
       if (fits<T>(c) && rows_aligned<T>(x) && rows_aligned<T>(dy) && rows_aligned<T>(dx) && rows_aligned<T>(z) &&

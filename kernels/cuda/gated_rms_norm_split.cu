@@ -128,8 +128,8 @@ void run_groups(Tensor* sums, Tensor* y, const Tensor& dy, const Tensor& x, cons
     visit_width<T>(d, {&x, &z, &dy}, [&]<int V>() {
       launch(group_kernel<kTask, V, T>,
              {.grid = ceil_div(d.r * d.groups, kWarpBlock / 32), .block = kWarpBlock, .stream = current_stream(x.device())},
-             sums ? sums->data<A>() : nullptr, y ? y->data<T>() : nullptr, data_or_null<T>(dy), x.data<T>(), z.data<T>(),
-             data_or_null<A>(w), data_or_null<A>(rstd), d, norm_first);
+             sums ? sums->data<A>() : nullptr, y ? y->data<T>() : nullptr, pointer_or_null<T>(dy), x.data<T>(), z.data<T>(),
+             pointer_or_null<A>(w), pointer_or_null<A>(rstd), d, norm_first);
     });
   });
 }
@@ -163,7 +163,7 @@ void gated_rms_norm_backward_split(Tensor& dx, Tensor& dz, Tensor& y, Tensor& dw
       const bool fits = bytes <= 24 * 1024;
       launch(fits ? split_backward_kernel<true, V, T> : split_backward_kernel<false, V, T>,
              {.grid = partial.size(0), .block = kThreads, .shared = fits ? bytes : 0, .stream = stream}, dx.data<T>(),
-             dz.data<T>(), data_or_null<T>(y), partial.data<A>(), dy.data<T>(), x.data<T>(), z.data<T>(), w.data<A>(),
+             dz.data<T>(), pointer_or_null<T>(y), partial.data<A>(), dy.data<T>(), x.data<T>(), z.data<T>(), w.data<A>(),
              rstd.data<A>(), mean.data<A>(), d, norm_first);
     });
     launch(sum_partials_kernel<A>, {.grid = ceil_div(d.e, 32), .block = 512, .stream = stream}, dw.data<A>(), add_dw,

@@ -1,4 +1,5 @@
 #pragma once
+#include "kernels/cuda/aligned.h"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
 #include "kernels/norm.h"
@@ -164,11 +165,6 @@ __global__ void norm_forward_plain_kernel(X* y, R* sum, A* mean, A* rstd, const 
   }
 }
 
-template <class T>
-T* data_or_null(const Tensor& t) {
-  return t.defined() ? t.data<T>() : nullptr;
-}
-
 template <bool kCentred>
 void norm_forward(Tensor& y_out, Tensor& sum_out, Tensor& mean_out, Tensor& rstd_out, const Tensor& x_in,
                   const Tensor& residual_in, const Tensor& w_in, const Tensor& b_in, double eps,
@@ -178,8 +174,8 @@ void norm_forward(Tensor& y_out, Tensor& sum_out, Tensor& mean_out, Tensor& rstd
   visit_norm(x_in.dtype(), residual_in.defined() ? residual_in.dtype() : x_in.dtype(), [&]<class X, class R>() {
     using A = accum_t<X>;
     X* y = y_out.data<X>();
-    R *sum = data_or_null<R>(sum_out), *residual = data_or_null<R>(residual_in);
-    A *mean = data_or_null<A>(mean_out), *rstd = rstd_out.data<A>(), *w = w_in.data<A>(), *b = data_or_null<A>(b_in);
+    R *sum = pointer_or_null<R>(sum_out), *residual = pointer_or_null<R>(residual_in);
+    A *mean = pointer_or_null<A>(mean_out), *rstd = rstd_out.data<A>(), *w = w_in.data<A>(), *b = pointer_or_null<A>(b_in);
     const X* x = x_in.data<X>();
     const auto offset = static_cast<A>(weight_offset);
     if constexpr (!std::is_same_v<X, double>) {

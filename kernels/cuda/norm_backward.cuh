@@ -175,21 +175,21 @@ void norm_backward(Tensor& dr_out, Tensor& dx_out, Tensor& dw_out, bool add_dw, 
   const Stream stream = current_stream(x_in.device());
   visit_norm(dy_in.dtype(), x_in.dtype(), [&]<class X, class R>() {
     using A = accum_t<X>;
-    R *dr = dr_out.data<R>(), *add = data_or_null<R>(dr_in);
-    X* dx = data_or_null<X>(dx_out);
+    R *dr = dr_out.data<R>(), *add = pointer_or_null<R>(dr_in);
+    X* dx = pointer_or_null<X>(dx_out);
     const X* dy = dy_in.data<X>();
     const R* x = x_in.data<R>();
-    A *w = w_in.data<A>(), *mean = data_or_null<A>(mean_in), *rstd = rstd_in.data<A>();
+    A *w = w_in.data<A>(), *mean = pointer_or_null<A>(mean_in), *rstd = rstd_in.data<A>();
     const auto run = [&](auto kernel, int64_t blocks, int threads, int64_t shared) {
       const Tensor partial_w = empty({blocks, c}, dtype_of<A>, x_in.device());
       const Tensor partial_b = db_out.defined() ? empty({blocks, c}, dtype_of<A>, x_in.device()) : Tensor();
       launch(kernel, {.grid = blocks, .block = threads, .shared = shared, .stream = stream}, dr, dx, partial_w.data<A>(),
-             data_or_null<A>(partial_b), dy, add, x, w, mean, rstd, r, c, static_cast<A>(weight_offset));
+             pointer_or_null<A>(partial_b), dy, add, x, w, mean, rstd, r, c, static_cast<A>(weight_offset));
       launch_overlapped(
              sum_partials_kernel<A>,
              {.grid = ceil_div(c, 32), .grid_y = db_out.defined() ? 2 : 1, .block = 512, .stream = stream},
-             dw_out.data<A>(), add_dw, data_or_null<A>(db_out), add_db, partial_w.data<A>(),
-             data_or_null<A>(partial_b), blocks, c);
+             dw_out.data<A>(), add_dw, pointer_or_null<A>(db_out), add_db, partial_w.data<A>(),
+             pointer_or_null<A>(partial_b), blocks, c);
     };
     if constexpr (!std::is_same_v<X, double>) {
       if (c <= 8192 && c % (16 / static_cast<int64_t>(sizeof(X))) == 0 && aligned16(dr, dx, dy, add, x, w)) {

@@ -1,6 +1,7 @@
 #include "kernels/s4_scan.h"
 
 #include "core/cuda/launch.cuh"
+#include "kernels/cuda/aligned.h"
 #include "kernels/cuda/block_reduce.cuh"
 #include "kernels/cuda/fft.cuh"
 
@@ -260,12 +261,6 @@ __global__ void dense_scan_kernel(T* y, A* last, const T* __restrict__ u, const 
   if (i < n) last[item * n + i] = own;
 }
 
-template <class A>
-const A* data_or_null(const Tensor& t) {
-  return t.defined() ? t.data<A>() : nullptr;
-}
-const int32_t* segments_or_null(const Tensor& t) { return t.defined() ? t.data<int32_t>() : nullptr; }
-
 // f.operator()<J>() with J states a lane.
 template <class F>
 void visit_states(int64_t n, F&& f) {
@@ -285,8 +280,8 @@ void s4_scan_forward(Tensor& y, Tensor& last, const Tensor& u, const S4System& s
     visit_states(n, [&]<int J>() {
       launch(s4_scan_forward_kernel<T, A, J>,
              {.grid = ceil_div(rows, 4), .block = 128, .stream = current_stream(u.device())}, y.data<T>(),
-             last.data<A>(), u.data<T>(), s.A.data<A>(), s.B.data<A>(), s.C.data<A>(), data_or_null<A>(s.D),
-             data_or_null<A>(s.M), data_or_null<A>(s.Q), x0.data<A>(), segments_or_null(segments), rows, u.size(1),
+             last.data<A>(), u.data<T>(), s.A.data<A>(), s.B.data<A>(), s.C.data<A>(), pointer_or_null<A>(s.D),
+             pointer_or_null<A>(s.M), pointer_or_null<A>(s.Q), x0.data<A>(), pointer_or_null<int32_t>(segments), rows, u.size(1),
              u.size(2), n, s.M.defined() ? s.M.size(1) : int64_t{0});
     });
   });
@@ -306,8 +301,8 @@ void s4_scan_backward(S4ScanGrad& grad, const Tensor& dy, const Tensor& dlast, c
               .stream = current_stream(u.device())},
              grad.du.data<T>(), grad.dA.data<A>(), grad.dB.data<A>(), grad.dC.data<A>(),
              grad.dD.defined() ? grad.dD.data<A>() : nullptr, grad.dx0.data<A>(), kept.data<A>(), dy.data<T>(),
-             dlast.data<A>(), u.data<T>(), s.A.data<A>(), s.B.data<A>(), s.C.data<A>(), data_or_null<A>(s.D),
-             x0.data<A>(), segments_or_null(segments), rows, l, u.size(2), n);
+             dlast.data<A>(), u.data<T>(), s.A.data<A>(), s.B.data<A>(), s.C.data<A>(), pointer_or_null<A>(s.D),
+             x0.data<A>(), pointer_or_null<int32_t>(segments), rows, l, u.size(2), n);
     });
   });
 }
@@ -324,7 +319,7 @@ void dense_scan_forward(Tensor& y, Tensor& last, const Tensor& u, const S4System
             .shared = n * static_cast<int64_t>(sizeof(A)),
             .stream = current_stream(u.device())},
            y.data<T>(), last.data<A>(), u.data<T>(), s.A.data<A>(), s.B.data<A>(), s.C.data<A>(),
-           data_or_null<A>(s.D), x0.data<A>(), segments_or_null(segments), u.size(1), u.size(2), n);
+           pointer_or_null<A>(s.D), x0.data<A>(), pointer_or_null<int32_t>(segments), u.size(1), u.size(2), n);
   });
 }
 

@@ -188,11 +188,6 @@ __global__ void step_kernel(T* y, A* state, const T* x, const A* dt, const A* a,
   if (threadIdx.x % 32 == 0) y[row] = static_cast<T>(sum + (D != nullptr ? D[h * p + row % p] * value : A(0)));
 }
 
-template <class A>
-A* data_or_null(const Tensor& t) {
-  return t.defined() ? t.data<A>() : nullptr;
-}
-
 }  // namespace
 
 Pass::Pass(const SsdInput& in) : d(in), dt(in.dt) {
@@ -206,7 +201,7 @@ Pass::Pass(const SsdInput& in) : d(in), dt(in.dt) {
   visit_float(in.x.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     launch(sums_kernel<A>, {.grid = ceil_div(d.b * d.chunks * d.heads, kThreads), .block = kThreads, .stream = stream},
-           high.data<A>(), low.data<A>(), data_or_null<int32_t>(run), in.a.data<A>(), data_or_null<int32_t>(in.segments),
+           high.data<A>(), low.data<A>(), pointer_or_null<int32_t>(run), in.a.data<A>(), pointer_or_null<int32_t>(in.segments),
            d);
     launch(products_kernel<T>,
            {.grid = d.b * d.chunks * d.g, .grid_y = d.tiles, .grid_z = d.tiles, .block = kThreads,
@@ -231,7 +226,7 @@ void Pass::scan(Tensor& states, const Tensor& start, const Tensor& last, bool re
   const auto run_scan = [&]<class A>() {
     launch(scan_kernel<A>,
            {.grid = ceil_div(d.b * d.heads * d.p * d.n, 256), .block = 256, .stream = current_stream(states.device())},
-           states.data<A>(), data_or_null<A>(start), data_or_null<A>(last), decays<A>(), d, reverse);
+           states.data<A>(), pointer_or_null<A>(start), pointer_or_null<A>(last), decays<A>(), d, reverse);
   };
   if (states.dtype() == DType::f64)
     run_scan.operator()<double>();
@@ -254,7 +249,7 @@ void ssd_forward(Tensor& y, Tensor& final_state, const SsdInput& in) {
            {.grid = d.b * d.chunks * d.heads, .grid_y = d.tiles, .grid_z = ceil_div(d.p, kTile), .block = kThreads,
             .shared = 2 * kTileSize<T> * int64_t{sizeof(T)}, .stream = current_stream(y.device())},
            Rows<T>(y), Rows<const T>(in.x), Rows<const T>(in.C), pass.products.data<A>(), states.data<A>(),
-           data_or_null<A>(in.D), pass.decays<A>(), d);
+           pointer_or_null<A>(in.D), pass.decays<A>(), d);
   });
 }
 
@@ -264,8 +259,8 @@ void ssd_step(Tensor& y, Tensor& state, const Tensor& x, const Tensor& dt, const
   visit_float(x.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     launch(step_kernel<T>, {.grid = ceil_div(x.numel(), 4), .block = 128, .stream = current_stream(x.device())},
-           y.data<T>(), state.data<A>(), x.data<T>(), data_or_null<A>(dt), a.data<A>(), B.data<T>(), C.data<T>(),
-           data_or_null<A>(D), x.numel(), x.size(1), x.size(2), B.size(1), B.size(2));
+           y.data<T>(), state.data<A>(), x.data<T>(), pointer_or_null<A>(dt), a.data<A>(), B.data<T>(), C.data<T>(),
+           pointer_or_null<A>(D), x.numel(), x.size(1), x.size(2), B.size(1), B.size(2));
   });
 }
 

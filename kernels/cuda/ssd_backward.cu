@@ -329,11 +329,6 @@ __global__ void da_kernel(A* da, const A* column_sums, const A* from_in, const A
   }
 }
 
-template <class A>
-A* data_or_null(const Tensor& t) {
-  return t.defined() ? t.data<A>() : nullptr;
-}
-
 }  // namespace
 }  // namespace ssd
 
@@ -361,8 +356,8 @@ void ssd_backward(SsdGrad& grad, const Tensor& dy, const Tensor& dfinal, const S
     const A* products = pass.products.data<A>();
     launch(dx_kernel<T>,
            {.grid = d.b * d.chunks * d.heads, .grid_y = d.tiles, .block = kThreads, .shared = kTiles, .stream = stream},
-           Rows<T>(grad.dx), data_or_null<A>(grad.ddt), from_out.data<A>(), data_or_null<A>(partial_D), up, x, B,
-           products, dstates.data<A>(), data_or_null<A>(in.D), pass.decays<A>(), d);
+           Rows<T>(grad.dx), pointer_or_null<A>(grad.ddt), from_out.data<A>(), pointer_or_null<A>(partial_D), up, x, B,
+           products, dstates.data<A>(), pointer_or_null<A>(in.D), pass.decays<A>(), d);
     launch(group_kernel<T, false, NP>,
            {.grid = d.b * d.chunks * d.g, .grid_y = d.tiles, .block = kThreads, .shared = kTiles + kSquare, .stream = stream},
            Rows<T>(grad.dC), grad.da.data<A>(), column_sums.data<A>(), from_in.data<A>(), up, x, B, C, products,

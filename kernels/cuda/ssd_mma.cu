@@ -356,11 +356,6 @@ __global__ void __launch_bounds__(kCarryThreads)
   }
 }
 
-template <class T>
-T* data_or_null(const Tensor& t) {
-  return t.defined() ? t.data<T>() : nullptr;
-}
-
 // How a walk along the chunks is cut: blocks for two on each of about 132 multiprocessors, pieces of four chunks or more.
 struct Cut {
   int64_t bundles, pieces, piece;
@@ -401,7 +396,7 @@ void walk(Scan in, const Tensor& start, const Tensor& last, const Tensor& C, con
       launch_scan<128, false>(in, unused, Rows<bf16>(like), stream);
   };
   Tensor carried;
-  in.start = data_or_null<float>(start);
+  in.start = pointer_or_null<float>(start);
   if (cut.pieces > 1) {
     carried = empty({in.d.b, cut.pieces, in.d.heads, in.d.p, in.d.n}, DType::f32, like.device());
     bf16* const states = in.states;
@@ -417,14 +412,14 @@ void walk(Scan in, const Tensor& start, const Tensor& last, const Tensor& C, con
     const int64_t tiles = ceil_div(in.d.p * in.d.n, kCarryThreads * kCarryEach);
     const bool last_alone = !out.defined() && states == nullptr;
     launch(carry_kernel, {.grid = in.d.b * in.d.heads * tiles, .block = kCarryThreads, .stream = stream},
-           carried.data<float>(), last_alone ? last.data<float>() : nullptr, data_or_null<float>(start),
+           carried.data<float>(), last_alone ? last.data<float>() : nullptr, pointer_or_null<float>(start),
            totals.data<float>(), in.d, cut.pieces, static_cast<int>(tiles), in.reverse);
     if (last_alone) return;
     in.start = carried.data<float>();
     in.states = states;
     in.last_of_each = false;
   }
-  in.last = data_or_null<float>(last);
+  in.last = pointer_or_null<float>(last);
   if (!out.defined())
     states_only();
   else if (narrow)
@@ -447,7 +442,7 @@ Prepared::Prepared(const SsdInput& in, bool with_products) : d(in) {
   const Stream stream = current_stream(device);
   decays = empty({d.b, d.chunks, d.heads, 4, kRows}, DType::f32, device);
   launch(decay_kernel, {.grid = d.b * d.chunks, .block = 256, .stream = stream}, decays.data<float>(), in.a.data<float>(),
-         data_or_null<float>(in.dt), data_or_null<int32_t>(in.segments), d);
+         pointer_or_null<float>(in.dt), pointer_or_null<int32_t>(in.segments), d);
   if (!with_products) return;
   products = empty({d.b, d.chunks, d.g, kRows, kRows}, DType::bf16, device);
   const auto run = [&]<int N>() {
@@ -479,7 +474,7 @@ void Prepared::last_state(const Tensor& rows, const Tensor& columns, const Tenso
 void forward(Tensor& y, Tensor& final_state, const SsdInput& in) {
   const Prepared prepared(in);
   const Scan scan{Rows<const bf16>(in.x), Rows<const bf16>(in.B), prepared.decays.data<float>(), nullptr,
-                  prepared.products.data<bf16>(), data_or_null<float>(in.D), nullptr, nullptr, prepared.d, 1, 1, 1, 1,
+                  prepared.products.data<bf16>(), pointer_or_null<float>(in.D), nullptr, nullptr, prepared.d, 1, 1, 1, 1,
                   false, false};
   walk(scan, in.initial_state, final_state, in.C, y, in.x);
 }

@@ -3,6 +3,7 @@
 // cut in chunks of 64 positions, whatever chunk was asked for. Shared tiles have rows of D + 8 values (16-byte rows
 // start in different banks); fragments as in attention_mma.cuh.
 #include "core/cuda/launch.cuh"
+#include "kernels/cuda/aligned.h"
 #include "kernels/cuda/attention_mma.cuh"
 #include "kernels/cuda/exp2.cuh"
 #include "kernels/cuda/ssd_tile.cuh"

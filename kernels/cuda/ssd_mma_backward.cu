@@ -410,11 +410,6 @@ __global__ void __launch_bounds__(kThreads, 1) chunk_kernel(const Grads grad, co
   }
 }
 
-template <class T>
-T* data_or_null(const Tensor& t) {
-  return t.defined() ? t.data<T>() : nullptr;
-}
-
 }  // namespace
 
 void backward(SsdGrad& grad, const Tensor& dy, const Tensor& dfinal, const SsdInput& in) {
@@ -424,10 +419,10 @@ void backward(SsdGrad& grad, const Tensor& dy, const Tensor& dfinal, const SsdIn
   const Tensor dstates = prepared.states(dy, in.C, dfinal, grad.dinitial_state, true);
   const Tensor partial_D = in.D.defined() ? empty({d.b * d.chunks, d.heads, d.p}, DType::f32, in.x.device()) : Tensor();
   const Grads out{Rows<bf16>(grad.dx), Rows<bf16>(grad.dB), Rows<bf16>(grad.dC), grad.da.data<float>(),
-                  data_or_null<float>(grad.ddt), data_or_null<float>(partial_D)};
+                  pointer_or_null<float>(grad.ddt), pointer_or_null<float>(partial_D)};
   const Inputs from{Rows<const bf16>(dy), Rows<const bf16>(in.x), Rows<const bf16>(in.B), Rows<const bf16>(in.C),
                     prepared.products.data<bf16>(), states.data<bf16>(), dstates.data<bf16>(),
-                    prepared.decays.data<float>(), data_or_null<float>(in.D), d};
+                    prepared.decays.data<float>(), pointer_or_null<float>(in.D), d};
   const auto run = [&]<int N>() {
     constexpr int64_t values = 2 * kWide<N> + kSquare + 4 * (kSquare + kWide<N> + kDecays);
     launch(chunk_kernel<N>,

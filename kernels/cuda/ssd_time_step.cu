@@ -1,6 +1,7 @@
 #include "kernels/ssd_time_step.h"
 
 #include "core/cuda/launch.cuh"
+#include "kernels/cuda/aligned.h"
 
 // Bound by memory, and small: 2 + 8 bytes for each position and head in bf16.
 namespace krait::kernels::cuda {
@@ -83,11 +84,6 @@ __global__ void sum_steps_kernel(A* dbias, A* dA_log, const A* partial, int64_t 
   (blockIdx.y == 0 ? dbias : dA_log)[k] = s;
 }
 
-template <class A>
-A* data_or_null(const Tensor& t) {
-  return t.defined() ? t.data<A>() : nullptr;
-}
-
 }  // namespace
 
 void ssd_time_step_forward(Tensor& step, Tensor& a, const Tensor& dt, const Tensor& bias, const Tensor& A_log, double low,
@@ -110,7 +106,7 @@ void ssd_time_step_backward(Tensor& ddt, Tensor& dbias, Tensor& dA_log, const Te
     const Tensor partial = empty({2, blocks, h}, dtype_of<A>, dt.device());
     launch(step_backward_kernel<T>,
            {.grid = blocks, .grid_y = ceil_div(h, kHeads), .block = kThreads, .stream = current_stream(dt.device())},
-           ddt.data<T>(), partial.data<A>(), data_or_null<A>(dstep), data_or_null<A>(da), dt.data<T>(), bias.data<A>(),
+           ddt.data<T>(), partial.data<A>(), pointer_or_null<A>(dstep), pointer_or_null<A>(da), dt.data<T>(), bias.data<A>(),
            A_log.data<A>(), r, h, dt.stride(0), ddt.stride(0), rows, low, high);
     launch(sum_steps_kernel<A>,
            {.grid = ceil_div(h, kHeads), .grid_y = 2, .block = 16 * kHeads, .stream = current_stream(dt.device())},
