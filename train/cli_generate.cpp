@@ -11,6 +11,7 @@ void add_generate(CLI::App& app, Action& action) {
   const auto command = std::make_shared<GenerateCommand>();
   CLI::App* sub = app.add_subcommand("generate", "Continue a text with a trained model");
   sub->add_option("RUN_DIR", command->run_dir, "Run directory")->required();
+  sub->add_option("overrides", command->overrides, "key.path=value, parsed as YAML");
   sub->add_option("--prompt", command->prompt, "Text to continue");
   sub->add_option("--max-tokens", command->max_tokens, "Tokens to generate")->capture_default_str()->check(from_to(1, 1 << 30));
   sub->add_option("--temperature", command->temperature, "0: always the likeliest token")->capture_default_str()

@@ -33,6 +33,7 @@ int run_eval(const EvalCommand& command);
 
 struct GenerateCommand {
   std::string run_dir;
+  std::vector<std::string> overrides;
   std::string prompt;
   int64_t max_tokens = 256;
   double temperature = 1.0;  // 0: the likeliest token

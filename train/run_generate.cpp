@@ -5,7 +5,7 @@
 namespace krait::train {
 
 int run_generate(const GenerateCommand& command) {
-  LoadedRun run = load_finished_run(command.run_dir, {});
+  LoadedRun run = load_finished_run(command.run_dir, command.overrides);
   GenerateOptions options;
   options.prompt = command.prompt;
   options.max_tokens = command.max_tokens;

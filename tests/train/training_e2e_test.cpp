@@ -94,6 +94,13 @@ TEST_CASE("training learns, and leaves the run directory that DESIGN.md names") 
   CHECK(text.out.size() == 4 + 40 + 1);
   CHECK(krait_command("generate " + run + " --prompt 'the ' --max-tokens 40 --seed 7").out == text.out);
   CHECK(krait_command("generate " + run + " --prompt 'the ' --max-tokens 40 --seed 8").out != text.out);
+  // A run that asks for a device which this machine lacks can be moved to one that it has, as for eval.
+  const std::string config = train::read_file(run + "/config.yaml");
+  std::string elsewhere = config;
+  write_text(run + "/config.yaml", elsewhere.replace(elsewhere.find("device: cpu"), 11, "device: cuda"));
+  CHECK(krait_command("generate " + run + " runtime.device=cpu --prompt 'the ' --max-tokens 40 --seed 7").out == text.out);
+  CHECK(contains(krait_command("generate " + run + " runtime.devize=cpu").err, "unknown key; did you mean device?"));
+  write_text(run + "/config.yaml", config);
 
   // The resolved config is complete: it runs again and gives the same.
   REQUIRE(krait_command(fmt::format("train {}/config.yaml --run-dir {}", run, w.tmp / "again")).status == 0);
