@@ -13,8 +13,8 @@ inline constexpr int64_t kFewScanRows = 3;
 
 /// While it lives, this thread's kernels of a decoding step of so many rows are gathered on a GPU that can (bf16, sm_90).
 /// Neighbours run as one kernel where there is such: of up to kFewRows rows, norms, linear maps, gated units, attention_append; of
-/// more, or with `scans`, where all layers are such, norms, linear maps, mamba_step, mamba2_step. The results are there
-/// when anything else of this thread reads them: using the stream launches what waits.
+/// more, or with `scans`, where all layers are such, RMSNorm, linear maps, gated units, attention_append, mamba_step,
+/// mamba2_step. The results are there when anything else of this thread reads them: using the stream launches what waits.
 class StepScope {
  public:
   explicit StepScope(Device device, int64_t rows = 1, bool scans = false);

@@ -21,8 +21,8 @@ constexpr DecodeRow kRows[] = {
     {"mamba-130m", 8, true, 0},     {"mamba-130m", 64, true, 0.427},  {"mamba-130m", 256, true, 0},
     {"mamba2-130m", 1, true, 0.25},  {"mamba2-130m", 8, true, 0},  {"mamba2-130m", 64, true, 0.427}, {"mamba2-130m", 256, true, 0},
     {"mamba2-130m", 64, true, 0.427, DType::bf16},
-    {"gpt2-124m", 1, true, 0.25},    {"gpt2-124m", 8, true, 0},    {"gpt2-124m", 64, true, 0},
-    {"llama-124m", 1, true, 0},      {"llama-124m", 8, true, 0},   {"llama-124m", 64, true, 0},
+    {"gpt2-124m", 1, true, 0.25},    {"gpt2-124m", 8, true, 0},    {"gpt2-124m", 64, true, 0},    {"gpt2-124m", 256, true, 0},
+    {"llama-124m", 1, true, 0},      {"llama-124m", 8, true, 0},   {"llama-124m", 64, true, 0},   {"llama-124m", 256, true, 0},
     {"xlstm-125m", 1, true, 0},      {"xlstm-125m", 64, true, 0},
     {"s4d-24x768", 1, true, 0},      {"s4d-24x768", 64, true, 0},   {"s4-24x768", 1, true, 0},
     {"lstm-2x1024", 1, true, 0},     {"lstm-2x1024", 64, true, 0},  {"gru-2x1024", 1, true, 0},
@@ -45,7 +45,6 @@ Row measure_decode(const DecodeRow& r, Device device) {
   model.set_training(false);
   const Tensor prompts = random_batch(config, 0).tokens.slice(1, 0, kPrompt).contiguous();
   const auto loop = [&](int64_t n, bool graphs) {
-    // One capacity for both: among how many blocks attention shares a cache depends on it, and with that its rounding.
     auto l = std::make_unique<DecodeLoop>(model, session.parameters->options(), r.batch, kPrompt + kNew, n,
                                           kernels::SampleOptions{.temperature = 0}, graphs, r.states);
     l->prefill(prompts);

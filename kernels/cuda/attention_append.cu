@@ -3,6 +3,7 @@
 #include "kernels/cuda/few_queue.h"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
+#include "kernels/cuda/rows_queue.h"
 
 namespace krait::kernels::cuda {
 
@@ -148,7 +149,7 @@ void run(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor& v_cache, const T
 }  // namespace
 
 void attention_append(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor& v_cache, const Tensor& position, const AttentionAppend& a) {
-  if (gather_few_attention(o, qkv, k_cache, v_cache, position, a)) return;
+  if (gather_few_attention(o, qkv, k_cache, v_cache, position, a) || gather_rows_attention(o, qkv, k_cache, v_cache, position, a)) return;
   if (qkv.dtype() == DType::bf16)
     run<bf16>(o, qkv, k_cache, v_cache, position, a);
   else

@@ -6,6 +6,7 @@
 #include "kernels/cuda/hopper.h"
 #include "kernels/cuda/linear_fused.cuh"
 #include "kernels/cuda/linear_fused.h"
+#include "kernels/cuda/rows_queue.h"
 #include "kernels/cuda/tensor_map.h"
 
 namespace krait::kernels::cuda {
@@ -174,7 +175,7 @@ bool fused_gated_gradient(Tensor& dpre, const Tensor& dy, const Tensor& w, const
 }  // namespace
 
 void gated_units_forward(bool& done, Tensor& h, Tensor& pre, const Gemm& product) {
-  done = gather_few_gated_units(h, pre, product) || fused_gated_units(h, pre, product);
+  done = gather_few_gated_units(h, pre, product) || gather_rows_gated_units(h, pre, product) || fused_gated_units(h, pre, product);
 }
 
 void units_backward(bool& done, Tensor& dpre, Tensor& db, bool add_db, const Tensor& dy, const Tensor& w, const Tensor& pre,

@@ -1,10 +1,11 @@
 #include "kernels/cuda/few_attention.h"
 
+#include "kernels/cuda/aligned.h"
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/cluster_launch.cuh"
-#include "kernels/cuda/few_map.cuh"
+#include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
-#include "kernels/cuda/step_values.cuh"
+#include "kernels/cuda/step_attention.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -13,42 +14,10 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kAhead = 4;  // positions of a lane that are read while the kernel in front still runs
 
-__device__ __forceinline__ void unpack8(float (&out)[8], uint4 v) {
-  const float2 p[4] = {two(v.x), two(v.y), two(v.z), two(v.w)};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    out[2 * i] = p[i].x;
-    out[2 * i + 1] = p[i].y;
-  }
-}
-__device__ __forceinline__ float weight_of(float m, float top) { return m == -INFINITY ? 0.0f : __expf(m - top); }
-
-// 8 columns of a head from `first`, rotated and rounded like the head; cosine and sine are those of the
-// 8 columns, or of interleaved heads of their 4 pairs.
-__device__ __forceinline__ uint4 turned(const bf16* head, int first, const float (&cosine)[8], const float (&sine)[8], const FewAttention& a) {
-  const uint4 own = read_fresh(head + first);
-  if (a.cos == nullptr || first >= 2 * a.half) return own;
-  float x[8];
-  unpack8(x, own);
-  if (a.interleaved) {
-    uint4 out;
-    uint32_t* const to = &out.x;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = pack(x[2 * i] * cosine[i] - x[2 * i + 1] * sine[i], x[2 * i] * sine[i] + x[2 * i + 1] * cosine[i]);
-    return out;
-  }
-  const bool second = first >= a.half;
-  float other[8];
-  unpack8(other, read_fresh(head + (second ? first - a.half : first + a.half)));
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = second ? other[i] * sine[i] + x[i] * cosine[i] : x[i] * cosine[i] - other[i] * sine[i];
-  return {pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])};
-}
-
 // A cluster: a row and a head. kLanes neighbouring lanes share a position, 8 columns each; kRounds positions of a lane are
 // read while the kernel in front still runs. Bound by latency, with long caches by reading them.
 template <int kLanes, int kRounds>
-__global__ void __launch_bounds__(kThreads) few_attention_kernel(const __grid_constant__ FewAttention a) {
+__global__ void __launch_bounds__(kThreads) few_attention_kernel(const __grid_constant__ StepAttention a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr int kDim = 8 * kLanes, kGroups = 32 / kLanes, kSpan = kWarps * kGroups, kOwn = kDim / 32;  // kOwn: columns a lane joins
   __shared__ __align__(16) float part_o[kWarps][kDim];
@@ -210,14 +179,35 @@ __global__ void __launch_bounds__(kThreads) few_attention_kernel(const __grid_co
 
 }  // namespace
 
-bool few_attention_fits(const FewAttention& a) {
-  if (a.rows < 1 || a.rows > kFewRows || a.hkv < 1 || a.hq % a.hkv != 0 || a.qkv_row % 8 != 0 || a.splits < 1 || a.splits > kFewSplits) return false;
+StepAttention step_attention_of(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor& v_cache, const Tensor& position, const AttentionAppend& a) {
+  StepAttention work{};
+  work.o = o.data<bf16>();
+  work.k_cache = k_cache.data<bf16>();
+  work.v_cache = v_cache.data<bf16>();
+  work.qkv = qkv.data<bf16>();
+  work.position = position.data<int32_t>();
+  work.cos = pointer_or_null<float>(a.cos);
+  work.sin = pointer_or_null<float>(a.sin);
+  work.qkv_row = qkv.stride(0);
+  work.capacity = static_cast<int>(k_cache.size(1));
+  work.rows = static_cast<int>(qkv.size(0));
+  work.hq = static_cast<int>(a.hq);
+  work.hkv = static_cast<int>(a.hkv);
+  work.d = static_cast<int>(qkv.size(2));
+  work.half = a.cos.defined() ? static_cast<int>(a.cos.size(1)) : 0;
+  work.interleaved = a.style == RopeStyle::interleaved;
+  work.scale = static_cast<float>(a.scale);
+  return work;
+}
+
+bool step_attention_fits(const StepAttention& a) {
+  if (a.rows < 1 || a.hkv < 1 || a.hq % a.hkv != 0 || a.qkv_row % 8 != 0) return false;
   if (!aligned16(a.qkv, a.k_cache, a.v_cache)) return false;
   if (a.cos != nullptr && a.half % (a.interleaved ? 4 : 8) != 0) return false;
   return a.d == 64 || a.d == 128;
 }
 
-void few_attention(const FewAttention& a, Stream stream) {
+void few_attention(const StepAttention& a, Stream stream) {
   const auto kernel = a.d == 64 ? few_attention_kernel<8, kAhead> : few_attention_kernel<16, kAhead>;
   keep_shared_memory(kernel);
   launch_with({clusters_of(a.splits), overlapping()}, kernel, {.grid = int64_t{a.rows} * a.hq * a.splits, .block = kThreads, .stream = stream}, a);

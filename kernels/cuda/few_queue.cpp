@@ -111,7 +111,7 @@ class FewQueue final : public Deferred {
     know(y);
     others_ = false;
   }
-  void run(FewAttention work) {
+  void run(StepAttention work) {
     finish();
     work.ahead = may_read_ahead(work.k_cache);
     work.early = std::exchange(begun_, true);
@@ -214,25 +214,9 @@ bool gather_few_gated_units(Tensor& h, Tensor& pre, const Gemm& g) {
 bool gather_few_attention(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor& v_cache, const Tensor& position, const AttentionAppend& a) {
   FewQueue* const queue = gathering<FewQueue>(qkv.device());
   if (queue == nullptr || qkv.dtype() != DType::bf16 || a.alibi_slopes.defined() || qkv.size(0) > kFewRows) return false;
-  FewAttention work{};
-  work.o = o.data<bf16>();
-  work.k_cache = k_cache.data<bf16>();
-  work.v_cache = v_cache.data<bf16>();
-  work.qkv = qkv.data<bf16>();
-  work.position = position.data<int32_t>();
-  work.cos = pointer_or_null<float>(a.cos);
-  work.sin = pointer_or_null<float>(a.sin);
-  work.qkv_row = qkv.stride(0);
-  work.capacity = static_cast<int>(k_cache.size(1));
-  work.rows = static_cast<int>(qkv.size(0));
-  work.hq = static_cast<int>(a.hq);
-  work.hkv = static_cast<int>(a.hkv);
-  work.d = static_cast<int>(qkv.size(2));
-  work.half = a.cos.defined() ? static_cast<int>(a.cos.size(1)) : 0;
-  work.interleaved = a.style == RopeStyle::interleaved;
-  work.scale = static_cast<float>(a.scale);
+  StepAttention work = step_attention_of(o, qkv, k_cache, v_cache, position, a);
   work.splits = splits_of(k_cache.size(1), qkv.size(2));
-  if (!few_attention_fits(work)) return false;
+  if (!step_attention_fits(work)) return false;
   queue->run(work);
   queue->know(o);
   return true;

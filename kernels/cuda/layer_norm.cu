@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/few_queue.h"
 #include "kernels/cuda/norm_backward.cuh"
+#include "kernels/cuda/step_known.h"
 
 namespace krait::kernels::cuda {
 
@@ -10,6 +11,7 @@ void layer_norm_forward(Tensor& y, Tensor& sum, Tensor& mean, Tensor& rstd, cons
   if (gather_few_norm(true, y, sum, mean, rstd, x, residual, w, b, eps, weight_offset)) return;
   norm_forward<true>(y, sum, mean, rstd, x, residual, w, b, eps, weight_offset);
   few_launched(y);
+  gather_rows_known(y);
 }
 
 void layer_norm_backward(Tensor& dresidual, Tensor& dx, Tensor& dw, bool add_dw, Tensor& db, bool add_db,

@@ -10,13 +10,13 @@ constexpr int64_t kMaxShared = 200 * 1024, kMultiprocessors = 132;
 // time. False when none does.
 template <class F>
 bool visit_tile(const RowsLinear& a, F f) {
-  const bool convolves = a.conv != nullptr;
+  const bool convolves = a.conv != nullptr, gated = a.units != nullptr;
   const int outputs = a.project != nullptr ? a.outputs : 0;
   const auto whole = [&](int columns) { return outputs == 0 || a.conv_end % columns == 0; };
   if (RowsTile<2, 6, 8, 3>::shared_bytes(a.k, convolves, outputs) <= kMaxShared && whole(48) &&
-      (convolves || ceil_div(a.rows, 32) * ceil_div(a.n, 48) >= kMultiprocessors * 3 / 4)) {
+      (convolves || gated || ceil_div(a.rows, 32) * ceil_div(a.n, 48) >= kMultiprocessors * 2 / 3)) {
     f.template operator()<2, 6, 8, 3>();
-  } else if (convolves) {
+  } else if (convolves || gated) {
     if (RowsTile<2, 4, 8, 4>::shared_bytes(a.k, convolves, outputs) > kMaxShared || !whole(32)) return false;
     f.template operator()<2, 4, 8, 4>();
   } else {
@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(32 * kScaleWarps) scale_rows_kernel(RowScale s
 bool rows_linear_fits(const RowsLinear& a) {
   if (a.rows < 1 || a.k % 32 != 0 || a.n % 2 != 0 || a.x_row % 8 != 0 || a.y_row % 2 != 0 || !aligned16(a.x, a.w)) return false;
   if (a.conv != nullptr && (a.conv_begin % 2 != 0 || a.conv_end % 2 != 0 || !aligned16(a.conv_weight))) return false;
+  if (a.units != nullptr && (a.conv != nullptr || a.n % 4 != 0 || a.bias != nullptr || a.residual != nullptr || a.epilogue != Epilogue::none)) return false;
   if (a.project != nullptr && (a.conv_begin != 0 || a.outputs % 2 != 0 || !aligned16(a.project))) return false;
   return visit_tile(a, [&]<int kM, int kN, int kWarps, int kSteps>() {});
 }
@@ -58,9 +59,11 @@ int rows_linear_blocks(const RowsLinear& a) { return static_cast<int>(ceil_div(a
 
 void rows_linear(const RowsLinear& a, Stream stream) {
   visit_tile(a, [&]<int kM, int kN, int kWarps, int kSteps>() {
-    if constexpr (kN >= 4)
-      if (a.conv != nullptr) return start_rows_linear<kM, kN, kWarps, kSteps, true>(a, stream);
-    if constexpr (kN != 4) start_rows_linear<kM, kN, kWarps, kSteps, false>(a, stream);
+    if constexpr (kN >= 4) {
+      if (a.conv != nullptr) return start_rows_linear<kM, kN, kWarps, kSteps, RowsForm::convolved>(a, stream);
+      if (a.units != nullptr) return start_rows_linear<kM, kN, kWarps, kSteps, RowsForm::gated>(a, stream);
+    }
+    if constexpr (kN != 4) start_rows_linear<kM, kN, kWarps, kSteps, RowsForm::plain>(a, stream);
   });
 }
 

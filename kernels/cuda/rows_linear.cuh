@@ -21,6 +21,9 @@ __device__ __forceinline__ float factor_of_row(const RowScale& s, int64_t row, i
   return rsqrtf(sum_lanes<32>(square) / static_cast<float>(k) + s.eps);
 }
 
+/// What stands behind a map, as far as it makes another kernel.
+enum class RowsForm { plain, convolved, gated };
+
 /// A block: 16 kM rows by 8 kN columns of y; its warps take pieces of 32 of k in turn, kSteps at a time, and are added in
 /// order. Which value of k sits where in a product does not matter as long as both operands agree: a lane reads 8
 /// neighbours of its rows, and of the weights what itself multiplies, which wait in shared memory when the kernel in
@@ -43,9 +46,11 @@ struct RowsTile {
   }
 };
 
-template <int kM, int kN, int kWarps, int kSteps, bool kConvolves>
+template <int kM, int kN, int kWarps, int kSteps, RowsForm kForm>
 __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_kernel(const __grid_constant__ RowsLinear a) {
   using Tile = RowsTile<kM, kN, kWarps, kSteps>;
+  constexpr bool kConvolves = kForm == RowsForm::convolved, kGated = kForm == RowsForm::gated;
+  static_assert(!kGated || kN % 2 == 0);
   constexpr int kThreads = Tile::kThreads, kRows = Tile::kRows, kColumns = Tile::kColumns, kPitch = Tile::kPitch, kPairs = Tile::kPairs;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ float factor[kRows];
@@ -56,11 +61,14 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
   bf16* const tile = reinterpret_cast<bf16*>(past + kPairs * kRowsTaps * kThreads);  // (kRows, kPitch)
   bf16* const project = tile + kRows * kPitch;                                       // (outputs, kPitch)
   const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
-  const int first = static_cast<int>(blockIdx.x) * kColumns, first_row = static_cast<int>(blockIdx.y) * kRows;
+  // Gated: half of the columns are gates, half the units behind them, of which a pair takes both.
+  constexpr int kOwn = kGated ? kColumns / 2 : kColumns;
+  const int own_n = kGated ? a.n / 2 : a.n;
+  const int first = static_cast<int>(blockIdx.x) * kOwn, first_row = static_cast<int>(blockIdx.y) * kRows;
   const int steps = (a.k + 32 * kWarps - 1) / (32 * kWarps), channels = a.conv_end - a.conv_begin;
   const int pair_row = tid / Tile::kRowLanes, pair_column = tid % Tile::kRowLanes * 2;  // of pair 0; the others further down
   constexpr int kRowsOfPair = kThreads / Tile::kRowLanes;
-  const bool in_columns = pair_column < kColumns && first + pair_column < a.n;
+  const bool in_columns = pair_column < kOwn && first + pair_column < own_n;
   const bool projects = kConvolves && a.part != nullptr && first < a.conv_end;
   const int channel = first + pair_column - a.conv_begin;
   const bool convolved = kConvolves && in_columns && channel >= 0 && channel < channels;
@@ -70,8 +78,9 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
     const int at = (s * kWarps + warp) * 32 + 8 * t;
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      const int column = first + 8 * j + g;
-      const bool inside = at < a.k && column < a.n;
+      const bool up = kGated && j >= kN / 2;
+      const int own = first + 8 * (up ? j - kN / 2 : j) + g, column = up ? own + own_n : own;
+      const bool inside = at < a.k && own < own_n;
       copy_async(weights + (s * kN + j) * kThreads + tid, a.w + (inside ? int64_t{column} * a.k + at : 0), inside);
     }
   }
@@ -168,6 +177,22 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
         s.y += v.y;
       }
       if (a.scale.squares != nullptr) s = {s.x * factor[local], s.y * factor[local]};
+      if constexpr (kGated) {
+        float2 up = {0, 0};
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          const float2 v = *reinterpret_cast<const float2*>(sums + (w * kRows + local) * kPitch + kOwn + pair_column);
+          up.x += v.x;
+          up.y += v.y;
+        }
+        if (a.scale.squares != nullptr) up = {up.x * factor[local], up.y * factor[local]};
+        const uint32_t gates = pack(s.x, s.y), ups = pack(up.x, up.y);
+        *reinterpret_cast<uint32_t*>(a.y + row * a.y_row + at) = gates;
+        *reinterpret_cast<uint32_t*>(a.y + row * a.y_row + own_n + at) = ups;
+        const float2 z = two(gates), u = two(ups);
+        *reinterpret_cast<uint32_t*>(a.units + row * own_n + at) = pack(silu_fast(z.x) * u.x, silu_fast(z.y) * u.y);
+        continue;  // nothing of what follows stands behind gated units
+      }
       if (a.bias != nullptr) {
         const float2 b = two(*reinterpret_cast<const uint32_t*>(a.bias + at));
         s = {s.x + b.x, s.y + b.y};
@@ -248,13 +273,13 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
   if (mine == 0 && a.scale.rstd != nullptr && tid < kRows && first_row + tid < a.rows) a.scale.rstd[first_row + tid] = factor[tid];
 }
 
-template <int kM, int kN, int kWarps, int kSteps, bool kConvolves>
+template <int kM, int kN, int kWarps, int kSteps, RowsForm kForm>
 void start_rows_linear(const RowsLinear& a, Stream stream) {
   using Tile = RowsTile<kM, kN, kWarps, kSteps>;
-  keep_shared_memory(rows_linear_kernel<kM, kN, kWarps, kSteps, kConvolves>);
-  launch_overlapped(rows_linear_kernel<kM, kN, kWarps, kSteps, kConvolves>,
+  keep_shared_memory(rows_linear_kernel<kM, kN, kWarps, kSteps, kForm>);
+  launch_overlapped(rows_linear_kernel<kM, kN, kWarps, kSteps, kForm>,
                     {.grid = ceil_div(a.n, Tile::kColumns), .grid_y = ceil_div(a.rows, Tile::kRows), .block = Tile::kThreads,
-                     .shared = Tile::shared_bytes(a.k, kConvolves, a.part != nullptr ? a.outputs : 0), .stream = stream},
+                     .shared = Tile::shared_bytes(a.k, kForm == RowsForm::convolved, a.part != nullptr ? a.outputs : 0), .stream = stream},
                     a);
 }
 

@@ -19,6 +19,7 @@ struct RowScale {
 
 /// A linear map of a decoding step with what stands before and behind it, all matrices bf16:
 ///   y = epilogue(scale x w^T + bias)
+///   with `units`: w (n, k) gates first, units (rows, n / 2) = silu(gate) up; neither bias nor epilogue
 ///   with a residual: sum = residual + y, and for the norm behind it weighted = sum * weight, squares (rows,
 ///   rows_linear_blocks())
 ///   with a convolution of four taps over the columns [conv_begin, conv_end) of y: mixed = silu(conv(y)), whose state
@@ -42,6 +43,7 @@ struct RowsLinear {
   const bf16* project;
   float* part;
   int outputs;
+  bf16* units;  // null: not gated
 };
 
 /// Whether sizes and addresses suit the kernel.
@@ -50,7 +52,7 @@ int projected_columns(const RowsLinear& a);
 /// Parts of a row's squares.
 int rows_linear_blocks(const RowsLinear& a);
 /// Weights, convolution filters and the convolution's state are read before the kernel in front has finished: what wrote
-/// them must be further back.
+/// them must be further back. When the next kernel begins, all in front of this one have finished.
 void rows_linear(const RowsLinear& a, Stream stream);
 
 /// normed and rstd of x (rows, k).

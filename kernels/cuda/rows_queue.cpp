@@ -8,6 +8,7 @@
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/few_steps.h"
 #include "kernels/cuda/gathering.h"
+#include "kernels/cuda/rows_attention.h"
 #include "kernels/cuda/rows_linear.h"
 #include "kernels/cuda/rows_mamba.h"
 #include "kernels/cuda/rows_scan.h"
@@ -33,6 +34,7 @@ struct WaitingLinear {
   Tensor y;
   std::vector<Tensor> reads;  // whose memory nobody else may take before the launch
   Tensor normed;              // what map.scale leaves there
+  Tensor pre;                 // of gated units
 };
 // Layers of Mamba that wait for the next one: one kernel.
 struct WaitingLayers {
@@ -84,19 +86,19 @@ class RowsQueue final : public Deferred {
   std::optional<WaitingNorm>& norm() { return norm_; }
   /// The map that waits, when it makes t.
   std::optional<WaitingLinear> take_linear(const Tensor& t) {
-    if (!linear_ || linear_->y.raw_data() != t.raw_data() || linear_->y.numel() != t.numel()) return {};
+    if (!linear_ || linear_->map.units != nullptr || linear_->y.raw_data() != t.raw_data() || linear_->y.numel() != t.numel()) return {};
     return std::exchange(linear_, {});
   }
   void give_back(std::optional<WaitingLinear> linear) { linear_ = std::move(linear); }
   /// What serves layers of few rows first; null: nothing does. When something waits there, nothing else waits here.
   FewSteps* few() { return few_ ? &*few_ : nullptr; }
-  bool makes(const Tensor& t) const { return linear_ && linear_->y.raw_data() == t.raw_data(); }
+  bool makes(const void* data) const { return linear_ && linear_->y.raw_data() == data; }
   /// A map that waits there and that no layer of few rows follows waits here.
   void take_few_map() {
     FewSteps::Map map{};
     if (!few_ || !few_->take_map(map)) return;
     known_ = map.x;
-    linear_ = WaitingLinear{map.alone, map.y, {map.x}, {}};
+    linear_ = WaitingLinear{map.alone, map.y, {map.x}, {}, {}};
   }
   Device device() const { return device_; }
 
@@ -171,7 +173,7 @@ bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, con
   RowsQueue* const queue = gathering<RowsQueue>(x.device());
   if (queue == nullptr || x.dtype() != DType::bf16) return false;
   queue->take_few_map();
-  if (queue->few() != nullptr && !queue->makes(x) && queue->few()->norm(y, sum, rstd, x, residual, w, eps)) return true;
+  if (queue->few() != nullptr && !queue->makes(x.raw_data()) && queue->few()->norm(y, sum, rstd, x, residual, w, eps)) return true;
   std::optional<WaitingLinear> linear;
   if (residual.defined() && residual.dtype() == DType::bf16 && aligned(residual, w)) linear = queue->take_linear(x);
   if (!linear) {
@@ -196,15 +198,15 @@ bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, con
   return true;
 }
 
-bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
+namespace {
+
+// Whether the map may wait, with the norm in front of it where one waits for it.
+bool wait_for_map(RowsQueue& queue, WaitingLinear linear, const Gemm& g) {
   constexpr int64_t kMaxRows = 128, kMaxColumns = 8192;  // beyond, products read their weights too often here
-  RowsQueue* const queue = gathering<RowsQueue>(g.device);
-  if (queue != nullptr && queue->few() != nullptr && queue->few()->linear(y, g, bias, epilogue)) return true;
-  if (queue != nullptr) queue->take_few_map();
-  if (queue == nullptr || g.dtype != DType::bf16 || g.ldb != g.k || g.ldc != g.n || g.m > kMaxRows || g.n > kMaxColumns) return false;
-  WaitingLinear linear{step_map_of<RowsLinear>(g, y, bias, epilogue), y, {}, {}};
+  if (g.ldb != g.k || g.ldc != g.n || g.m > kMaxRows || g.n > kMaxColumns) return false;
+  if (queue.makes(g.a)) queue.flush();
   RowsLinear& map = linear.map;
-  std::optional<WaitingNorm>& norm = queue->norm();
+  std::optional<WaitingNorm>& norm = queue.norm();
   const bool scaled = norm && norm->y.raw_data() == g.a && norm->y.size(-1) == g.k && norm->squares.size(0) == g.m;
   if (scaled) {
     map.x = norm->x.data<bf16>();
@@ -212,17 +214,50 @@ bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue e
     map.scale = norm->scale();
     linear.reads = {norm->x, norm->squares, norm->rstd};
     linear.normed = norm->y;
-  } else if (queue->known().defined() && queue->known().raw_data() == g.a) {
-    linear.reads = {queue->known()};
+  } else if (queue.known().defined() && queue.known().raw_data() == g.a) {
+    linear.reads = {queue.known()};
   } else {
     return false;
   }
   if (!rows_linear_fits(map)) return false;
   if (scaled) {
-    queue->know(norm->y);  // further maps may read it
+    queue.know(norm->y);  // further maps may read it
     norm.reset();
   }
-  queue->wait(std::move(linear));
+  queue.wait(std::move(linear));
+  return true;
+}
+
+}  // namespace
+
+bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue) {
+  RowsQueue* const queue = gathering<RowsQueue>(g.device);
+  if (queue == nullptr) return false;
+  if (queue->few() != nullptr && queue->few()->linear(y, g, bias, epilogue)) return true;
+  queue->take_few_map();
+  if (g.dtype != DType::bf16) return false;
+  return wait_for_map(*queue, {step_map_of<RowsLinear>(g, y, bias, epilogue), y, {}, {}, {}}, g);
+}
+
+bool gather_rows_gated_units(Tensor& h, Tensor& pre, const Gemm& g) {
+  RowsQueue* const queue = gathering<RowsQueue>(g.device);
+  if (queue == nullptr || g.dtype != DType::bf16) return false;
+  queue->take_few_map();
+  WaitingLinear linear{step_map_of<RowsLinear>(g, pre, {}, Epilogue::none), h, {}, {}, pre};
+  linear.map.units = h.data<bf16>();
+  return wait_for_map(*queue, std::move(linear), g);
+}
+
+bool gather_rows_attention(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor& v_cache, const Tensor& position, const AttentionAppend& a) {
+  RowsQueue* const queue = gathering<RowsQueue>(qkv.device());
+  if (queue == nullptr || qkv.dtype() != DType::bf16 || a.alibi_slopes.defined()) return false;
+  StepAttention work = step_attention_of(o, qkv, k_cache, v_cache, position, a);
+  if (!step_attention_fits(work)) return false;
+  queue->take_few_map();
+  // With the map right in front of it, all that older kernels wrote may be read ahead.
+  work.ahead = queue->makes(qkv.raw_data());
+  rows_attention(work, current_stream(qkv.device()));
+  queue->know(o);
   return true;
 }
 

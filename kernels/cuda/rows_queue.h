@@ -1,4 +1,5 @@
 #pragma once
+#include "kernels/attention_append.h"
 #include "kernels/linear.h"
 #include "kernels/mamba2_step.h"
 #include "kernels/mamba_step.h"
@@ -6,8 +7,8 @@
 
 // A decoding step of more rows than few_queue.h serves, or of Mamba and Mamba-2: an operation waits for the next one, and
 // the two run as one kernel where there is such: RMSNorm and the linear map behind it, a linear map and the sum with the
-// residual stream, Mamba's in_proj, convolution and x_proj; of 33 to 64 rows all layers of Mamba that follow one another
-// (rows_mamba.h). Kernels begin while the one in front still runs (overlap.cuh).
+// residual stream, the maps of gated units and their product, Mamba's in_proj, convolution and x_proj; of 33 to 64 rows all
+// layers of Mamba that follow one another (rows_mamba.h). Kernels begin while the one in front still runs (overlap.cuh).
 namespace krait::kernels::cuda {
 
 /// `few`: layers run as kernels of few rows where they can (few_steps.h).
@@ -17,6 +18,9 @@ std::unique_ptr<Deferred> gather_rows(Device device, bool few);
 /// does not serve.
 bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, const Tensor& residual, const Tensor& w, double eps);
 bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue);
+bool gather_rows_gated_units(Tensor& h, Tensor& pre, const Gemm& g);
+/// In bf16, heads of 64 or 128, without ALiBi.
+bool gather_rows_attention(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor& v_cache, const Tensor& position, const AttentionAppend& a);
 bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, const MambaStepWeights& w);
 bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions* recent, const Tensor& zxbcdt, const Mamba2StepWeights& w);
 /// sample_next (kernels/sample.h) of temperature 0, behind the map that makes the logits, of few rows.

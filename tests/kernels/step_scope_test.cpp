@@ -206,6 +206,26 @@ TEST_CASE("a step of many rows: maps that share their input, and maps with nothi
     }, rows, 2, true);
 }
 
+TEST_CASE("a step of many rows: LayerNorm in front of maps that share it, of gated units, of nothing, equals the cpu's", "[cuda]") {
+  struct Sizes { int64_t rows, d, n; double mean; };
+  for (const Sizes& s : {Sizes{9, 256, 256, 0}, Sizes{31, 768, 300, 3}, Sizes{64, 768, 2304, 0}, Sizes{65, 1024, 4096, 1}, Sizes{130, 256, 512, 0}, Sizes{16, 160, 44, 20}})
+    for (const bool biased : {true, false}) {
+      INFO("rows " << s.rows << " d " << s.d << " n " << s.n << " biased " << biased);
+      check_gathered([&](Maker m) {
+        const Tensor x = m.narrow({s.rows, s.d}), residual = kernels::add(m.narrow({s.rows, s.d}), full({s.rows, s.d}, s.mean, bf16_type, m.device));
+        const Tensor w = m.wide({s.d}, 0, 0.2), b = biased ? m.wide({s.d}, 0, 0.2) : Tensor{};
+        const Tensor in = m.narrow({s.d, s.d}, 0.06), up = m.narrow({s.n, s.d}, 0.06), gate = m.narrow({4 * (s.n / 4), s.d}, 0.06), bias = m.narrow({s.n});
+        const auto first = kernels::layer_norm_forward(x, w, b, 1e-5, 1);
+        const auto both = kernels::add_layer_norm_forward(linear(first.y, in), residual, w, b, 1e-5, 1);
+        const Tensor a = linear(both.y, up, bias, Epilogue::gelu_tanh), c = linear(both.y, in);
+        const auto second = kernels::add_layer_norm_forward(c, both.residual, w, b, 1e-5, 1);
+        const auto units = kernels::gated_units_forward(second.y, gate, {});
+        const auto third = kernels::add_layer_norm_forward(linear(second.y, in), second.residual, w, b, 1e-5, 1);  // no map behind it
+        return std::vector<Tensor>{first.y, both.residual, both.y, both.rstd, a, c, second.residual, second.y, units.h, units.pre, third.residual, third.y, third.rstd};
+      }, s.rows, 3);
+    }
+}
+
 TEST_CASE("a step of few rows: mamba2_step and the map behind it equal the cpu's", "[cuda]") {
   struct Sizes { int64_t b, heads, p, n, g, k; bool norm_first, D_each; };
   for (const Sizes& s : {Sizes{1, 24, 64, 128, 1, 4, false, false}, Sizes{1, 3, 64, 128, 1, 4, true, true}, Sizes{3, 8, 20, 20, 1, 3, true, false},
@@ -232,10 +252,13 @@ TEST_CASE("a step of few rows: attention_append equals the cpu's", "[cuda]") {
   struct Sizes { int64_t b, hq, hkv, d; bool rope, alibi; kernels::RopeStyle style; };
   for (const Sizes& s : {Sizes{1, 12, 12, 64, false, false, kernels::RopeStyle::half}, Sizes{2, 4, 2, 64, true, false, kernels::RopeStyle::half}, Sizes{2, 4, 2, 64, true, false, kernels::RopeStyle::interleaved},
                          Sizes{1, 3, 3, 32, true, true, kernels::RopeStyle::interleaved}, Sizes{8, 20, 20, 8, true, false, kernels::RopeStyle::half},
-                         Sizes{1, 2, 1, 24, true, false, kernels::RopeStyle::half}, Sizes{3, 2, 1, 256, false, true, kernels::RopeStyle::half}}) {
+                         Sizes{1, 2, 1, 24, true, false, kernels::RopeStyle::half}, Sizes{3, 2, 1, 256, false, true, kernels::RopeStyle::half},
+                         Sizes{9, 12, 12, 64, true, false, kernels::RopeStyle::half}, Sizes{17, 12, 1, 64, true, false, kernels::RopeStyle::half}, Sizes{9, 6, 2, 64, true, false, kernels::RopeStyle::interleaved},
+                         Sizes{10, 4, 1, 128, true, false, kernels::RopeStyle::half}, Sizes{65, 2, 2, 128, false, false, kernels::RopeStyle::half}, Sizes{9, 2, 1, 64, true, true, kernels::RopeStyle::half},
+                         Sizes{9, 4, 2, 24, true, false, kernels::RopeStyle::half}}) {
     INFO("b " << s.b << " hq " << s.hq << " d " << s.d);
     check_gathered([&](Maker m) {
-      const int64_t capacity = 321;
+      const int64_t capacity = 400;
       Tensor k = m.narrow({s.b, capacity, s.hkv, s.d}), v = m.narrow({s.b, capacity, s.hkv, s.d});
       kernels::AttentionAppend a{.hq = s.hq, .hkv = s.hkv, .style = s.style};
       if (s.rope) {
@@ -244,39 +267,50 @@ TEST_CASE("a step of few rows: attention_append equals the cpu's", "[cuda]") {
       }
       if (s.alibi) a.alibi_slopes = random_tensor({s.hq}, Uniform{0.01, 0.2}, 77, f32).to(m.device);
       std::vector<Tensor> out;
-      for (const int32_t p : {0, 1, 63, 64, 127, 128, 320}) {
+      for (const int32_t p : {0, 1, 63, 64, 127, 128, 160, 320, 399}) {
         const Tensor position = from_vector(std::vector<int32_t>(static_cast<size_t>(s.b), p)).to(m.device);
         out.push_back(kernels::attention_append(m.narrow({s.b, s.hq + 2 * s.hkv, s.d}), k, v, position, a));
       }
       out.insert(out.end(), {k, v});
       return out;
-    });
+    }, s.b);
   }
 }
 
-TEST_CASE("a step of few rows: attention_append does not depend on the capacity of the cache", "[cuda]") {
-  for (const int64_t d : {64, 128}) {
-    const auto outputs = [&](int64_t capacity) {
+TEST_CASE("a step: attention_append depends neither on the capacity of the cache nor on how many rows there are", "[cuda]") {
+  struct Sizes { int64_t rows, more, hkv, d; };
+  for (const auto& [rows, more, hkv, d] : {Sizes{2, 8, 2, 64}, Sizes{2, 2, 2, 128}, Sizes{9, 70, 4, 64}, Sizes{9, 11, 2, 64}, Sizes{10, 33, 1, 128}}) {
+    const auto outputs = [&, rows = rows, hkv = hkv, d = d](int64_t b, int64_t capacity) {
       Maker m{cuda_device()};
-      Tensor k = zeros({2, capacity, 2, d}, bf16_type, m.device), v = zeros_like(k);
-      const Tensor keys = m.narrow({2, 700, 2, d}), values = m.narrow({2, 700, 2, d});
+      Tensor k = zeros({b, capacity, hkv, d}, bf16_type, m.device), v = zeros_like(k);
+      const auto of_rows = [&](const Shape& shape) {  // the first rows are the same for every b
+        const Tensor first = m.narrow(shape);
+        std::vector<Tensor> parts;
+        Tensor all = zeros(shape.with(0, b), bf16_type, m.device);
+        for (int64_t at = 0; at < b; at += rows) {
+          Tensor to = all.slice(0, at, std::min(b, at + rows));
+          copy_(to, first.slice(0, 0, to.size(0)));
+        }
+        return all;
+      };
       Tensor front_k = k.slice(1, 0, 700), front_v = v.slice(1, 0, 700);
-      copy_(front_k, keys);
-      copy_(front_v, values);
-      StepScope together(m.device);
+      copy_(front_k, of_rows({rows, 700, hkv, d}));
+      copy_(front_v, of_rows({rows, 700, hkv, d}));
+      StepScope together(m.device, b);
       std::vector<Tensor> out;
       for (const int32_t p : {0, 79, 80, 161, 319, 320, 321, 640, 699}) {
-        const Tensor position = from_vector(std::vector<int32_t>(2, p)).to(m.device);
-        out.push_back(kernels::attention_append(m.narrow({2, 4 + 2 * 2, d}), k, v, position, {.hq = 4, .hkv = 2}));
+        const Tensor position = from_vector(std::vector<int32_t>(static_cast<size_t>(b), p)).to(m.device);
+        out.push_back(kernels::attention_append(of_rows({rows, 4 + 2 * hkv, d}), k, v, position, {.hq = 4, .hkv = hkv}));
       }
       together.finish();
-      for (Tensor& t : out) t = t.cpu();
+      for (Tensor& t : out) t = t.slice(0, 0, rows).contiguous().cpu();
       return out;
     };
-    const std::vector<Tensor> tight = outputs(700), roomy = outputs(5000);
+    const std::vector<Tensor> tight = outputs(rows, 700), roomy = outputs(rows, 5000), many = outputs(more, 700);
     for (size_t i = 0; i < tight.size(); ++i) {
-      INFO("d " << d << " result " << i);
+      INFO("rows " << rows << " d " << d << " result " << i);
       CHECK(relative_error(roomy[i], tight[i]) == 0);
+      CHECK(relative_error(many[i], tight[i]) == 0);
     }
   }
 }
@@ -420,7 +454,14 @@ TEST_CASE("a step of few rows: blocks with attention equal the cpu's", "[cuda]")
                          Sizes{1, 768, 12, 4, 64, 2048, 320, 200, false, true, true}, Sizes{3, 768, 12, 12, 64, 3072, 320, 64, true, false, false},
                          Sizes{5, 256, 4, 2, 64, 512, 70, 69, false, true, true, kernels::RopeStyle::interleaved}, Sizes{8, 768, 12, 12, 64, 2048, 320, 31, false, true, true},
                          Sizes{2, 1024, 8, 2, 128, 4096, 1200, 1100, true, true, false}, Sizes{1, 1024, 16, 16, 64, 2816, 1200, 1199, false, true, true},
-                         Sizes{2, 512, 8, 8, 64, 1000, 33, 33, false, true, true}, Sizes{3, 264, 3, 3, 88, 264, 90, 40, true, false, false}}) {
+                         Sizes{2, 512, 8, 8, 64, 1000, 33, 33, false, true, true}, Sizes{3, 264, 3, 3, 88, 264, 90, 40, true, false, false},
+                         // Many rows.
+                         Sizes{64, 768, 12, 12, 64, 3072, 96, 70, true, false, false}, Sizes{64, 768, 12, 12, 64, 2048, 96, 95, false, true, true},
+                         Sizes{9, 768, 12, 12, 64, 3072, 330, 329, true, false, false}, Sizes{17, 768, 12, 1, 64, 2048, 330, 321, false, true, true},
+                         Sizes{63, 512, 8, 2, 64, 1000, 40, 0, true, true, true}, Sizes{65, 256, 4, 4, 64, 512, 40, 17, true, true, false, kernels::RopeStyle::interleaved},
+                         Sizes{9, 1024, 8, 2, 128, 4096, 400, 399, true, true, false}, Sizes{33, 512, 4, 4, 128, 520, 170, 161, false, true, true},
+                         Sizes{12, 384, 6, 2, 64, 1000, 700, 650, true, false, true}, Sizes{10, 264, 3, 3, 88, 264, 90, 40, true, false, false},
+                         Sizes{130, 128, 2, 1, 64, 256, 24, 20, true, true, true}, Sizes{11, 200, 2, 2, 64, 300, 24, 20, true, false, false}}) {
     INFO("b " << s.b << " d " << s.d << " hq " << s.hq << " head " << s.head << " position " << s.position);
     check_gathered([&](Maker m) {
       constexpr int kLayers = 2;
