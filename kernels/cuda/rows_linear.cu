@@ -13,7 +13,11 @@ bool visit_tile(const RowsLinear& a, F f) {
   const bool convolves = a.conv != nullptr, gated = a.units != nullptr;
   const int outputs = a.project != nullptr ? a.outputs : 0;
   const auto whole = [&](int columns) { return outputs == 0 || a.conv_end % columns == 0; };
-  if (RowsTile<2, 6, 8, 3>::shared_bytes(a.k, convolves, outputs) <= kMaxShared && whole(48) &&
+  // Small blocks, of which a multiprocessor holds two, while few of them read the same weights.
+  if (!convolves && a.rows <= 64 && RowsTile<1, 6, 8, 3>::shared_bytes(a.k, convolves, outputs) <= kMaxShared &&
+      (gated || ceil_div(a.rows, 16) * ceil_div(a.n, 48) >= kMultiprocessors)) {
+    f.template operator()<1, 6, 8, 3>();
+  } else if (RowsTile<2, 6, 8, 3>::shared_bytes(a.k, convolves, outputs) <= kMaxShared && whole(48) &&
       (convolves || gated || ceil_div(a.rows, 32) * ceil_div(a.n, 48) >= kMultiprocessors * 2 / 3)) {
     f.template operator()<2, 6, 8, 3>();
   } else if (convolves || gated) {
@@ -60,7 +64,8 @@ int rows_linear_blocks(const RowsLinear& a) { return static_cast<int>(ceil_div(a
 void rows_linear(const RowsLinear& a, Stream stream) {
   visit_tile(a, [&]<int kM, int kN, int kWarps, int kSteps>() {
     if constexpr (kN >= 4) {
-      if (a.conv != nullptr) return start_rows_linear<kM, kN, kWarps, kSteps, RowsForm::convolved>(a, stream);
+      if constexpr (kM > 1)
+        if (a.conv != nullptr) return start_rows_linear<kM, kN, kWarps, kSteps, RowsForm::convolved>(a, stream);
       if (a.units != nullptr) return start_rows_linear<kM, kN, kWarps, kSteps, RowsForm::gated>(a, stream);
     }
     if constexpr (kN != 4) start_rows_linear<kM, kN, kWarps, kSteps, RowsForm::plain>(a, stream);
