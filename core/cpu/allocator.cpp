@@ -67,7 +67,6 @@ class CpuAllocator final : public CountingAllocator {
     used_.erase(it);
   }
 
-
  private:
   static size_t rounded(size_t bytes) {
     const size_t step = std::max(kAlignment, std::bit_floor(bytes) / 4);

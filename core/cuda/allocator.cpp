@@ -94,7 +94,6 @@ class CudaAllocator final : public CountingAllocator {
     free.insert(block);
   }
 
-
   int create_pool() {
     const std::lock_guard lock(mutex_);
     return next_pool_++;
