@@ -80,7 +80,7 @@ ParameterStore::ParameterStore(Module& module, const StoreOptions& options)
       copy_(target, local_values(value, part.shard));
     });
   master_ = host.to(options.device);
-  grad_ = zeros({numel_}, options.master, options.device);
+  if (options.gradients) grad_ = zeros({numel_}, options.master, options.device);
   if (copy) {
     compute_ = empty({numel_}, options.compute, options.device);
     refresh_compute();
@@ -90,8 +90,8 @@ ParameterStore::ParameterStore(Module& module, const StoreOptions& options)
     const Entry& e = entries_[i];
     const bool low = compute_.defined() && !e.options.keep_fp32;
     Variable& value = parameters_[i].data->value;
-    value = Variable(entry_view(low ? compute_ : master_, e), e.options.trainable);
-    if (e.options.trainable) value.set_grad(entry_view(grad_, e));
+    value = Variable(entry_view(low ? compute_ : master_, e), e.options.trainable && options.gradients);
+    if (value.requires_grad()) value.set_grad(entry_view(grad_, e));
   }
 }
 

@@ -19,12 +19,13 @@ struct StoreOptions {
   int64_t granule = 0;  // 0: kAlignment, which divides it
   /// Beside a compute copy, parameters used in fp32 come first, in buckets of their own.
   bool fp32_apart = false;
+  bool gradients = true;  // false: values alone, to evaluate and to generate
 };
 
 /// All parameters of a model in a few flat buffers, in registration order (but see fp32_apart): one fused optimizer launch, bucketed
 /// reduction, trivial sharding. Each parameter begins at a multiple of kAlignment elements; the gaps stay zero.
 ///   master  (n) fp32: what the optimizer updates and checkpoints hold
-///   grad    (n) fp32: backward adds to it; the optimizer zeroes it
+///   grad    (n) fp32: backward adds to it; the optimizer zeroes it (undefined without StoreOptions::gradients)
 ///   compute (n) bf16: copy of master for the matrix products (undefined when compute == master dtype)
 class ParameterStore {
  public:

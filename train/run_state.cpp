@@ -253,7 +253,7 @@ LoadedRun load_finished_run(const std::string& run_dir, const std::vector<std::s
     data = open_data(config);
   else
     data.tokenizer = load_checkpoint_tokenizer(reader);
-  LoadedRun run{make_session(config, std::move(data), reader.step()), reader.step(), found->path};
+  LoadedRun run{make_session(config, std::move(data), reader.step(), comm::single_mesh(), false), reader.step(), found->path};
   load_model(run.session, reader);
   return run;
 }

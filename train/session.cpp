@@ -44,9 +44,10 @@ void check_memory(const Session& s, const layers::StoreOptions& store) {
                     "fewer layers (model.n_layers) or less width (model.d_model)");
   };
   const double copy = store.compute == store.master ? 0 : static_cast<double>(size_of(store.compute));
-  const double processes = comm::local_size();
-  if (s.device.is_cpu()) return check(kCpu, "values and gradients", n * (2 * wide + copy) * processes);
-  check(s.device, "values and gradients", n * (2 * wide + copy));
+  const double processes = comm::local_size(), held = n * ((store.gradients ? 2 : 1) * wide + copy);
+  const char* const what = store.gradients ? "values and gradients" : "values";
+  if (s.device.is_cpu()) return check(kCpu, what, held * processes);
+  check(s.device, what, held);
   check(kCpu, "first values", n * wide * processes);
 }
 
@@ -138,12 +139,14 @@ void build_model(Session& s, const layers::ModelConfig& model) {
     store.bucket = static_cast<int64_t>(config.parallelism.bucket_mb * 1048576.0) / size_of(master);
   if (ranks > 1 || config.parallelism.zero > 0) store.granule = ranks * 128;
   store.fp32_apart = config.parallelism.zero > 0;
+  store.gradients = s.learns;
   check_memory(s, store);
   s.parameters = std::make_unique<layers::ParameterStore>(*s.model, store);
 }
 
-Session make_session(const Config& config, DataSource data, int64_t finished_steps, comm::Mesh mesh) {
+Session make_session(const Config& config, DataSource data, int64_t finished_steps, comm::Mesh mesh, bool learns) {
   Session s;
+  s.learns = learns;
   s.config = config;
   s.data = std::move(data);
   s.mesh = std::move(mesh);

@@ -30,6 +30,7 @@ struct Session {
   DataSource data;
   std::unique_ptr<layers::Model> model;
   std::unique_ptr<layers::ParameterStore> parameters;
+  bool learns = true;  // whether the parameters have gradients
 
   /// Whether this rank speaks for the job: prints, writes metrics.
   bool leads() const { return mesh.world->rank() == 0; }
@@ -43,7 +44,7 @@ struct Session {
 /// Applies runtime settings (threads, device, TF32) and builds the model with its initial values, in the shapes that it
 /// has after `finished_steps` (layers::config_at_step).
 Session make_session(const Config& config, DataSource data, int64_t finished_steps = 0,
-                     comm::Mesh mesh = comm::single_mesh());
+                     comm::Mesh mesh = comm::single_mesh(), bool learns = true);
 /// The device that runtime.device means for this process.
 Device device_of(const RuntimeConfig& runtime);
 /// Gives the session a new model with initial values, and parameters.

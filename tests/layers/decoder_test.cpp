@@ -271,6 +271,19 @@ TEST_CASE("token_nll is the loss per token, and continues from a state") {
   }
 }
 
+TEST_CASE("a model that does not learn holds no gradients and gives the same losses") {
+  const ModelConfig c = config_of(kVariants[0]);
+  const ModelInput input = random_input(2, kLength, 62);
+  for (const DType compute : {DType::f32, DType::bf16}) {
+    LanguageModel learns(c, {.vocab_size = kVocab, .context = kLength}), reads(c, {.vocab_size = kVocab, .context = kLength});
+    ParameterStore with(learns, {.compute = compute, .seed = 5}), without(reads, {.compute = compute, .seed = 5, .gradients = false});
+    CHECK(with.grad().defined());
+    CHECK_FALSE(without.grad().defined());
+    CHECK(relative_error(reads.token_nll(input), learns.token_nll(input)) == 0.0);
+    CHECK_FALSE(reads.loss(input, {}).loss.requires_grad());
+  }
+}
+
 TEST_CASE("initial values follow the seed and the name: residual projections are scaled by depth") {
   const ModelConfig c = config_of(kVariants[0]);
   const auto std_of = [](const Tensor& t) {
