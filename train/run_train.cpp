@@ -1,4 +1,3 @@
-#include <algorithm>
 #include <map>
 
 #include "core/comm/job.h"
@@ -25,16 +24,12 @@ RunDirectory shared_directory(const TrainCommand& command, const std::string& na
 // The least that a step holds: what each block was given, also where the block is computed again. All else is learned
 // step by step, but what cannot be is better said before hours of making parameters.
 void check_memory(const Config& c) {
-  const Device device = device_of(c.runtime);
   const double tokens = static_cast<double>(c.train.micro_batch_size) * static_cast<double>(c.data.context) / static_cast<double>(c.parallelism.sequence);
   const double least = tokens * static_cast<double>(c.model.n_layers) * static_cast<double>(c.model.d_model) *
                        static_cast<double>(size_of(compute_dtype(c.runtime.precision)));
-  const int64_t all = device_info(device).total_bytes;
-  if (least > static_cast<double>(all))
-    c.fail("train.micro_batch_size",
-           fmt::format("{} sequences of {} tokens: the inputs of {} layers alone take {}, but {} has {}", c.train.micro_batch_size, c.data.context,
-                       c.model.n_layers, human_bytes(static_cast<int64_t>(std::min(least, 0x1p62))), device.is_cpu() ? "this machine" : "the GPU", human_bytes(all)),
-           "fewer, a shorter data.context, or fewer layers");
+  check_fits(c, "train.micro_batch_size",
+             fmt::format("{} sequences of {} tokens: the inputs of {} layers", c.train.micro_batch_size, c.data.context, c.model.n_layers), least,
+             device_of(c.runtime), "fewer, a shorter data.context, or fewer layers");
 }
 
 void print_plan(Session& session, const std::vector<std::string>& description) {

@@ -36,12 +36,8 @@ int thread_count(const Config& config) {
 void check_memory(const Session& s, const layers::StoreOptions& store) {
   const double n = static_cast<double>(parameter_count(*s.model)), wide = static_cast<double>(size_of(store.master));
   const auto check = [&](Device device, const char* what, double bytes) {
-    const double all = static_cast<double>(device_info(device).total_bytes);
-    if (bytes > all)
-      s.config.fail("model", fmt::format("{} parameters: their {} alone take {}, but {} has {}", human_count(n), what,
-                                         human_bytes(static_cast<int64_t>(bytes)), device.is_cpu() ? "this machine" : "the GPU",
-                                         human_bytes(static_cast<int64_t>(all))),
-                    "fewer layers (model.n_layers) or less width (model.d_model)");
+    check_fits(s.config, "model", fmt::format("{} parameters: their {}", human_count(n), what), bytes, device,
+               "fewer layers (model.n_layers) or less width (model.d_model)");
   };
   const double copy = store.compute == store.master ? 0 : static_cast<double>(size_of(store.compute));
   const double processes = comm::local_size(), held = n * ((store.gradients ? 2 : 1) * wide + copy);
@@ -105,6 +101,15 @@ int64_t parameter_count(const layers::Model& local) {
       n += layers::local_shape(all.ndim() == 0 ? all : all.with(0, part.rows), part.shard).numel();
     }
   return n;
+}
+
+void check_fits(const Config& config, const std::string& key, const std::string& what, double bytes, Device device,
+                const std::string& advice) {
+  const int64_t all = device_info(device).total_bytes;
+  if (bytes > static_cast<double>(all))
+    config.fail(key, fmt::format("{} alone take {}, but {} has {}", what, human_bytes(static_cast<int64_t>(std::min(bytes, 0x1p62))),
+                                 device.is_cpu() ? "this machine" : "the GPU", human_bytes(all)),
+                advice);
 }
 
 DataSource open_data(const Config& config) {

@@ -1,5 +1,6 @@
 #include "kernels/attention_append.h"
 
+#include "kernels/cuda/aligned.h"
 #include "kernels/cuda/few_queue.h"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
@@ -122,16 +123,15 @@ __global__ void __launch_bounds__(kThreads) append_kernel(Arguments<T> a, int la
 
 template <class T>
 void run(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor& v_cache, const Tensor& position, const AttentionAppend& a) {
-  const auto floats = [](const Tensor& t) { return t.defined() ? t.data<float>() : nullptr; };
   Arguments<T> x;
   x.o = o.data<T>();
   x.k_cache = k_cache.data<T>();
   x.v_cache = v_cache.data<T>();
   x.qkv = qkv.data<T>();
   x.position = position.data<int32_t>();
-  x.cos = floats(a.cos);
-  x.sin = floats(a.sin);
-  x.alibi = floats(a.alibi_slopes);
+  x.cos = pointer_or_null<float>(a.cos);
+  x.sin = pointer_or_null<float>(a.sin);
+  x.alibi = pointer_or_null<float>(a.alibi_slopes);
   x.qkv_row = qkv.stride(0);
   x.capacity = k_cache.size(1);
   x.hq = static_cast<int>(a.hq);

@@ -63,15 +63,7 @@ __global__ void __launch_bounds__(kThreads, kHeads == 1 ? 6 : kHeads == 2 ? 4 : 
   read(key, a.k_cache, begin);
   read(value, a.v_cache, begin);
   float cosine[8], sine[8];
-  if (a.cos != nullptr && inside && first < 2 * a.half) {
-    const int64_t table = int64_t{p} * a.half + (a.interleaved ? first / 2 : first % a.half);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const bool there = i < 4 || !a.interleaved;
-      cosine[i] = there ? a.cos[table + i] : 0.0f;
-      sine[i] = there ? a.sin[table + i] : 0.0f;
-    }
-  }
+  if (a.cos != nullptr && inside && first < 2 * a.half) read_rotation(cosine, sine, a, p, first);
   if (a.splits > 1) cluster_barrier();
   if (a.ahead) wait_for_previous();
   let_next_begin();

@@ -4,6 +4,7 @@
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
 #include "kernels/cuda/rows_linear.h"
+#include "kernels/cuda/rows_project.cuh"
 #include "kernels/cuda/step_values.cuh"
 
 namespace krait::kernels::cuda {
@@ -239,15 +240,7 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
       const int output = job / kM * 8, m = job % kM;
       const bf16 *const left = tile + (16 * m + g) * kPitch + 2 * t, *const right = project + min(output + g, a.outputs - 1) * kPitch + 2 * t;
       float d[4] = {};
-#pragma unroll
-      for (int s = 0; s < kColumns / 16; ++s) {
-        uint32_t f[4], b[2];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) f[i] = *reinterpret_cast<const uint32_t*>(left + i % 2 * 8 * kPitch + 16 * s + i / 2 * 8);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) b[i] = *reinterpret_cast<const uint32_t*>(right + 16 * s + 8 * i);
-        mma(d, f, b[0], b[1]);
-      }
+      project_tile<kColumns / 16>(d, left, right, kPitch);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         if (const int row = first_row + 16 * m + 8 * half + g; row < a.rows && output + 2 * t < a.outputs)

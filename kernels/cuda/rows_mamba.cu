@@ -4,6 +4,7 @@
 #include "kernels/cuda/hopper.h"
 #include "kernels/cuda/launch_with.cuh"
 #include "kernels/cuda/overlap.cuh"
+#include "kernels/cuda/rows_project.cuh"
 #include "kernels/cuda/rows_scan.cuh"
 #include "kernels/cuda/step_values.cuh"
 #include "kernels/cuda/tma.cuh"
@@ -261,15 +262,7 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
       const int output = job / 2 * 8, m = job % 2;
       const bf16 *const left = &s.mixed[16 * m + g][2 * t], *const right = &s.project[min(output + g, outputs - 1)][2 * t];
       float d[4] = {};
-#pragma unroll
-      for (int i = 0; i < kInColumns / 16; ++i) {
-        uint32_t f[4], b[2];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) f[j] = *reinterpret_cast<const uint32_t*>(left + j % 2 * 8 * kTilePitch + 16 * i + j / 2 * 8);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) b[j] = *reinterpret_cast<const uint32_t*>(right + 16 * i + 8 * j);
-        mma(d, f, b[0], b[1]);
-      }
+      project_tile<kInColumns / 16>(d, left, right, kTilePitch);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (const int row = at.half_row + 16 * m + 8 * i + g; row < a.rows && output + 2 * t < outputs)

@@ -15,8 +15,18 @@ __device__ __forceinline__ void unpack8(float (&out)[8], uint4 v) {
 }
 __device__ __forceinline__ float weight_of(float m, float top) { return m == -INFINITY ? 0.0f : __expf(m - top); }
 
-// 8 columns of a head from `first`, rotated and rounded like the head; cosine and sine are those of the
-// 8 columns, or of interleaved heads of their 4 pairs.
+// cos and sin of position p for 8 rotated columns of a head from `first`, or of interleaved heads for their 4 pairs.
+__device__ __forceinline__ void read_rotation(float (&cosine)[8], float (&sine)[8], const StepAttention& a, int p, int first) {
+  const int64_t table = int64_t{p} * a.half + (a.interleaved ? first / 2 : first % a.half);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const bool there = i < 4 || !a.interleaved;
+    cosine[i] = there ? a.cos[table + i] : 0.0f;
+    sine[i] = there ? a.sin[table + i] : 0.0f;
+  }
+}
+
+// 8 columns of a head from `first`, rotated and rounded like the head; cosine and sine are read_rotation's.
 __device__ __forceinline__ uint4 turned(const bf16* head, int first, const float (&cosine)[8], const float (&sine)[8], const StepAttention& a) {
   const uint4 own = read_fresh(head + first);
   if (a.cos == nullptr || first >= 2 * a.half) return own;
