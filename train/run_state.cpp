@@ -238,13 +238,18 @@ data::TokenizerPtr load_checkpoint_tokenizer(const CheckpointReader& reader) {
                               reader.path());
 }
 
+std::optional<CheckpointInfo> find_checkpoint(decltype(latest_checkpoint) find, const std::string& directory, const char* advice) {
+  std::vector<std::string> skipped;
+  const auto found = find(directory, &skipped);
+  for (const std::string& message : skipped) std::fputs(fmt::format("warning: {}\n", message).c_str(), stderr);
+  KRAIT_CHECK(found || skipped.empty(), "{}: every checkpoint is damaged{}", directory, advice);
+  return found;
+}
+
 LoadedRun load_finished_run(const std::string& run_dir, const std::vector<std::string>& overrides) {
   const RunDirectory directory = RunDirectory::open(run_dir);
   const Config config = load_config(directory.config_file(), overrides);
-  std::vector<std::string> skipped;
-  const auto found = best_checkpoint(directory.checkpoints(), &skipped);
-  for (const std::string& message : skipped) std::fputs(fmt::format("warning: {}\n", message).c_str(), stderr);
-  KRAIT_CHECK(found || skipped.empty(), "{}: every checkpoint is damaged; restore one", directory.checkpoints());
+  const auto found = find_checkpoint(best_checkpoint, directory.checkpoints(), "; restore one");
   KRAIT_CHECK(found, "{}: no checkpoint; train it further with krait train {} --run-dir {} --resume",
               directory.checkpoints(), directory.config_file(), run_dir);
   const CheckpointReader reader(found->path);

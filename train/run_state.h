@@ -33,6 +33,10 @@ void load_run(Session& session, TrainStep& step, const CheckpointReader& reader)
 /// The tokenizer stored with a checkpoint.
 data::TokenizerPtr load_checkpoint_tokenizer(const CheckpointReader& reader);
 
+/// What `find` (latest_checkpoint, best_checkpoint) finds, with a warning for each that it skips. Where there are but
+/// damaged ones, Error that ends in `advice`.
+std::optional<CheckpointInfo> find_checkpoint(decltype(latest_checkpoint) find, const std::string& directory, const char* advice);
+
 /// A finished or interrupted run, ready for evaluation or generation: its best checkpoint, else its newest.
 struct LoadedRun {
   Session session;

@@ -66,12 +66,9 @@ Trainer::Trainer(Session& session, const TrainData& data, const RunDirectory& di
   if (resume) {
     std::string path;  // the rank that leads compares checksums
     if (session.leads()) {
-      std::vector<std::string> skipped;
-      const auto found = latest_checkpoint(directory.checkpoints(), &skipped);
-      for (const std::string& message : skipped) std::fputs(fmt::format("warning: {}\n", message).c_str(), stderr);
-      KRAIT_CHECK(found || skipped.empty(), "{}: every checkpoint is damaged\n       try to restore one; or remove them all, "
-                  "and the run starts from step 0", directory.checkpoints());
-      if (found) path = found->path;
+      if (const auto found = find_checkpoint(latest_checkpoint, directory.checkpoints(),
+                                             "\n       try to restore one; or remove them all, and the run starts from step 0"))
+        path = found->path;
     }
     path = from_rank(*session.mesh.world, 0, path);
     if (!path.empty()) {
