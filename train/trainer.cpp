@@ -109,11 +109,22 @@ void Trainer::train_step() {
   window_tokens_ += config_.train.tokens_per_step;
 }
 
-int Trainer::agreed_stop() {
-  if (session_.mesh.world->size() == 1) return stop_requested();
-  const Tensor flag = full({1}, stop_requested(), DType::i32, kCpu);
+int Trainer::agreed(int own) {
+  if (session_.mesh.world->size() == 1) return own;
+  const Tensor flag = full({1}, own, DType::i32, kCpu);
   session_.mesh.world->all_reduce(flag, comm::Reduce::max).wait();
   return flag.data<int32_t>()[0];
+}
+
+// No training is lost with a line of a log: the error waits until the step is saved.
+template <class Metrics>
+void Trainer::write_logs(const Metrics& m, const std::vector<std::pair<std::string, double>>& scalars) {
+  try {
+    metrics_->write(m);
+    if (tensorboard_) tensorboard_->write(m.step, scalars);
+  } catch (const Error& e) {
+    log_error_ = e.what();
+  }
 }
 
 // Reading the loss waits for the device, so that times are of finished work.
@@ -132,17 +143,15 @@ void Trainer::log_step() {
   m.mem_bytes = allocator(session_.device).stats().peak_bytes;
   m.time_s = state_.time_s;
   if (!session_.leads()) return;
-  metrics_->write(m);
   progress_->step(m);
   if (report.skipped)
     progress_->note(fmt::format("step {}: the gradient norm is not finite; the step was skipped", state_.step));
-  if (!tensorboard_) return;
   std::vector<std::pair<std::string, double>> scalars{
       {"train/loss", m.loss}, {"train/ppl", m.ppl()}, {"train/lr", m.lr}, {"train/grad_norm", m.grad_norm},
       {"speed/tokens_per_s", m.tokens_per_s}, {"memory/peak_bytes", static_cast<double>(m.mem_bytes)}};
   if (m.aux_loss) scalars.emplace_back("train/aux_loss", *m.aux_loss);
   if (m.mfu) scalars.emplace_back("speed/mfu", *m.mfu);
-  tensorboard_->write(m.step, scalars);
+  write_logs(m, scalars);
 }
 
 bool Trainer::evaluate_now() {
@@ -161,15 +170,12 @@ bool Trainer::evaluate_now() {
   m.time_s = state_.time_s;
   last_eval_ = m;
   if (session_.leads()) {
-    metrics_->write(m);
     progress_->evaluation(m);
-  }
-  if (tensorboard_) {
     std::vector<std::pair<std::string, double>> scalars{{"eval/" + m.split + "_nll", m.nll}};
     if (m.accuracy) scalars.emplace_back("eval/" + m.split + "_accuracy", *m.accuracy);
     else if (m.rmse) scalars.emplace_back("eval/" + m.split + "_rmse", *m.rmse);
     else scalars.emplace_back("eval/" + m.split + "_ppl", m.ppl());
-    tensorboard_->write(m.step, scalars);
+    write_logs(m, scalars);
   }
   const bool best = std::isfinite(m.nll) && (!state_.best || is_better(m, *state_.best));
   if (best) state_.best = m;
@@ -178,6 +184,18 @@ bool Trainer::evaluate_now() {
 
 void Trainer::save(bool is_best) {
   checkpoints_->save(state_.step, checkpoint_tensors(session_, step_), to_json(state_), is_best);
+}
+
+void Trainer::give_up(bool is_best) {
+  const std::string error = from_rank(*session_.mesh.world, 0, log_error_);
+  try {
+    save(is_best);
+    checkpoints_->finish();
+  } catch (const std::exception& e) {
+    throw Error(fmt::format("{}\n       {}", error, e.what()));
+  }
+  throw Error(fmt::format("{}\n       step {} is saved in {}; once that is mended, continue with --resume", error, state_.step,
+                          directory_.checkpoints()));
 }
 
 Summary Trainer::run() {
@@ -190,7 +208,7 @@ Summary Trainer::run() {
     const auto start = Clock::now();
     train_step();
     const bool last = state_.step == total_steps_;
-    stopped = agreed_stop() != 0;
+    stopped = agreed(stop_requested()) != 0;
     const bool log = due(config_.logging.interval) || last || stopped || state_.step == first_step_ + 1;
     const bool eval = due(config_.eval.interval) || last;
     const bool checkpoint = due(config_.checkpoint.interval) || last || stopped;
@@ -205,7 +223,10 @@ Summary Trainer::run() {
       window_tokens_ = 0;
       window_seconds_ = 0;
     }
+    const auto cannot_log = [&] { return agreed(!log_error_.empty()) != 0; };
+    if (log && cannot_log()) give_up(false);
     const bool best = eval && evaluate_now();
+    if (eval && cannot_log()) give_up(best);
     if (checkpoint || (best && config_.checkpoint.keep_best)) save(best);
   }
   checkpoints_->finish();

@@ -33,8 +33,12 @@ class Trainer {
  private:
   void train_step();
   void log_step();
-  /// The signal that asked some rank to stop, the same on all ranks; 0: none.
-  int agreed_stop();
+  /// The largest of what the ranks say, on all of them.
+  int agreed(int own);
+  template <class Metrics>
+  void write_logs(const Metrics& m, const std::vector<std::pair<std::string, double>>& scalars);
+  /// Saves the step whose logs cannot be written, where that can be, and ends the run with an error.
+  [[noreturn]] void give_up(bool is_best);
   bool evaluate_now();  // whether it is the best so far
   void save(bool is_best);
   Summary summary(bool interrupted) const;
@@ -52,6 +56,7 @@ class Trainer {
   std::unique_ptr<TensorBoardWriter> tensorboard_;
   std::unique_ptr<CheckpointWriter> checkpoints_;
   std::unique_ptr<Progress> progress_;
+  std::string log_error_;  // why the rank that leads cannot write its logs; empty: it can
   StepMetrics last_;
   std::optional<EvalMetrics> last_eval_;
   double window_seconds_ = 0, trained_seconds_ = 0;  // since the last logged step; of this process

@@ -113,6 +113,15 @@ void check_resumed(const std::string& run, const std::string& settings, const st
   CHECK(step_losses(run) == step_losses(whole));
 }
 
+// A limit on the size of files, in blocks of 512 bytes, stands for the full disk, on one rank alone; MPI needs larger ones
+// only for shared memory.
+std::string below_limit(const TemporaryDirectory& tmp, int rank, int blocks) {
+  write_text(tmp / "limited.sh",
+             fmt::format("#!/bin/sh\n[ \"$OMPI_COMM_WORLD_RANK\" = {} ] && ulimit -f {}\nexec \"$@\"\n", rank, blocks));
+  fs::permissions(tmp / "limited.sh", fs::perms::owner_all);
+  return fmt::format("--mca btl self,tcp '{}'", tmp / "limited.sh");
+}
+
 }  // namespace
 
 TEST_CASE("a killed or stalled rank ends the job with one message; resumed, it has the losses of a run that was left alone") {
@@ -165,11 +174,7 @@ TEST_CASE("a disk that is full for one rank ends the job with one message; the c
   const std::string store = document_store(tmp), run = tmp / "run", settings = options(store, "checkpoint.interval=0 lr_scheduler.type=constant");
   REQUIRE(train_on(2, fmt::format("{} --run-dir {} {}", kConfig, tmp / "whole", settings)).status == 0);
   REQUIRE(train_on(2, fmt::format("{} --run-dir {} {} train.steps=4", kConfig, run, settings)).status == 0);
-  // A limit on the size of files stands for the full disk, on rank 1 alone; MPI needs larger ones only for shared memory.
-  write_text(tmp / "limited.sh", "#!/bin/sh\n[ \"$OMPI_COMM_WORLD_RANK\" = 1 ] && ulimit -f 512\nexec \"$@\"\n");
-  fs::permissions(tmp / "limited.sh", fs::perms::owner_all);
-  Job job(2, fmt::format("{} --run-dir {} {} --resume", kConfig, run, settings), tmp,
-          fmt::format("--mca btl self,tcp '{}'", tmp / "limited.sh"));
+  Job job(2, fmt::format("{} --run-dir {} {} --resume", kConfig, run, settings), tmp, below_limit(tmp, 1, 512));
   const int status = job.wait();
   const std::string err = job.err();
   INFO(job.out() << err);
@@ -178,4 +183,23 @@ TEST_CASE("a disk that is full for one rank ends the job with one message; the c
   CHECK(contains(err, "the checkpoint of step 40 could not be written"));
   CHECK(krait_command("info " + run + " --verify").status == 0);
   check_resumed(run, settings, tmp / "whole");
+}
+
+TEST_CASE("where the rank that leads cannot write its logs, all ranks save the step and the job ends with one message") {
+  if (!has_mpi()) return;
+  const TemporaryDirectory tmp;
+  const std::string store = document_store(tmp), run = tmp / "run", settings = options(store, "checkpoint.interval=0 lr_scheduler.type=constant");
+  REQUIRE(train_on(2, fmt::format("{} --run-dir {} {} train.steps=4", kConfig, run, settings)).status == 0);
+  const std::string before = train::read_file(run + "/metrics.jsonl");
+  constexpr int kBlocks = 1 << 16;
+  fill_metrics(run, kBlocks * 512);
+  Job job(2, fmt::format("{} --run-dir {} {} --resume", kConfig, run, settings), tmp, below_limit(tmp, 0, kBlocks));
+  const int status = job.wait();
+  const std::string err = job.err();
+  INFO(job.out() << err);
+  CHECK(status == 1);
+  CHECK(count(err, "error: ") == 1);
+  CHECK(contains(err, "step 5 is saved in " + run + "/checkpoints; once that is mended, continue with --resume"));
+  write_text(run + "/metrics.jsonl", before);
+  CHECK(contains(train_on(2, fmt::format("{} --run-dir {} {} --resume", kConfig, run, settings)).out, "resumed after step 5"));
 }

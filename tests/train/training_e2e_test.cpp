@@ -285,6 +285,39 @@ TEST_CASE("a full disk ends the run with one error; the checkpoints before it st
   CHECK(krait_command("eval " + (w.tmp / "run")).status == 0);
 }
 
+TEST_CASE("logs that cannot be written end the run with one error, after a checkpoint where there is room for it") {
+  const Workplace w;
+  const std::string run = w.tmp / "run", settings = "checkpoint.interval=0 lr_scheduler.type=constant ";
+  REQUIRE(w.train("whole", settings).status == 0);
+  REQUIRE(w.train("run", settings + "train.steps=10").status == 0);
+  const std::string before = train::read_file(run + "/metrics.jsonl");
+  const auto resume_below = [&](size_t limit) {
+    fill_metrics(run, limit);
+    const std::string full = train::read_file(run + "/metrics.jsonl");
+    const TemporaryDirectory logs;
+    const int status = std::system(fmt::format("ulimit -f {}; '{}' train {} {} --run-dir {} --resume > {} 2> {}", limit / 512, krait_program(),
+                                               w.config, settings, run, logs / "out", logs / "err").c_str());
+    REQUIRE(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 1);
+    CHECK(train::read_file(run + "/metrics.jsonl") == full);
+    write_text(run + "/metrics.jsonl", before);
+    return train::read_file(logs / "err");
+  };
+  const std::string error = fmt::format("error: {}/metrics.jsonl: cannot be written: File too large\n       ", run);
+  const std::string neither = resume_below(1 << 15);
+  CHECK(neither.starts_with(error + "the checkpoint of step 11 could not be written: "));
+  CHECK(contains(neither, "earlier checkpoints are untouched"));
+  CHECK(resume_below(1 << 21) ==
+        error + fmt::format("step 11 is saved in {}/checkpoints; once that is mended, continue with --resume\n", run));
+  const Outcome more = w.train("run", settings + "--resume");
+  INFO(more.err);
+  REQUIRE(more.status == 0);
+  CHECK(contains(more.out, "resumed after step 11"));
+  auto whole = losses(w.tmp / "whole");
+  std::erase_if(whole, [](const std::string& line) { return line.starts_with("11 "); });  // the line that had no room
+  CHECK(losses(run) == whole);
+}
+
 TEST_CASE("packed documents train and evaluate") {
   const Workplace w;
   std::string jsonl;
