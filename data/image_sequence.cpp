@@ -65,7 +65,7 @@ class ImageExamples final : public ExampleSet {
 class ImageSequence final : public Task {
  public:
   ImageSequence(const ImageOptions& options, const TaskShape& shape) : Task("image_sequence", shape), o_(options) {}
-  bool needs_files() const override { return true; }
+  std::string fetch_set() const override { return o_.dataset; }
 
  protected:
   ExampleSetPtr examples(Split split, uint64_t, const std::string& directory) const override {

@@ -21,8 +21,9 @@ class Task {
   Task& operator=(const Task&) = delete;
   const std::string& name() const { return name_; }
   const TaskShape& shape() const { return shape_; }
-  /// Whether split() reads files: `path` in the data section names their directory.
-  virtual bool needs_files() const { return false; }
+  /// The data set (data/fetch.h) whose files split() reads, from the directory that `path` in the data section names;
+  /// empty: it reads none.
+  virtual std::string fetch_set() const { return {}; }
 
   /// train, valid or test. The training split never ends: new examples for ever (a function of seed, step and row), or
   /// a finite set in another order at each pass (order a function of seed and pass). valid and test go once through

@@ -38,6 +38,11 @@ void read_runtime(ConfigNode& section, RuntimeConfig& c) {
   }
 }
 
+// How to come by what data.path names.
+std::string data_advice(const DataConfig& c, const std::string& path) {
+  return c.task ? "krait data fetch " + c.task->fetch_set() : fmt::format("krait data prepare TEXT -o {}", path);
+}
+
 void read_data(ConfigNode& section, DataConfig& c) {
   OptionReader options(section);
   std::vector<std::string> types{"tokens"};
@@ -45,11 +50,9 @@ void read_data(ConfigNode& section, DataConfig& c) {
   options.choice("type", c.type, types);
   const bool tokens = c.type == "tokens";
   if (!tokens) c.task = data::make_task(c.type, options);
-  if (tokens || c.task->needs_files()) {
-    options.require("path");
-    options.read("path", c.path);
-    if (c.path.empty()) options.fail("path", "found an empty string, expected a file");
-  }
+  const bool files = tokens || !c.task->fetch_set().empty();
+  if (files) options.read("path", c.path);
+  if (files && options.given("path") && c.path.empty()) options.fail("path", "found an empty string, expected a file");
   options.read("split", c.split);
   if (!tokens && c.split != "train")  // the others end after one pass
     options.fail("split", fmt::format("found {}, but data.type {} trains on its split train", c.split, c.type), "split: train");
@@ -61,6 +64,10 @@ void read_data(ConfigNode& section, DataConfig& c) {
     c.context = c.task->shape().context;
   }
   options.finish();
+  if (files && c.path.empty()) {
+    const std::string path = tokens ? "data/mine.h5" : "data/" + c.task->fetch_set();
+    options.fail("path", "is required and missing", fmt::format("path: {}, after {}", path, data_advice(c, path)));
+  }
   if (c.state == "tbptt") c.state = "carry";
 }
 
@@ -328,9 +335,7 @@ std::string find_data_file(const Config& config) {
   std::error_code none;
   const std::string from = path.is_relative() ? fmt::format(" (from {})", fs::current_path(none).string()) : "";
   config.fail("data.path", fmt::format("no such file: {}{}", tried, from),
-              config.data.type == "image_sequence"
-                  ? "krait data fetch, or another data.path"
-                  : fmt::format("krait data prepare TEXT -o {}, or another data.path", path.string()));
+              data_advice(config.data, path.string()) + ", or another data.path");
 }
 
 }  // namespace krait::train

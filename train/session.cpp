@@ -113,7 +113,7 @@ void check_fits(const Config& config, const std::string& key, const std::string&
 }
 
 DataSource open_data(const Config& config) {
-  if (config.data.task) return {nullptr, nullptr, config.data.task->needs_files() ? find_data_file(config) : ""};
+  if (config.data.task) return {nullptr, nullptr, config.data.task->fetch_set().empty() ? "" : find_data_file(config)};
   const data::TokenStorePtr store = data::TokenStore::open(find_data_file(config));
   return {store, store->tokenizer(), ""};
 }

@@ -109,7 +109,7 @@ TEST_CASE("MNIST as a sequence: splits, orders, values") {
   write_mnist(dir, "train", 100);
   write_mnist(dir, "t10k", 7);
   const TaskPtr task = images({});
-  CHECK(task->needs_files());
+  CHECK(task->fetch_set() == "mnist");
   CHECK(task->shape().context == 784);
   const std::string path = dir.path().string();
   const auto shown = [&](const DatasetPtr& set, int64_t steps) {

@@ -176,8 +176,11 @@ TEST_CASE("config: wrong types and impossible values") {
 }
 
 TEST_CASE("config: what is required and missing") {
-  CHECK(error_in("") == "exp.yaml: data.path: is required and missing");
-  CHECK(error_replacing("path: a.h5, ", "") == "exp.yaml:2:1: data.path: is required and missing");
+  const std::string path = "data.path: is required and missing\n       try path: ";
+  CHECK(error_in("") == "exp.yaml: " + path + "data/mine.h5, after krait data prepare TEXT -o data/mine.h5");
+  CHECK(error_replacing("path: a.h5, ", "") == "exp.yaml:2:1: " + path + "data/mine.h5, after krait data prepare TEXT -o data/mine.h5");
+  CHECK(contains(error_replacing("path: a.h5, ", "pth: a.h5, "), "data.pth: unknown key; did you mean path?"));
+  CHECK(error_in("data: {type: image_sequence, dataset: cifar10}") == "exp.yaml:1:1: " + path + "data/cifar10, after krait data fetch cifar10");
   CHECK(error_replacing("  n_layers: 4\n", "") == "exp.yaml:3:1: model.n_layers: is required and missing");
   CHECK(error_replacing("steps: 100, ", "") ==
         "exp.yaml:7:1: train.steps: is required and missing (or train.tokens)\n       try steps: 1000");
@@ -227,6 +230,9 @@ TEST_CASE("config: a missing data file names where it was looked for") {
         "override 'data.path=no/such.h5': data.path: no such file: no/such.h5 (from " +
             std::filesystem::current_path().string() + ")\n"
         "       try krait data prepare TEXT -o no/such.h5, or another data.path");
+  const std::string images = "data: {type: image_sequence, path: no/such}\nmodel: {type: classifier, d_model: 8, n_layers: 1, layers: [lstm]}\n"
+                             "train: {steps: 1}\n";
+  CHECK(contains(error_of([&] { find_data_file(parse_config(images, "exp.yaml")); }), "\n       try krait data fetch mnist, or another data.path"));
 }
 
 TEST_CASE("yaml: what is not one plain document is refused") {
