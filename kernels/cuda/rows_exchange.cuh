@@ -1,0 +1,99 @@
+#pragma once
+// Values between blocks that run at the same time, without fences, counters or flags on their way: a word says itself
+// that it has arrived. Before it is sent, a word holds kNothing, which as a pair of bf16 or as fp32 is a NaN that no
+// conversion and no arithmetic makes (theirs are 0x7fff, 0x7fffffff). All accesses are relaxed ones of the GPU's scope,
+// word by word: nothing is assumed of the order in which words arrive, vectors included.
+//
+// A place serves again after forget(), for which two things must hold:
+// - All readers have finished: the block that forgets has received what each of them could send only when it had read.
+// - No reader looks for the next value before it can see kNothing, else it takes the old one for it. This needs a
+//   release and an acquire, off the way of the values: forget(), a meeting of the block, announce(); await() of all
+//   who forget, a meeting or an mbarrier of the block, receive(). In a layer or two nobody has to wait there.
+// What a run begins with is of no account when it forgets all its places first, by the same chain.
+#include "kernels/cuda/attention_mma.cuh"
+
+namespace krait::kernels::cuda {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+inline constexpr uint32_t kNothing = 0xffffffffu;
+inline constexpr int kExchangePolls = 1 << 22;  // seconds: who should send is not there
+
+/// Of a word that a conversion to bf16 made (pack()), not of bits that came from memory.
+__device__ __forceinline__ void send(void* to, uint32_t pair) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(pair) : "memory");
+}
+/// fp32 words of any bits.
+__device__ __forceinline__ uint32_t sendable(float v) {
+  const uint32_t bits = __float_as_uint(v);
+  return bits == kNothing ? 0x7fffffffu : bits;
+}
+__device__ __forceinline__ void send(float* to, float v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(sendable(v)) : "memory");
+}
+__device__ __forceinline__ void send(float2* to, float2 v) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(sendable(v.x)), "r"(sendable(v.y)) : "memory");
+}
+
+__device__ __forceinline__ void look(uint32_t& v, const void* from) {
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from));
+}
+__device__ __forceinline__ void look(uint4& v, const void* from) {
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+}
+__device__ __forceinline__ bool arrived(uint32_t v) { return v != kNothing; }
+__device__ __forceinline__ bool arrived(uint4 v) { return max(max(v.x, v.y), max(v.z, v.w)) != kNothing; }
+
+/// v[i] = what is sent to from(i), where wanted(i); else v[i] stays (not kNothing). Until the first has come it alone is
+/// asked for, so that those who wait leave the L2 cache to those who send; then all, and again what is missing.
+template <class V, int kN, class From, class Wanted>
+__device__ __forceinline__ void receive(V (&v)[kN], From from, Wanted wanted) {
+  int polls = 0;
+  if (wanted(0))
+    do {
+      look(v[0], from(0));
+      if (++polls == kExchangePolls) __trap();
+    } while (!arrived(v[0]));
+#pragma unroll
+  for (int i = 1; i < kN; ++i)
+    if (wanted(i)) look(v[i], from(i));
+  for (bool all = false; !all;) {
+    all = true;
+#pragma unroll
+    for (int i = 1; i < kN; ++i) all &= arrived(v[i]);
+    if (all) break;
+#pragma unroll
+    for (int i = 1; i < kN; ++i)
+      if (!arrived(v[i])) look(v[i], from(i));
+    if (++polls == kExchangePolls) __trap();
+  }
+}
+template <class V, int kN, class From>
+__device__ __forceinline__ void receive(V (&v)[kN], From from) {
+  receive(v, from, [](int) { return true; });
+}
+
+/// `rows` rows of kVectors 16 bytes each, `pitch` bytes apart, hold nothing again. kThreads threads call it.
+template <int kVectors, int kThreads>
+__device__ __forceinline__ void forget(void* from, int rows, int64_t pitch) {
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < rows * kVectors; i += kThreads)
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(static_cast<char*>(from) + i / kVectors * pitch + i % kVectors * 16),
+                 "r"(kNothing)
+                 : "memory");
+}
+
+/// One thread, after its block has met: what the block wrote before is seen by all who await as many.
+__device__ __forceinline__ void announce(unsigned* counter) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
+__device__ __forceinline__ void await(const unsigned* counter, unsigned count) {
+  for (int polls = 0; polls < kExchangePolls; ++polls) {
+    unsigned now = 0;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    if (now >= count) return;
+  }
+  __trap();
+}
+
+#endif
+
+}  // namespace krait::kernels::cuda
