@@ -21,7 +21,8 @@ void check(const Status& status, std::string_view what, std::source_location whe
   throw_error(fmt::format("{}: {} (SentencePiece, {}:{})", what, status.message(), file, where.line()));
 }
 
-constexpr std::string_view kSpace = "\u2581";  // the library's stand-in for a space
+// The library's stand-in for a space. A text's own is no space: it is kept from the library and encoded as its bytes.
+constexpr std::string_view kSpace = "\u2581";
 
 class SentencePieceTokenizer final : public Tokenizer {
  public:
@@ -29,11 +30,17 @@ class SentencePieceTokenizer final : public Tokenizer {
     check(processor_.LoadFromSerializedProto(model_), fmt::format("{}: the SentencePiece model is damaged", source));
     bytes_.reserve(static_cast<size_t>(processor_.GetPieceSize()));
     for (int id = 0; id < processor_.GetPieceSize(); ++id) bytes_.push_back(bytes_of(id));
+    for (const char c : kSpace) {
+      const int id = processor_.PieceToId(fmt::format("<0x{:02X}>", static_cast<unsigned char>(c)));
+      if (processor_.IsByte(id)) space_ids_.push_back(id);
+    }
+    if (space_ids_.size() < kSpace.size()) space_ids_ = {processor_.unk_id()};
   }
   std::string name() const override { return "sentencepiece"; }
   int64_t vocab_size() const override { return static_cast<int64_t>(bytes_.size()); }
   int32_t eos_id() const override { return processor_.eos_id(); }
   int32_t bos_id() const override { return processor_.bos_id(); }
+  int32_t unknown_id() const override { return processor_.unk_id(); }
 
   std::vector<int32_t> encode(std::string_view text) const override {
     const size_t bad = utf8::find_invalid(text);
@@ -50,6 +57,10 @@ class SentencePieceTokenizer final : public Tokenizer {
     std::vector<int> word_ids;
     for (size_t at = 0, end = 0; at < text.size(); at = end) {
       end = word_end(text, at);
+      if (text.substr(at, end - at) == kSpace) {
+        ids.insert(ids.end(), space_ids_.begin(), space_ids_.end());
+        continue;
+      }
       word.assign(text, at, end - at);
       const bool fits = word.size() <= kMaxWord;
       const auto found = fits ? cache->find(word) : cache->end();
@@ -85,10 +96,12 @@ class SentencePieceTokenizer final : public Tokenizer {
     return cache;
   }
 
-  // Of a word with the spaces before and the line end behind it.
+  // Of a word with the spaces before and the line end behind it; kSpace is a word of its own.
   static size_t word_end(std::string_view text, size_t at) {
+    const auto stand_in = [&] { return text[at] == kSpace[0] && text.substr(at).starts_with(kSpace); };
+    if (stand_in()) return at + kSpace.size();
     while (at < text.size() && text[at] == ' ') ++at;
-    while (at < text.size() && text[at] != ' ' && text[at] != '\n') ++at;
+    while (at < text.size() && text[at] != ' ' && text[at] != '\n' && !stand_in()) ++at;
     return at < text.size() && text[at] == '\n' ? at + 1 : at;
   }
 
@@ -105,6 +118,7 @@ class SentencePieceTokenizer final : public Tokenizer {
   sentencepiece::SentencePieceProcessor processor_;
   std::string model_;
   std::vector<std::string> bytes_;  // of each id
+  std::vector<int32_t> space_ids_;  // of the character kSpace
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<Cache>> idle_caches_;
 };

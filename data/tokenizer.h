@@ -19,11 +19,13 @@ class Tokenizer {
   /// The id that ends a document; -1 when the vocabulary has none.
   virtual int32_t eos_id() const { return -1; }
   virtual int32_t bos_id() const { return -1; }
+  /// The id of text that the vocabulary cannot spell, of any length; -1 when it spells all.
+  virtual int32_t unknown_id() const { return -1; }
 
   virtual std::vector<int32_t> encode(std::string_view text) const = 0;
   /// The bytes one token stands for; they may be a part of a UTF-8 character. Special tokens give "".
   virtual std::string token_bytes(int32_t id) const = 0;
-  /// The text of all ids. decode(encode(text)) == text.
+  /// The text of all ids. decode(encode(text)) == text, but for what became unknown_id().
   std::string decode(std::span<const int32_t> ids) const;
 
   /// Everything needed to make the same tokenizer again with load_tokenizer: stored in token stores and

@@ -66,7 +66,9 @@ TEST_CASE("sentencepiece keeps every byte of the text") {
     CHECK(t->vocab_size() > 260);
     CHECK(t->eos_id() >= 0);
     for (const std::string text :
-         {"the cat sat", "  two  spaces \n\n tab\t and café 漢字 \xF0\x9F\x98\x80\n", "", "\n", " ", "x"})
+         {"the cat sat", "  two  spaces \n\n tab\t and café 漢字 \xF0\x9F\x98\x80\n", "", "\n", " ", "x",
+          // The library writes U+2581 for a space.
+          "the\u2581cat", "\u2581", " \u2581\u2581 \n\u2581\n", "\u2585\u2047 <unk><s><0x0A>\r\n", "e\u0301\uFEFF\u2028"})
       CHECK(t->decode(t->encode(text)) == text);
     CHECK(t->encode("the cat sat on a mat").size() < 14);
     // Lines apart give the ids of the whole.
@@ -80,6 +82,7 @@ TEST_CASE("sentencepiece without byte fallback keeps line ends and gives unknown
   const TokenizerPtr t = trained("unigram", false, 60);
   CHECK(t->decode(t->encode("the cat\nsat\n")) == "the cat\nsat\n");
   CHECK(contains(t->decode(t->encode("漢")), "\uFFFD"));
+  CHECK(t->encode("a\u2581").back() == t->unknown_id());  // no space
 }
 
 TEST_CASE("sentencepiece refuses what it cannot do") {
