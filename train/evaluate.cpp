@@ -89,13 +89,14 @@ EvalResult evaluate(Session& session, const data::TokensPtr& tokens, const EvalO
   const Share share(session, *windows, options.carry, options.max_tokens > 0);
   comm::ProcessGroup& sequence = *session.mesh.sequence;
   const std::vector<int64_t> lengths = token_lengths(*session.data.tokenizer);
+  const int64_t unknown_id = session.data.tokenizer->unknown_id();
   std::unique_ptr<CarriedState> carried;
   if (options.carry)
     carried = std::make_unique<CarriedState>(model.decoder(), options.micro_batch_size / share.parts(), options.context,
                                              session.parameters->options().compute, session.device);
 
   int64_t seen = 0, batch_index = 0;  // targets of the batches before, of all ranks
-  std::vector<double> sums;           // likelihood, tokens, bytes of each own batch
+  std::vector<double> sums;           // likelihood, tokens, bytes, unknown tokens of each own batch
   data::Prefetcher batches(windows, 0, share.part(), share.parts());
   for (; auto batch = batches.next(); ++batch_index) {
     const int64_t left = options.max_tokens > 0 ? options.max_tokens - seen : std::numeric_limits<int64_t>::max();
@@ -115,22 +116,24 @@ EvalResult evaluate(Session& session, const data::TokensPtr& tokens, const EvalO
     const auto values = nll.to_vector<float>();
     const int64_t* targets = batch->targets.data<int64_t>();
     double total = 0;
-    int64_t bytes = 0, count = 0;
+    int64_t bytes = 0, unknown = 0, count = 0;
     for (size_t i = 0; i < values.size() && count < left; ++i) {
       if (targets[i] == data::kIgnore) continue;
       total += values[i];
       bytes += lengths[static_cast<size_t>(targets[i])];
+      unknown += targets[i] == unknown_id;
       ++count;
     }
-    sums.insert(sums.end(), {total, static_cast<double>(count), static_cast<double>(bytes)});
+    sums.insert(sums.end(), {total, static_cast<double>(count), static_cast<double>(bytes), static_cast<double>(unknown)});
   }
   for (int64_t i = share.idle(session, batch_index); i > 0; --i)
     (void)model.token_nll(model_input(windows->get(0), session.device, sequence));
-  const std::vector<double> all = share.sum(sums, 3);
+  const std::vector<double> all = share.sum(sums, 4);
   EvalResult r;
   r.total_nll = all[0];
   r.tokens = static_cast<int64_t>(all[1]);
-  r.bytes = static_cast<int64_t>(all[2]);
+  r.unknown = static_cast<int64_t>(all[3]);
+  r.bytes = r.unknown > 0 ? 0 : static_cast<int64_t>(all[2]);
   KRAIT_CHECK(r.tokens > 0, "{}: {} token(s), nothing to predict; a split needs at least 2", tokens->where(),
               tokens->size());
   r.split_tokens = windows->total_targets();
@@ -142,7 +145,8 @@ EvalResult evaluate(Session& session, const data::TokensPtr& tokens, const EvalO
     r.byte_ppl = std::exp2(r.bpb);
   }
   r.words = tokens->counts().words + tokens->counts().lines;
-  if (r.whole_split && r.words > 0) r.word_ppl = std::exp(r.total_nll / static_cast<double>(r.words));
+  // Packed documents leave the first token of each out, but their words are counted.
+  if (r.tokens == tokens->size() - 1 && r.words > 0) r.word_ppl = std::exp(r.total_nll / static_cast<double>(r.words));
   r.seconds = seconds_since(start);
   return r;
 }
@@ -267,6 +271,7 @@ std::string describe_convention(const EvalOptions& o, const EvalResult& r) {
   return windows + (o.documents == data::Documents::pack ? "; documents apart, their first tokens not predicted"
                                                          : "; the split as one text, its first token not predicted") +
          (r.bytes > 0 ? "; bits per byte over the bytes of the predicted tokens" : "") +
+         (r.unknown > 0 ? fmt::format("; no bits per byte: {} predicted tokens are unknown characters", r.unknown) : "") +
          (r.word_ppl > 0 ? "; word perplexity over words and line ends" : "");
 }
 

@@ -19,14 +19,15 @@ struct EvalOptions {
 struct EvalResult {
   double nll = 0;         // mean per predicted token, or per example of a classifier; of a regressor: squared error
   double ppl = 0;         // exp(nll)
-  double bpb = 0;         // total nll / ln 2 / bytes of the predicted tokens; 0 without a text tokenizer
+  double bpb = 0;         // total nll / ln 2 / bytes of the predicted tokens; 0 where their bytes are not known
   double byte_ppl = 0;    // 2^bpb
-  double word_ppl = 0;    // exp(total nll / (words + line ends)); 0 unless the whole split was evaluated
+  double word_ppl = 0;    // exp(total nll / (words + line ends)); 0 unless all tokens of the split but its first were predicted
   double total_nll = 0;
   std::optional<double> accuracy;  // of a task: share of right answers
   std::optional<double> rmse;      // of a regressor
   int64_t tokens = 0;     // predicted; examples of a classifier or regressor
-  int64_t bytes = 0;      // of those
+  int64_t bytes = 0;      // of those; 0 where some are unknown
+  int64_t unknown = 0;    // predicted tokens that stand for text of any length (data::Tokenizer::unknown_id)
   int64_t words = 0;      // words + line ends of the split
   double seconds = 0;
   int64_t split_tokens = 0;  // that could be predicted in the split; fewer were when whole_split is false

@@ -331,6 +331,32 @@ TEST_CASE("packed documents train and evaluate") {
   REQUIRE(out.status == 0);
   const Outcome eval = krait_command("eval " + (w.tmp / "run"));
   CHECK(contains(eval.out, "documents apart"));
+  CHECK(contains(eval.out, "bits per byte"));
+  CHECK_FALSE(contains(eval.out, "word perplexity"));  // the words include those that begin a document
+}
+
+TEST_CASE("text that the vocabulary cannot spell has no bits per byte") {
+  const Workplace w;
+  write_text(w.tmp / "other.txt", sample_text(20) + "\u6F22\u5B57\n");
+  REQUIRE(krait_command(fmt::format("data prepare {} -o {} --tokenizer sentencepiece --no-byte-fallback --vocab-size 60 -q",
+                                    w.tmp / "text.txt", w.tmp / "pieces.h5")).status == 0);
+  REQUIRE(w.train("run", fmt::format("data.path={} train.steps=5", w.tmp / "pieces.h5")).status == 0);
+  const Outcome known = krait_command("eval " + (w.tmp / "run")), other = krait_command(fmt::format("eval {} --data {}", w.tmp / "run", w.tmp / "other.txt"));
+  REQUIRE(other.status == 0);
+  CHECK(contains(known.out, "bits per byte "));
+  CHECK_FALSE(contains(other.out, "bits per byte "));
+  CHECK(contains(other.out, "no bits per byte: 1 predicted tokens are unknown characters"));  // two of them are one token
+}
+
+TEST_CASE("a vocabulary beyond the tokenizer's generates text of the tokenizer") {
+  const Workplace w;
+  REQUIRE(w.train("run", "train.steps=5 model.vocab_size=500").status == 0);
+  for (const char* how : {"--temperature 1", "--temperature 0", "--top-p 0.9"}) {
+    const Outcome text = krait_command(fmt::format("generate {} --prompt 'the ' --max-tokens 40 {}", w.tmp / "run", how));
+    INFO(text.err);
+    CHECK(text.status == 0);
+    CHECK(text.out.size() == 4 + 40 + 1);
+  }
 }
 
 TEST_CASE("cuda: bf16 runs repeat, resume after kill, and graphs change no loss", "[cuda]") {
