@@ -6,8 +6,10 @@
 namespace krait::train {
 
 DecodeLoop::DecodeLoop(layers::LanguageModel& model, const layers::StoreOptions& store, int64_t batch, int64_t max_length,
-                       int64_t max_new, const kernels::SampleOptions& sampling, bool graphs, DType states)
+                       int64_t max_new, const kernels::SampleOptions& sampling, bool graphs, DType states,
+                       int64_t ids)
     : model_(model), device_(store.device), sampling_(sampling), states_(states), graphs_(graphs && store.device.is_cuda()),
+      ids_(ids > 0 ? ids : model.vocab_size()),
       state_(model.initial_state(batch, max_length, store)), tokens_(zeros({batch, 1}, DType::i64, device_)),
       position_(zeros({batch}, DType::i32, device_)), step_(zeros({1}, DType::i64, device_)),
       made_(zeros({batch, max_new}, DType::i64, device_)), pool_(device_) {
@@ -43,8 +45,12 @@ void DecodeLoop::prefill(const Tensor& prompts) {
     kept |= model_.decoder().keep_recent_positions(state_, states_);
   KRAIT_CHECK(kept, "states in {}: kept so on a GPU, in bf16, for mamba2 with d_state 128, head_dim 8 to 64 and a multiple of 8 heads; keep them in fp32", states_);
   fill_(position_, static_cast<double>(prompts.size(1) - 1));
-  kernels::sample_next(made_, tokens_, position_, step_, logits, sampling_);
+  draw(logits);
   count_ = 1;
+}
+
+void DecodeLoop::draw(const Tensor& logits) {
+  kernels::sample_next(made_, tokens_, position_, step_, logits.slice(-1, 0, ids_), sampling_);
 }
 
 // What a layer replaced is written back to where the graph reads it; what it made new stays as it is.
@@ -70,7 +76,7 @@ void DecodeLoop::run_step() {
   now.positions = position_.view({position_.size(0), 1});
   const Tensor logits = model_.next_logits(tokens_, now);
   keep(now);
-  kernels::sample_next(made_, tokens_, position_, step_, logits, sampling_);
+  draw(logits);
   together.finish();
 }
 

@@ -14,9 +14,10 @@ namespace krait::train {
 class DecodeLoop {
  public:
   /// max_length bounds prompt and new tokens together, max_new those that drawn() holds. states: what Mamba-2's are kept in
-  /// between steps; bf16 (on GPUs) halves what many sequences read.
+  /// between steps; bf16 (on GPUs) halves what many sequences read. ids: tokens from there on are not drawn; 0: all are.
   DecodeLoop(layers::LanguageModel& model, const layers::StoreOptions& store, int64_t batch, int64_t max_length,
-             int64_t max_new, const kernels::SampleOptions& sampling, bool graphs = true, DType states = DType::f32);
+             int64_t max_new, const kernels::SampleOptions& sampling, bool graphs = true, DType states = DType::f32,
+             int64_t ids = 0);
   ~DecodeLoop();
 
   /// Consumes the prompts (b, l) and draws the first new token. Once, before the steps.
@@ -32,12 +33,14 @@ class DecodeLoop {
  private:
   void run_step();
   void keep(const layers::DecoderState& after);
+  void draw(const Tensor& logits);
 
   layers::LanguageModel& model_;
   Device device_;
   kernels::SampleOptions sampling_;
   DType states_;
   bool graphs_;
+  int64_t ids_;
   bool scans_ = true;             // every layer is Mamba's or Mamba-2's
   int64_t count_ = 0, plain_steps_ = 0;
   layers::DecoderState state_;

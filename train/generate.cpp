@@ -32,7 +32,8 @@ int64_t generate(Session& session, const GenerateOptions& options,
 
   DecodeLoop loop(model, session.parameters->options(), 1, prompt_length + options.max_tokens, options.max_tokens,
                   {options.temperature, options.top_p, options.top_k, random_key(options.seed, "generate")},
-                  session.config.runtime.cuda_graphs, options.states);
+                  session.config.runtime.cuda_graphs, options.states,
+                  session.data.tokenizer->vocab_size());  // model.vocab_size may be more: ids without a text
   loop.prefill(from_vector(ids, Shape{1, prompt_length}));
   data::StreamDecoder decoder(session.data.tokenizer);
   const int64_t ahead = session.device.is_cuda() ? kAhead : 1;
