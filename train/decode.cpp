@@ -74,9 +74,11 @@ void DecodeLoop::run_step() {
   kernels::StepScope together(device_, tokens_.size(0), scans_);
   layers::DecoderState now = state_;
   now.positions = position_.view({position_.size(0), 1});
-  const Tensor logits = model_.next_logits(tokens_, now);
-  keep(now);
-  draw(logits);
+  {
+    const Tensor logits = model_.next_logits(tokens_, now);
+    keep(now);
+    draw(logits);
+  }  // what nobody holds need not be written
   together.finish();
 }
 

@@ -12,7 +12,7 @@ namespace {
 
 __global__ void probe_kernel() {}
 
-constexpr int kRegistersOfEmpty = 64;  // more than an empty body takes, less than one with wgmma
+constexpr int kRegistersOfEmpty = 32;  // more than an empty body takes, less than one with wgmma
 
 }  // namespace
 

@@ -9,6 +9,7 @@
 #include "kernels/cuda/few_steps.h"
 #include "kernels/cuda/gathering.h"
 #include "kernels/cuda/rows_attention.h"
+#include "kernels/cuda/rows_head.h"
 #include "kernels/cuda/rows_linear.h"
 #include "kernels/cuda/rows_mamba.h"
 #include "kernels/cuda/rows_scan.h"
@@ -35,6 +36,9 @@ struct WaitingLinear {
   std::vector<Tensor> reads;  // whose memory nobody else may take before the launch
   Tensor normed;              // what map.scale leaves there
   Tensor pre;                 // of gated units
+  bool head = false;          // of many columns: rows_head's
+  std::optional<RowsDraw> draw = {};  // of its first `choices` columns
+  int choices = 0;
 };
 // Layers of Mamba that wait for the next one: one kernel.
 struct WaitingLayers {
@@ -57,7 +61,7 @@ class RowsQueue final : public Deferred {
     std::optional<WaitingLayers> layers = std::exchange(layers_, {});
     const std::optional<WaitingLinear> linear = std::exchange(linear_, {});
     const std::optional<WaitingNorm> norm = std::exchange(norm_, {});  // at most one of the two
-    if (linear) known_ = linear->y;
+    if (linear) known_ = linear->head ? Tensor{} : linear->y;
     if (layers) {
       for (int i = 0; i < layers->run.layers; ++i)  // what nobody holds nobody reads
         layers->run.layer[i].normed = layers->normed[i].use_count() > 1 ? layers->normed[i].data<bf16>() : nullptr;
@@ -65,7 +69,8 @@ class RowsQueue final : public Deferred {
       layers->run.arrived = reinterpret_cast<unsigned*>(arrived.data<int32_t>());
       rows_mamba(layers->run, current_stream(device_));
     }
-    if (linear) rows_linear(linear->map, current_stream(device_));
+    if (linear && linear->head) launch_head(*linear);
+    if (linear && !linear->head) rows_linear(linear->map, current_stream(device_));
     if (norm)
       scale_rows(norm->scale(), norm->x.data<bf16>(), static_cast<int>(norm->squares.size(0)), static_cast<int>(norm->x.size(-1)), current_stream(device_));
   }
@@ -86,8 +91,15 @@ class RowsQueue final : public Deferred {
   std::optional<WaitingNorm>& norm() { return norm_; }
   /// The map that waits, when it makes t.
   std::optional<WaitingLinear> take_linear(const Tensor& t) {
-    if (!linear_ || linear_->map.units != nullptr || linear_->y.raw_data() != t.raw_data() || linear_->y.numel() != t.numel()) return {};
+    if (!linear_ || linear_->head || linear_->map.units != nullptr || linear_->y.raw_data() != t.raw_data() || linear_->y.numel() != t.numel()) return {};
     return std::exchange(linear_, {});
+  }
+  /// The head that waits, when these are its logits, or the first columns of them.
+  WaitingLinear* head_of(const Tensor& logits) {
+    if (!linear_ || !linear_->head || linear_->draw || logits.dtype() != DType::bf16 || linear_->map.y != logits.raw_data() ||
+        logits.size(0) != linear_->map.rows || logits.size(1) > linear_->map.n || (logits.size(0) > 1 && logits.stride(0) != linear_->map.y_row))
+      return nullptr;
+    return &*linear_;
   }
   void give_back(std::optional<WaitingLinear> linear) { linear_ = std::move(linear); }
   /// What serves layers of few rows first; null: nothing does. When something waits there, nothing else waits here.
@@ -103,6 +115,21 @@ class RowsQueue final : public Deferred {
   Device device() const { return device_; }
 
  private:
+  void launch_head(const WaitingLinear& linear) const {
+    const Stream stream = current_stream(device_);
+    RowsHead head = rows_head_of(linear.map);
+    // What nobody holds nobody reads: the norm's result, and logits of which only the largest is asked for.
+    if (head.scale.squares != nullptr && linear.normed.use_count() > 1) scale_rows(head.scale, head.x, head.rows, head.k, stream);
+    if (!linear.draw) return rows_head(head, stream);
+    const Tensor likeliest = empty({head.rows, kHeadBlocks}, DType::i64, device_);
+    RowsDraw draw = *linear.draw;
+    draw.likeliest = head.likeliest = reinterpret_cast<uint64_t*>(likeliest.data<int64_t>());
+    head.choices = linear.choices;
+    if (linear.y.use_count() == 1) head.y = nullptr;
+    rows_head(head, stream);
+    rows_draw(draw, stream);
+  }
+
   Device device_;
   std::optional<FewSteps> few_;
   std::optional<WaitingNorm> norm_;
@@ -203,7 +230,8 @@ namespace {
 // Whether the map may wait, with the norm in front of it where one waits for it.
 bool wait_for_map(RowsQueue& queue, WaitingLinear linear, const Gemm& g) {
   constexpr int64_t kMaxRows = 128, kMaxColumns = 8192;  // beyond, products read their weights too often here
-  if (g.ldb != g.k || g.ldc != g.n || g.m > kMaxRows || g.n > kMaxColumns) return false;
+  if (g.ldb != g.k || g.ldc != g.n || g.m > kMaxRows) return false;
+  linear.head = g.n > kMaxColumns && linear.map.units == nullptr;
   if (queue.makes(g.a)) queue.flush();
   RowsLinear& map = linear.map;
   std::optional<WaitingNorm>& norm = queue.norm();
@@ -219,7 +247,7 @@ bool wait_for_map(RowsQueue& queue, WaitingLinear linear, const Gemm& g) {
   } else {
     return false;
   }
-  if (!rows_linear_fits(map)) return false;
+  if (!(linear.head ? rows_head_fits(map, g.device) : g.n <= kMaxColumns && rows_linear_fits(map))) return false;
   if (scaled) {
     queue.know(norm->y);  // further maps may read it
     norm.reset();
@@ -328,7 +356,14 @@ bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions
 
 bool gather_rows_draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits) {
   RowsQueue* const queue = gathering<RowsQueue>(logits.device());
-  return queue != nullptr && queue->few() != nullptr && queue->few()->draw(made, last, position, step, logits);
+  if (queue == nullptr) return false;
+  if (queue->few() != nullptr && queue->few()->draw(made, last, position, step, logits)) return true;
+  WaitingLinear* const head = queue->head_of(logits);
+  if (head == nullptr) return false;
+  head->draw = RowsDraw{nullptr, made.data<int64_t>(), last.data<int64_t>(), step.data<int64_t>(), position.data<int32_t>(), head->map.rows, made.size(1)};
+  head->choices = static_cast<int>(logits.size(1));
+  head->reads.insert(head->reads.end(), {made, last, position, step});
+  return true;
 }
 
 void gather_rows_known(const Tensor& t) {

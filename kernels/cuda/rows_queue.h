@@ -8,7 +8,8 @@
 // A decoding step of more rows than few_queue.h serves, or of Mamba and Mamba-2: an operation waits for the next one, and
 // the two run as one kernel where there is such: RMSNorm and the linear map behind it, a linear map and the sum with the
 // residual stream, the maps of gated units and their product, Mamba's in_proj, convolution and x_proj; of 33 to 64 rows all
-// layers of Mamba that follow one another (rows_mamba.h). Kernels begin while the one in front still runs (overlap.cuh).
+// layers of Mamba that follow one another (rows_mamba.h); of up to 64 rows the head and the first largest of its logits
+// (rows_head.h). Kernels begin while the one in front still runs (overlap.cuh).
 namespace krait::kernels::cuda {
 
 /// `few`: layers run as kernels of few rows where they can (few_steps.h).
@@ -23,7 +24,7 @@ bool gather_rows_gated_units(Tensor& h, Tensor& pre, const Gemm& g);
 bool gather_rows_attention(Tensor& o, const Tensor& qkv, Tensor& k_cache, Tensor& v_cache, const Tensor& position, const AttentionAppend& a);
 bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz, const MambaStepWeights& w);
 bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions* recent, const Tensor& zxbcdt, const Mamba2StepWeights& w);
-/// sample_next (kernels/sample.h) of temperature 0, behind the map that makes the logits, of few rows.
+/// sample_next (kernels/sample.h) of temperature 0, behind the map that makes the logits.
 bool gather_rows_draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits);
 
 }  // namespace krait::kernels::cuda

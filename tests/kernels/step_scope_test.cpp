@@ -126,7 +126,7 @@ TEST_CASE("a step of scans: blocks of Mamba equal the cpu's", "[cuda]") {
         layers.push_back({m.wide({s.d}, 1, 0.2), m.narrow({2 * s.e, s.d}, 0.04), m.narrow({s.d, s.e}, 0.03), m.narrow({s.b, 3, s.e}), m.wide({s.b, s.e, n}),
                           {m.narrow({s.e, 4}), s.bias ? m.narrow({s.e}) : Tensor{}, m.narrow({s.r + 2 * n, s.e}, 0.03), m.narrow({s.e, s.r}, 0.1),
                            m.wide({s.e}, -2), m.wide({s.e, n}, 0.5, 0.5), m.wide({s.e})}});
-      const Tensor last_norm = m.wide({s.d}, 1, 0.2);
+      const Tensor last_norm = m.wide({s.d}, 1, 0.2), head = m.narrow({9000, s.d}, 0.05);
       Tensor residual = m.narrow({s.b, s.d}), pending;
       std::vector<Tensor> out, states;
       for (Layer& l : layers) {
@@ -144,6 +144,7 @@ TEST_CASE("a step of scans: blocks of Mamba equal the cpu's", "[cuda]") {
         states.insert(states.end(), {l.conv, l.h});
       }
       const auto last = kernels::add_rms_norm_forward(pending, residual, last_norm, 1e-5);
+      out.push_back(linear(last.y, head));
       out.insert(out.end(), {last.residual, last.y, kernels::add(last.y, last.y)});
       out.insert(out.end(), states.begin(), states.end());
       return out;
@@ -513,22 +514,64 @@ TEST_CASE("a step of few rows: blocks with attention equal the cpu's", "[cuda]")
   }
 }
 
+TEST_CASE("a step of many rows: a wide head equals the cpu's", "[cuda]") {
+  struct Sizes { int64_t rows, k, n; bool centred, summed; };
+  for (const auto& [rows, k, n, centred, summed] : {Sizes{9, 768, 50304, false, true}, Sizes{33, 768, 8194, true, true}, Sizes{64, 768, 9001, false, true},
+                                                    Sizes{64, 736, 9002, false, true}, Sizes{16, 1024, 8200, false, false}, Sizes{50, 96, 20000, false, true},
+                                                    Sizes{63, 1280, 8330, true, false}, Sizes{64, 1536, 8330, false, true}, Sizes{65, 256, 9000, false, true}}) {
+    INFO("rows " << rows << " k " << k << " n " << n << " centred " << centred << " summed " << summed);
+    check_gathered([&, rows = rows, k = k, n = n, centred = centred, summed = summed](Maker m) {
+      const Tensor x = m.narrow({rows, k}), residual = m.narrow({rows, k}), w = m.wide({k}, 1, 0.2), b = m.wide({k}, 0, 0.2);
+      const Tensor map = m.narrow({k, k}, 0.04), head = m.narrow({n, k}, 0.05);
+      std::vector<Tensor> out;
+      Tensor y;
+      if (centred) {
+        const auto normed = kernels::add_layer_norm_forward(linear(kernels::rms_norm_forward(x, w, 1e-5).y, map), residual, w, b, 1e-5);
+        y = normed.y;
+        out.insert(out.end(), {normed.residual, normed.rstd});
+      } else {
+        const auto normed = kernels::add_rms_norm_forward(linear(kernels::rms_norm_forward(x, w, 1e-5).y, map), residual, w, 1e-5);
+        y = normed.y;
+        out.insert(out.end(), {normed.residual, normed.rstd});
+      }
+      if (summed) out.push_back(y);  // also somebody else's
+      const Tensor logits = linear(y, head);
+      out.push_back(logits);
+      if (summed) out.push_back(kernels::add(logits, logits));
+      return out;
+    }, rows);
+  }
+}
+
 TEST_CASE("a step of few rows: what the head draws is the first of the likeliest", "[cuda]") {
   struct Sizes { int64_t rows, k, n, v; bool scans; };
   for (const auto& [rows, k, n, v, scans] : {Sizes{1, 768, 50304, 50257, false}, Sizes{1, 768, 50304, 50257, true}, Sizes{3, 768, 9001, 9001, true},
                                              Sizes{8, 768, 50304, 50257, false}, Sizes{5, 1024, 6400, 6337, false}, Sizes{2, 256, 7000, 3, false},
-                                             Sizes{2, 768, 300, 299, false}, Sizes{2, 768, 300, 299, true}, Sizes{9, 768, 9000, 9000, false}}) {
+                                             Sizes{2, 768, 300, 299, false}, Sizes{2, 768, 300, 299, true}, Sizes{9, 768, 9000, 9000, false},
+                                             Sizes{64, 768, 50304, 50257, true}, Sizes{33, 96, 9002, 9001, true}, Sizes{50, 736, 12000, 3, false},
+                                             Sizes{64, 768, 50304, 50304, false}, Sizes{6, 768, 9000, 8999, true}, Sizes{65, 768, 9000, 9000, false}}) {
     INFO("rows " << rows << " k " << k << " n " << n << " v " << v << " scans " << scans);
     Maker m{cuda_device()};
     const Tensor x = m.narrow({rows, k}), w = m.wide({k}, 1, 0.2), head = m.narrow({n, k}, 0.05);
+    Tensor half = head.slice(0, n / 2, n / 2 * 2);  // every logit of the first half comes twice: the first is drawn
+    copy_(half, head.slice(0, 0, n / 2));
     Tensor made = zeros({rows, 2}, DType::i64, m.device), last = zeros({rows, 1}, DType::i64, m.device);
     Tensor position = zeros({rows}, DType::i32, m.device), step = zeros({1}, DType::i64, m.device);
     for (int64_t i = 0; i < 3; ++i) {
+      const auto draw = [&] {
+        const Tensor logits = linear(kernels::rms_norm_forward(x, w, 1e-5).y, head).slice(-1, 0, v);
+        kernels::sample_next(made, last, position, step, logits, {.temperature = 0});
+        return logits;
+      };
+      const std::vector<int64_t> before = last.cpu().to_vector<int64_t>();
       StepScope together(m.device, rows, scans);
-      const Tensor logits = linear(kernels::rms_norm_forward(x, w, 1e-5).y, head).slice(-1, 0, v);
-      kernels::sample_next(made, last, position, step, logits, {.temperature = 0});
+      const Tensor logits = i < 2 ? draw() : Tensor{};
+      if (i == 2) draw();  // logits that nobody holds
       together.finish();
-      CHECK(last.cpu().to_vector<int64_t>() == kernels::sample(logits.cpu(), zeros({1}, DType::i64, kCpu), {.temperature = 0}).to_vector<int64_t>());
+      if (i < 2)
+        CHECK(last.cpu().to_vector<int64_t>() == kernels::sample(logits.cpu(), zeros({1}, DType::i64, kCpu), {.temperature = 0}).to_vector<int64_t>());
+      else
+        CHECK(last.cpu().to_vector<int64_t>() == before);
     }
     CHECK(step.cpu().to_vector<int64_t>() == std::vector<int64_t>{3});
     for (const int32_t p : position.cpu().to_vector<int32_t>()) CHECK(p == 3);
