@@ -41,9 +41,9 @@ struct RowsTile {
     const int64_t sums = int64_t{kWarps} * kRows * kPitch * 4;
     return weight_bytes(k) > sums ? weight_bytes(k) : sums;
   }
-  /// Weights, later sums; a pair's filter, past and bias; mixed values; the columns of `project`.
+  /// Rows' factors; weights, later sums; a pair's filter, past and bias; mixed values; the columns of `project`.
   static constexpr int64_t shared_bytes(int k, bool convolves, int outputs) {
-    return front_bytes(k) + (convolves ? int64_t{kPairs} * kThreads * (16 + 4 * kRowsTaps) + int64_t{2} * (kRows + outputs) * kPitch : 0);
+    return kRows * 4 + front_bytes(k) + (convolves ? int64_t{kPairs} * kThreads * (16 + 4 * kRowsTaps) + int64_t{2} * (kRows + outputs) * kPitch : 0);
   }
 };
 
@@ -54,10 +54,11 @@ __global__ void __launch_bounds__(32 * kWarps, 512 / (32 * kWarps)) rows_linear_
   static_assert(!kGated || kN % 2 == 0);
   constexpr int kThreads = Tile::kThreads, kRows = Tile::kRows, kColumns = Tile::kColumns, kPitch = Tile::kPitch, kPairs = Tile::kPairs;
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ float factor[kRows];
-  uint4* const weights = reinterpret_cast<uint4*>(shared);  // (steps, kN, kThreads)
-  float* const sums = reinterpret_cast<float*>(shared);     // (kWarps, kRows, kPitch)
-  uint4* const taps = reinterpret_cast<uint4*>(shared + Tile::front_bytes(a.k));    // (kPairs, kThreads)
+  float* const factor = reinterpret_cast<float*>(shared);                           // (kRows)
+  unsigned char* const front = shared + sizeof(float) * kRows;
+  uint4* const weights = reinterpret_cast<uint4*>(front);                           // (steps, kN, kThreads)
+  float* const sums = reinterpret_cast<float*>(front);                              // (kWarps, kRows, kPitch)
+  uint4* const taps = reinterpret_cast<uint4*>(front + Tile::front_bytes(a.k));     // (kPairs, kThreads)
   uint32_t* const past = reinterpret_cast<uint32_t*>(taps + kPairs * kThreads);     // (kPairs, kRowsTaps, kThreads)
   bf16* const tile = reinterpret_cast<bf16*>(past + kPairs * kRowsTaps * kThreads);  // (kRows, kPitch)
   bf16* const project = tile + kRows * kPitch;                                       // (outputs, kPitch)
