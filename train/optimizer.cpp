@@ -26,6 +26,11 @@ std::string_view name_of(OptimizerType type) {
   return "?";
 }
 
+int states_per_parameter(OptimizerType type, double momentum) {
+  if (type == OptimizerType::adamw) return 2;
+  return type == OptimizerType::lion || momentum > 0 ? 1 : 0;
+}
+
 Optimizer::Optimizer(const OptimizerOptions& options, Tensor param, Tensor grad, Tensor compute,
                      const std::vector<kernels::SegmentSpec>& segments, int64_t first)
     : options_(options),
@@ -41,8 +46,9 @@ Optimizer::Optimizer(const OptimizerOptions& options, Tensor param, Tensor grad,
   if (first < buffers_.param.numel()) add_part(first, buffers_.param.numel(), {cut, segments.end()});
   buffers_.hyper = zeros({3}, DType::f64, device);
   skipped_ = zeros({1}, DType::i64, device);
-  if (options_.type != OptimizerType::sgd || options_.momentum > 0) exp_avg_ = zeros_like(buffers_.param);
-  if (options_.type == OptimizerType::adamw) exp_avg_sq_ = zeros_like(buffers_.param);
+  const int states = states_per_parameter(options_.type, options_.momentum);
+  if (states > 0) exp_avg_ = zeros_like(buffers_.param);
+  if (states > 1) exp_avg_sq_ = zeros_like(buffers_.param);
   prepare(0, 0);
 }
 

@@ -22,6 +22,9 @@ struct OptimizerOptions {
   bool nesterov = false;             // sgd
 };
 
+/// Numbers of state that an optimizer has for each parameter, in the dtype of the master weights.
+int states_per_parameter(OptimizerType type, double momentum);
+
 /// Updates flat parameters in place from flat gradients, in one launch, or two where some go first. Holds views of the
 /// buffers it is given (the caller keeps writing gradients into them) and owns its state.
 ///

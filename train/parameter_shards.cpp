@@ -4,6 +4,19 @@
 
 namespace krait::train {
 
+ParameterBytes parameter_bytes(double n, double wide, double compute, int states, int64_t zero, int64_t replicas) {
+  const auto shared = [&](int64_t stage) { return zero >= stage ? 1.0 / static_cast<double>(replicas) : 1.0; };
+  ParameterBytes b;
+  // The copy stays whole until ZeRO-3; masters beside one go with the optimizer's state.
+  b.values = n * (wide * (compute > 0 ? shared(1) : shared(3)) + compute * shared(3));
+  b.gradients = n * wide * shared(2);
+  // Beside what is whole a rank has the piece that it updates.
+  if (zero == 1) b.gradients += n * wide * shared(1);
+  if (zero == 1 || zero == 2) b.values += n * (compute > 0 ? compute : wide) * shared(1);
+  b.state = n * states * wide * shared(1);
+  return b;
+}
+
 ParameterShards::ParameterShards(layers::ParameterStore& store, comm::GroupPtr replicas, int64_t zero,
                                  const comm::ReachableMemory& reachable)
     : store_(store), replicas_(std::move(replicas)), zero_(zero), by_engines_(reachable != nullptr) {

@@ -12,6 +12,13 @@ struct Replicas {
   comm::GroupPtr group, background;
 };
 
+/// Bytes that a rank holds for n parameters while it trains, each in `wide` (the master weights' size) and, with a copy for
+/// products, `compute` bytes more; of `states` numbers of optimizer state each.
+struct ParameterBytes {
+  double values = 0, gradients = 0, state = 0;
+};
+ParameterBytes parameter_bytes(double n, double wide, double compute, int states, int64_t zero, int64_t replicas);
+
 /// What this rank updates of the flat buffers: everything, or with ZeRO (Rajbhandari et al. 2020) its piece of every
 /// bucket, one r-th of it, laid out one after the other in buffers of the rank's own.
 ///   zero 1  master weights and optimizer state of own pieces alone

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "train/optimizer.h"
 #include "train/parallelism.h"
+#include "train/parameter_shards.h"
 #include "train/plan_probe.h"
 #include "train/session.h"
 
@@ -52,22 +54,16 @@ layers::ModelShape planned_shape(const Config& config) {
   return model_shape(config, open_data(config));
 }
 
-double optimizer_bytes(const OptimizerConfig& c) {
-  if (c.type == "adamw") return 8;
-  return c.type == "lion" || c.momentum > 0 ? 4 : 0;
-}
+int states_of(const OptimizerConfig& c) { return states_per_parameter(optimizer_type_from_name(c.type), c.momentum); }
 
 void count_memory(Plan& plan, const Config& config, const ModelCost& cost, int64_t vocab) {
   const double n = static_cast<double>(plan.parameters_per_rank), replicas = static_cast<double>(plan.data * plan.sequence);
   const bool rounded = config.runtime.precision == "bf16";
   const double wide = config.runtime.precision == "fp64" ? 8 : 4, compute = rounded ? 2 : 0;
-  const auto shared = [&](int64_t stage) { return plan.zero >= stage ? 1.0 / replicas : 1.0; };
-  // The bf16 copy stays whole until ZeRO-3; the fp32 masters go with the optimizer's state.
-  plan.memory.weights = n * (wide * (rounded ? shared(1) : shared(3)) + compute * shared(3));
-  plan.memory.gradients = n * wide * shared(2);
-  // Beside what is whole a rank has the piece that it updates.
-  if (plan.zero == 1) plan.memory.gradients += n * wide / replicas;
-  if (plan.zero == 1 || plan.zero == 2) plan.memory.weights += n * (rounded ? compute : wide) / replicas;
+  const ParameterBytes held = parameter_bytes(n, wide, compute, states_of(config.optimizer), plan.zero, plan.data * plan.sequence);
+  plan.memory.weights = held.values;
+  plan.memory.gradients = held.gradients;
+  plan.memory.optimizer = held.state;
   // What ZeRO has whole for a while: gradients of the embedding, which are complete only at the end, and of the buckets
   // whose sums are under way; values of the buckets that are kept and of the one fetched ahead.
   const double embedding = static_cast<double>(vocab / plan.tensor * config.model.d_model);
@@ -76,7 +72,6 @@ void count_memory(Plan& plan, const Config& config, const ModelCost& cost, int64
   if (plan.zero == 3) plan.memory.weights += std::min(n, embedding + 5 * bucket) * (rounded ? compute : wide);
   if (replicas > 1 && config.parallelism.reduce_dtype == "bfloat16" && plan.zero < 2)
     plan.memory.gradients += n * 2 * (plan.zero == 1 ? 1 + 1 / replicas : 1);  // what travels, and with ZeRO-1 what arrives
-  plan.memory.optimizer = n * optimizer_bytes(config.optimizer) * wide / 4 * shared(1);
 
   const double tokens = static_cast<double>(config.train.micro_batch_size * config.data.context / plan.sequence);
   double saved = cost.rest.saved_bytes, transient = cost.rest.transient_bytes, per_sequence = cost.rest.saved_per_sequence;
@@ -135,7 +130,7 @@ void count_computation(Plan& plan, const Config& config, const Machine& m, const
   // The update reads gradient, master and state and writes master, state, gradient and copy.
   const double owned = static_cast<double>(plan.parameters_per_rank) /
                        (plan.zero > 0 ? static_cast<double>(plan.data * plan.sequence) : 1);
-  plan.compute_seconds += owned * (2 * (4 + optimizer_bytes(config.optimizer)) + 6) / (m.bandwidth_gb_s * 1e9);
+  plan.compute_seconds += owned * (2 * (4 + 4 * states_of(config.optimizer)) + 6) / (m.bandwidth_gb_s * 1e9);
 }
 
 // Hidden behind computation, but for `alone` of the bytes that there is nothing to hide behind.

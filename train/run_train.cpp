@@ -21,17 +21,6 @@ RunDirectory shared_directory(const TrainCommand& command, const std::string& na
   return own ? std::move(*own) : RunDirectory::join(path, has_run);
 }
 
-// The least that a step holds: what each block was given, also where the block is computed again. All else is learned
-// step by step, but what cannot be is better said before hours of making parameters.
-void check_memory(const Config& c) {
-  const double tokens = static_cast<double>(c.train.micro_batch_size) * static_cast<double>(c.data.context) / static_cast<double>(c.parallelism.sequence);
-  const double least = tokens * static_cast<double>(c.model.n_layers) * static_cast<double>(c.model.d_model) *
-                       static_cast<double>(size_of(compute_dtype(c.runtime.precision)));
-  check_fits(c, "train.micro_batch_size",
-             fmt::format("{} sequences of {} tokens: the inputs of {} layers", c.train.micro_batch_size, c.data.context, c.model.n_layers), least,
-             device_of(c.runtime), "fewer, a shorter data.context, or fewer layers");
-}
-
 void print_plan(Session& session, const std::vector<std::string>& description) {
   const Config& c = session.config;
   for (const std::string& line : description) fmt::print("{}\n", line);
@@ -75,7 +64,6 @@ int run_train(const TrainCommand& command, const Launch& launch, const comm::Gro
   Config config = load_config(command.config, command.overrides);
   settle_mesh(config, launch, *world);
   const MeshShape shape = fit_to_ranks(config, launch);
-  check_memory(config);
   Session session = make_session(config, open_data(config), 0,
                                  comm::make_mesh(world, static_cast<int>(shape.data), static_cast<int>(shape.sequence),
                                                  static_cast<int>(shape.tensor)));

@@ -7,6 +7,8 @@
 #include "core/limits.h"
 #include "core/parallel.h"
 #include "kernels/matmul.h"
+#include "train/optimizer.h"
+#include "train/parameter_shards.h"
 #include "train/progress.h"
 
 namespace krait::train {
@@ -32,19 +34,69 @@ int thread_count(const Config& config) {
   return std::clamp(processors() / comm::local_size(), 1, num_threads());
 }
 
-// Before the parameters exist: what the system lends beyond its memory is called in later, by a kill.
+struct Held {
+  std::string what;
+  double bytes;
+};
+
+// ConfigError for `key` where all of `held`, in each of the processes that share the device, is more than it has.
+void check_fits(const Config& config, const std::string& key, const std::string& whose, const std::vector<Held>& held, Device device,
+                const std::string& advice) {
+  const int processes = device.is_cpu() ? comm::local_size() : 1;
+  const auto shown = [](double bytes) { return human_bytes(static_cast<int64_t>(std::min(bytes, 0x1p62))); };
+  double sum = 0;
+  std::string list;
+  for (const Held& h : held) {
+    sum += h.bytes;
+    list += fmt::format("{}{} {}", list.empty() ? "" : ", ", h.what, shown(h.bytes));
+  }
+  const int64_t all = device_info(device).total_bytes;
+  if (sum * processes <= static_cast<double>(all)) return;
+  config.fail(key, fmt::format("{} take at least {}{} ({}), but {} has {}", whose, shown(sum),
+                               processes > 1 ? fmt::format(" in each of {} processes", processes) : std::string(), list,
+                               device.is_cpu() ? "this machine" : "the GPU", human_bytes(all)),
+              advice);
+}
+
+// The least that a step holds beside parameters, when the head has its gradient: what each block was given, also where the
+// block is computed again; of a language model the head's input and its gradient and a part of the logits
+// (kernels/cross_entropy.cpp).
+std::vector<Held> activations(const Session& s, double element) {
+  const Config& c = s.config;
+  const double tokens = static_cast<double>(c.train.micro_batch_size) * static_cast<double>(c.data.context) / static_cast<double>(c.parallelism.sequence);
+  const double stream = tokens * static_cast<double>(c.model.d_model) * element;
+  std::vector<Held> held{{fmt::format("inputs of {} layers", c.model.n_layers), stream * static_cast<double>(c.model.n_layers)}};
+  if (c.model.type != "language_model") return held;
+  constexpr double kRowsOnCpu = 192, kChunkOnGpu = 416.0 * 1024 * 1024;
+  const double row = static_cast<double>(model_shape(c, s.data).vocab_size / c.parallelism.tensor) * element;
+  held.push_back({"the head's input and gradient", 2 * stream});
+  held.push_back({"logits", s.device.is_cpu() ? std::min(tokens, kRowsOnCpu) * row : std::min(tokens * row, kChunkOnGpu)});
+  return held;
+}
+
+// Before the parameters exist: what the system lends beyond its memory is called in later, by a kill, and first values of
+// many parameters take hours. What is not counted here a run learns step by step.
 void check_memory(const Session& s, const layers::StoreOptions& store) {
+  const Config& c = s.config;
   const double n = static_cast<double>(parameter_count(*s.model)), wide = static_cast<double>(size_of(store.master));
-  const auto check = [&](Device device, const char* what, double bytes) {
-    check_fits(s.config, "model", fmt::format("{} parameters: their {}", human_count(n), what), bytes, device,
-               "fewer layers (model.n_layers) or less width (model.d_model)");
-  };
   const double copy = store.compute == store.master ? 0 : static_cast<double>(size_of(store.compute));
-  const double processes = comm::local_size(), held = n * ((store.gradients ? 2 : 1) * wide + copy);
-  const char* const what = store.gradients ? "values and gradients" : "values";
-  if (s.device.is_cpu()) return check(kCpu, what, held * processes);
-  check(s.device, what, held);
-  check(kCpu, "first values", n * wide * processes);
+  const std::string whose = human_count(n) + " parameters", smaller = "fewer layers (model.n_layers) or less width (model.d_model)";
+  std::vector<Held> held{{"values", n * (wide + copy)}};
+  if (s.device.is_cuda()) check_fits(c, "model", whose, {{"first values", n * wide}}, kCpu, smaller);
+  if (!s.learns) return check_fits(c, "model", whose, held, s.device, smaller);
+  if (c.parallelism.zero > 0) {  // whole at first
+    held.push_back({"gradients", n * wide});
+    check_fits(c, "model", whose, held, s.device, smaller);
+  }
+  const int states = states_per_parameter(optimizer_type_from_name(c.optimizer.type), c.optimizer.momentum);
+  const ParameterBytes b = parameter_bytes(n, wide, copy, states, c.parallelism.zero, s.mesh.replicas->size());
+  held = {{"values", b.values}, {"gradients", b.gradients}};
+  if (b.state > 0) held.push_back({"state of " + c.optimizer.type, b.state});
+  check_fits(c, "model", whose, held, s.device, smaller);
+  for (Held& h : activations(s, static_cast<double>(size_of(store.compute)))) held.push_back(std::move(h));
+  check_fits(c, "train.micro_batch_size",
+             fmt::format("{} parameters and {} sequences of {} tokens", human_count(n), c.train.micro_batch_size, c.data.context), held, s.device,
+             "fewer, a shorter data.context, or a smaller model");
 }
 
 void check_state(const Config& config, const layers::Model& model, const comm::ProcessGroup& sequence) {
@@ -101,15 +153,6 @@ int64_t parameter_count(const layers::Model& local) {
       n += layers::local_shape(all.ndim() == 0 ? all : all.with(0, part.rows), part.shard).numel();
     }
   return n;
-}
-
-void check_fits(const Config& config, const std::string& key, const std::string& what, double bytes, Device device,
-                const std::string& advice) {
-  const int64_t all = device_info(device).total_bytes;
-  if (bytes > static_cast<double>(all))
-    config.fail(key, fmt::format("{} alone take {}, but {} has {}", what, human_bytes(static_cast<int64_t>(std::min(bytes, 0x1p62))),
-                                 device.is_cpu() ? "this machine" : "the GPU", human_bytes(all)),
-                advice);
 }
 
 DataSource open_data(const Config& config) {

@@ -53,10 +53,6 @@ void build_model(Session& session, const layers::ModelConfig& config);
 /// The CPU batch on the session's device, as the model takes it: of this rank's positions.
 layers::ModelInput model_input(const data::Batch& batch, Device device, const comm::ProcessGroup& sequence);
 
-/// ConfigError for `key` where `bytes`, the least that `what` (a plural) takes, are more than the device's memory.
-void check_fits(const Config& config, const std::string& key, const std::string& what, double bytes, Device device,
-                const std::string& advice);
-
 /// Elements of the parameters that this process holds.
 int64_t parameter_count(const layers::Model& model);
 

@@ -88,6 +88,15 @@ TEST_CASE("state has the names a checkpoint uses") {
   CHECK(contains(error_of([] { optimizer_type_from_name("adam"); }), "known: adamw, sgd, lion"));
 }
 
+TEST_CASE("what a run's memory is checked for is the state that there will be") {
+  for (const OptimizerType type : {OptimizerType::adamw, OptimizerType::sgd, OptimizerType::lion})
+    for (const double momentum : {0.0, 0.9}) {
+      const Tensor param = zeros({64}, DType::f32, kCpu), grad = zeros({64}, DType::f32, kCpu);
+      const Optimizer optimizer({.type = type, .momentum = momentum}, param, grad, {}, {{0, 64, 1.0, 0.0}});
+      CHECK(states_per_parameter(type, momentum) == static_cast<int>(optimizer.state().size()) - 1);  // and what was skipped
+    }
+}
+
 TEST_CASE("a captured step replays with new learning rates", "[cuda]") {
   const Device device = cuda_device();
   const auto gradient = random_tensor({200}, Normal{}, 9, DType::f32).to(device);
