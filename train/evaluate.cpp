@@ -74,6 +74,12 @@ class Share {
   int64_t batches_;
 };
 
+double part_of(int64_t done, int64_t all) { return all > 0 ? static_cast<double>(done) / static_cast<double>(all) : 0; }
+
+void tell(const EvalProgress& progress, double share) {
+  if (progress) progress(share);
+}
+
 int64_t counted(const data::Batch& batch) {
   const int64_t* targets = batch.targets.data<int64_t>();
   return std::count_if(targets, targets + batch.targets.numel(), [](int64_t t) { return t != data::kIgnore; });
@@ -81,7 +87,7 @@ int64_t counted(const data::Batch& batch) {
 
 }  // namespace
 
-EvalResult evaluate(Session& session, const data::TokensPtr& tokens, const EvalOptions& options) {
+EvalResult evaluate(Session& session, const data::TokensPtr& tokens, const EvalOptions& options, const EvalProgress& progress) {
   const auto start = Clock::now();
   layers::LanguageModel& model = session.language_model("evaluation of perplexity");
   model.set_training(false);
@@ -99,6 +105,7 @@ EvalResult evaluate(Session& session, const data::TokensPtr& tokens, const EvalO
   std::vector<double> sums;           // likelihood, tokens, bytes, unknown tokens of each own batch
   data::Prefetcher batches(windows, 0, share.part(), share.parts());
   for (; auto batch = batches.next(); ++batch_index) {
+    tell(progress, std::max(part_of(batch_index, windows->steps()), part_of(seen, options.max_tokens)));
     const int64_t left = options.max_tokens > 0 ? options.max_tokens - seen : std::numeric_limits<int64_t>::max();
     if (left <= 0) break;
     seen += counted(*batch);
@@ -129,6 +136,7 @@ EvalResult evaluate(Session& session, const data::TokensPtr& tokens, const EvalO
   for (int64_t i = share.idle(session, batch_index); i > 0; --i)
     (void)model.token_nll(model_input(windows->get(0), session.device, sequence));
   const std::vector<double> all = share.sum(sums, 4);
+  tell(progress, 1);
   EvalResult r;
   r.total_nll = all[0];
   r.tokens = static_cast<int64_t>(all[1]);
@@ -205,7 +213,7 @@ void score_values(const std::vector<double>& predicted, const data::Batch& batch
 
 }  // namespace
 
-EvalResult evaluate_task(Session& session, const data::DatasetPtr& split) {
+EvalResult evaluate_task(Session& session, const data::DatasetPtr& split, const EvalProgress& progress) {
   const auto start = Clock::now();
   layers::Model& model = *session.model;
   model.set_training(false);
@@ -214,7 +222,8 @@ EvalResult evaluate_task(Session& session, const data::DatasetPtr& split) {
   const Share share(session, *split);
   std::vector<double> scores;  // of each own batch
   data::Prefetcher batches(split, data.rank(), 0, 1, 3, data.size());
-  while (auto batch = batches.next()) {
+  for (int64_t done = 0; auto batch = batches.next(); done += data.size()) {
+    tell(progress, part_of(done, split->steps()));
     Score score;
     if (language_model) {
       score_tokens(*language_model, *batch, session, score);
@@ -237,6 +246,7 @@ EvalResult evaluate_task(Session& session, const data::DatasetPtr& split) {
     else (void)model.predict(input);
   }
   const std::vector<double> all = share.sum(scores, 5);
+  tell(progress, 1);
   const Score score{all[0], all[1], all[2], static_cast<int64_t>(all[3]), static_cast<int64_t>(all[4])};
   EvalResult r;
   r.tokens = score.count;

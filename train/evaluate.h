@@ -1,4 +1,5 @@
 #pragma once
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -34,13 +35,16 @@ struct EvalResult {
   bool whole_split = true;
 };
 
+/// Is told which share of an evaluation is done: 0 at its beginning, 1 at its end.
+using EvalProgress = std::function<void(double share)>;
+
 /// Runs the model over `tokens` without gradients. Every token but the first (of each document when packed) is
 /// predicted exactly once. Sums are made on the device in fp32 per token and in fp64 over tokens.
 /// With `carry` each of micro_batch_size rows streams through its part of the split in constant memory.
-EvalResult evaluate(Session& session, const data::TokensPtr& tokens, const EvalOptions& options);
+EvalResult evaluate(Session& session, const data::TokensPtr& tokens, const EvalOptions& options, const EvalProgress& progress = {});
 
 /// Runs the model over one pass of a task's split.
-EvalResult evaluate_task(Session& session, const data::DatasetPtr& split);
+EvalResult evaluate_task(Session& session, const data::DatasetPtr& split, const EvalProgress& progress = {});
 
 /// What the section `eval` of a config asks for.
 EvalOptions eval_options(const Config& config);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace krait::train {
 
@@ -39,11 +40,12 @@ std::string progress_line(const StepMetrics& m, int64_t total_steps, double seco
                      human_bytes(m.mem_bytes), human_time(seconds_left));
 }
 
-Progress::Progress(int64_t total_steps, int64_t first_step, std::FILE* out, bool live)
+Progress::Progress(int64_t total_steps, int64_t first_step, std::FILE* out, bool live, double pause)
     : total_(total_steps),
       first_(first_step),
       out_(out),
       terminal_(live && ::isatty(::fileno(out)) == 1),
+      pause_(terminal_ ? 0.2 : pause),
       start_(Clock::now()) {}
 
 void Progress::step(const StepMetrics& m) {
@@ -59,6 +61,23 @@ void Progress::evaluation(const EvalMetrics& m) {
   note(fmt::format("step {}  {}: {}", m.step, m.split, describe(m)));
 }
 
+void Progress::evaluating(const std::string& split, double share) {
+  const auto now = Clock::now();
+  if (share <= 0 || share >= 1) {
+    evaluation_start_ = evaluation_shown_ = now;
+    if (std::exchange(evaluating_, {}).empty()) return;
+    clear();
+    return show();
+  }
+  if (seconds_since(evaluation_shown_) < pause_ && !(terminal_ && evaluating_.empty())) return;
+  evaluation_shown_ = now;
+  const std::string line = fmt::format("evaluating {}: {:.0f} %  ETA {}", split, 100 * share,
+                                       human_time(seconds_since(evaluation_start_) * (1 - share) / share));
+  if (!terminal_) return note(line);
+  evaluating_ = line;
+  show();
+}
+
 void Progress::note(const std::string& text) {
   clear();
   std::fprintf(out_, "%s\n", text.c_str());
@@ -67,6 +86,7 @@ void Progress::note(const std::string& text) {
 }
 
 void Progress::finish() {
+  if (!std::exchange(evaluating_, {}).empty()) clear();  // of one that has failed
   if (terminal_ && !live_.empty()) {
     std::fputc('\n', out_);
     live_.clear();
@@ -79,11 +99,12 @@ void Progress::clear() {
 }
 
 void Progress::show() {
-  if (!terminal_ || live_.empty()) return;
+  const std::string& line = evaluating_.empty() ? live_ : evaluating_;
+  if (!terminal_ || line.empty()) return;
   winsize size{};
   const bool known = ::ioctl(::fileno(out_), TIOCGWINSZ, &size) == 0 && size.ws_col > 10;
   clear();
-  std::fputs(live_.substr(0, known ? size.ws_col - 1u : 119u).c_str(), out_);
+  std::fputs(line.substr(0, known ? size.ws_col - 1u : 119u).c_str(), out_);
   std::fflush(out_);
 }
 

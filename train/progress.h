@@ -11,14 +11,18 @@ namespace krait::train {
 class Progress {
  public:
   /// first_step: where a resumed run starts, for the estimate of the time left. live: a live line on a terminal; not
-  /// below mpirun, which gives its processes a terminal whatever it writes to itself.
-  Progress(int64_t total_steps, int64_t first_step = 0, std::FILE* out = stdout, bool live = true);
+  /// below mpirun, which gives its processes a terminal whatever it writes to itself. pause: seconds between the plain
+  /// lines of an evaluation.
+  Progress(int64_t total_steps, int64_t first_step = 0, std::FILE* out = stdout, bool live = true, double pause = 60);
   ~Progress() { finish(); }
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
 
   void step(const StepMetrics& m);
   void evaluation(const EvalMetrics& m);
+  /// How far an evaluation is, in place of the live line; elsewhere a line a minute, so that short ones have none. 0 at its
+  /// beginning, 1 at its end, which brings the live line back.
+  void evaluating(const std::string& split, double share);
   /// A line of its own, above the live line.
   void note(const std::string& text);
   /// Ends the live line.
@@ -30,8 +34,9 @@ class Progress {
   int64_t total_, first_;
   std::FILE* out_;
   bool terminal_;
-  std::string live_;
-  Clock::time_point start_;
+  double pause_;
+  std::string live_, evaluating_;
+  Clock::time_point start_, evaluation_start_, evaluation_shown_;
 };
 
 // "12.3 k", "1.5 GiB", "2:03:04": for people.

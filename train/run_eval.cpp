@@ -6,6 +6,7 @@
 #include "train/commands.h"
 #include "train/evaluate.h"
 #include "train/files.h"
+#include "train/progress.h"
 #include "train/run_state.h"
 
 namespace krait::train {
@@ -55,12 +56,18 @@ void print_json(const EvalResult& r, const LoadedRun& run, const std::string& wh
   fmt::print("{}\n", j.dump());
 }
 
+// Beside the result, which is standard output's.
+EvalProgress shown_progress(const Config& config) {
+  return [progress = std::make_shared<Progress>(0, 0, stderr), split = config.eval.split](double share) { progress->evaluating(split, share); };
+}
+
 int eval_task(LoadedRun& run, const EvalCommand& command) {
   const Config& c = run.session.config;
   KRAIT_CHECK(command.data.empty(), "--data is for text; this run learned the task {}", c.data.type);
   const std::string& split = c.eval.split;
   const EvalResult r = evaluate_task(
-      run.session, c.data.task->split(split, c.eval.micro_batch_size, static_cast<uint64_t>(c.seed), run.session.data.directory));
+      run.session, c.data.task->split(split, c.eval.micro_batch_size, static_cast<uint64_t>(c.seed), run.session.data.directory),
+      shown_progress(c));
   if (command.json) {
     nlohmann::ordered_json j{{"checkpoint", run.checkpoint}, {"step", run.step}, {"task", c.data.type}, {"split", split},
                              {"examples", r.tokens}, {"nll", r.nll}};
@@ -96,7 +103,7 @@ int run_eval(const EvalCommand& command) {
   if (std::error_code none; !std::filesystem::exists(file, none)) throw ConfigError(fmt::format("--data: no such file: {}", file));
   const data::TokensPtr tokens = tokens_to_evaluate(run.session, file, c.eval.split);
   const EvalOptions options = eval_options(c);
-  const EvalResult result = evaluate(run.session, tokens, options);
+  const EvalResult result = evaluate(run.session, tokens, options, shown_progress(c));
   (command.json ? print_json : print_text)(result, run, tokens->where(), options);
   return 0;
 }

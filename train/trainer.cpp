@@ -54,9 +54,9 @@ TrainData open_tokens(const Session& session) {
 
 TrainData open_train_data(const Session& session) { return session.config.data.task ? open_task(session) : open_tokens(session); }
 
-EvalResult TrainData::evaluate(Session& session) const {
-  if (eval_examples) return evaluate_task(session, eval_examples);
-  return train::evaluate(session, eval_tokens, eval_options(session.config));
+EvalResult TrainData::evaluate(Session& session, const EvalProgress& progress) const {
+  if (eval_examples) return evaluate_task(session, eval_examples, progress);
+  return train::evaluate(session, eval_tokens, eval_options(session.config), progress);
 }
 
 Trainer::Trainer(Session& session, const TrainData& data, const RunDirectory& directory, bool resume)
@@ -157,7 +157,9 @@ void Trainer::log_step() {
 bool Trainer::evaluate_now() {
   if (!data_.has_eval()) return false;
   step_.leave_training();
-  const EvalResult r = data_.evaluate(session_);
+  const EvalResult r = data_.evaluate(session_, [this](double share) {
+    if (progress_) progress_->evaluating(config_.eval.split, share);
+  });
   step_.leave_training();
   EvalMetrics m;
   m.step = state_.step;

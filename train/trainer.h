@@ -15,7 +15,7 @@ struct TrainData {
   data::DatasetPtr train;
   data::TokensPtr eval_tokens;    // of a token store; null when there is no such split and none is asked for
   data::DatasetPtr eval_examples;  // of a task
-  EvalResult evaluate(Session& session) const;
+  EvalResult evaluate(Session& session, const EvalProgress& progress) const;
   bool has_eval() const { return eval_tokens || eval_examples; }
 };
 TrainData open_train_data(const Session& session);

@@ -198,6 +198,21 @@ TEST_CASE("progress: numbers for people") {
   CHECK(contains(progress_line(m, 100, 65), "MFU 45.6 %"));
 }
 
+TEST_CASE("progress: a long evaluation says how far it is, now and then where there is no terminal") {
+  const TemporaryDirectory tmp;
+  std::FILE* out = std::fopen((tmp / "out").c_str(), "w");
+  REQUIRE(out);
+  const auto evaluate = [&](double pause) {
+    Progress progress(10, 0, out, true, pause);
+    for (const double share : {0.0, 0.25, 0.5, 1.0}) progress.evaluating("valid", share);
+  };
+  evaluate(60);
+  CHECK(read_file(tmp / "out").empty());
+  evaluate(0);
+  std::fclose(out);
+  CHECK(read_file(tmp / "out") == "evaluating valid: 25 %  ETA 0:00\nevaluating valid: 50 %  ETA 0:00\n");
+}
+
 TEST_CASE("progress: plain lines where there is no terminal") {
   const TemporaryDirectory tmp;
   std::FILE* out = std::fopen((tmp / "out").c_str(), "w");

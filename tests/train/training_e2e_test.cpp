@@ -1,4 +1,6 @@
 // The whole path as a user walks it: text, token store, training, checkpoints, evaluation, generation.
+#include <fcntl.h>
+
 #include <cmath>
 #include <csignal>
 #include <nlohmann/json.hpp>
@@ -148,6 +150,31 @@ TEST_CASE("closed standard streams: what would be printed does not end up in a f
   CHECK(fs::file_size(w.tmp / "run/.lock") < 20);  // "pid 12345"
   CHECK(closed(fmt::format("data prepare {} -o {}", w.tmp / "text.txt", w.tmp / "closed.h5")) == 0);
   CHECK(krait_command("data inspect " + (w.tmp / "closed.h5")).status == 0);
+}
+
+TEST_CASE("on a terminal training and eval show how far an evaluation is, and leave nothing of it there") {
+  const Workplace w;
+  const int terminal = ::posix_openpt(O_RDWR | O_NOCTTY);
+  REQUIRE(terminal >= 0);
+  REQUIRE((::grantpt(terminal) == 0 && ::unlockpt(terminal) == 0));
+  const int kept_open = ::open(::ptsname(terminal), O_RDWR | O_NOCTTY);
+  const auto shown = [&](const std::string& arguments, const std::string& streams) {
+    const int status = std::system(fmt::format("'{}' {} {} {}", krait_program(), arguments, streams, ::ptsname(terminal)).c_str());
+    REQUIRE(WIFEXITED(status));
+    REQUIRE(WEXITSTATUS(status) == 0);
+    std::string text(1 << 16, ' ');
+    text.resize(static_cast<size_t>(std::max<ssize_t>(::read(terminal, text.data(), text.size()), 0)));
+    return text;
+  };
+  const std::string cleared = "\r\x1b[K", run = w.tmp / "run";
+  const std::string trained = shown(fmt::format("train {} --run-dir {} train.steps=2 lr_scheduler.warmup_steps=1", w.config, run), "2> /dev/null >");
+  CHECK(contains(trained, "evaluating valid: "));
+  CHECK(contains(trained, cleared + "step 2  valid: nll "));
+  const std::string evaluated = shown("eval " + run, "> /dev/null 2>");
+  CHECK(evaluated.starts_with(cleared + "evaluating valid: "));
+  CHECK(evaluated.ends_with(cleared));
+  ::close(kept_open);
+  ::close(terminal);
 }
 
 TEST_CASE("eval says when it has not seen the whole split") {
