@@ -2,7 +2,6 @@
 
 #include "autograd/collective.h"
 #include "autograd/elementwise.h"
-#include "autograd/reduce.h"
 #include "autograd/shape.h"
 #include "kernels/elementwise.h"
 
@@ -19,15 +18,18 @@ Variable sequence_pool(const Variable& x, const Tensor& lengths, Pool pool) {
 Variable sequence_pool(const Variable& x, const Tensor& lengths, Pool pool, const comm::GroupPtr& group) {
   if (group->size() == 1) return sequence_pool(x, lengths, pool);
   KRAIT_CHECK(x.ndim() == 3, "sequence_pool: x is {}, expected (b, l, d)", x.shape());
-  const int64_t b = x.size(0), l = x.size(1), whole = group->size() * l;
+  const int64_t b = x.size(0), l = x.size(1);
   const DType wide = accum_dtype(x.dtype());
-  const Tensor n = lengths.defined() ? kernels::clamp(lengths.to(wide), 1, static_cast<double>(whole)).view({b, 1})
-                                     : full({b, 1}, static_cast<double>(whole), wide, x.device());
-  const Tensor position = kernels::add_scalar(arange(l, wide, x.device()), static_cast<double>(group->rank() * l));
-  // What each position counts for: (b, l).
-  const Tensor weight = pool == Pool::mean ? kernels::div(kernels::less(position, n).to(wide), n)
-                                           : kernels::equal(position, kernels::add_scalar(n, -1)).to(wide);
-  const Variable own = sum(cast(x, wide) * Variable(weight.view({b, l, 1})), 1);
+  const auto before = static_cast<double>(group->rank() * l), last = static_cast<double>(l);
+  const Tensor n = lengths.defined() ? kernels::clamp(lengths.to(wide), 1, last * group->size())
+                                     : full({b}, last * group->size(), wide, x.device());
+  // From the lengths alone: a captured step cannot bring a table of positions to the device.
+  const Tensor ahead = kernels::add_scalar(n, -before), here = kernels::clamp(ahead, 0, last);  // positions of this piece that count
+  const Variable part = sequence_pool(cast(x, wide), kernels::clamp(here, 1, last).to(DType::i32), pool);
+  // Its share of the whole; of the last position: whether it lies here.
+  const Tensor weight = pool == Pool::mean ? kernels::div(here, n)
+                                           : kernels::mul(kernels::clamp(here, 0, 1), kernels::equal(here, ahead).to(wide));
+  const Variable own = part * Variable(weight.view({b, 1}));
   return cast(copy_to_group(reduce_from_group(own, group), group), x.dtype());
 }
 
