@@ -13,6 +13,9 @@ struct SequenceInfo {
   Tensor segments;
   /// (b, l) int32: position inside the document. Undefined: 0, 1, ... after what the state has consumed.
   Tensor positions;
+  /// (b) int32: positions of the whole sequence that count; the rest is padding, which no earlier position may see.
+  /// Undefined: all.
+  Tensor lengths = {};
 };
 
 /// State of one layer between calls: named tensors of constant size (recurrent state, convolution tail, key/value

@@ -13,6 +13,8 @@
 #include "autograd/shape.h"
 #include "autograd/shared_rows.h"
 #include "core/comm/collectives.h"
+#include "core/stream.h"
+#include "kernels/elementwise.h"
 #include "kernels/fft_conv.h"
 #include "kernels/glu_linear.h"
 #include "kernels/s4_kernel.h"
@@ -314,8 +316,21 @@ Variable S4::repeated(const Variable& x) const {
   return config_.copies == 1 ? x : concat(Vars(static_cast<size_t>(config_.copies), x), 2);
 }
 
-Variable S4::forward(const Variable& whole, const SequenceInfo& info, LayerState* state) {
-  const Variable x = scatter_to_group(whole, 2, tensor_);
+// Zeros where there is padding: the kernel from the right would bring it to the positions before.
+Variable S4::without_padding(const Variable& x, const Tensor& lengths) const {
+  if (!config_.bidirectional || !lengths.defined()) return x;
+  const int64_t l = x.size(1), before = sequence_->rank() * l;
+  Tensor& places = places_[l];
+  if (!places.defined()) {
+    KRAIT_ASSERT(!is_capturing(x.device()), "the first step of a length is not captured");
+    places = arange(before + l, DType::i64, kCpu).slice(0, before, before + l).contiguous().to(x.device());
+  }
+  const Tensor counts = kernels::less(places, lengths.to(DType::i64).view({-1, 1}));
+  return where(counts.view({x.size(0), l, 1}), x, Variable(zeros({}, x.dtype(), x.device())));
+}
+
+Variable S4::forward(const Variable& padded, const SequenceInfo& info, LayerState* state) {
+  const Variable whole = without_padding(padded, info.lengths), x = scatter_to_group(whole, 2, tensor_);
   if (sequence_->size() > 1) {
     if (state) {
       check_recurrent();

@@ -56,6 +56,7 @@ class S4 final : public Mixer {
   Variable over_ranks(const Variable& x, const SequenceInfo& info, LayerState* state) const;
   Variable scan(const Variable& x, int64_t first, int64_t end, const Tensor& segments, Tensor& carried) const;
   Variable repeated(const Variable& x) const;
+  Variable without_padding(const Variable& x, const Tensor& lengths) const;
   Variable recurrent(const Variable& u, const Tensor& segments, LayerState& state) const;
   void check_recurrent() const;
   DiscreteSystem discretised(const Values& values) const;
@@ -70,6 +71,7 @@ class S4 final : public Mixer {
   std::string stream_;     // of the random numbers of dropout
   System forward_, reverse_;
   Parameter D_, out_weight_, out_bias_;
+  mutable std::map<int64_t, Tensor> places_;  // by length: int64 (l), where this rank's positions lie; kept for captured steps
 };
 
 /// The layer kinds `s4` and `s4d`.

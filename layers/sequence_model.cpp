@@ -27,7 +27,9 @@ SequenceModel::SequenceModel(const ModelConfig& config, const ModelShape& shape,
 
 Variable SequenceModel::predict(const ModelInput& input) {
   const Variable x = encoder_ ? encoder_->forward(Variable(input.inputs.to(head_->dtype()))) : embedding(embedding_, input.tokens);
-  const Variable h = decoder_->forward(x, input.info, nullptr);
+  SequenceInfo info = input.info;
+  info.lengths = input.lengths;
+  const Variable h = decoder_->forward(x, info, nullptr);
   return head_->forward(sequence_pool(h, input.lengths, pooled_ ? Pool::mean : Pool::last, sequence_));
 }
 

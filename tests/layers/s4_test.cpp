@@ -4,6 +4,7 @@
 
 #include "autograd/elementwise.h"
 #include "core/random.h"
+#include "layers/model.h"
 #include "layers/parameter_store.h"
 #include "tests/testing/tensors.h"
 
@@ -209,6 +210,43 @@ TEST_CASE("S4 stays finite over 16384 positions at its default init") {
       CHECK(finite(y.data()));
       CHECK(finite(x.grad()));
       CHECK(finite(t.store.grad()));
+    }
+}
+
+TEST_CASE("a bidirectional S4 classifier does not see the padding of shorter rows") {
+  for (const std::string kind : {"s4", "s4d"})
+    for (const bool pooled : {false, true}) {
+      INFO(kind << (pooled ? ", pooled" : ", last"));
+      ConfigNode section = ConfigNode::map(), mixer = ConfigNode::map(), layers = ConfigNode::list();
+      mixer.set("d_state", ConfigNode::of(int64_t{8}));
+      mixer.set("bidirectional", ConfigNode::of(true));
+      layers.append(ConfigNode::of(kind));
+      section.set("type", ConfigNode::of(std::string("classifier")));
+      section.set("d_model", ConfigNode::of(kWidth));
+      section.set("n_layers", ConfigNode::of(int64_t{2}));
+      section.set("n_classes", ConfigNode::of(int64_t{3}));
+      section.set("head", ConfigNode::of(std::string(pooled ? "pooled" : "last")));
+      section.set("layers", layers);
+      section.set(kind, mixer);
+      const auto model = make_model(read_model_config(section), {.vocab_size = 11, .context = 20});
+      ParameterStore store(*model, {.master = DType::f64, .compute = DType::f64, .seed = 4});
+      ModelInput padded;
+      padded.tokens = random_integers({3, 20}, {0, 11}, 1);
+      padded.targets = random_integers({3}, {0, 3}, 2);
+      const std::vector<int32_t> lengths{20, 7, 1};
+      padded.lengths = from_vector(lengths);
+      const Tensor count = full({}, 3.0, DType::f32, kCpu), all = model->predict(padded).data();
+      backward(model->loss(padded, count).loss);
+      const Tensor together = store.grad().clone();
+      zero_(store.grad());
+      for (int64_t row = 0; row < 3; ++row) {
+        ModelInput alone;
+        alone.tokens = padded.tokens.slice(0, row, row + 1).slice(1, 0, lengths[static_cast<size_t>(row)]).contiguous();
+        alone.targets = padded.targets.slice(0, row, row + 1);
+        CHECK(relative_error(all.slice(0, row, row + 1), model->predict(alone).data()) < 1e-12);
+        backward(model->loss(alone, count).loss);
+      }
+      CHECK(relative_error(together, store.grad()) < 1e-12);
     }
 }
 
