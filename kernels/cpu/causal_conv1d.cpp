@@ -5,13 +5,15 @@
 
 #include "core/parallel.h"
 #include "kernels/cpu/put.h"
-#include "kernels/cpu/vector_math.h"
+#include "kernels/cpu/vector_silu.h"
 
-// Rows are walked in their order in memory, since a step to the next row is a step to another page. With four taps, four
-// positions go together, in blocks of channels that stay in the first cache and in passes that each fit into the
-// registers: p, then SiLU or its gradient, then sums and dx. (One pass over all of it spills half of its values: twice the
-// time with AVX2.) Everything else (other widths, starts of documents, the ends) goes position by position, with taps in
-// fours, the last ones padded with a row of zeros.
+// Rows are walked in their order in memory, since a step to the next row is a step to another page; blocks of channels
+// keep more in the first cache and still lose a fifth to the processor's prefetching, which follows whole rows. With four
+// taps, four positions go together, written in vectors, so that one pass keeps what it needs in registers (from the same
+// loop over channels GCC makes code that takes twice the time). SiLU's exponential and division are most of the work: the
+// plain filter runs at the speed of a copy. Everything else (other widths, starts of documents, the ends, channels beyond
+// whole vectors) goes position by position, with taps in fours, the last ones padded with a row of zeros, and the same
+// operations in the same order: a position's result does not tell whether it went in four.
 namespace krait::kernels::cpu {
 
 namespace {
@@ -23,9 +25,10 @@ void add_taps(A* __restrict p, const B* __restrict s0, const B* __restrict s1, c
               const B* __restrict s3, const A* __restrict w0, const A* __restrict w1, const A* __restrict w2,
               const A* __restrict w3, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i)
-    p[i] += (w0[i] * static_cast<A>(s0[i]) + w1[i] * static_cast<A>(s1[i])) +
-            (w2[i] * static_cast<A>(s2[i]) + w3[i] * static_cast<A>(s3[i]));
+  for (int64_t i = 0; i < n; ++i) {
+    const A low = w1[i] * static_cast<A>(s1[i]) + (w0[i] * static_cast<A>(s0[i]) + p[i]);
+    p[i] = w3[i] * static_cast<A>(s3[i]) + (w2[i] * static_cast<A>(s2[i]) + low);
+  }
 }
 
 template <class A, class B>
@@ -40,23 +43,48 @@ void add_product(A* __restrict p, const A* __restrict g, const B* __restrict s, 
   for (int64_t i = 0; i < n; ++i) p[i] += g[i] * static_cast<A>(s[i]);
 }
 
+template <class A, class B>
+void multiply_row(A* __restrict p, const B* __restrict s, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) p[i] *= static_cast<A>(s[i]);
+}
+
 template <class T, class A>
 void put_row(T* __restrict to, const A* __restrict p, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) put(to[i], p[i]);
 }
 
-template <class T, class A>
-void put_silu(T* __restrict to, const A* __restrict p, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) put(to[i], vsilu(p[i]));
+// A vector of values in the dtype of sums, and back.
+template <class A, class T>
+[[gnu::always_inline]] inline Vec<A> widened(const T* p) {
+  if constexpr (std::is_same_v<A, T>) {
+    return load(p);
+  } else {
+    Vec<A> v;
+    for (int i = 0; i < kLanes<A>; ++i) v[i] = static_cast<A>(p[i]);
+    return v;
+  }
+}
+template <class A, class T>
+[[gnu::always_inline]] inline void put_vector(T* to, Vec<A> v) {
+  if constexpr (std::is_same_v<A, T>) {
+    store(to, v);
+  } else {
+    for (int i = 0; i < kLanes<A>; ++i) put(to[i], v[i]);
+  }
 }
 
-// g = dy silu'(p), into p.
-template <class T, class A>
-void silu_gradient(A* __restrict p, const T* __restrict dy, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<A>(dy[i]) * vsilu_and_slope(p[i]).slope;
+// f(vector) of n values in place, as a tile makes them.
+template <class A, class F>
+void map_vectors(A* p, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) store(p + i, f(load(p + i)));
+  if (i == n) return;
+  A rest[kLanes<A>] = {};
+  std::copy(p + i, p + n, rest);
+  store(rest, f(load(rest)));
+  std::copy(rest, rest + (n - i), p + i);
 }
 
 // Where the rows of one batch row are, and which of them a position sees.
@@ -126,89 +154,72 @@ void filter_row(A* p, const Sequence<T>& in, const Taps<A>& taps, const A* bias,
   });
 }
 
-// p of four positions, n channels, rows kBlock apart; x is the row three before the first.
-template <class T, class A>
-void filter_tile(A* __restrict p, const T* __restrict x, int64_t x_row, const A* __restrict w, const A* __restrict bias,
-                 int64_t c, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const A w0 = w[i], w1 = w[c + i], w2 = w[2 * c + i], w3 = w[3 * c + i], from = bias[i];
-    A a[kTile + 3];
+// The filter before SiLU, in the order of add_taps.
+template <class A>
+[[gnu::always_inline]] inline Vec<A> filtered(const A* w, int64_t c, const A* bias, Vec<A> a0, Vec<A> a1, Vec<A> a2, Vec<A> a3) {
+  const Vec<A> low = load(w + c) * a1 + (load(w) * a0 + load(bias));
+  return load(w + 3 * c) * a3 + (load(w + 2 * c) * a2 + low);
+}
+
+// y of four positions, n channels in whole vectors; x is the row three before the first.
+template <bool Silu, class T, class A>
+void forward_tile(T* __restrict y, int64_t y_row, const T* __restrict x, int64_t x_row, const A* __restrict w,
+                  const A* __restrict bias, int64_t c, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    Vec<A> a0 = widened<A>(x + i), a1 = widened<A>(x + x_row + i), a2 = widened<A>(x + 2 * x_row + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < kTile; ++r) {
+      const Vec<A> a3 = widened<A>(x + (r + 3) * x_row + i);
+      const Vec<A> p = filtered(w + i, c, bias + i, a0, a1, a2, a3);
+      put_vector<A>(y + r * y_row + i, Silu ? vector_silu(p) : p);
+      a0 = a1;
+      a1 = a2;
+      a2 = a3;
+    }
+  }
+}
+
+// Positions t .. t + 3, n channels in whole vectors: sums += (4 rows of dweight, one of dbias), dx of positions t - 3 .. t,
+// and g of all four, the last three of which come again. x and dx point to position t - 3, dy to t, g to those of
+// t - 3 .. t + 3.
+template <bool Silu, class T, class A>
+void backward_tile(T* __restrict dx, int64_t dx_row, A* __restrict sums, A* const (&g)[kTile + 3], const T* __restrict dy,
+                   int64_t dy_row, const T* __restrict x, int64_t x_row, const A* __restrict w, const A* __restrict bias,
+                   int64_t c, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    Vec<A> d[kTile];
+    Vec<A> a0 = widened<A>(x + i), a1 = widened<A>(x + x_row + i), a2 = widened<A>(x + 2 * x_row + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < kTile; ++r) {
+      d[r] = widened<A>(dy + r * dy_row + i);
+      if constexpr (Silu) {
+        const Vec<A> a3 = widened<A>(x + (r + 3) * x_row + i);
+        d[r] *= vector_silu_slope(filtered(w + i, c, bias + i, a0, a1, a2, a3));
+        a0 = a1;
+        a1 = a2;
+        a2 = a3;
+      }
+      store(g[r + 3] + i, d[r]);
+    }
+    Vec<A> dw[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) dw[j] = load(sums + j * c + i);
 #pragma GCC unroll 8
-    for (int r = 0; r < kTile + 3; ++r) a[r] = static_cast<A>(x[r * x_row + i]);
+    for (int r = 0; r < kTile + 3; ++r) {
+      const Vec<A> a = widened<A>(x + r * x_row + i);
 #pragma GCC unroll 4
-    for (int r = 0; r < kTile; ++r)
-      p[r * kBlock + i] = from + ((w0 * a[r] + w1 * a[r + 1]) + (w2 * a[r + 2] + w3 * a[r + 3]));
-  }
-}
-
-// y of four positions.
-template <class T, class A>
-void forward_tile(T* y, int64_t y_row, const T* x, int64_t x_row, const A* w, const A* bias, int64_t c, bool silu) {
-  alignas(64) A p[kTile * kBlock];
-  for (int64_t at = 0; at < c; at += kBlock) {
-    const int64_t n = std::min(kBlock, c - at);
-    filter_tile(p, x + at, x_row, w + at, bias + at, c, n);
-    for (int64_t r = 0; r < kTile; ++r)
-      silu ? put_silu(y + r * y_row + at, p + r * kBlock, n) : put_row(y + r * y_row + at, p + r * kBlock, n);
-  }
-}
-
-// g = dy silu'(p), or dy where p is null.
-template <class T, class A>
-void gradient_row(A* __restrict g, const T* __restrict dy, const A* __restrict p, int64_t n) {
-  if (p == nullptr) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) g[i] = static_cast<A>(dy[i]);
-    return;
-  }
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) g[i] = static_cast<A>(dy[i]) * vsilu_and_slope(p[i]).slope;
-}
-
-// Sums of four positions: 4 rows of dweight, one of dbias. x is the row three before the first.
-template <class T, class A>
-void add_tile_sums(A* __restrict sums, int64_t c, const A* __restrict g0, const A* __restrict g1, const A* __restrict g2,
-                   const A* __restrict g3, const T* __restrict x, int64_t x_row, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const A d[kTile] = {g0[i], g1[i], g2[i], g3[i]};
-    A a[kTile + 3];
-#pragma GCC unroll 8
-    for (int r = 0; r < kTile + 3; ++r) a[r] = static_cast<A>(x[r * x_row + i]);
+      for (int j = 0; j < 4; ++j)
+        if (r - j >= 0 && r - j < kTile) dw[j] += d[r - j] * a;
+    }
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sums[j * c + i] += (d[0] * a[j] + d[1] * a[j + 1]) + (d[2] * a[j + 2] + d[3] * a[j + 3]);
-    sums[4 * c + i] += (d[0] + d[1]) + (d[2] + d[3]);
-  }
-}
-
-// dx of four positions from g of them and of the three behind.
-template <class T, class A>
-void input_gradient_tile(T* __restrict dx, int64_t dx_row, A* const (&g)[kTile + 3], int64_t at, const A* __restrict w,
-                         int64_t c, int64_t n) {
-  const A *g0 = g[0] + at, *g1 = g[1] + at, *g2 = g[2] + at, *g3 = g[3] + at, *g4 = g[4] + at, *g5 = g[5] + at, *g6 = g[6] + at;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const A w0 = w[i], w1 = w[c + i], w2 = w[2 * c + i], w3 = w[3 * c + i];
-    const A d[kTile + 3] = {g0[i], g1[i], g2[i], g3[i], g4[i], g5[i], g6[i]};
+    for (int j = 0; j < 4; ++j) store(sums + j * c + i, dw[j]);
+    store(sums + 4 * c + i, load(sums + 4 * c + i) + ((d[0] + d[1]) + (d[2] + d[3])));
+    const Vec<A> all[kTile + 3] = {load(g[0] + i), load(g[1] + i), load(g[2] + i), d[0], d[1], d[2], d[3]};
 #pragma GCC unroll 4
-    for (int r = 0; r < kTile; ++r)
-      put(dx[r * dx_row + i], (w0 * d[r + 3] + w1 * d[r + 2]) + (w2 * d[r + 1] + w3 * d[r]));
-  }
-}
-
-// Positions t .. t + 3: sums +=, dx of positions t - 3 .. t, and g of all four, the last three of which come again.
-// x and dx point to position t - 3, dy to t, g to those of t - 3 .. t + 3.
-template <class T, class A>
-void backward_tile(T* dx, int64_t dx_row, A* sums, A* const (&g)[kTile + 3], const T* dy, int64_t dy_row, const T* x,
-                   int64_t x_row, const A* w, const A* bias, int64_t c, bool silu) {
-  alignas(64) A p[kTile * kBlock];
-  for (int64_t at = 0; at < c; at += kBlock) {
-    const int64_t n = std::min(kBlock, c - at);
-    if (silu) filter_tile(p, x + at, x_row, w + at, bias + at, c, n);
-    for (int64_t r = 0; r < kTile; ++r) gradient_row(g[r + 3] + at, dy + r * dy_row + at, silu ? p + r * kBlock : nullptr, n);
-    add_tile_sums(sums + at, c, g[3] + at, g[4] + at, g[5] + at, g[6] + at, x + at, x_row, n);
-    input_gradient_tile(dx + at, dx_row, g, at, w + at, c, n);
+    for (int r = 0; r < kTile; ++r) {
+      const Vec<A> low = load(w + c + i) * all[r + 2] + load(w + i) * all[r + 3];
+      put_vector<A>(dx + r * dx_row + i, load(w + 3 * c + i) * all[r] + (load(w + 2 * c + i) * all[r + 1] + low));
+    }
   }
 }
 
@@ -223,26 +234,25 @@ void causal_conv1d_forward(Tensor& y_out, Tensor& final_out, const CausalConv1dI
     const A *bias = bias_row.data<A>(), *w = taps.rows.template data<A>();
     T *y_all = y_out.data<T>(), *final_all = final_out.numel() > 0 ? final_out.data<T>() : nullptr;
     const T zero[kBlock] = {};
+    const int64_t whole = c / kLanes<A> * kLanes<A>;
     parallel_for(0, b * l, std::max<int64_t>(1, kGrain / (c * taps.padded)), [&](int64_t first, int64_t last) {
       A p[kBlock];
+      const auto position = [&](const Sequence<T>& s, int64_t i, int64_t channel) {  // channels from there on
+        for (int64_t at = channel; at < c; at += kBlock) {
+          const int64_t n = std::min(kBlock, c - at);
+          filter_row(p, s, taps, bias, zero, i % l, at, n);
+          if (in.silu) map_vectors(p, n, [](Vec<A> v) __attribute__((always_inline)) { return vector_silu(v); });
+          put_row(y_all + i * c + at, p, n);
+        }
+      };
       for (int64_t i = first; i < last;) {
         const Sequence<T> s = sequence_of<T>(in, i / l);
         const int64_t t = i % l;
-        if (i + kTile <= last && s.tile(t)) {
-          const T* x = s.x + (t - 3) * s.stride;
-          forward_tile(y_all + i * c, c, x, s.stride, w, bias, c, in.silu);
-          i += kTile;
-          continue;
-        }
-        for (int64_t at = 0; at < c; at += kBlock) {
-          const int64_t n = std::min(kBlock, c - at);
-          filter_row(p, s, taps, bias, zero, t, at, n);
-          if (in.silu)
-            put_silu(y_all + i * c + at, p, n);
-          else
-            put_row(y_all + i * c + at, p, n);
-        }
-        ++i;
+        const bool tile = i + kTile <= last && s.tile(t);
+        if (tile)
+          (in.silu ? forward_tile<true, T, A> : forward_tile<false, T, A>)(y_all + i * c, c, s.x + (t - 3) * s.stride, s.stride,
+                                                                           w, bias, c, whole);
+        for (const int64_t end = i + (tile ? kTile : 1); i < end; ++i) position(s, i, tile ? whole : 0);
       }
     });
     for (int64_t row = 0; row < b; ++row) {
@@ -281,34 +291,40 @@ struct BackwardPiece {
   A* g(int64_t t) const { return ring + (t - begin) % slots * s.c; }
 
   void run() const {
-    const int64_t k = s.k, seen = std::min(s.l, end + k - 1);
+    const int64_t k = s.k, seen = std::min(s.l, end + k - 1), whole = s.c / kLanes<A> * kLanes<A>;
     int64_t next = begin == 0 && s.initial != nullptr ? 1 - k : begin;  // whose dx comes next
     for (int64_t t = begin; t < seen;) {
       if (next >= 0 && next == t - 3 && t + kTile <= end && s.tile(t)) {
         A* const rows[kTile + 3] = {g(t - 3), g(t - 2), g(t - 1), g(t), g(t + 1), g(t + 2), g(t + 3)};
-        backward_tile(dx + next * dx_row, dx_row, sums, rows, dy + t * dy_row, dy_row, s.x + next * s.stride, s.stride,
-                      taps.rows.template data<A>(), bias, s.c, silu);
-        t += kTile;
-        next += kTile;
+        (silu ? backward_tile<true, T, A> : backward_tile<false, T, A>)(
+            dx + next * dx_row, dx_row, sums, rows, dy + t * dy_row, dy_row, s.x + next * s.stride, s.stride,
+            taps.rows.template data<A>(), bias, s.c, whole);
+        for (const int64_t tile_end = t + kTile; t < tile_end; ++t, ++next) {
+          position(t, whole);
+          input_gradient(next, seen, whole);
+        }
         continue;
       }
-      position(t);
+      position(t, 0);
       ++t;
-      for (; next + k - 1 < t && next < end; ++next) input_gradient(next, seen);
+      for (; next + k - 1 < t && next < end; ++next) input_gradient(next, seen, 0);
     }
-    for (; next < end; ++next) input_gradient(next, seen);
+    for (; next < end; ++next) input_gradient(next, seen, 0);
   }
 
-  void position(int64_t t) const {
-    for (int64_t at = 0; at < s.c; at += kBlock) {
+  // Of the channels from `channel` on, here and below.
+  void position(int64_t t, int64_t channel) const {
+    for (int64_t at = channel; at < s.c; at += kBlock) {
       const int64_t n = std::min(kBlock, s.c - at);
       A* gt = g(t) + at;
+      const T* dyt = dy + t * dy_row + at;
       if (silu) {
         filter_row(gt, s, taps, bias, zero, t, at, n);
-        silu_gradient(gt, dy + t * dy_row + at, n);
+        map_vectors(gt, n, [](Vec<A> v) __attribute__((always_inline)) { return vector_silu_slope(v); });
+        multiply_row(gt, dyt, n);
       } else {
         std::fill(gt, gt + n, A(0));
-        add_row(gt, dy + t * dy_row + at, n);
+        add_row(gt, dyt, n);
       }
       if (t >= end) continue;
       for (int64_t j = 0; j < s.k; ++j)
@@ -317,10 +333,10 @@ struct BackwardPiece {
     }
   }
 
-  void input_gradient(int64_t i, int64_t seen) const {
+  void input_gradient(int64_t i, int64_t seen, int64_t channel) const {
     const int64_t k = s.k, kept = i - (s.l - k + 1);  // its place in the final state
     A d[kBlock];
-    for (int64_t at = 0; at < s.c; at += kBlock) {
+    for (int64_t at = channel; at < s.c; at += kBlock) {
       const int64_t n = std::min(kBlock, s.c - at);
       std::fill(d, d + n, A(0));
       taps.add(d, no_gradient, at, n, [&](int64_t j) -> const A* {

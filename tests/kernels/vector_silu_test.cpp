@@ -1,0 +1,67 @@
+#include "kernels/cpu/vector_silu.h"
+
+#include <cmath>
+#include <limits>
+
+#include "core/random.h"
+#include "kernels/causal_conv1d.h"
+#include "tests/testing/catch.h"
+
+using namespace krait;
+using namespace krait::kernels;
+
+namespace {
+
+float silu_of(float x) { return cpu::vector_silu(cpu::Vec<float>{} + x)[0]; }
+float slope_of(float x) { return cpu::vector_silu_slope(cpu::Vec<float>{} + x)[0]; }
+
+double ulps(float y, double exact) {
+  return std::fabs(static_cast<double>(y) - exact) / std::ldexp(1.0, std::max(std::ilogb(exact), -126) - 23);
+}
+
+}  // namespace
+
+TEST_CASE("SiLU of vectors is within three units in the last place, its slope within those of its terms") {
+  double value = 0, below = 0, above = 0;
+  for (int i = 0; i <= 400000; ++i) {
+    const float x = -86.5f + 126.0f * static_cast<float>(i) / 400000.0f;
+    if (x == 0.0f) continue;
+    const double s = 1 / (1 + std::exp(-static_cast<double>(x))), slope = s * (1 + x * (1 - s));
+    value = std::max(value, ulps(silu_of(x), x * s));
+    if (x > -86 && x < -2) below = std::max(below, ulps(slope_of(x), slope));
+    if (x > -0.5f) above = std::max(above, ulps(slope_of(x), slope));
+  }
+  CHECK(value < 3);
+  CHECK(below < 6);
+  CHECK(above < 16);
+}
+
+TEST_CASE("SiLU of vectors has limits") {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  CHECK(silu_of(kInf) == kInf);
+  CHECK(slope_of(kInf) == 1.0f);
+  CHECK(silu_of(100.0f) == 100.0f);
+  for (const float x : {-kInf, -1e30f, -100.0f}) {
+    CHECK(std::fabs(silu_of(x)) < 1e-35f);
+    CHECK(std::fabs(slope_of(x)) < 1e-35f);
+  }
+  CHECK(std::isnan(silu_of(std::numeric_limits<float>::quiet_NaN())));
+  CHECK(std::isnan(slope_of(std::numeric_limits<float>::quiet_NaN())));
+}
+
+TEST_CASE("causal_conv1d: a position alone has the bits that it has among others") {
+  const int64_t c = 43, l = 23;
+  const auto normal = [](const Shape& shape, uint64_t key) {
+    Tensor t = empty(shape, DType::f32, kCpu);
+    fill_normal_(t, 0, 1, key);
+    return t;
+  };
+  const Tensor x = normal({1, l, c}, 1), weight = normal({c, 4}, 2), bias = normal({c}, 3);
+  const std::vector<float> whole = causal_conv1d_forward(x, weight, bias, {}, true).y.to_vector<float>();
+  Tensor state = zeros({1, 3, c}, DType::f32, kCpu);
+  for (int64_t t = 0; t < l; ++t) {
+    const CausalConv1dOut one = causal_conv1d_forward(x.slice(1, t, t + 1), weight, bias, state, true);
+    state = one.final_state;
+    CHECK(one.y.to_vector<float>() == std::vector<float>(whole.begin() + t * c, whole.begin() + (t + 1) * c));
+  }
+}
