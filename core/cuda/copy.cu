@@ -180,9 +180,11 @@ void fill(Tensor& dst, double value) {
 
 void transfer(void* dst, Device dst_device, const void* src, Device src_device, int64_t bytes) {
   const Device gpu = dst_device.is_cuda() ? dst_device : src_device;
+  // A graph would copy the same host addresses at every replay, whatever lies there by then.
+  KRAIT_ASSERT(!is_capturing(gpu), "a captured step copies {} bytes between host and device", bytes);
   const cudaStream_t stream = native(current_stream(gpu));
   check(cudaMemcpyAsync(dst, src, static_cast<size_t>(bytes), cudaMemcpyDefault, stream));
-  if (!is_capturing(gpu)) check(cudaStreamSynchronize(stream));
+  check(cudaStreamSynchronize(stream));
 }
 
 }  // namespace krait::core::cuda
