@@ -33,8 +33,8 @@ std::map<std::string, Tensor> values_of(const ParameterStore& store) {
 
 }  // namespace
 
-KanNetwork::KanNetwork(const ModelConfig& config, const ModelShape& shape)
-    : config_(config), regressor_(config.type == "regressor") {
+KanNetwork::KanNetwork(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss)
+    : config_(config), loss_options_(loss), regressor_(config.type == "regressor") {
   ConfigNode section = config.options_of("kan");
   options_ = read_kan_network_config(section);
   KRAIT_CHECK(shape.vocab_size == 0 && shape.input_features > 0,
@@ -79,7 +79,7 @@ Variable KanNetwork::forward(const ModelInput& input, Variable* penalty) const {
 ModelLoss KanNetwork::loss(const ModelInput& input, const Tensor& target_count) {
   Variable penalty;
   const Variable y = forward(input, &penalty);
-  ModelLoss out = answer_loss(y, input.targets, regressor_, target_count, penalty);
+  ModelLoss out = answer_loss(y, input.targets, regressor_, target_count, loss_options_, penalty);
   if (!penalty.defined()) return out;
   out.auxiliary = penalty.data();
   if (target_count.defined())

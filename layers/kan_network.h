@@ -17,7 +17,7 @@ namespace krait::layers {
 ///   the old curves at the samples.
 class KanNetwork final : public Model {
  public:
-  KanNetwork(const ModelConfig& config, const ModelShape& shape);
+  KanNetwork(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss = {});
   ModelLoss loss(const ModelInput& input, const Tensor& target_count) override;
   /// (b, outputs): class logits or predictions.
   Variable predict(const ModelInput& input) override { return forward(input, nullptr); }
@@ -70,6 +70,7 @@ class KanNetwork final : public Model {
   std::vector<Tensor> layer_inputs(const ModelInput& samples) const;
   ModelConfig config_;
   KanNetworkConfig options_;
+  CrossEntropyOptions loss_options_;
   bool regressor_;
   std::vector<std::shared_ptr<KanLayer>> layers_;
 };

@@ -67,9 +67,9 @@ std::unique_ptr<Model> made(const ModelConfig& config, const ModelShape& shape, 
   else if (config.layers == std::vector<std::string>{"kan"}) {
     KRAIT_CHECK(parallel.sequence->size() == 1, "kan has no sequences that could be spread over {} ranks; set "
                 "parallelism.sequence: 1", parallel.sequence->size());
-    model = std::make_unique<KanNetwork>(config, shape);  // small: whole on every process of a tensor group
+    model = std::make_unique<KanNetwork>(config, shape, loss);  // small: whole on every process of a tensor group
   } else
-    model = std::make_unique<SequenceModel>(config, shape, parallel);
+    model = std::make_unique<SequenceModel>(config, shape, loss, parallel);
   model->set_primary(parallel.tensor->rank() == 0);
   return model;
 }

@@ -163,12 +163,14 @@ class LanguageModel final : public DecoderModel {
 /// Classifier: cross-entropy over classes. Regressor: mean squared error over the outputs.
 class SequenceModel final : public DecoderModel {
  public:
-  SequenceModel(const ModelConfig& config, const ModelShape& shape, const Parallel& parallel = {});
+  SequenceModel(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss = {},
+                const Parallel& parallel = {});
   ModelLoss loss(const ModelInput& input, const Tensor& target_count) override;
   Decoder& decoder() const override { return *decoder_; }
   Variable predict(const ModelInput& input) override;
 
  private:
+  CrossEntropyOptions loss_options_;
   bool regressor_ = false;
   bool pooled_ = false;
   comm::GroupPtr sequence_;
@@ -178,11 +180,12 @@ class SequenceModel final : public DecoderModel {
 };
 
 /// The loss of one answer per sequence, y (b, outputs): cross-entropy against classes (b), or the mean squared error
-/// against (b, outputs). `penalty` (a scalar, may be undefined) is added to the batch's mean loss and to nothing else.
+/// against (b, outputs). `penalty` (a scalar, may be undefined) is added to the batch's mean loss and to nothing else, nor do
+/// label smoothing and z-loss count in loss_sum.
 ModelLoss answer_loss(const Variable& y, const Tensor& targets, bool regressor, const Tensor& target_count,
-                      const Variable& penalty = {});
+                      const CrossEntropyOptions& options, const Variable& penalty = {});
 
-/// The model that a config describes. `loss`: label smoothing and z-loss of a language model.
+/// The model that a config describes. `loss`: label smoothing and z-loss of a language model or classifier.
 std::unique_ptr<Model> make_model(const ModelConfig& config, const ModelShape& shape,
                                   const CrossEntropyOptions& loss = {}, const Parallel& parallel = {});
 /// The config with the shapes that its schedules give the model at a step.

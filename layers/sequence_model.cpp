@@ -10,8 +10,9 @@
 
 namespace krait::layers {
 
-SequenceModel::SequenceModel(const ModelConfig& config, const ModelShape& shape, const Parallel& parallel)
-    : regressor_(config.type == "regressor"), pooled_(config.head == "pooled"), sequence_(parallel.sequence) {
+SequenceModel::SequenceModel(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss,
+                             const Parallel& parallel)
+    : loss_options_(loss), regressor_(config.type == "regressor"), pooled_(config.head == "pooled"), sequence_(parallel.sequence) {
   const int64_t d = config.d_model;
   KRAIT_CHECK(config.n_classes > 0, "{}: model.n_classes is not set", config.type);
   if (shape.vocab_size > 0) {
@@ -34,7 +35,7 @@ Variable SequenceModel::predict(const ModelInput& input) {
 }
 
 ModelLoss SequenceModel::loss(const ModelInput& input, const Tensor& target_count) {
-  ModelLoss out = answer_loss(predict(input), input.targets, regressor_, target_count);
+  ModelLoss out = answer_loss(predict(input), input.targets, regressor_, target_count, loss_options_);
   out.auxiliary = decoder_->auxiliary_loss();
   if (sequence_->rank() == 0) return out;
   // Every rank of a sequence has the same answers: those of the first count.
@@ -45,21 +46,23 @@ ModelLoss SequenceModel::loss(const ModelInput& input, const Tensor& target_coun
 }
 
 ModelLoss answer_loss(const Variable& y, const Tensor& targets, bool regressor, const Tensor& target_count,
-                      const Variable& penalty) {
+                      const CrossEntropyOptions& options, const Variable& penalty) {
   const DType wide = accum_dtype(y.dtype());
   ModelLoss out;
   Variable mean_loss;
+  Tensor plain;  // without what is only trained on
   if (regressor) {
     KRAIT_CHECK(targets.shape() == y.shape(), "regressor: targets are {}, predictions {}", describe(targets), y.shape());
     out.count = full({}, static_cast<double>(y.size(0)), wide, y.device());
     const Variable error = cast(y, wide) - Variable(targets.to(wide));
     mean_loss = mean(error * error);
   } else {
-    const Tensor kept = kernels::count_targets(targets, y.size(-1), CrossEntropyOptions{}.ignore_index);
-    mean_loss = cross_entropy(y, targets, {}, kept);
+    const Tensor kept = kernels::count_targets(targets, y.size(-1), options.ignore_index);
+    mean_loss = cross_entropy(y, targets, options, kept);
+    if (options.label_smoothing > 0 || options.z_loss > 0) plain = kernels::cross_entropy_forward(y.data(), targets, {}, kept).loss;
     out.count = kept.to(wide);
   }
-  out.loss_sum = kernels::mul(mean_loss.data(), out.count);
+  out.loss_sum = kernels::mul(plain.defined() ? plain : mean_loss.data(), out.count);
   const Variable whole = penalty.defined() ? mean_loss + penalty : mean_loss;
   out.loss = target_count.defined() ? whole * Variable(out.count) / Variable(target_count.to(wide)) : whole;
   return out;

@@ -187,6 +187,9 @@ void check_answers(Config& c, OptionReader& options) {
   if (c.model.type != wanted)
     c.fail("model.type", fmt::format("found {}, but data.type {} needs a {}", c.model.type, c.data.type, wanted),
            "type: " + wanted);
+  if (kind == Kind::values)
+    for (const auto& [key, value] : {std::pair{"label_smoothing", c.train.label_smoothing}, {"z_loss", c.train.z_loss}})
+      if (value > 0) c.fail(fmt::format("train.{}", key), fmt::format("found {}, but a regressor has no probabilities of labels", value), "0");
   if (kind == Kind::token_targets) return;
   const int64_t classes = c.data.task->shape().n_classes;
   if (c.model.n_classes != 0 && c.model.n_classes != classes)

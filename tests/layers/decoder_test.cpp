@@ -332,6 +332,38 @@ TEST_CASE("a classifier and a regressor pass gradients from pooled and last posi
     }
 }
 
+TEST_CASE("a classifier's label smoothing and z-loss are in its loss, and not in what is reported") {
+  ModelConfig c = config_of(kVariants[0]);
+  c.type = "classifier";
+  c.n_classes = 3;
+  const CrossEntropyOptions options{.label_smoothing = 0.2, .z_loss = 0.05};
+  const auto plain = make_model(c, {.input_features = 2, .context = kLength}), smooth = make_model(c, {.input_features = 2, .context = kLength}, options);
+  ParameterStore plain_store(*plain, {.master = DType::f64, .compute = DType::f64, .seed = 9});
+  ParameterStore smooth_store(*smooth, {.master = DType::f64, .compute = DType::f64, .seed = 9});
+  ModelInput input;
+  input.inputs = random_tensor({4, kLength, 2}, Normal{.std = 20}, 71);
+  input.targets = random_integers({4}, {0, 3}, 72);
+  const ModelLoss a = plain->loss(input, {}), b = smooth->loss(input, {});
+  const std::vector<double> s = plain->predict(input).data().to_vector<double>();
+  double wanted = 0, nll = 0;
+  for (int64_t row = 0; row < 4; ++row) {
+    double sum = 0, mean = 0;
+    for (int64_t j = 0; j < 3; ++j) {
+      sum += std::exp(s[static_cast<size_t>(3 * row + j)]);
+      mean += s[static_cast<size_t>(3 * row + j)] / 3;
+    }
+    const double lse = std::log(sum), own = lse - s[static_cast<size_t>(3 * row + input.targets.to_vector<int64_t>()[static_cast<size_t>(row)])];
+    nll += own;
+    wanted += 0.8 * own + 0.2 * (lse - mean) + 0.05 * lse * lse;
+  }
+  CHECK(b.loss.data().item() == Approx(wanted / 4));
+  CHECK(b.loss_sum.item() == Approx(nll));
+  CHECK(a.loss.data().item() == Approx(nll / 4));
+  backward(a.loss);
+  backward(b.loss);
+  CHECK(relative_error(plain_store.grad(), smooth_store.grad()) > 1e-3);
+}
+
 TEST_CASE("cuda: with dropout the loss and gradients equal the cpu's", "[cuda]") {
   for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
     INFO(name_of(dtype));

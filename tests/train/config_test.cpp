@@ -207,6 +207,9 @@ TEST_CASE("config: combinations that cannot be name both values and a way out") 
   CHECK(error_replacing("steps: 100", "steps: 100, tokens: 1000") ==
         "exp.yaml:7:21: train.tokens: 1000 tokens and 100 steps (train.steps) both set the length\n"
         "       try leaving one out");
+  const std::string regressor = "data: {type: function, function: exp_sin}\nmodel: {type: regressor, layers: [kan], kan: {widths: [5]}}\ntrain: {steps: 1, label_smoothing: 0.1}\n";
+  CHECK(error_of([&] { parse_config(regressor, "exp.yaml"); }) ==
+        "exp.yaml:3:19: train.label_smoothing: found 0.1, but a regressor has no probabilities of labels\n       try 0");
   CHECK(error_with({"lr_scheduler.warmup_steps=200"}) ==
         "override 'lr_scheduler.warmup_steps=200': lr_scheduler.warmup_steps: 200 is more than the 100 steps of the run\n"
         "       try 10 or less");
