@@ -9,6 +9,7 @@
 #include "kernels/cuda/mlstm_common.cuh"
 #include "kernels/cuda/mlstm_step_cluster.h"
 #include "kernels/cuda/overlap.cuh"
+#include "kernels/cuda/rows_queue.h"
 #include "kernels/cuda/step_values.cuh"
 
 namespace krait::kernels::cuda {
@@ -385,6 +386,7 @@ void mlstm_step_maps(bool& done, MlstmStepMaps& out, Tensor& conv, const Tensor&
          aligned(conv, w.conv_weight, w.maps.w_q, w.maps.w_k, w.maps.w_v, w.maps.g);
   if (!done) return;
   out.gates = empty({rows, warps, n}, accum_dtype(x_m.dtype()), x_m.device());
+  gather_rows_launch_beside(x_m.device());  // the cell's
   visit_float(x_m.dtype(), [&]<class T>() {
     launch_overlapped(maps_kernel<T>, {.grid = warps, .grid_y = rows, .block = 32, .stream = current_stream(x_m.device())},
                       MapsJob<T>{out.q.data<T>(), out.k.data<T>(), out.v.data<T>(), out.x_c.data<T>(), conv.data<T>(),

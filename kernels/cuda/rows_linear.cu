@@ -13,9 +13,9 @@ bool visit_tile(const RowsLinear& a, F f) {
   const bool convolves = a.conv != nullptr, gated = a.units != nullptr;
   const int outputs = a.project != nullptr ? a.outputs : 0;
   const auto whole = [&](int columns) { return outputs == 0 || a.conv_end % columns == 0; };
-  // Small blocks, of which a multiprocessor holds two, where all run at once and few of them read the same weights.
+  // Small blocks, of which two fill a multiprocessor, where all run at once and few of them read the same weights.
   const int64_t small = ceil_div(a.rows, 16) * ceil_div(a.n, 48);
-  if (!convolves && a.rows <= 64 && RowsTile<1, 6, 8, 3>::shared_bytes(a.k, convolves, outputs) <= kMaxShared &&
+  if (!a.beside && !convolves && a.rows <= 64 && RowsTile<1, 6, 8, 3>::shared_bytes(a.k, convolves, outputs) <= kMaxShared &&
       (gated || small >= kMultiprocessors) && small <= 2 * kMultiprocessors) {
     f.template operator()<1, 6, 8, 3>();
   } else if (RowsTile<2, 6, 8, 3>::shared_bytes(a.k, convolves, outputs) <= kMaxShared && whole(48) &&

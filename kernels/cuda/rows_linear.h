@@ -44,6 +44,7 @@ struct RowsLinear {
   float* part;
   int outputs;
   bf16* units;  // null: not gated
+  bool beside;  // leave registers to kernels behind it that bring a large state early
 };
 
 /// Whether sizes and addresses suit the kernel.

@@ -54,12 +54,14 @@ class RowsQueue final : public Deferred {
     if (few) few_.emplace(device);
   }
 
-  void flush() override {  // the launches ask for the stream themselves
+  void flush() override { launch(false); }
+  /// `beside`: RowsLinear's.
+  void launch(bool beside) {  // the launches ask for the stream themselves
     take_few_map();
     if (few_)
       if (const Tensor made = few_->flush(); made.defined()) known_ = made;
     std::optional<WaitingLayers> layers = std::exchange(layers_, {});
-    const std::optional<WaitingLinear> linear = std::exchange(linear_, {});
+    std::optional<WaitingLinear> linear = std::exchange(linear_, {});
     const std::optional<WaitingNorm> norm = std::exchange(norm_, {});  // at most one of the two
     if (linear) known_ = linear->head ? Tensor{} : linear->y;
     if (layers) {
@@ -70,7 +72,10 @@ class RowsQueue final : public Deferred {
       rows_mamba(layers->run, current_stream(device_));
     }
     if (linear && linear->head) launch_head(*linear);
-    if (linear && !linear->head) rows_linear(linear->map, current_stream(device_));
+    if (linear && !linear->head) {
+      linear->map.beside = beside;
+      rows_linear(linear->map, current_stream(device_));
+    }
     if (norm)
       scale_rows(norm->scale(), norm->x.data<bf16>(), static_cast<int>(norm->squares.size(0)), static_cast<int>(norm->x.size(-1)), current_stream(device_));
   }
@@ -364,6 +369,10 @@ bool gather_rows_draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step
   head->choices = static_cast<int>(logits.size(1));
   head->reads.insert(head->reads.end(), {made, last, position, step});
   return true;
+}
+
+void gather_rows_launch_beside(Device device) {
+  if (RowsQueue* const queue = gathering<RowsQueue>(device)) queue->launch(true);
 }
 
 void gather_rows_known(const Tensor& t) {
