@@ -155,6 +155,10 @@ __global__ void __launch_bounds__(32 * kDrawWarps) rows_draw_kernel(const __grid
   take_over();
   const int64_t at = __ldcg(a.step);
   uint64_t best[kEach] = {};
+  int32_t position[kEach] = {};
+#pragma unroll
+  for (int r = 0; r < kEach; ++r)
+    if (const int row = warp + r * kDrawWarps; row < a.rows) position[r] = __ldcg(a.position + row);
 #pragma unroll
   for (int r = 0; r < kEach; ++r)
 #pragma unroll
@@ -169,7 +173,7 @@ __global__ void __launch_bounds__(32 * kDrawWarps) rows_draw_kernel(const __grid
     if (row >= a.rows || lane != 0) continue;
     a.last[row] = token;
     if (at < a.room) a.made[row * a.room + at] = token;
-    ++a.position[row];
+    a.position[row] = position[r] + 1;
     if (row == 0) *a.step = at + 1;
   }
 }
