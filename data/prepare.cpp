@@ -15,6 +15,7 @@
 #include "core/random.h"
 #include "data/documents.h"
 #include "data/prepare_files.h"
+#include "data/prepare_ids.h"
 #include "data/progress.h"
 #include "data/sha256.h"
 #include "data/split_plan.h"
@@ -246,10 +247,20 @@ void check_options(const PrepareOptions& o) {
   };
   check(!o.inputs.empty(), "no input; give text files, directories, or - for standard input");
   check(!o.output.empty(), "no output file");
-  check(o.tokenizer == "byte" || o.tokenizer == "char" || o.tokenizer == "sentencepiece",
-        fmt::format("unknown tokenizer '{}'; choose byte, char or sentencepiece", o.tokenizer));
-  check(o.format == "auto" || o.format == "text" || o.format == "jsonl",
-        fmt::format("unknown format '{}'; choose auto, text or jsonl", o.format));
+  check(o.tokenizer == "byte" || o.tokenizer == "char" || o.tokenizer == "sentencepiece" || o.tokenizer == "ids",
+        fmt::format("unknown tokenizer '{}'; choose byte, char, sentencepiece or ids", o.tokenizer));
+  const bool ids = bytes_of_id(o.format) > 0;
+  check(o.format == "auto" || o.format == "text" || o.format == "jsonl" || ids,
+        fmt::format("unknown format '{}'; choose auto, text, jsonl, uint16 or uint32", o.format));
+  check(o.tokenizer != "ids" || ids, "--tokenizer ids takes the ids of another program: --format uint16 or uint32");
+  check(o.tokenizer == "ids" || !ids || !o.tokenizer_from.empty(),
+        fmt::format("--format {} holds ids, not text: --tokenizer ids, or --tokenizer-from their store", o.format));
+  check(ids || (o.eos_id < 0 && o.skip_bytes == 0), "--eos-id and --skip-bytes are for ids: --format uint16 or uint32");
+  check(!ids || o.tokenizer_from.empty() || (o.eos_id < 0 && !o.vocab_size),
+        "--tokenizer-from says what the vocabulary and the end of a document are; leave out --vocab-size and --eos-id");
+  const int64_t vocab_size = o.vocab_size.value_or(kMaxVocabulary);
+  check(vocab_size > 0 && vocab_size <= kMaxVocabulary && o.eos_id >= -1 && o.eos_id < vocab_size && o.skip_bytes >= 0,
+        fmt::format("a vocabulary of {} with end of document {}; expected a size from 1 to {} and an id below it", vocab_size, o.eos_id, kMaxVocabulary));
   const double valid = o.valid.value_or(0);
   check(valid >= 0 && o.test >= 0 && valid + o.test < 1,
         fmt::format("the shares valid {} and test {} must be at least 0 and leave something to train", valid, o.test));
@@ -266,15 +277,16 @@ TokenizerPtr make_tokenizer(const PrepareOptions& o, const Scan& scan, const std
   sample.begin_source(sources[0], o, valid, false);
   read_documents(sources[0].files, {o.field, unescape(o.document_separator)}, sample);
   sample.finish();
+  const int64_t vocab_size = o.vocab_size.value_or(SentencePieceOptions().vocab_size);
   if (!o.quiet)
-    std::fputs(fmt::format("training a sentencepiece vocabulary of {} on {} lines\n", o.vocab_size, sample.lines().size()).c_str(), stderr);
+    std::fputs(fmt::format("training a sentencepiece vocabulary of {} on {} lines\n", vocab_size, sample.lines().size()).c_str(), stderr);
   size_t next = 0;
   return train_sentencepiece(
       [&]() -> std::optional<std::string> {
         throw_if_interrupted();
         return next < sample.lines().size() ? std::optional(sample.lines()[next++]) : std::nullopt;
       },
-      {.vocab_size = o.vocab_size, .model = o.model, .byte_fallback = o.byte_fallback});
+      {.vocab_size = vocab_size, .model = o.model, .byte_fallback = o.byte_fallback});
 }
 
 std::string source_names(const PrepareOptions& o) {
@@ -326,6 +338,22 @@ PrepareSummary prepare(const PrepareOptions& options) {
 
   TokenStorePtr given;
   if (!options.tokenizer_from.empty()) given = TokenStore::open(options.tokenizer_from);
+  PrepareSummary summary;
+  summary.output = options.output;
+  const auto publish = [&] {
+    throw_if_interrupted();
+    summary.file_bytes = output.publish();
+    summary.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    return summary;
+  };
+  if (bytes_of_id(options.format) > 0) {
+    std::vector<IdSource> of_ids;
+    for (const Source& source : sources) of_ids.push_back({source.files, source.whole});
+    store_ids(summary, options, of_ids, valid, given ? given->tokenizer() : nullptr, total_bytes, output.temporary(), source_names(options));
+    return publish();
+  }
+  KRAIT_CHECK(!given || given->tokenizer()->has_text(), "{}: holds ids of a tokenizer that is not here, which cannot encode text",
+              options.tokenizer_from);
   Scan scan(given ? given->tokenizer()->name() : options.tokenizer, total_bytes, options.quiet);
   bool several = false;
   for (Source& source : sources) {
@@ -345,11 +373,9 @@ PrepareSummary prepare(const PrepareOptions& options) {
               "{}: its {} tokenizer has no end-of-document token; prepare without one (--no-eos)",
               options.tokenizer_from, tokenizer->name());
 
-  PrepareSummary summary;
-  summary.output = options.output;
   summary.tokenizer = tokenizer->name();
   summary.vocab_size = tokenizer->vocab_size();
-  summary.wanted_vocab = !given && options.tokenizer == "sentencepiece" ? options.vocab_size : summary.vocab_size;
+  summary.wanted_vocab = !given && options.tokenizer == "sentencepiece" ? options.vocab_size.value_or(SentencePieceOptions().vocab_size) : summary.vocab_size;
   summary.eos_id = eos ? tokenizer->eos_id() : -1;
   summary.sha256 = scan.sha256();
   {
@@ -378,10 +404,7 @@ PrepareSummary prepare(const PrepareOptions& options) {
                 "{}: too little text to train on ({} bytes)", sources[0].files[0].shown, expected);
     writer.finish(source_names(options), summary.sha256);
   }
-  throw_if_interrupted();
-  summary.file_bytes = output.publish();
-  summary.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  return summary;
+  return publish();
 }
 
 std::string to_string(const PrepareSummary& s) {

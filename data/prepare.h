@@ -13,15 +13,18 @@ struct PrepareOptions {
   std::string output;      // the .h5 file; written beside itself first, then renamed
   bool overwrite = false;  // else an existing output is an error
 
-  std::string format = "auto";  // auto (*.jsonl and *.ndjson are JSON lines, else text) | text | jsonl
+  /// auto (*.jsonl and *.ndjson are JSON lines, else text) | text | jsonl | uint16 | uint32: token ids, little-endian
+  std::string format = "auto";
   std::string field = "text";   // of a JSON line
   /// A line that ends a document of a text file; "" for one document a file. \f, \n, \t, \\ and \xHH are understood.
   std::string document_separator;
 
-  std::string tokenizer = "byte";  // byte | char | sentencepiece
+  std::string tokenizer = "byte";  // byte | char | sentencepiece | ids (of uint16 and uint32)
   /// A token store whose tokenizer is used instead: for further data for an existing model.
   std::string tokenizer_from;
-  int64_t vocab_size = 8192;                 // sentencepiece
+  std::optional<int64_t> vocab_size;         // sentencepiece: 8192 by default; ids: the largest one and 1
+  int64_t eos_id = -1;                       // ids: the one that ends a document; -1: a document is a file
+  int64_t skip_bytes = 0;                    // ids: a header in front of each file
   std::string model = "unigram";             // sentencepiece: unigram | bpe
   bool byte_fallback = true;                 // sentencepiece
   int64_t sample_bytes = int64_t{16} << 20;  // sentencepiece: about so much of the training split is trained on

@@ -148,7 +148,7 @@ TokensPtr encode_text(std::string_view text, const Tokenizer& tokenizer, const s
   TextCounter counter;
   counter.add(text);
   try {
-    return tokens_in_memory(tokenizer.encode(text), {}, counter.counts(), where);
+    return tokens_in_memory(tokenizer.encode(text), {}, tokenizer.has_text() ? counter.counts() : TextCounts(), where);
   } catch (const Error& error) {
     throw Error(fmt::format("{}: {}", where, error.what()));
   }

@@ -46,11 +46,12 @@ struct StoreOptions {
 
 /// A token store (HDF5):
 ///   /                attributes (int64 and strings) format "krait.token_store", format_version 1, tokenizer "byte" | "char" |
-///                    "sentencepiece", vocab_size, eos_id (the id at the end of every document, -1 for none), source,
+///                    "sentencepiece" | "ids", vocab_size, eos_id (the id at the end of every document, -1 for none), source,
 ///                    source_sha256, created_by
 ///   /tokenizer       uint8: Tokenizer::serialize(). "krait-tokenizer 1 byte\neos 0\n" is 256 byte values (eos 1: and id 256,
 ///                    the end of a document); "krait-tokenizer 1 char\neos 0\n" and the characters in the order of their
-///                    code points, as UTF-8; "krait-tokenizer 1 sentencepiece\n" and the bytes of a .model file
+///                    code points, as UTF-8; "krait-tokenizer 1 sentencepiece\n" and the bytes of a .model file;
+///                    "krait-tokenizer 1 ids\nvocab_size 50257\neos -1\n" are ids without their tokenizer
 ///   /<split>/tokens  uint16 (uint32 when vocab_size > 65536), one-dimensional; written in chunks with Fletcher-32 checksums
 ///   /<split>/documents  int64 offsets of the documents' first tokens: 0, then increasing
 ///   /<split>         attributes (int64) bytes, characters, words, lines of the source text, 0 where unknown

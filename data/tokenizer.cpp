@@ -10,6 +10,7 @@ namespace krait::data {
 // Blobs start with a line "krait-tokenizer 1 <name>"; the rest belongs to the kind.
 TokenizerPtr load_byte_tokenizer(std::string_view body, std::string_view source);
 TokenizerPtr load_char_tokenizer(std::string_view body, std::string_view source);
+TokenizerPtr load_ids_tokenizer(std::string_view body, std::string_view source);
 
 TokenizerPtr load_tokenizer(std::string_view blob, std::string_view source) {
   constexpr std::string_view kMagic = "krait-tokenizer 1 ";
@@ -21,7 +22,8 @@ TokenizerPtr load_tokenizer(std::string_view blob, std::string_view source) {
   if (name == "byte") return load_byte_tokenizer(body, source);
   if (name == "char") return load_char_tokenizer(body, source);
   if (name == "sentencepiece") return load_sentencepiece(body, source);
-  throw_error(fmt::format("{}: unknown tokenizer '{}'; this build knows byte, char and sentencepiece", source, name));
+  if (name == "ids") return load_ids_tokenizer(body, source);
+  throw_error(fmt::format("{}: unknown tokenizer '{}'; this build knows byte, char, sentencepiece and ids", source, name));
 }
 
 std::string Tokenizer::decode(std::span<const int32_t> ids) const {

@@ -14,11 +14,13 @@ namespace krait::data {
 class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
-  virtual std::string name() const = 0;  // "byte", "char", "sentencepiece"
+  virtual std::string name() const = 0;  // "byte", "char", "sentencepiece", "ids"
   virtual int64_t vocab_size() const = 0;
   /// The id that ends a document; -1 when the vocabulary has none.
   virtual int32_t eos_id() const { return -1; }
   virtual int32_t bos_id() const { return -1; }
+  /// false: ids of a tokenizer that is not here; "text" is decimal numbers, whose bytes say nothing of the text behind them.
+  virtual bool has_text() const { return true; }
   /// The id of text that the vocabulary cannot spell, of any length; -1 when it spells all.
   virtual int32_t unknown_id() const { return -1; }
 
@@ -46,6 +48,10 @@ TokenizerPtr load_tokenizer(std::string_view blob, std::string_view source);
 TokenizerPtr make_byte_tokenizer(bool eos);
 /// One id for each code point, in the given (sorted) order; with `eos`, the last id ends a document.
 TokenizerPtr make_char_tokenizer(std::vector<char32_t> sorted_alphabet, bool eos);
+
+inline constexpr int64_t kMaxVocabulary = int64_t{1} << 31;  // ids are int32_t
+/// Ids that another program made; eos_id -1: no id ends a document.
+TokenizerPtr make_ids_tokenizer(int64_t vocab_size, int64_t eos_id);
 
 /// SentencePiece with the text kept exactly: no normalisation, no removed spaces, no prefix. Words are encoded apart,
 /// so the ids do not depend on how the text was cut into blocks of lines.

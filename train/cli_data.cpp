@@ -12,21 +12,26 @@ namespace {
 
 void add_prepare(CLI::App& data, Action& action) {
   const auto o = std::make_shared<data::PrepareOptions>();
-  CLI::App* sub = data.add_subcommand("prepare", "Text, many text files or JSON lines to a token store");
+  CLI::App* sub = data.add_subcommand("prepare", "Text, many text files, JSON lines or token ids to a token store");
   sub->add_option("INPUT", o->inputs, "Files, directories, or - for standard input")->required();
   sub->add_option("-o,--output", o->output, "The token store (.h5)")->required();
   sub->add_flag("--overwrite", o->overwrite, "Replace an existing output");
-  sub->add_option("--format", o->format, "What the inputs are")
-      ->check(one_of({"auto", "text", "jsonl"}))
+  sub->add_option("--format", o->format, "What the inputs are; uint16, uint32: token ids of another program")
+      ->check(one_of({"auto", "text", "jsonl", "uint16", "uint32"}))
       ->capture_default_str();
   sub->add_option("--field", o->field, "The text's name in a JSON line")->capture_default_str();
   sub->add_option("--document-separator", o->document_separator,
                   "Ends a document of a text file (\\n, \\f, \\t, \\xHH are understood) [one document a file]");
   sub->add_option("--tokenizer", o->tokenizer, "How text becomes tokens")
-      ->check(one_of({"byte", "char", "sentencepiece"}))
+      ->check(one_of({"byte", "char", "sentencepiece", "ids"}))
       ->capture_default_str();
   sub->add_option("--tokenizer-from", o->tokenizer_from, "Use the tokenizer of this token store");
-  sub->add_option("--vocab-size", o->vocab_size, "sentencepiece")->check(positive())->capture_default_str();
+  sub->add_option_function<int64_t>("--vocab-size", [o](const int64_t& size) { o->vocab_size = size; },
+                                    "sentencepiece [8192]; ids [the largest + 1]")->check(positive());
+  sub->add_option_function<int64_t>("--eos-id", [o](const int64_t& id) { o->eos_id = id; },
+                                    "ids: the one that ends a document [a document is a file]")->check(not_negative());
+  sub->add_option_function<int64_t>("--skip-bytes", [o](const int64_t& bytes) { o->skip_bytes = bytes; },
+                                    "ids: a header in front of each file [0]")->check(not_negative());
   sub->add_option("--model", o->model, "sentencepiece")->check(one_of({"unigram", "bpe"}))->capture_default_str();
   sub->add_flag("--byte-fallback,!--no-byte-fallback", o->byte_fallback, "sentencepiece: rare characters as bytes");
   sub->add_option("--sample-bytes", o->sample_bytes, "sentencepiece: text that is trained on")

@@ -13,10 +13,10 @@ namespace krait::train {
 
 namespace {
 
-// Bytes of text that each token stands for.
+// Bytes of text that each token stands for; 0 where that is not known.
 std::vector<int64_t> token_lengths(const data::Tokenizer& tokenizer) {
   std::vector<int64_t> lengths(static_cast<size_t>(tokenizer.vocab_size()));
-  for (size_t i = 0; i < lengths.size(); ++i)
+  for (size_t i = 0; tokenizer.has_text() && i < lengths.size(); ++i)
     lengths[i] = static_cast<int64_t>(tokenizer.token_bytes(static_cast<int32_t>(i)).size());
   return lengths;
 }

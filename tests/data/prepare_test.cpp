@@ -13,6 +13,7 @@
 #include "data/dataset.h"
 #include "data/documents.h"
 #include "data/inspect.h"
+#include "data/sha256.h"
 #include "data/split_plan.h"
 #include "data/token_store.h"
 #include "tests/data/temp_dir.h"
@@ -348,7 +349,7 @@ TEST_CASE("bad input gives one error and no file") {
   CHECK(contains(refused("a.txt", "text", [&](PrepareOptions& o) { o.inputs.push_back(elsewhere / "loop"); }),
                  "loop: cannot be read: Too many levels of symbolic links"));
   CHECK(contains(refused("a.txt", "text", [](PrepareOptions& o) { o.tokenizer = "bpe"; }),
-                 "choose byte, char or sentencepiece"));
+                 "choose byte, char, sentencepiece or ids"));
   CHECK(contains(refused("a.txt", "text",
                          [](PrepareOptions& o) {
                            o.valid = 0.6;
@@ -454,4 +455,92 @@ TEST_CASE("standard input and pipes are read through a copy that goes away") {
   CHECK(text_of(*store, "train") == "from a pipe\n");
   CHECK(store->source() == "standard input");
   CHECK(std::distance(std::filesystem::directory_iterator(dir / "out"), std::filesystem::directory_iterator()) == 1);
+}
+
+namespace {
+
+std::string little_endian(const std::vector<uint32_t>& ids, int width) {
+  std::string out;
+  for (const uint32_t id : ids)
+    for (int i = 0; i < width; ++i) out.push_back(static_cast<char>(id >> (8 * i) & 0xFF));
+  return out;
+}
+
+PrepareOptions of_ids(const std::string& input, const std::string& output, const std::string& format) {
+  PrepareOptions o = options(input, output);
+  o.tokenizer = "ids";
+  o.format = format;
+  return o;
+}
+
+}  // namespace
+
+TEST_CASE("ids of another program become a store: cut by position, by documents, or by files") {
+  const TempDir dir;
+  std::vector<uint32_t> ids;
+  for (uint32_t i = 0; i < 1000; ++i) ids.push_back(i * 7919 % 50000);
+  for (const auto& [format, width] : {std::pair("uint16", 2), std::pair("uint32", 4)}) {
+    write_file(dir / "a.bin", "head" + little_endian(ids, width));
+    PrepareOptions o = of_ids(dir / "a.bin", dir / (std::string(format) + ".h5"), format);
+    o.vocab_size = width == 2 ? 50257 : 100000;
+    o.skip_bytes = 4;
+    o.test = 0.2;
+    const PrepareSummary summary = prepare(o);
+    CHECK(summary.tokenizer == "ids");
+    CHECK(summary.sha256 == sha256_file(dir / "a.bin"));
+    const auto store = TokenStore::open(o.output);
+    CHECK(store->vocab_size() == *o.vocab_size);
+    CHECK(store->eos_id() == -1);
+    CHECK((store->split("train")->size() == 700 && store->split("valid")->size() == 100 && store->split("test")->size() == 200));
+    std::vector<int32_t> all = ids_of(*store, "train");
+    for (const char* split : {"valid", "test"})
+      for (const int32_t id : ids_of(*store, split)) all.push_back(id);
+    CHECK(std::equal(all.begin(), all.end(), ids.begin(), ids.end(), [](int32_t a, uint32_t b) { return static_cast<uint32_t>(a) == b; }));
+    CHECK(store->split("train")->counts().bytes == 0);
+  }
+  // Documents that end with an id; a last one without it; a file held out; the vocabulary from the ids.
+  write_file(dir / "train.bin", little_endian({1, 2, 0, 3, 0, 0, 4, 5}, 2));
+  write_file(dir / "valid.bin", little_endian({6, 0, 11, 0}, 2));
+  PrepareOptions o = of_ids(dir / "train.bin", dir / "documents.h5", "uint16");
+  o.valid_files = {dir / "valid.bin"};
+  o.eos_id = 0;
+  prepare(o);
+  const auto store = TokenStore::open(o.output);
+  CHECK(store->vocab_size() == 12);
+  CHECK(store->eos_id() == 0);
+  CHECK(documents_of(*store, "train") == std::vector<std::string>{"1 2 0 ", "3 0 ", "0 ", "4 5 "});
+  CHECK(documents_of(*store, "valid") == std::vector<std::string>{"6 0 ", "11 0 "});
+  CHECK(contains(inspect(o.output, 4), "ids  1 2 0 3\n"));
+  // Further data for the same model.
+  PrepareOptions more = of_ids(dir / "valid.bin", dir / "more.h5", "uint16");
+  more.tokenizer_from = o.output;
+  more.valid = 0;
+  prepare(more);
+  CHECK(TokenStore::open(more.output)->tokenizer()->serialize() == store->tokenizer()->serialize());
+}
+
+TEST_CASE("ids that are none: the first bad one is named with its place, and nothing is written") {
+  const TempDir dir;
+  const auto refused = [&](const std::string& bytes, auto&& change) {
+    write_file(dir / "a.bin", bytes);
+    PrepareOptions o = of_ids(dir / "a.bin", dir / "out.h5", "uint16");
+    change(o);
+    const std::string message = error_of([&] { prepare(o); });
+    CHECK_FALSE(std::filesystem::exists(dir / "out.h5"));
+    return message;
+  };
+  const std::string good = little_endian({1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, 2);
+  CHECK(contains(refused(good, [](auto& o) { o.vocab_size = 8; o.skip_bytes = 2; }),
+                 "a.bin: id 8 at place 6 (byte 14) is not below the vocabulary of 8"));
+  CHECK(contains(refused(good + "x", [](auto&) {}), "a.bin: 21 bytes are not whole ids of 2 bytes"));
+  CHECK(contains(refused("", [](auto&) {}), "a.bin: 0 bytes, no ids"));
+  CHECK(contains(refused(good, [](auto& o) { o.format = "uint32"; o.vocab_size = 65536; }), "a.bin: id 131073 at place 0 (byte 0)"));
+  CHECK(contains(refused(little_endian({1, 0xFFFFFFFF}, 4), [](auto& o) { o.format = "uint32"; }), "id 4294967295 at place 1 (byte 4)"));
+  CHECK(contains(refused(good, [](auto& o) { o.eos_id = 8; o.vocab_size = 8; }), "a vocabulary of 8 with end of document 8"));
+  CHECK(contains(refused(good, [](auto& o) { o.tokenizer = "byte"; }), "--format uint16 holds ids, not text: --tokenizer ids"));
+  CHECK(contains(refused(good, [](auto& o) { o.format = "text"; }), "--tokenizer ids takes the ids of another program: --format uint16 or uint32"));
+  PrepareOptions o = of_ids(dir / "a.bin", dir / "ids.h5", "uint16");
+  prepare(o);
+  CHECK(contains(refused("some text", [&](auto& p) { p = options(dir / "a.bin", dir / "out.h5"); p.tokenizer_from = dir / "ids.h5"; }),
+                 "ids.h5: holds ids of a tokenizer that is not here, which cannot encode text"));
 }

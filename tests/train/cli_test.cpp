@@ -79,7 +79,7 @@ TEST_CASE("krait: a bad command line exits with 2, one error, and the nearest na
     CHECK(contains(message(fmt::format("{} --seed -1", command)), "--seed: found -1, expected a number from 0 to "));
   CHECK(contains(message("data prepare a.txt -o a.h5 --valid 1.5"), "--valid: found 1.5, expected a number from 0 to 1\n"));
   CHECK(contains(message("data prepare a.txt -o a.h5 --tokenizer bite"),
-                 "--tokenizer: found bite, expected one of byte, char, sentencepiece; did you mean byte?\n"));
+                 "--tokenizer: found bite, expected one of byte, char, sentencepiece, ids; did you mean byte?\n"));
 }
 
 TEST_CASE("krait: out of memory, a command names what its users can lower") {

@@ -345,6 +345,36 @@ TEST_CASE("logs that cannot be written end the run with one error, after a check
   CHECK(losses(run) == whole);
 }
 
+TEST_CASE("ids of another program: trained on, evaluated per token, generated") {
+  const Workplace w;
+  std::string bytes;
+  for (const char c : sample_text(400)) bytes += {static_cast<char>(c - ' ' >= 0 ? c - ' ' : 95), '\1'};  // ids from 256 on
+  write_text(w.tmp / "ids.bin", bytes);
+  const Outcome made = krait_command(fmt::format("data prepare {} -o {} --tokenizer ids --format uint16 --vocab-size 400 -q", w.tmp / "ids.bin", w.tmp / "ids.h5"));
+  INFO(made.err);
+  REQUIRE(made.status == 0);
+  const Outcome trained = w.train("run", "data.path=" + (w.tmp / "ids.h5"));
+  INFO(trained.err);
+  REQUIRE(trained.status == 0);
+  CHECK_FALSE(metrics(w.tmp / "run").back().contains("bpb"));
+  const std::string run = w.tmp / "run";
+  const json result = json::parse(krait_command("eval " + run + " --json").out);
+  CHECK(result["ppl"].get<double>() < 60);
+  CHECK_FALSE(result.contains("bpb"));
+  CHECK_FALSE(result.contains("word_ppl"));
+  std::string numbers;
+  for (int i = 0; i < 40; ++i) numbers += fmt::format("{}{}", 320 + i, i % 10 == 9 ? '\n' : ' ');
+  write_text(w.tmp / "ids.txt", numbers);
+  CHECK(json::parse(krait_command(fmt::format("eval {} --data {} --json", run, w.tmp / "ids.txt")).out)["tokens"] == 39);
+  write_text(w.tmp / "bad.txt", "328 400");
+  CHECK(contains(krait_command(fmt::format("eval {} --data {}", run, w.tmp / "bad.txt")).err, "bad.txt: byte 4: found '400', expected ids from 0 to 399"));
+  CHECK(contains(krait_command(fmt::format("eval {} --data {}", run, w.tmp / "ids.bin")).err, "expected ids from 0 to 399 as decimal numbers"));
+  const Outcome text = krait_command("generate " + run + " --prompt '328 329 ' --max-tokens 3");
+  CHECK(text.out.starts_with("328 329 "));
+  CHECK(std::count(text.out.begin(), text.out.end(), ' ') == 5);
+  CHECK(contains(krait_command("generate " + run + " --max-tokens 3").err, "give another --prompt"));
+}
+
 TEST_CASE("packed documents train and evaluate") {
   const Workplace w;
   std::string jsonl;
