@@ -16,11 +16,12 @@ Documents documents_from_name(std::string_view name) {
 void check_window(const Tokens& tokens, int64_t context, int64_t batch_size) {
   KRAIT_CHECK(context > 0, "the context must be positive, not {}", context);
   KRAIT_CHECK(batch_size > 0, "the batch size must be positive, not {}", batch_size);
+  KRAIT_CHECK(tokens.size() > 1, "{} has {} token(s), nothing to predict; at least 2 are needed", tokens.where(), tokens.size());
   KRAIT_CHECK(
       tokens.size() > context,
       "{} has {} tokens, too few for a context of {} and the token after it; lower the context to at most {}, or "
       "prepare more text",
-      tokens.where(), tokens.size(), context, std::max<int64_t>(tokens.size() - 1, 0));
+      tokens.where(), tokens.size(), context, tokens.size() - 1);
 }
 
 RankRows rows_of(int64_t batch_size, int64_t rank, int64_t world) {

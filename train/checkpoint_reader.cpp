@@ -309,7 +309,7 @@ std::optional<CheckpointInfo> verified(CheckpointInfo info, std::vector<std::str
     check_files(info.path, true);
     return info;
   } catch (const std::exception& e) {
-    if (skipped) skipped->push_back(e.what());
+    if (skipped && std::find(skipped->begin(), skipped->end(), e.what()) == skipped->end()) skipped->push_back(e.what());
     return {};
   }
 }

@@ -61,13 +61,17 @@ std::string usage_error(const CLI::App& app, const CLI::ParseError& e) {
   }
   std::string message = e.what();
   while (!message.empty() && message.back() == '\n') message.pop_back();
-  return fmt::format("{}: {}\n       try {} --help", path, message, path);
+  const bool option = message.find("not expected: --") != std::string::npos;
+  const bool settings = path == "krait train" || path == "krait eval" || path == "krait generate" || path == "krait plan";
+  return fmt::format("{}: {}\n       try {} --help{}", path, message, path,
+                     option && settings ? "; settings of the config are given as key.path=value" : "");
 }
 
 /// What these commands print is all they make: where it is lost they have failed. (A reader that stops reading has enough.)
 void check_output(const CLI::App& app) {
   bool prints = false;
   for (const char* name : {"eval", "generate", "bench", "plan", "info"}) prints = prints || app.got_subcommand(name);
+  prints = prints || (app.got_subcommand("data") && app.get_subcommand("data")->got_subcommand("inspect"));
   errno = 0;
   if (!prints || (std::fflush(stdout) == 0 && !std::ferror(stdout)) || errno == EPIPE) return;
   throw Error(fmt::format("standard output: cannot be written: {}", errno ? std::strerror(errno) : "a part of it is lost"));

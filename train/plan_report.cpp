@@ -1,14 +1,22 @@
 #include <fmt/format.h>
 
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "train/plan.h"
+#include "train/progress.h"
 
 namespace krait::train {
 namespace {
 
-std::string gib(double bytes) { return fmt::format("{:.2f} GiB", bytes / (1024.0 * 1024 * 1024)); }
-std::string milliseconds(double seconds) { return fmt::format("{:.2f} ms", seconds * 1e3); }
+// Small models have small numbers, and none of them is nothing.
+std::string amount(double bytes) {
+  constexpr double kGiB = 1024.0 * 1024 * 1024;
+  return bytes < kGiB / 10 ? human_bytes(std::llround(bytes)) : fmt::format("{:.2f} GiB", bytes / kGiB);
+}
+std::string duration(double seconds) {
+  return seconds < 1e-4 ? fmt::format("{:.2g} us", seconds * 1e6) : fmt::format("{:.2f} ms", seconds * 1e3);
+}
 
 std::string count(double n) {
   for (const auto& [scale, suffix] : {std::pair{1e12, "T"}, {1e9, "G"}, {1e6, "M"}, {1e3, "k"}})
@@ -34,15 +42,15 @@ std::string plan_text(const Plan& p, const Config& config, const Machine& machin
                                     {"activations", p.memory.activations},
                                     {"workspace", p.memory.workspace},
                                     {"total", p.memory.total()}})
-    line(what, gib(bytes));
+    line(what, amount(bytes));
   if (!p.traffic.empty()) out += "sent by a rank in a step\n";
   for (const PlannedTraffic& t : p.traffic)
-    line(fmt::format("{} ({})", t.what, t.group), fmt::format("{} in {:.0f} calls, {}, {} of it exposed", gib(t.bytes),
-                                                             t.calls, milliseconds(t.seconds),
-                                                             milliseconds(t.exposed_seconds)));
+    line(fmt::format("{} ({})", t.what, t.group), fmt::format("{} in {:.0f} calls, {}, {} of it exposed", amount(t.bytes),
+                                                             t.calls, duration(t.seconds),
+                                                             duration(t.exposed_seconds)));
   out += "predicted\n";
-  line("computation", milliseconds(p.compute_seconds));
-  line("step", milliseconds(p.step_seconds));
+  line("computation", duration(p.compute_seconds));
+  line("step", duration(p.step_seconds));
   line("tokens/s", fmt::format("{}, {} on each GPU", count(p.tokens_per_s),
                                count(p.tokens_per_s / static_cast<double>(p.ranks))));
   line("of the matrix rate", fmt::format("{:.1f} %", 100 * p.mfu));

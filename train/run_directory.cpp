@@ -74,6 +74,7 @@ RunDirectory RunDirectory::create(const std::string& path, const std::string& na
 
 RunDirectory RunDirectory::open(const std::string& path) {
   std::error_code error;
+  if (fs::is_regular_file(path, error)) throw ConfigError(path + ": is a file, expected the directory of a run");
   if (!fs::is_directory(path, error)) {
     const bool unreadable = error && error != std::errc::no_such_file_or_directory;
     throw ConfigError(path + ": " + (unreadable ? "cannot be read: " + error.message() : "no such run directory"));

@@ -100,9 +100,12 @@ int run_train(const TrainCommand& command, const Launch& launch, const comm::Gro
   if (summary.final_eval) end += fmt::format("{}: {}", summary.final_eval->split, describe(*summary.final_eval));
   if (summary.final_eval && summary.best_eval)
     end += fmt::format("  (best, at step {}: {})", summary.best_eval->step, describe(*summary.best_eval));
-  end += fmt::format("\n{} after {} steps, {} of training at {} tokens/s, peak memory {}; run directory {}\n", summary.status,
+  if (!end.empty()) end += "\n";
+  end += fmt::format("{} after {} steps, {} of training at {} tokens/s, peak memory {}; run directory {}\n", summary.status,
                      summary.steps, human_time(summary.wall_time_s), human_count(summary.tokens_per_s),
                      human_bytes(summary.peak_mem_bytes), directory.path());
+  if (summary.status == "interrupted")
+    end += fmt::format("continue with: krait train '{}' --run-dir '{}' --resume\n", directory.config_file(), directory.path());
   std::fputs(end.c_str(), stdout);  // all is done: that nobody reads it is no error
   return 0;
 }

@@ -65,6 +65,7 @@ TEST_CASE("krait: a bad command line exits with 2, one error, and the nearest na
   CHECK(contains(option.err, "error: krait info: "));
   CHECK(contains(option.err, "--verfy"));
   CHECK(contains(option.err, "\n       try krait info --help\n"));
+  CHECK(contains(krait_command("train a.yaml --steps 3").err, "--steps\n       try krait train --help; settings of the config are given as key.path=value\n"));
   const Outcome verify = krait_command("info --verify");
   CHECK(verify.status == 2);
   CHECK(verify.err == "error: --verify: of which run?\n       try krait info RUN_DIR --verify\n");
@@ -132,6 +133,9 @@ TEST_CASE("krait data: prepares a text, inspects the store, and refuses what is 
   const Outcome inspected = krait_command("data inspect " + store);
   CHECK(inspected.status == 0);
   CHECK(contains(inspected.out, "valid"));
+  const int lost = std::system(fmt::format("'{}' data inspect {} > /dev/full 2> '{}'", krait::testing::krait_program(), store, tmp / "err").c_str());
+  CHECK((WIFEXITED(lost) && WEXITSTATUS(lost) == 1));
+  CHECK(contains(read_file(tmp / "err"), "standard output: cannot be written: "));
   const Outcome foreign = krait_command("data inspect " + (tmp / "a.txt"));
   CHECK(foreign.status == 1);
   CHECK(contains(foreign.err, "error: " + (tmp / "a.txt")));

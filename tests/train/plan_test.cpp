@@ -170,6 +170,7 @@ TEST_CASE("plans of a hundred thousand GPUs, of too little memory, and of sizes 
   const Outcome text = krait_command(fmt::format("plan {} --ranks 4 --machine a100", tmp / "small.yaml"));
   CHECK(text.status == 0);
   CHECK(contains(text.out, "small: 4 x a100, data 4 x sequence 1 x tensor 1, ZeRO 1"));
+  CHECK_FALSE(contains(text.out, " 0.00 "));  // a small model's bytes and times
   CHECK(krait_command("plan --show-hardware").status == 0);
   CHECK(krait_command("plan").status == 2);
   const Outcome heads = krait_command(fmt::format("plan {} --ranks 3 parallelism.tensor=3", tmp / "small.yaml"));

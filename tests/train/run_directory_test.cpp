@@ -59,6 +59,8 @@ TEST_CASE("run directory: two processes cannot train in one") {
 TEST_CASE("run directory: reading one that is none") {
   const TemporaryDirectory tmp;
   CHECK(error_of([&] { RunDirectory::open(tmp / "no"); }) == (tmp / "no") + ": no such run directory");
+  write_text(tmp / "a.yaml", "name: x\n");
+  CHECK(error_of([&] { RunDirectory::open(tmp / "a.yaml"); }) == (tmp / "a.yaml") + ": is a file, expected the directory of a run");
   CHECK(error_of([&] { RunDirectory::open(tmp.path()); }) == tmp.path() + ": holds no run (no config.yaml)");
 }
 

@@ -124,6 +124,7 @@ TEST_CASE("SIGTERM leaves a checkpoint and an orderly end") {
   CHECK(WEXITSTATUS(status) == 0);
   const json summary = json::parse(train::read_file(run + "/summary.json"));
   CHECK(summary["status"] == "interrupted");
+  CHECK(contains(train::read_file(w.tmp / "log"), fmt::format("\ncontinue with: krait train '{0}/config.yaml' --run-dir '{0}' --resume\n", run)));
   const int64_t steps = summary["steps"];
   CHECK(fs::exists(fmt::format("{}/checkpoints/step-{:08d}/manifest.json", run, steps)));
 }
@@ -264,7 +265,9 @@ TEST_CASE("where every checkpoint is damaged, --resume refuses instead of starti
   CHECK(out.status == 1);
   CHECK(contains(out.err, run + "/checkpoints: every checkpoint is damaged\n       try to restore one; or remove them all"));
   CHECK(train::read_file(run + "/metrics.jsonl") == before);
-  CHECK(contains(krait_command("eval " + run).err, "every checkpoint is damaged; restore one"));
+  const std::string eval = krait_command("eval " + run).err, best = "warning: " + run + "/checkpoints/step-00000030/";
+  CHECK(contains(eval, "every checkpoint is damaged; restore one"));
+  CHECK(eval.find(best) == eval.rfind(best));  // told once, though it is the newest and the best
 }
 
 TEST_CASE("a run that diverged can be resumed, and what is not a number is never the best") {
