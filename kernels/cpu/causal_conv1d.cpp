@@ -10,7 +10,7 @@
 // Rows are walked in their order in memory, since a step to the next row is a step to another page; blocks of channels
 // keep more in the first cache and still lose a fifth to the processor's prefetching, which follows whole rows. With four
 // taps, four positions go together, written in vectors, so that one pass keeps what it needs in registers (from the same
-// loop over channels GCC makes code that takes twice the time). SiLU's exponential and division are most of the work: the
+// loop over channels GCC makes code that takes 1.4 times as long). SiLU's exponential and division are most of the work: the
 // plain filter runs at the speed of a copy. Everything else (other widths, starts of documents, the ends, channels beyond
 // whole vectors) goes position by position, with taps in fours, the last ones padded with a row of zeros, and the same
 // operations in the same order: a position's result does not tell whether it went in four.
