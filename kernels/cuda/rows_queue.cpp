@@ -9,6 +9,7 @@
 #include "kernels/cuda/few_steps.h"
 #include "kernels/cuda/gathering.h"
 #include "kernels/cuda/rows_attention.h"
+#include "kernels/cuda/rows_embedding.h"
 #include "kernels/cuda/rows_head.h"
 #include "kernels/cuda/rows_linear.h"
 #include "kernels/cuda/rows_mamba.h"
@@ -29,6 +30,11 @@ struct WaitingNorm {
     return {squares.data<float>(), static_cast<int>(squares.size(1)), static_cast<float>(eps), y.data<bf16>(),
             rstd.defined() ? rstd.data<float>() : nullptr};
   }
+};
+struct WaitingEmbedding {
+  RowsEmbedding work;
+  Tensor y;
+  std::vector<Tensor> reads;
 };
 struct WaitingLinear {
   RowsLinear map;
@@ -60,9 +66,11 @@ class RowsQueue final : public Deferred {
     take_few_map();
     if (few_)
       if (const Tensor made = few_->flush(); made.defined()) known_ = made;
+    const std::optional<WaitingEmbedding> embedding = std::exchange(embedding_, {});  // or one of the others
     std::optional<WaitingLayers> layers = std::exchange(layers_, {});
     std::optional<WaitingLinear> linear = std::exchange(linear_, {});
     const std::optional<WaitingNorm> norm = std::exchange(norm_, {});  // at most one of the two
+    if (embedding) rows_embedding(embedding->work, current_stream(device_));
     if (linear) known_ = linear->head ? Tensor{} : linear->y;
     if (layers) {
       for (int i = 0; i < layers->run.layers; ++i)  // what nobody holds nobody reads
@@ -80,6 +88,15 @@ class RowsQueue final : public Deferred {
       scale_rows(norm->scale(), norm->x.data<bf16>(), static_cast<int>(norm->squares.size(0)), static_cast<int>(norm->x.size(-1)), current_stream(device_));
   }
 
+  void wait(WaitingEmbedding embedding) {
+    flush();
+    embedding_ = std::move(embedding);
+  }
+  /// The embedding that waits, when it makes t.
+  std::optional<WaitingEmbedding> take_embedding(const Tensor& t) {
+    if (!embedding_ || embedding_->y.raw_data() != t.raw_data() || embedding_->y.numel() != t.numel()) return {};
+    return std::exchange(embedding_, {});
+  }
   void wait(WaitingNorm norm) {
     if (linear_ || norm_ || few_) flush();
     norm_ = std::move(norm);
@@ -137,6 +154,7 @@ class RowsQueue final : public Deferred {
 
   Device device_;
   std::optional<FewSteps> few_;
+  std::optional<WaitingEmbedding> embedding_;
   std::optional<WaitingNorm> norm_;
   std::optional<WaitingLinear> linear_;  // at most one of the two
   std::optional<WaitingLayers> layers_;
@@ -201,11 +219,33 @@ std::unique_ptr<Deferred> gather_rows(Device device, bool few) {
   return std::make_unique<RowsQueue>(device, few);
 }
 
+bool gather_rows_embedding(Tensor& y, const Tensor& table, const Tensor& tokens, const Tensor& places, const Tensor& positions) {
+  RowsQueue* const queue = gathering<RowsQueue>(table.device());
+  if (queue == nullptr || queue->few() != nullptr || table.dtype() != DType::bf16 || table.size(1) % 8 != 0 || !aligned(y, table, places)) return false;
+  queue->wait(WaitingEmbedding{
+      {y.data<bf16>(), table.data<bf16>(), tokens.data<int64_t>(), pointer_or_null<bf16>(places), pointer_or_null<int32_t>(positions), table.size(0),
+       places.defined() ? places.size(0) : 0, static_cast<int>(tokens.numel()), static_cast<int>(table.size(1)), nullptr, nullptr, nullptr},
+      y,
+      {table, tokens, places, positions}});
+  return true;
+}
+
 bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, const Tensor& residual, const Tensor& w, double eps) {
   RowsQueue* const queue = gathering<RowsQueue>(x.device());
   if (queue == nullptr || x.dtype() != DType::bf16) return false;
   queue->take_few_map();
   if (queue->few() != nullptr && !queue->makes(x.raw_data()) && queue->few()->norm(y, sum, rstd, x, residual, w, eps)) return true;
+  if (!residual.defined() && aligned(w)) {
+    if (std::optional<WaitingEmbedding> embedding = queue->take_embedding(x)) {
+      const Tensor weighted = empty(y.shape(), DType::bf16, y.device()), squares = empty({y.numel() / y.size(-1), 1}, DType::f32, y.device());
+      embedding->work.weight = w.data<float>();
+      embedding->work.weighted = weighted.data<bf16>();
+      embedding->work.squares = squares.data<float>();
+      rows_embedding(embedding->work, current_stream(x.device()));
+      queue->wait(WaitingNorm{y, rstd, weighted, squares, eps});
+      return true;
+    }
+  }
   std::optional<WaitingLinear> linear;
   if (residual.defined() && residual.dtype() == DType::bf16 && aligned(residual, w)) linear = queue->take_linear(x);
   if (!linear) {

@@ -6,7 +6,7 @@
 #include "kernels/step_scope.h"
 
 // A decoding step of more rows than few_queue.h serves, or of Mamba and Mamba-2: an operation waits for the next one, and
-// the two run as one kernel where there is such: RMSNorm and the linear map behind it, a linear map and the sum with the
+// the two run as one kernel where there is such: the embedding and RMSNorm, RMSNorm and the linear map behind it, a linear map and the sum with the
 // residual stream, the maps of gated units and their product, Mamba's in_proj, convolution and x_proj; of 33 to 64 rows all
 // layers of Mamba that follow one another (rows_mamba.h); of up to 64 rows the head and the first largest of its logits
 // (rows_head.h). Kernels begin while the one in front still runs (overlap.cuh).
@@ -17,6 +17,7 @@ std::unique_ptr<Deferred> gather_rows(Device device, bool few);
 
 /// Each is true when it took the operation, with outputs allocated by the caller; false without such a scope, or where it
 /// does not serve.
+bool gather_rows_embedding(Tensor& y, const Tensor& table, const Tensor& tokens, const Tensor& places, const Tensor& positions);
 bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, const Tensor& residual, const Tensor& w, double eps);
 bool gather_rows_linear(Tensor& y, const Gemm& g, const Tensor& bias, Epilogue epilogue);
 bool gather_rows_gated_units(Tensor& h, Tensor& pre, const Gemm& g);

@@ -3,6 +3,7 @@
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/packed.cuh"
+#include "kernels/cuda/rows_queue.h"
 
 namespace krait::kernels::cuda {
 
@@ -31,6 +32,7 @@ __global__ void step_embedding_kernel(T* y, const T* table, const int64_t* token
 }  // namespace
 
 void step_embedding(Tensor& y, const Tensor& table, const Tensor& tokens, const Tensor& places, const Tensor& positions) {
+  if (gather_rows_embedding(y, table, tokens, places, positions)) return;
   const int64_t d = table.size(1);
   visit_float(table.dtype(), [&]<class T>() {
     const auto run = [&]<int V>() {

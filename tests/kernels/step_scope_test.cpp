@@ -13,6 +13,7 @@
 #include "kernels/rms_norm.h"
 #include "kernels/sample.h"
 #include "kernels/slstm_step.h"
+#include "kernels/step_embedding.h"
 #include "tests/testing/tensors.h"
 
 using namespace krait;
@@ -538,6 +539,38 @@ TEST_CASE("a step of many rows: a wide head equals the cpu's", "[cuda]") {
       const Tensor logits = linear(y, head);
       out.push_back(logits);
       if (summed) out.push_back(kernels::add(logits, logits));
+      return out;
+    }, rows);
+  }
+}
+
+TEST_CASE("a step of many rows: the embedding and what stands behind it equal the cpu's", "[cuda]") {
+  enum class Behind { rms, layer, map, nothing };
+  struct Sizes { int64_t rows, d; bool placed; Behind behind; };
+  for (const auto& [rows, d, placed, behind] : {Sizes{9, 768, false, Behind::rms}, Sizes{64, 768, true, Behind::rms}, Sizes{33, 2056, false, Behind::rms},
+                                                Sizes{130, 64, true, Behind::rms}, Sizes{64, 96, false, Behind::layer}, Sizes{12, 128, true, Behind::map},
+                                                Sizes{17, 72, false, Behind::nothing}, Sizes{10, 100, true, Behind::rms}}) {
+    INFO("rows " << rows << " d " << d << " placed " << placed << " behind " << static_cast<int>(behind));
+    check_gathered([&, rows = rows, d = d, placed = placed, behind = behind](Maker m) {
+      const Tensor table = m.narrow({500, d}), places = m.narrow({40, d}), w = m.wide({d}, 1, 0.2), b = m.wide({d}, 0, 0.2), up = m.narrow({96, d}, 0.05);
+      std::vector<int64_t> tokens;
+      std::vector<int32_t> positions;
+      for (int64_t i = 0; i < rows; ++i) tokens.push_back(i * 37 % 500), positions.push_back(static_cast<int32_t>(i * 7 % 40));
+      const Tensor x = kernels::step_embedding(table, from_vector(tokens, {rows, 1}).to(m.device), placed ? places : Tensor(),
+                                               placed ? from_vector(positions).to(m.device) : Tensor())
+                           .view({rows, d});
+      std::vector<Tensor> out{x};
+      Tensor y = x;
+      if (behind == Behind::rms) {
+        const auto normed = kernels::rms_norm_forward(x, w, 1e-5);
+        y = normed.y;
+        out.push_back(normed.rstd);
+        if (rows != 9) out.push_back(y);
+      } else if (behind == Behind::layer) {
+        y = kernels::layer_norm_forward(x, w, b, 1e-5).y;
+        out.push_back(y);
+      }
+      if (behind != Behind::nothing) out.push_back(linear(y, up));
       return out;
     }, rows);
   }
