@@ -72,12 +72,21 @@ template <class V, int kN, class From>
 __device__ __forceinline__ void receive(V (&v)[kN], From from) {
   receive(v, from, [](int) { return true; });
 }
+/// What look() has asked for, asked for again where it had not arrived.
+template <class V>
+__device__ __forceinline__ void insist(V& v, const void* from) {
+  for (int polls = 0; !arrived(v); ++polls) {
+    if (polls == kExchangePolls) __trap();
+    look(v, from);
+  }
+}
 
-/// `rows` rows of kVectors 16 bytes each, `pitch` bytes apart, hold nothing again. kThreads threads call it.
+/// `rows` rows of kVectors 16 bytes each, `pitch` bytes apart, hold nothing again. kThreads threads call it, this is the
+/// `thread`th.
 template <int kVectors, int kThreads>
-__device__ __forceinline__ void forget(void* from, int rows, int64_t pitch) {
+__device__ __forceinline__ void forget(void* from, int rows, int64_t pitch, int thread = static_cast<int>(threadIdx.x)) {
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < rows * kVectors; i += kThreads)
+  for (int i = thread; i < rows * kVectors; i += kThreads)
     asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %1, %1, %1};" ::"l"(static_cast<char*>(from) + i / kVectors * pitch + i % kVectors * 16),
                  "r"(kNothing)
                  : "memory");

@@ -4,6 +4,7 @@
 #include "kernels/cuda/hopper.h"
 #include "kernels/cuda/launch_with.cuh"
 #include "kernels/cuda/overlap.cuh"
+#include "kernels/cuda/rows_exchange.cuh"
 #include "kernels/cuda/rows_project.cuh"
 #include "kernels/cuda/rows_scan.cuh"
 #include "kernels/cuda/step_values.cuh"
@@ -13,7 +14,7 @@ namespace krait::kernels::cuda {
 
 namespace {
 
-constexpr int kWarps = 12, kThreads = 32 * kWarps;  // that compute; one warp more brings weights and states
+constexpr int kWarps = 12, kThreads = 32 * kWarps;  // that compute; one more brings weights and states, one clears slots
 constexpr int kBlocks = 64, kHalfRows = 32;         // 64 blocks share 32 rows; two such halves know nothing of one another
 constexpr int kMaxD = 768, kMaxE = 1536, kMaxOutputs = 80;
 constexpr int kInColumns = 48, kOutColumns = 24, kOutRows = 16, kRows = kScanRows, kChannels = 192, kTaps = 4;
@@ -22,6 +23,7 @@ constexpr int kInSums = kInColumns + 8, kOutSums = kOutColumns;       // pitches
 constexpr int kTilePitch = kInColumns + 8;
 constexpr int kInSteps = kMaxD / (32 * kWarps), kOutSteps = kMaxE / (32 * kWarps);  // pieces of 32 of k a warp
 constexpr int kPasses = kChannels / (kThreads / 4), kDtPieces = (kMaxOutputs - 2 * kScanStates) / 16;
+constexpr int kPartColumns = kMaxE / kInColumns, kSquares = mamba_squares(kMaxD), kSlots = 4;
 
 struct Shared {
   alignas(128) unsigned char in[kWarps * kHalfRows * kInSums * 4];  // in_proj's columns, then sums
@@ -32,29 +34,33 @@ struct Shared {
   alignas(16) float gathered[kScanGroups][kRows * kMaxOutputs];
   alignas(16) float values[kRows * kMaxOutputs];
   float factor[kHalfRows];
-  uint64_t in_full, out_full, h_full, in_free, out_free, h_made;
+  uint64_t in_full, out_full, h_full, in_free, out_free, h_made, clean;
 };
 static_assert(kInColumns * kInPitch <= static_cast<int>(sizeof(Shared::in)) && kWarps * kOutRows * kOutSums * 4 <= static_cast<int>(sizeof(Shared::out)));
 static_assert(sizeof(Shared) <= 227 * 1024);
 
+/// What the blocks of both halves send one another in a layer (rows_exchange.cuh); layer i uses slot i % kSlots.
+///
+/// A block may take its words back when it has received the input of in_proj: `xz`, `part` and `y` of the layer in front,
+/// `weighted` and `squares` of the one before that. For who sent that input had received all of y for its rows, whose
+/// senders had received part and xz, whose senders had received the input of in_proj a layer before; and a block that
+/// sends nothing receives nothing. What is taken back in layer i is announced there, awaited in i + 1, and those that
+/// compute wait for that (`clean`) in i + 2, before they ask for anything: for the words of i - 1 they ask again in i + 3,
+/// for those of i - 2 at the start of i + 3. All of it is hidden behind a layer.
+struct Slot {
+  alignas(128) bf16 xz[2 * kHalfRows][2 * kMaxE];  // columns of in_proj; x's convolved
+  float part[2 * kHalfRows][kPartColumns][kMaxOutputs];
+  bf16 y[2 * kHalfRows][kMaxE], weighted[2 * kHalfRows][kMaxD];
+  float squares[2 * kHalfRows][kSquares];  // part p at p % 8 * 4 + p / 8
+};
+static_assert(kSquares == 32);
+
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-enum Counter { kInDone, kScanDone, kOutDone = kScanDone + 2 };  // kScanDone of 16 rows each
-
-__device__ __forceinline__ unsigned* counter(const RowsMamba& a, int layer, int which) {
-  return a.arrived + ((layer * 2 + static_cast<int>(blockIdx.x) / kBlocks) * 4 + which) * 8;
-}
-__device__ __forceinline__ void arrive(unsigned* at) { asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(at) : "memory"); }
-__device__ __forceinline__ void wait_for(const unsigned* at, unsigned count) {
-  unsigned now = 0;
-  for (int polls = 0; polls < 1 << 24; ++polls) {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(at) : "memory");
-    if (now >= count) return;
-  }
-  __trap();  // seconds: a block of the run is not there
-}
+__device__ __forceinline__ unsigned* cleared(const RowsMamba& a, int layer) { return a.cleared + (layer * 2 + static_cast<int>(blockIdx.x) / kBlocks) * 8; }
+__device__ __forceinline__ Slot& slot(const RowsMamba& a, int layer) { return static_cast<Slot*>(a.exchange)[layer % kSlots]; }
 __device__ __forceinline__ void meet() { cuda::meet(1, kThreads); }  // those that compute
-__device__ __forceinline__ uint4 fresh_or_zero(const bf16* p, bool inside) { return inside ? read_fresh(p) : uint4{0, 0, 0, 0}; }
+__device__ __forceinline__ uint32_t fresh_word(const float* p) { return __float_as_uint(__ldcg(p)); }
 __device__ __forceinline__ uint32_t fresh_pair(const bf16* p) { return __ldcg(reinterpret_cast<const unsigned*>(p)); }
 
 /// What a block does of each layer, and what it reads of it.
@@ -63,6 +69,7 @@ struct Place {
   int in_first, in_columns;     // columns of in_proj
   int scan_row, scan_rows, scan_first, scan_channels;
   int out_row, out_first, out_columns;
+  bool sends;
   __device__ explicit Place(const RowsMamba& a) {
     half_row = static_cast<int>(blockIdx.x) / kBlocks * kHalfRows;
     block = static_cast<int>(blockIdx.x) % kBlocks;
@@ -74,8 +81,25 @@ struct Place {
     scan_channels = min(max(a.e - scan_first, 0), kChannels);
     out_row = half_row + block / 32 * kOutRows;
     out_first = block % 32 * kOutColumns;
-    out_columns = min(max(a.d - out_first, 0), kOutColumns);
+    out_columns = min(max(a.rows > out_row ? a.d - out_first : 0, 0), kOutColumns);
+    if (scan_rows == 0 || scan_channels == 0) scan_rows = scan_channels = 0;
+    sends = in_columns + scan_channels + out_columns > 0;
   }
+  template <int kOf>  // threads, of which this is one
+  __device__ void forget_mixed(Slot& slot, int thread) const {
+    if (in_columns > 0) {
+      forget<kInColumns / 8, kOf>(&slot.xz[half_row][in_first], kHalfRows, sizeof(slot.xz[0]), thread);
+      if (block < kPartColumns) forget<kMaxOutputs / 4, kOf>(slot.part[half_row][block], kHalfRows, sizeof(slot.part[0]), thread);
+    }
+    if (scan_channels > 0) forget<kChannels / 8, kOf>(&slot.y[scan_row][scan_first], kRows, sizeof(slot.y[0]), thread);
+  }
+  template <int kOf>
+  __device__ void forget_sums(Slot& slot, int thread) const {
+    if (out_columns == 0) return;
+    forget<kOutColumns / 8, kOf>(&slot.weighted[out_row][out_first], kOutRows, sizeof(slot.weighted[0]), thread);
+    if (thread < kOutRows) send(square(slot, out_row + thread), kNothing);
+  }
+  __device__ void* square(Slot& slot, int row) const { return &slot.squares[row][block % 32 % 8 * 4 + block % 32 / 8]; }
 };
 
 /// The warp that brings weights and states: each as soon as its place is free, a layer ahead.
@@ -148,6 +172,30 @@ struct Bringer {
   }
 };
 
+/// The warp that takes words back (Slot).
+__device__ __forceinline__ void clear_slots(const RowsMamba& a, Shared& s, const Place& at, int lane) {
+  cuda::meet(2, kThreads + 32);  // those that compute have cleared all
+  if (lane == 0) announce(cleared(a, 0));
+#pragma unroll 1
+  for (int layer = 0; layer + 1 < a.layers; ++layer) {
+    if (layer > 0) barrier_wait(shared_address(&s.in_free), layer % 2);
+    if (lane == 0) {
+      await(cleared(a, layer), kBlocks);
+      barrier_arrive(shared_address(&s.clean));
+    }
+    if (layer == 0) barrier_wait(shared_address(&s.in_free), 0);
+    __syncwarp();
+    at.forget_mixed<32>(slot(a, layer + kSlots - 1), lane);
+    at.forget_sums<32>(slot(a, layer + kSlots - 2), lane);
+    __syncwarp();
+    if (lane == 0) announce(cleared(a, layer + 1));
+  }
+  if (a.layers == 1 && lane == 0) {
+    await(cleared(a, 0), kBlocks);
+    barrier_arrive(shared_address(&s.clean));
+  }
+}
+
 /// 32 rows by 48 columns of in_proj; x's columns are convolved and multiplied with theirs of x_proj.
 __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Place& at, int layer) {
   const RowsMambaLayer& l = a.layer[layer];
@@ -167,31 +215,31 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
     filter[q] = *reinterpret_cast<const uint4*>(l.conv_weight + kTaps * channel);
     if (l.conv_bias != nullptr) conv_bias[q] = *reinterpret_cast<const uint32_t*>(l.conv_bias + channel);
   }
-  if (layer > 0) {
-    if (tid == 0) wait_for(counter(a, layer - 1, kOutDone), kBlocks);
-    meet();
-  }
-
-  const bf16* const from = layer > 0 ? a.weighted : a.x;
-  const int64_t from_row = layer > 0 ? a.d : a.x_row;
-  uint4 x[kInSteps][4];
-#pragma unroll
-  for (int step = 0; step < kInSteps; ++step) {
-    const int k = (step * kWarps + warp) * 32 + 8 * t;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = at.half_row + 8 * i + g;
-      x[step][i] = fresh_or_zero(from + row * from_row + k, row < a.rows && k < a.d);
-    }
-  }
-  const float* const squares = layer > 0 ? a.squares : a.x_squares;
+  Slot &now = slot(a, layer), &before = slot(a, layer + kSlots - 1);
+  uint4 x[kInSteps * 4] = {}, squares{};  // all are asked for before one is added
+  const bool scales = layer > 0 || a.x_squares != nullptr, adds = scales && tid < 8 * kHalfRows && at.half_row + tid / 8 < a.rows && at.sends;
   const int parts = layer > 0 ? mamba_squares(a.d) : a.x_parts;
-  float own_squares[4] = {};  // all are asked for before one is added
-  const bool adds = squares != nullptr && tid < 8 * kHalfRows && at.half_row + tid / 8 < a.rows;
-  const float* const row_squares = squares + int64_t{at.half_row + tid / 8} * parts;
+  const auto k = [&](int i) { return (i / 4 * kWarps + warp) * 32 + 8 * t; };
+  const auto row_of = [&](int i) { return at.half_row + i % 4 * 8 + g; };
+  const auto wanted = [&](int i) { return at.sends && row_of(i) < a.rows && k(i) < a.d; };
+  const float* const row_squares = a.x_squares + int64_t{at.half_row + tid / 8} * parts;
+  const auto look_for_squares = [&] {
+    look(squares, &before.squares[at.half_row + tid / 8][tid % 8 * 4]);
+    const int left = parts - tid % 8;
+    squares = {left > 0 ? squares.x : 0, left > 8 ? squares.y : 0, left > 16 ? squares.z : 0, left > 24 ? squares.w : 0};
+  };
+  if (layer > 0) {
+    barrier_wait(shared_address(&s.clean), (layer - 1) % 2);
+    receive(x, [&](int i) { return &before.weighted[row_of(i)][k(i)]; }, wanted);
+    if (adds) look_for_squares();
+  } else {
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (adds && tid % 8 + 8 * i < parts) own_squares[i] = __ldcg(row_squares + tid % 8 + 8 * i);
+    for (int i = 0; i < kInSteps * 4; ++i)
+      if (wanted(i)) x[i] = read_fresh(a.x + row_of(i) * a.x_row + k(i));
+    if (adds)
+      squares = {tid % 8 < parts ? fresh_word(row_squares + tid % 8) : 0, tid % 8 + 8 < parts ? fresh_word(row_squares + tid % 8 + 8) : 0,
+                 tid % 8 + 16 < parts ? fresh_word(row_squares + tid % 8 + 16) : 0, tid % 8 + 24 < parts ? fresh_word(row_squares + tid % 8 + 24) : 0};
+  }
   barrier_wait(shared_address(&s.in_full), layer % 2);
   float acc[2][6][4] = {};
 #pragma unroll
@@ -205,17 +253,22 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
 #pragma unroll
     for (int j = 0; j < 6; ++j)
 #pragma unroll
-      for (int m = 0; m < 2; ++m) mma(acc[m][j], {x[step][2 * m].x, x[step][2 * m + 1].x, x[step][2 * m].y, x[step][2 * m + 1].y}, v[j].x, v[j].y);
+      for (int m = 0; m < 2; ++m) mma(acc[m][j], {x[4 * step + 2 * m].x, x[4 * step + 2 * m + 1].x, x[4 * step + 2 * m].y, x[4 * step + 2 * m + 1].y}, v[j].x, v[j].y);
 #pragma unroll
     for (int j = 0; j < 6; ++j)
 #pragma unroll
-      for (int m = 0; m < 2; ++m) mma(acc[m][j], {x[step][2 * m].z, x[step][2 * m + 1].z, x[step][2 * m].w, x[step][2 * m + 1].w}, v[j].z, v[j].w);
+      for (int m = 0; m < 2; ++m) mma(acc[m][j], {x[4 * step + 2 * m].z, x[4 * step + 2 * m + 1].z, x[4 * step + 2 * m].w, x[4 * step + 2 * m + 1].w}, v[j].z, v[j].w);
   }
-  float square = (own_squares[0] + own_squares[1]) + (own_squares[2] + own_squares[3]);
-  if (adds)
+  if (layer > 0 && adds)
+    for (int polls = 0; !arrived(squares); ++polls) {
+      if (polls == kExchangePolls) __trap();
+      look_for_squares();
+    }
+  float square = (__uint_as_float(squares.x) + __uint_as_float(squares.y)) + (__uint_as_float(squares.z) + __uint_as_float(squares.w));
+  if (layer == 0 && adds)
     for (int i = tid % 8 + 32; i < parts; i += 8) square += __ldcg(row_squares + i);
   square = sum_lanes<8>(square);
-  if (tid < 8 * kHalfRows && tid % 8 == 0) s.factor[tid / 8] = squares != nullptr ? rsqrtf(square / static_cast<float>(a.d) + l.eps) : 1.0f;
+  if (tid < 8 * kHalfRows && tid % 8 == 0) s.factor[tid / 8] = scales ? rsqrtf(square / static_cast<float>(a.d) + l.eps) : 1.0f;
   meet();  // the weights have been read
   if (tid == 0 && layer > 0) barrier_arrive(shared_address(&s.out_free));
   float* const sums = reinterpret_cast<float*>(s.in);  // (kWarps, kHalfRows, kInSums)
@@ -228,19 +281,23 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
         *reinterpret_cast<float2*>(sums + (warp * kHalfRows + 16 * m + 8 * i + g) * kInSums + 8 * j + 2 * t) = {acc[m][j][2 * i], acc[m][j][2 * i + 1]};
   meet();
 
+  float2 sum[kPairs] = {};
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w)
+#pragma unroll
+    for (int q = 0; q < kPairs; ++q) {
+      const int pair = tid + q * kThreads;
+      const float2 v = *reinterpret_cast<const float2*>(sums + (w * kHalfRows + pair / (kInColumns / 2)) * kInSums + pair % (kInColumns / 2) * 2);
+      sum[q] = {sum[q].x + v.x, sum[q].y + v.y};
+    }
 #pragma unroll
   for (int q = 0; q < kPairs; ++q) {
     const int pair = tid + q * kThreads, local = pair / (kInColumns / 2), column = pair % (kInColumns / 2) * 2, channel = at.in_first + column;
     const int64_t row = at.half_row + local;
     if (row >= a.rows || column >= at.in_columns) continue;
-    float2 sum = {0, 0};
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float2 v = *reinterpret_cast<const float2*>(sums + (w * kHalfRows + local) * kInSums + column);
-      sum = {sum.x + v.x, sum.y + v.y};
-    }
-    const uint32_t made = pack(sum.x * s.factor[local], sum.y * s.factor[local]);
+    const uint32_t made = pack(sum[q].x * s.factor[local], sum[q].y * s.factor[local]);
     if (!convolves) {
+      send(&now.xz[row][channel], made);
       *reinterpret_cast<uint32_t*>(l.xz + row * 2 * a.e + channel) = made;
       continue;
     }
@@ -251,36 +308,35 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
     p.y += v01.x * x0.y + v01.y * x1.y + v23.x * x2.y + v23.y * x3.y;
     const uint32_t mixed = pack(silu_fast(p.x), silu_fast(p.y));
     past[q][0] = made;
-    *reinterpret_cast<uint32_t*>(a.mixed + row * a.e + channel) = mixed;
+    send(&now.xz[row][channel], mixed);
     *reinterpret_cast<uint32_t*>(&s.mixed[local][column]) = mixed;
   }
   const int outputs = a.r + 2 * kScanStates;
   if (convolves) {
     meet();
 #pragma unroll 1
-    for (int job = warp; job < (outputs + 7) / 8 * 2; job += kWarps) {
-      const int output = job / 2 * 8, m = job % 2;
-      const bf16 *const left = &s.mixed[16 * m + g][2 * t], *const right = &s.project[min(output + g, outputs - 1)][2 * t];
-      float d[4] = {};
-      project_tile<kInColumns / 16>(d, left, right, kTilePitch);
+    for (int output = 8 * warp; output < outputs; output += 8 * kWarps) {
+      const bf16 *const left = &s.mixed[g][2 * t], *const right = &s.project[min(output + g, outputs - 1)][2 * t];
+      float d[2][4] = {};
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (const int row = at.half_row + 16 * m + 8 * i + g; row < a.rows && output + 2 * t < outputs)
-          *reinterpret_cast<float2*>(a.part + (int64_t{row} * mamba_parts(a.e) + at.block) * outputs + output + 2 * t) = {d[2 * i], d[2 * i + 1]};
+      for (int m = 0; m < 2; ++m) project_tile<kInColumns / 16>(d[m], left + 16 * m * kTilePitch, right, kTilePitch);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (const int row = at.half_row + 8 * i + g; row < a.rows && output + 2 * t < outputs)
+          send(reinterpret_cast<float2*>(&now.part[row][at.block][output + 2 * t]), {d[i / 2][i % 2 * 2], d[i / 2][i % 2 * 2 + 1]});
     }
   }
   if (l.rstd != nullptr && at.block == 0 && tid < kHalfRows && at.half_row + tid < a.rows) l.rstd[at.half_row + tid] = s.factor[tid];
   if (l.normed != nullptr) {
-    const int width = (a.d + kBlocks - 1) / kBlocks;
-    for (int i = tid; i < kHalfRows * width; i += kThreads) {
-      const int local = i / width, c = at.block * width + i % width;
+    for (int i = tid; i < (at.block < kBlocks / 2 ? kHalfRows * kOutColumns : 0); i += kThreads) {
+      const int local = i / kOutColumns, c = at.out_first + i % kOutColumns;
       const int64_t row = at.half_row + local;
-      if (row < a.rows && c < a.d) l.normed[row * a.d + c] = static_cast<bf16>(read_fresh_one(from + row * from_row + c) * s.factor[local]);
+      if (row >= a.rows || c >= a.d) continue;
+      const float v = layer > 0 ? read_fresh_one(&before.weighted[row][c]) : read_fresh_one(a.x + row * a.x_row + c);
+      l.normed[row * a.d + c] = static_cast<bf16>(v * s.factor[local]);
     }
   }
   publish_shared();
-  meet();
-  if (tid == 0) arrive(counter(a, layer, kInDone));
   if (!convolves) return;
 #pragma unroll
   for (int q = 0; q < kPairs; ++q) {  // what no other block reads
@@ -295,17 +351,21 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
   }
 }
 
-/// Four rows of 192 channels, as rows_scan_kernel.
+/// Four rows of 192 channels, as rows_scan_kernel; a thread has two neighbours, which are one word.
 __device__ __forceinline__ void scan_phase(const RowsMamba& a, Shared& s, const Place& at, int layer) {
   const RowsMambaLayer& l = a.layer[layer];
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 4, outputs = a.r + 2 * kScanStates, pieces = a.r / 4, count = at.scan_rows;
+  const int pair = tid / 4;  // of channels; every other pair is taken the other way round: other banks
+  const auto channel = [&](int p) { return 2 * pair + (p ^ (pair & 1)); };
+  const bool alive = 2 * pair < at.scan_channels;
+  static_assert(kPasses == 2);
   float4 rate[kPasses] = {};
   uint2 weight[kPasses][kDtPieces] = {};
   float bias[kPasses] = {}, skip[kPasses] = {};
 #pragma unroll
   for (int p = 0; p < kPasses; ++p) {
-    const int local = p * (kThreads / 4) + tid / 4, c = at.scan_first + local;
-    if (local >= at.scan_channels) continue;
+    const int c = at.scan_first + channel(p);
+    if (!alive) continue;
     rate[p] = *reinterpret_cast<const float4*>(l.A_log + int64_t{c} * kScanStates + 4 * lane);
 #pragma unroll
     for (int q = 0; q < kDtPieces; ++q)
@@ -316,33 +376,32 @@ __device__ __forceinline__ void scan_phase(const RowsMamba& a, Shared& s, const 
 #pragma unroll
   for (int p = 0; p < kPasses; ++p)
     rate[p] = {-kLog2e * __expf(rate[p].x), -kLog2e * __expf(rate[p].y), -kLog2e * __expf(rate[p].z), -kLog2e * __expf(rate[p].w)};
-  if (tid == 0) wait_for(counter(a, layer, kInDone), kBlocks);
-  meet();
+  if (layer == 0) barrier_wait(shared_address(&s.clean), 0);
 
-  const int quads = outputs / 4, items = kRows * quads, parts = mamba_parts(a.e), each = (parts + kScanGroups - 1) / kScanGroups;
+  Slot& now = slot(a, layer);
+  const int own_row = at.scan_row + lane;
+  const bool own = alive && lane < count;
+  uint32_t own_x = 0, own_z = 0;
+  const bf16 *const x_from = &now.xz[own_row][at.scan_first + 2 * pair], *const z_from = x_from + a.e;
+  if (own) {
+    look(own_x, x_from);
+    look(own_z, z_from);
+  }
+  const int quads = outputs / 4, items = kRows * quads, parts = a.e / kInColumns, each = (parts + kScanGroups - 1) / kScanGroups;
   if (tid < items * kScanGroups) {
     const int item = tid % items, group = tid / items, row = item / quads, o = item % quads * 4;
+    uint4 v[kPartColumns / kScanGroups] = {};
+    const float* const from = &now.part[at.scan_row + row][group * each][o];
+    const int end = row < count ? min(each, parts - group * each) : 0;
+    receive(v, [&](int i) { return from + i * kMaxOutputs; }, [&](int i) { return i < end; });
     float4 sum{};
-    if (row < count) {
-      const float* const from = a.part + int64_t{at.scan_row + row} * parts * outputs + o;
-      const int end = min(parts, (group + 1) * each);
-#pragma unroll 8
-      for (int i = group * each; i < end; ++i) {
-        const float4 v = __ldcg(reinterpret_cast<const float4*>(from + int64_t{i} * outputs));
-        sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
-      }
-    }
+#pragma unroll
+    for (int i = 0; i < kPartColumns / kScanGroups; ++i)
+      sum = {sum.x + __uint_as_float(v[i].x), sum.y + __uint_as_float(v[i].y), sum.z + __uint_as_float(v[i].z), sum.w + __uint_as_float(v[i].w)};
     *reinterpret_cast<float4*>(&s.gathered[group][4 * item]) = sum;
   }
-  float own_x[kPasses] = {}, own_z[kPasses] = {};
-  const int64_t own_row = at.scan_row + lane;
-#pragma unroll
-  for (int p = 0; p < kPasses; ++p) {
-    const int local = p * (kThreads / 4) + tid / 4, c = at.scan_first + local;
-    if (local >= at.scan_channels || lane >= count) continue;
-    own_x[p] = read_fresh_one(a.mixed + own_row * a.e + c);
-    own_z[p] = read_fresh_one(l.xz + own_row * 2 * a.e + a.e + c);
-  }
+  insist(own_x, x_from);
+  insist(own_z, z_from);
   meet();
   if (tid == 0) barrier_arrive(shared_address(&s.in_free));
   if (tid < kRows * outputs) {
@@ -353,43 +412,55 @@ __device__ __forceinline__ void scan_phase(const RowsMamba& a, Shared& s, const 
   }
   barrier_wait(shared_address(&s.h_full), layer % 2);
   meet();
+  const auto one = [&](uint32_t v, int p) { return channel(p) % 2 == 0 ? two(v).x : two(v).y; };
+  float part[kPasses][kRows] = {}, delta[kPasses], add[kPasses], made[kPasses];
 #pragma unroll
-  for (int p = 0; p < kPasses; ++p) {
-    const int local = p * (kThreads / 4) + tid / 4, c = at.scan_first + local;
-    float part[kRows] = {};
-#pragma unroll
-    for (int q = 0; q < kDtPieces; ++q) {
-      if (lane + 4 * q >= pieces) break;
-      const float4 v = four(weight[p][q]);
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) part[i] += dot(v, *reinterpret_cast<const float4*>(s.values + i * outputs + 4 * (lane + 4 * q)));
-    }
-    const float dt = static_cast<float>(static_cast<bf16>(sum_own(part, lane))) + bias[p];
-    const float delta = softplus_fast(dt), x = own_x[p], add = delta * x;
+  for (int q = 0; q < kDtPieces; ++q) {
+    if (lane + 4 * q >= pieces) break;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const int from = tid % 32 / 4 * 4 + i;
-      const float own_delta = __shfl_sync(0xffffffffu, delta, from), own_add = __shfl_sync(0xffffffffu, add, from);
-      const float4 B = *reinterpret_cast<const float4*>(s.values + i * outputs + a.r + 4 * lane);
-      const float4 C = *reinterpret_cast<const float4*>(s.values + i * outputs + a.r + kScanStates + 4 * lane);
-      float4 now = s.h[i][local][lane];
-      now.x = exp2_fast(own_delta * rate[p].x) * now.x + own_add * B.x;
-      now.y = exp2_fast(own_delta * rate[p].y) * now.y + own_add * B.y;
-      now.z = exp2_fast(own_delta * rate[p].z) * now.z + own_add * B.z;
-      now.w = exp2_fast(own_delta * rate[p].w) * now.w + own_add * B.w;
-      s.h[i][local][lane] = now;
-      part[i] = now.x * C.x + now.y * C.y + now.z * C.z + now.w * C.w;
+      const float4 v = *reinterpret_cast<const float4*>(s.values + i * outputs + 4 * (lane + 4 * q));
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) part[p][i] += dot(four(weight[p][q]), v);
     }
-    const float sum = sum_own(part, lane), z = own_z[p];
-    if (local < at.scan_channels && lane < count)
-      l.y[own_row * a.e + c] = static_cast<bf16>(__fdividef((sum + skip[p] * x) * z, 1.0f + __expf(-z)));
+  }
+#pragma unroll
+  for (int p = 0; p < kPasses; ++p) {
+    const float dt = static_cast<float>(static_cast<bf16>(sum_own(part[p], lane))) + bias[p];
+    delta[p] = softplus_fast(dt);
+    add[p] = delta[p] * one(own_x, p);
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int from = tid % 32 / 4 * 4 + i;
+    const float4 B = *reinterpret_cast<const float4*>(s.values + i * outputs + a.r + 4 * lane);
+    const float4 C = *reinterpret_cast<const float4*>(s.values + i * outputs + a.r + kScanStates + 4 * lane);
+#pragma unroll
+    for (int p = 0; p < kPasses; ++p) {
+      const float own_delta = __shfl_sync(0xffffffffu, delta[p], from), own_add = __shfl_sync(0xffffffffu, add[p], from);
+      float4 h = s.h[i][channel(p)][lane];
+      h.x = exp2_fast(own_delta * rate[p].x) * h.x + own_add * B.x;
+      h.y = exp2_fast(own_delta * rate[p].y) * h.y + own_add * B.y;
+      h.z = exp2_fast(own_delta * rate[p].z) * h.z + own_add * B.z;
+      h.w = exp2_fast(own_delta * rate[p].w) * h.w + own_add * B.w;
+      s.h[i][channel(p)][lane] = h;
+      part[p][i] = h.x * C.x + h.y * C.y + h.z * C.z + h.w * C.w;
+    }
+  }
+#pragma unroll
+  for (int p = 0; p < kPasses; ++p) {
+    const float sum = sum_own(part[p], lane), z = one(own_z, p);
+    made[p] = __fdividef((sum + skip[p] * one(own_x, p)) * z, 1.0f + __expf(-z));
+  }
+  if (own) {
+    const uint32_t y = pair % 2 == 0 ? pack(made[0], made[1]) : pack(made[1], made[0]);
+    send(&now.y[own_row][at.scan_first + 2 * pair], y);
+    *reinterpret_cast<uint32_t*>(l.y + int64_t{own_row} * a.e + at.scan_first + 2 * pair) = y;
   }
   publish_shared();
+  if (l.out != nullptr) return;
   meet();
-  if (tid == 0) {
-    arrive(counter(a, layer, kScanDone + at.block / 32));
-    if (l.out == nullptr) barrier_arrive(shared_address(&s.h_made));
-  }
+  if (tid == 0) barrier_arrive(shared_address(&s.h_made));
 }
 
 /// 16 rows by 24 columns of out_proj, their sum with the residual stream.
@@ -405,19 +476,11 @@ __device__ __forceinline__ void out_phase(const RowsMamba& a, Shared& s, const P
     residual = fresh_pair(l.residual + row * a.d + c);
     weight = *reinterpret_cast<const float2*>(l.weight + c);
   }
-  if (tid == 0) wait_for(counter(a, layer, kScanDone + at.block / 32), kBlocks / 2);
-  meet();
-
-  uint4 x[kOutSteps][2];
-#pragma unroll
-  for (int step = 0; step < kOutSteps; ++step) {
-    const int k = (step * kWarps + warp) * 32 + 8 * t;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t from = at.out_row + 8 * i + g;
-      x[step][i] = fresh_or_zero(l.y + from * a.e + k, from < a.rows && k < a.e);
-    }
-  }
+  Slot& now = slot(a, layer);
+  uint4 x[kOutSteps * 2] = {};
+  const auto k = [&](int i) { return (i / 2 * kWarps + warp) * 32 + 8 * t; };
+  const auto row_of = [&](int i) { return at.out_row + i % 2 * 8 + g; };
+  receive(x, [&](int i) { return &now.y[row_of(i)][k(i)]; }, [&](int i) { return at.out_columns > 0 && row_of(i) < a.rows && k(i) < a.e; });
   barrier_wait(shared_address(&s.out_full), layer % 2);
   float acc[3][4] = {};
 #pragma unroll
@@ -429,9 +492,9 @@ __device__ __forceinline__ void out_phase(const RowsMamba& a, Shared& s, const P
 #pragma unroll
     for (int j = 0; j < 3; ++j) v[j] = *reinterpret_cast<const uint4*>(w + 8 * j * kOutPitch);
 #pragma unroll
-    for (int j = 0; j < 3; ++j) mma(acc[j], {x[step][0].x, x[step][1].x, x[step][0].y, x[step][1].y}, v[j].x, v[j].y);
+    for (int j = 0; j < 3; ++j) mma(acc[j], {x[2 * step].x, x[2 * step + 1].x, x[2 * step].y, x[2 * step + 1].y}, v[j].x, v[j].y);
 #pragma unroll
-    for (int j = 0; j < 3; ++j) mma(acc[j], {x[step][0].z, x[step][1].z, x[step][0].w, x[step][1].w}, v[j].z, v[j].w);
+    for (int j = 0; j < 3; ++j) mma(acc[j], {x[2 * step].z, x[2 * step + 1].z, x[2 * step].w, x[2 * step + 1].w}, v[j].z, v[j].w);
   }
   meet();  // the weights have been read
   if (tid == 0) barrier_arrive(shared_address(&s.h_made));
@@ -443,7 +506,7 @@ __device__ __forceinline__ void out_phase(const RowsMamba& a, Shared& s, const P
       *reinterpret_cast<float2*>(sums + (warp * kOutRows + 8 * i + g) * kOutSums + 8 * j + 2 * t) = {acc[j][2 * i], acc[j][2 * i + 1]};
   meet();
   float square = 0;
-  uint32_t made = 0, sum = 0;
+  uint32_t made = 0, sum = 0, weighted = 0;
   if (finishes) {
     float2 v = {0, 0};
 #pragma unroll
@@ -455,15 +518,18 @@ __device__ __forceinline__ void out_phase(const RowsMamba& a, Shared& s, const P
     const float2 m = two(made), before = two(residual);
     sum = pack(m.x + before.x, m.y + before.y);
     const float2 u = two(sum);
-    *reinterpret_cast<uint32_t*>(a.weighted + row * a.d + c) = pack(u.x * weight.x, u.y * weight.y);
+    weighted = pack(u.x * weight.x, u.y * weight.y);
+    send(&now.weighted[row][c], weighted);
     square = u.x * u.x + u.y * u.y;
   }
   square = sum_lanes<16>(square);
-  if (finishes && column == 0) a.squares[row * mamba_squares(a.d) + at.block % 32] = square;
+  if (finishes && column == 0) send(static_cast<float*>(at.square(now, static_cast<int>(row))), square);
   publish_shared();
-  meet();
-  if (tid == 0) arrive(counter(a, layer, kOutDone));
   if (!finishes) return;
+  if (layer + 1 == a.layers) {
+    *reinterpret_cast<uint32_t*>(a.weighted + row * a.d + c) = weighted;
+    if (column == 0) a.squares[row * mamba_squares(a.d) + at.block % 32] = square;
+  }
   *reinterpret_cast<uint32_t*>(l.made + row * a.d + c) = made;  // what no other block reads
   *reinterpret_cast<uint32_t*>(l.sum + row * a.d + c) = sum;
 }
@@ -472,17 +538,24 @@ __device__ __forceinline__ void out_phase(const RowsMamba& a, Shared& s, const P
 
 /// The layers of a run. Weights and states are in shared memory before they are used; what bounds a layer is three times
 /// the way of values between blocks through the L2 cache.
-__global__ void __launch_bounds__(kThreads + 32, 1) rows_mamba_kernel(const __grid_constant__ RowsMamba a) {
+__global__ void __launch_bounds__(kThreads + 64, 1) rows_mamba_kernel(const __grid_constant__ RowsMamba a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char mamba_shared[];
   Shared& s = *reinterpret_cast<Shared*>(mamba_shared);
   if (threadIdx.x == 0) {
-    for (uint64_t* barrier : {&s.in_full, &s.out_full, &s.h_full, &s.in_free, &s.out_free, &s.h_made}) barrier_init(shared_address(barrier), 1);
+    for (uint64_t* barrier : {&s.in_full, &s.out_full, &s.h_full, &s.in_free, &s.out_free, &s.h_made, &s.clean}) barrier_init(shared_address(barrier), 1);
     barriers_visible();
   }
   __syncthreads();
   const Place at(a);
+  if (threadIdx.x >= kThreads + 32) return clear_slots(a, s, at, static_cast<int>(threadIdx.x) % 32);
   if (threadIdx.x >= kThreads) return Bringer{a, s, at, static_cast<int>(threadIdx.x) % 32}.run();
+#pragma unroll 1
+  for (int i = 0; i < kSlots; ++i) {
+    at.forget_mixed<kThreads>(slot(a, i), static_cast<int>(threadIdx.x));
+    at.forget_sums<kThreads>(slot(a, i), static_cast<int>(threadIdx.x));
+  }
+  meet_arrive(2, kThreads + 32);
 #pragma unroll 1
   for (int layer = 0; layer < a.layers; ++layer) {
     in_phase(a, s, at, layer);
@@ -501,11 +574,13 @@ bool rows_mamba_fits(const RowsLinear& in, int64_t e, int64_t r, Device device) 
          hopper_multiprocessors(device, reinterpret_cast<const void*>(rows_mamba_kernel)) >= 2 * kBlocks;
 }
 
+int64_t mamba_exchange() { return kSlots * sizeof(Slot); }
+
 void rows_mamba(const RowsMamba& a, Stream stream) {
   cudaLaunchAttribute together{};
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = 1;
-  launch_with({together}, rows_mamba_kernel, {.grid = 2 * kBlocks, .block = kThreads + 32, .shared = sizeof(Shared), .stream = stream}, a);
+  launch_with({together}, rows_mamba_kernel, {.grid = 2 * kBlocks, .block = kThreads + 64, .shared = sizeof(Shared), .stream = stream}, a);
 }
 
 }  // namespace krait::kernels::cuda

@@ -25,8 +25,8 @@ struct RowsMambaLayer {
 
 inline constexpr int kMambaLayers = 32;  // of a run
 
-/// Layers behind one another. Of those behind the first, in_proj reads `weighted` and `squares`, which the layer in front
-/// made, and `residual` is that one's sum.
+/// Layers behind one another. Of those behind the first, in_proj reads the sum with the residual stream of the layer in
+/// front, weighted by the norm between them, and `residual` is that sum.
 struct RowsMamba {
   RowsMambaLayer layer[kMambaLayers];
   int layers, rows, d, e, r;
@@ -34,14 +34,15 @@ struct RowsMamba {
   int64_t x_row;
   const float* x_squares;  // null: no norm
   int x_parts;
-  bf16 *mixed, *weighted;  // (rows, e), (rows, d)
-  float *part, *squares;   // (rows, mamba_parts(), r + 32), (rows, mamba_squares())
-  unsigned* arrived;       // mamba_counters(), zeros
+  bf16* weighted;     // (rows, d), of the last layer when it has an `out`, as
+  float* squares;     // (rows, mamba_squares())
+  void* exchange;     // mamba_exchange() bytes, what blocks send one another
+  unsigned* cleared;  // mamba_counters(), zeros
 };
 
-constexpr int mamba_parts(int e) { return e / 48; }
 constexpr int mamba_squares(int d) { return (d + 23) / 24; }
-constexpr int mamba_counters(int layers) { return layers * 2 * 4 * 8; }
+constexpr int mamba_counters(int layers) { return layers * 2 * 8; }
+int64_t mamba_exchange();
 
 /// Whether sizes and addresses suit the kernel: `in` as for rows_linear, with x_proj behind the convolution.
 bool rows_mamba_fits(const RowsLinear& in, int64_t e, int64_t r, Device device);

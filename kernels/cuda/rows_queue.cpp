@@ -49,7 +49,7 @@ struct WaitingLinear {
 // Layers of Mamba that wait for the next one: one kernel.
 struct WaitingLayers {
   RowsMamba run;
-  Tensor mixed, part, weighted, squares;
+  Tensor exchange, weighted, squares;
   std::vector<Tensor> reads, normed;  // `normed` of each layer, may be undefined
   RowsMambaLayer& last() { return run.layer[run.layers - 1]; }
 };
@@ -75,8 +75,8 @@ class RowsQueue final : public Deferred {
     if (layers) {
       for (int i = 0; i < layers->run.layers; ++i)  // what nobody holds nobody reads
         layers->run.layer[i].normed = layers->normed[i].use_count() > 1 ? layers->normed[i].data<bf16>() : nullptr;
-      const Tensor arrived = zeros({mamba_counters(layers->run.layers)}, DType::i32, device_);
-      layers->run.arrived = reinterpret_cast<unsigned*>(arrived.data<int32_t>());
+      const Tensor cleared = zeros({mamba_counters(layers->run.layers)}, DType::i32, device_);
+      layers->run.cleared = reinterpret_cast<unsigned*>(cleared.data<int32_t>());
       rows_mamba(layers->run, current_stream(device_));
     }
     if (linear && linear->head) launch_head(*linear);
@@ -172,13 +172,11 @@ WaitingLayers first_layer(const RowsLinear& in, int64_t e, int64_t r, Device dev
   run.x_row = in.x_row;
   run.x_squares = in.scale.squares;
   run.x_parts = in.scale.parts;
-  layers.mixed = empty({run.rows, e}, DType::bf16, device);
+  layers.exchange = empty({mamba_exchange() / 4}, DType::f32, device);
   layers.weighted = empty({run.rows, run.d}, DType::bf16, device);
-  layers.part = empty({run.rows, mamba_parts(run.e), in.outputs}, DType::f32, device);
   layers.squares = empty({run.rows, mamba_squares(run.d)}, DType::f32, device);
-  run.mixed = layers.mixed.data<bf16>();
+  run.exchange = layers.exchange.data<float>();
   run.weighted = layers.weighted.data<bf16>();
-  run.part = layers.part.data<float>();
   run.squares = layers.squares.data<float>();
   return layers;
 }
