@@ -44,33 +44,23 @@ __device__ __forceinline__ void look(uint4& v, const void* from) {
 __device__ __forceinline__ bool arrived(uint32_t v) { return v != kNothing; }
 __device__ __forceinline__ bool arrived(uint4 v) { return max(max(v.x, v.y), max(v.z, v.w)) != kNothing; }
 
-/// v[i] = what is sent to from(i), where wanted(i); else v[i] stays (not kNothing). Until the first has come it alone is
-/// asked for, so that those who wait leave the L2 cache to those who send; then all, and again what is missing.
+/// v[i] = what is sent to from(i), where wanted(i); else v[i] stays (not kNothing). All are asked for, and again what is
+/// missing.
 template <class V, int kN, class From, class Wanted>
 __device__ __forceinline__ void receive(V (&v)[kN], From from, Wanted wanted) {
-  int polls = 0;
-  if (wanted(0))
-    do {
-      look(v[0], from(0));
-      if (++polls == kExchangePolls) __trap();
-    } while (!arrived(v[0]));
 #pragma unroll
-  for (int i = 1; i < kN; ++i)
+  for (int i = 0; i < kN; ++i)
     if (wanted(i)) look(v[i], from(i));
-  for (bool all = false; !all;) {
-    all = true;
+  for (int polls = 0;; ++polls) {
+    bool all = true;
 #pragma unroll
-    for (int i = 1; i < kN; ++i) all &= arrived(v[i]);
+    for (int i = 0; i < kN; ++i) all &= arrived(v[i]);
     if (all) break;
+    if (polls == kExchangePolls) __trap();
 #pragma unroll
-    for (int i = 1; i < kN; ++i)
+    for (int i = 0; i < kN; ++i)
       if (!arrived(v[i])) look(v[i], from(i));
-    if (++polls == kExchangePolls) __trap();
   }
-}
-template <class V, int kN, class From>
-__device__ __forceinline__ void receive(V (&v)[kN], From from) {
-  receive(v, from, [](int) { return true; });
 }
 /// What look() has asked for, asked for again where it had not arrived.
 template <class V>

@@ -39,7 +39,8 @@ struct Shared {
 static_assert(kInColumns * kInPitch <= static_cast<int>(sizeof(Shared::in)) && kWarps * kOutRows * kOutSums * 4 <= static_cast<int>(sizeof(Shared::out)));
 static_assert(sizeof(Shared) <= 227 * 1024);
 
-/// What the blocks of both halves send one another in a layer (rows_exchange.cuh); layer i uses slot i % kSlots.
+/// What the blocks of both halves send one another in a layer (rows_exchange.cuh); layer i uses slot i % kSlots. A
+/// counter of each tells when it pays to look: those who wait leave the L2 cache to those who send.
 ///
 /// A block may take its words back when it has received the input of in_proj: `xz`, `part` and `y` of the layer in front,
 /// `weighted` and `squares` of the one before that. For who sent that input had received all of y for its rows, whose
@@ -57,9 +58,29 @@ static_assert(kSquares == 32);
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-__device__ __forceinline__ unsigned* cleared(const RowsMamba& a, int layer) { return a.cleared + (layer * 2 + static_cast<int>(blockIdx.x) / kBlocks) * 8; }
+enum Counter { kCleared, kInSent, kOutSent, kScanSent };  // kScanSent of 16 rows each
+__device__ __forceinline__ unsigned* counter(const RowsMamba& a, int layer, Counter which, int part = 0) {
+  return a.cleared + (layer * 2 + static_cast<int>(blockIdx.x) / kBlocks) * 8 + which + part;
+}
 __device__ __forceinline__ Slot& slot(const RowsMamba& a, int layer) { return static_cast<Slot*>(a.exchange)[layer % kSlots]; }
 __device__ __forceinline__ void meet() { cuda::meet(1, kThreads); }  // those that compute
+/// Says that the block has sent, and waits until `count` have: when it pays to look, no more. Without a fence, the values
+/// may come later.
+__device__ __forceinline__ void hint(unsigned* at) {
+  meet();
+  if (threadIdx.x == 0) asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(at) : "memory");
+}
+__device__ __forceinline__ void wait_for_hint(const unsigned* at, unsigned count) {
+  if (threadIdx.x == 0) {
+    uint32_t now;
+    int polls = 0;
+    do {
+      look(now, at);
+      if (++polls == kExchangePolls) __trap();
+    } while (now < count);
+  }
+  meet();
+}
 __device__ __forceinline__ uint32_t fresh_word(const float* p) { return __float_as_uint(__ldcg(p)); }
 __device__ __forceinline__ uint32_t fresh_pair(const bf16* p) { return __ldcg(reinterpret_cast<const unsigned*>(p)); }
 
@@ -175,12 +196,12 @@ struct Bringer {
 /// The warp that takes words back (Slot).
 __device__ __forceinline__ void clear_slots(const RowsMamba& a, Shared& s, const Place& at, int lane) {
   cuda::meet(2, kThreads + 32);  // those that compute have cleared all
-  if (lane == 0) announce(cleared(a, 0));
+  if (lane == 0) announce(counter(a, 0, kCleared));
 #pragma unroll 1
   for (int layer = 0; layer + 1 < a.layers; ++layer) {
     if (layer > 0) barrier_wait(shared_address(&s.in_free), layer % 2);
     if (lane == 0) {
-      await(cleared(a, layer), kBlocks);
+      await(counter(a, layer, kCleared), kBlocks);
       barrier_arrive(shared_address(&s.clean));
     }
     if (layer == 0) barrier_wait(shared_address(&s.in_free), 0);
@@ -188,10 +209,10 @@ __device__ __forceinline__ void clear_slots(const RowsMamba& a, Shared& s, const
     at.forget_mixed<32>(slot(a, layer + kSlots - 1), lane);
     at.forget_sums<32>(slot(a, layer + kSlots - 2), lane);
     __syncwarp();
-    if (lane == 0) announce(cleared(a, layer + 1));
+    if (lane == 0) announce(counter(a, layer + 1, kCleared));
   }
   if (a.layers == 1 && lane == 0) {
-    await(cleared(a, 0), kBlocks);
+    await(counter(a, 0, kCleared), kBlocks);
     barrier_arrive(shared_address(&s.clean));
   }
 }
@@ -230,6 +251,7 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
   };
   if (layer > 0) {
     barrier_wait(shared_address(&s.clean), (layer - 1) % 2);
+    wait_for_hint(counter(a, layer - 1, kOutSent), kBlocks);
     receive(x, [&](int i) { return &before.weighted[row_of(i)][k(i)]; }, wanted);
     if (adds) look_for_squares();
   } else {
@@ -337,6 +359,7 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
     }
   }
   publish_shared();
+  hint(counter(a, layer, kInSent));
   if (!convolves) return;
 #pragma unroll
   for (int q = 0; q < kPairs; ++q) {  // what no other block reads
@@ -377,6 +400,7 @@ __device__ __forceinline__ void scan_phase(const RowsMamba& a, Shared& s, const 
   for (int p = 0; p < kPasses; ++p)
     rate[p] = {-kLog2e * __expf(rate[p].x), -kLog2e * __expf(rate[p].y), -kLog2e * __expf(rate[p].z), -kLog2e * __expf(rate[p].w)};
   if (layer == 0) barrier_wait(shared_address(&s.clean), 0);
+  wait_for_hint(counter(a, layer, kInSent), kBlocks);
 
   Slot& now = slot(a, layer);
   const int own_row = at.scan_row + lane;
@@ -458,6 +482,7 @@ __device__ __forceinline__ void scan_phase(const RowsMamba& a, Shared& s, const 
     *reinterpret_cast<uint32_t*>(l.y + int64_t{own_row} * a.e + at.scan_first + 2 * pair) = y;
   }
   publish_shared();
+  hint(counter(a, layer, kScanSent, at.block / 32));
   if (l.out != nullptr) return;
   meet();
   if (tid == 0) barrier_arrive(shared_address(&s.h_made));
@@ -480,6 +505,7 @@ __device__ __forceinline__ void out_phase(const RowsMamba& a, Shared& s, const P
   uint4 x[kOutSteps * 2] = {};
   const auto k = [&](int i) { return (i / 2 * kWarps + warp) * 32 + 8 * t; };
   const auto row_of = [&](int i) { return at.out_row + i % 2 * 8 + g; };
+  wait_for_hint(counter(a, layer, kScanSent, at.block / 32), kBlocks / 2);
   receive(x, [&](int i) { return &now.y[row_of(i)][k(i)]; }, [&](int i) { return at.out_columns > 0 && row_of(i) < a.rows && k(i) < a.e; });
   barrier_wait(shared_address(&s.out_full), layer % 2);
   float acc[3][4] = {};
@@ -525,6 +551,7 @@ __device__ __forceinline__ void out_phase(const RowsMamba& a, Shared& s, const P
   square = sum_lanes<16>(square);
   if (finishes && column == 0) send(static_cast<float*>(at.square(now, static_cast<int>(row))), square);
   publish_shared();
+  hint(counter(a, layer, kOutSent));
   if (!finishes) return;
   if (layer + 1 == a.layers) {
     *reinterpret_cast<uint32_t*>(a.weighted + row * a.d + c) = weighted;
