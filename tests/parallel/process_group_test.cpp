@@ -1,6 +1,10 @@
 // Every collective against what one rank computes of all ranks' values: whole numbers, so that every dtype is exact.
 #include "core/comm/process_group.h"
 
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
 #include <chrono>
 #include <thread>
 
@@ -9,6 +13,8 @@
 #include "core/comm/background.h"
 #include "core/comm/job.h"
 #include "core/comm/mpi/environment_launch.h"
+#include "core/comm/mpi/sockets.h"
+#include "core/comm/mpi/star_server.h"
 #include "core/stream.h"
 #include "tests/parallel/world.h"
 
@@ -311,6 +317,36 @@ TEST_CASE("NCCL: memory that copy engines reach is summed and gathered where it 
     background->all_reduce(middle).wait();
     CHECK(equals(block, [&](int64_t i) { return i / (n * p) == 1 ? k * p * (p + 1) / 2 : 0; }));
   }
+}
+
+TEST_CASE("a rank that does not fit is told of by rank 0, also when it comes before rank 0's own hello") {
+  const int listener = listen_at(0);
+  sockaddr_in6 address{};
+  socklen_t length = sizeof(address);
+  REQUIRE(getsockname(listener, reinterpret_cast<sockaddr*>(&address), &length) == 0);
+  int own[2];
+  REQUIRE(socketpair(AF_UNIX, SOCK_STREAM, 0, own) == 0);
+  StarServer server(listener, own[0], 2, "version", 30);
+  std::thread runs([&] { server.run(); });
+  int stranger = -1;
+  std::thread comes([&] {
+    stranger = connect_to("localhost", ntohs(address.sin6_port), 10);
+    send_frame(stranger, Kind::hello, pack({"1", "3", "version", "host", "machine", "0"}));
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(400));
+  send_frame(own[1], Kind::hello, pack({"0", "2", "version", "host", "machine", "0"}));
+  receive_bytes(own[1], kGreeting.size(), 10);
+  comes.join();
+  receive_frame(stranger, 10);
+  close(stranger);
+  const auto told = receive_frame(own[1], 10);
+  runs.join();
+  close(own[1]);
+  REQUIRE(told);
+  CHECK(told->kind == Kind::ended);
+  const auto fields = unpack(told->body);
+  REQUIRE((fields && fields->size() == 2));
+  CHECK((*fields)[1] == "rank 1 (host, process 0) has WORLD_SIZE=3, but rank 0 has 2");
 }
 
 TEST_CASE("NCCL: many collectives in flight on a busy device keep their order and their memory", "[cuda]") {

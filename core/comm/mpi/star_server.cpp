@@ -63,7 +63,8 @@ void StarServer::run() {
   while (!ended_ && left_ < static_cast<size_t>(size_)) {
     std::vector<pollfd> sockets;
     for (const Peer& peer : peers_) sockets.push_back({peer.gone ? -1 : peer.socket, POLLIN, 0});
-    sockets.push_back({listener_, POLLIN, 0});  // -1 is passed over
+    // -1 is passed over. Rank 0's own hello first: end_all() asks which machine it is on.
+    sockets.push_back({of_rank(0) ? listener_ : -1, POLLIN, 0});
     if (poll(sockets.data(), sockets.size(), 200) > 0) {
       for (size_t i = 0; i + 1 < sockets.size() && !ended_; ++i)
         if (sockets[i].revents) read(peers_[i]);
