@@ -60,7 +60,7 @@ static_assert(kSquares == 32);
 
 enum Counter { kCleared, kInSent, kOutSent, kScanSent };  // kScanSent of 16 rows each
 __device__ __forceinline__ unsigned* counter(const RowsMamba& a, int layer, Counter which, int part = 0) {
-  return a.cleared + (layer * 2 + static_cast<int>(blockIdx.x) / kBlocks) * 8 + which + part;
+  return a.counters + (layer * 2 + static_cast<int>(blockIdx.x) / kBlocks) * 8 + which + part;
 }
 __device__ __forceinline__ Slot& slot(const RowsMamba& a, int layer) { return static_cast<Slot*>(a.exchange)[layer % kSlots]; }
 __device__ __forceinline__ void meet() { cuda::meet(1, kThreads); }  // those that compute

@@ -37,7 +37,7 @@ struct RowsMamba {
   bf16* weighted;     // (rows, d), of the last layer when it has an `out`, as
   float* squares;     // (rows, mamba_squares())
   void* exchange;     // mamba_exchange() bytes, what blocks send one another
-  unsigned* cleared;  // mamba_counters(), zeros
+  unsigned* counters;  // mamba_counters(), zeros
 };
 
 constexpr int mamba_squares(int d) { return (d + 23) / 24; }

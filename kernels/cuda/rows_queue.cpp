@@ -75,8 +75,8 @@ class RowsQueue final : public Deferred {
     if (layers) {
       for (int i = 0; i < layers->run.layers; ++i)  // what nobody holds nobody reads
         layers->run.layer[i].normed = layers->normed[i].use_count() > 1 ? layers->normed[i].data<bf16>() : nullptr;
-      const Tensor cleared = zeros({mamba_counters(layers->run.layers)}, DType::i32, device_);
-      layers->run.cleared = reinterpret_cast<unsigned*>(cleared.data<int32_t>());
+      const Tensor counters = zeros({mamba_counters(layers->run.layers)}, DType::i32, device_);
+      layers->run.counters = reinterpret_cast<unsigned*>(counters.data<int32_t>());
       rows_mamba(layers->run, current_stream(device_));
     }
     if (linear && linear->head) launch_head(*linear);
