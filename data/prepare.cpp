@@ -114,54 +114,39 @@ class Dealer : public Pass {
   virtual void text_of(Split split, std::string_view piece, const Place& place) = 0;
   virtual void end_of(Split split) = 0;
 
-  /// How the next source is dealt. One document is cut where `end` of train and valid say, in bytes or characters.
+  /// How the next source is dealt. A single document is cut in bytes or characters.
   void begin_source(const Source& source, const PrepareOptions& options, double valid, bool bytes) {
     document_ = position_ = 0;
-    whole_ = source.whole;
-    by_position_ = source.whole == Split::train && source.documents == 1;
-    plan_ = SplitPlan();
-    if (source.whole != Split::train) return;
-    if (!by_position_) {
-      plan_ = SplitPlan(source.documents, valid, options.test, options.seed);
-      return;
-    }
     in_bytes_ = bytes;
-    const auto n = static_cast<double>(bytes ? source.counts.bytes : source.counts.characters);
-    end_[0] = static_cast<int64_t>(n * (1 - valid - options.test));
-    end_[1] = static_cast<int64_t>(n * (1 - options.test));
-    end_[2] = bytes ? source.counts.bytes : source.counts.characters;
+    plan_ = SourcePlan(source.whole, source.documents, bytes ? source.counts.bytes : source.counts.characters, valid, options.test, options.seed);
   }
 
   void text(std::string_view piece, const Place& place) final {
-    if (!by_position_) return text_of(current(), piece, place);
+    if (!plan_.cuts()) return text_of(plan_.of(document_), piece, place);
     Place at = place;
     while (!piece.empty()) {
-      int s = 0;
-      while (s < 2 && position_ >= end_[s]) ++s;
-      const int64_t room = end_[s] - position_;
+      const Split split = plan_.at(position_);
+      const int64_t room = plan_.end(split) - position_;
       const size_t take = in_bytes_ ? std::min(piece.size(), static_cast<size_t>(std::max<int64_t>(room, 0)))
                                     : utf8::prefix_of(piece, room);
       if (take == 0) return;  // the file grew: found by the caller's counts
       const std::string_view part = piece.substr(0, take);
-      text_of(static_cast<Split>(s), part, at);
+      text_of(split, part, at);
       position_ += in_bytes_ ? static_cast<int64_t>(take) : utf8::count(part);
-      if (position_ >= end_[s]) end_of(static_cast<Split>(s));
+      if (position_ >= plan_.end(split)) end_of(split);
       piece.remove_prefix(take);
       if (at.byte >= 0) at.byte += static_cast<int64_t>(take);
     }
   }
   void end_document() final {
-    if (!by_position_) end_of(current());
+    if (!plan_.cuts()) end_of(plan_.of(document_));
     ++document_;
   }
 
  private:
-  Split current() const { return whole_ != Split::train ? whole_ : plan_.of(document_); }
-  SplitPlan plan_;
-  Split whole_ = Split::train;
-  bool by_position_ = false, in_bytes_ = false;
+  SourcePlan plan_;
+  bool in_bytes_ = false;
   int64_t document_ = 0, position_ = 0;
-  int64_t end_[kSplits] = {};
 };
 
 // Lines of the training split for SentencePiece: all, or an even sample of about `wanted` bytes.

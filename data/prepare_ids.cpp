@@ -125,26 +125,17 @@ void store_ids(PrepareSummary& summary, const PrepareOptions& o, const std::vect
   TokenStoreWriter writer(path, *tokenizer, static_cast<int32_t>(eos));
   IdReader encode(o, eos, "writing", total_bytes);
   for (size_t i = 0; i < sources.size(); ++i) {
-    const Split whole = sources[i].whole;
     const Counted& all = counted[i];
-    const bool by_position = whole == Split::train && all.documents == 1;
-    const SplitPlan plan = whole == Split::train && !by_position ? SplitPlan(all.documents, valid, o.test, o.seed) : SplitPlan();
-    const auto n = static_cast<double>(all.tokens);
-    const int64_t ends[kSplits] = {static_cast<int64_t>(n * (1 - valid - o.test)), static_cast<int64_t>(n * (1 - o.test)), all.tokens};
+    const SourcePlan plan(sources[i].whole, all.documents, all.tokens, valid, o.test, o.seed);
     int64_t document = 0, position = 0;
-    const auto current = [&] {
-      if (whole != Split::train) return whole;
-      if (!by_position) return plan.of(document);
-      return position < ends[0] ? Split::train : position < ends[1] ? Split::valid : Split::test;
-    };
     std::vector<int32_t> ids;
     encode.read(
         sources[i].files,
         [&](std::span<const uint32_t> piece, const TextInput& file, int64_t) {
           while (!piece.empty()) {
-            const Split split = current();
+            const Split split = plan.cuts() ? plan.at(position) : plan.of(document);
             size_t take = piece.size();
-            if (by_position) take = std::min(take, static_cast<size_t>(std::max<int64_t>(ends[static_cast<size_t>(split)] - position, 0)));
+            if (plan.cuts()) take = std::min(take, static_cast<size_t>(std::max<int64_t>(plan.end(split) - position, 0)));
             KRAIT_CHECK(take > 0 && *std::max_element(piece.begin(), piece.end()) < tokenizer->vocab_size(),
                         "{}: changed while it was read; try again", file.shown);
             ids.assign(piece.begin(), piece.begin() + static_cast<int64_t>(take));
@@ -153,7 +144,7 @@ void store_ids(PrepareSummary& summary, const PrepareOptions& o, const std::vect
             piece = piece.subspan(take);
           }
         },
-        [&] { writer.begin_document(name_of(whole == Split::train && !by_position ? plan.of(document++) : whole)); });
+        [&] { writer.begin_document(name_of(plan.cuts() ? Split::train : plan.of(document++))); });
     KRAIT_CHECK(position == all.tokens, "the input changed while it was read ({} ids, then {}); try again", all.tokens, position);
   }
   encode.finish();

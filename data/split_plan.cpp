@@ -46,4 +46,23 @@ Split SplitPlan::of(int64_t document) const {
   return hashed(document);
 }
 
+SourcePlan::SourcePlan(Split whole, int64_t documents, int64_t length, double valid, double test, uint64_t seed)
+    : whole_(whole), cuts_(whole == Split::train && documents == 1) {
+  if (whole != Split::train) return;
+  if (!cuts_) {
+    plan_ = SplitPlan(documents, valid, test, seed);
+    return;
+  }
+  const auto n = static_cast<double>(length);
+  ends_[0] = static_cast<int64_t>(n * (1 - valid - test));
+  ends_[1] = static_cast<int64_t>(n * (1 - test));
+  ends_[2] = length;
+}
+
+Split SourcePlan::at(int64_t position) const {
+  int s = 0;
+  while (s + 1 < kSplits && position >= ends_[s]) ++s;
+  return static_cast<Split>(s);
+}
+
 }  // namespace krait::data

@@ -29,4 +29,24 @@ class SplitPlan {
   int64_t moved_[kSplits] = {-1, -1, -1};  // the document given to a split that the hash left empty
 };
 
+/// How the documents of one source are dealt out: all to `whole` unless that is train, else by a SplitPlan. A single one of
+/// them is cut where the shares end, by its position of `length`.
+class SourcePlan {
+ public:
+  SourcePlan() = default;  // everything to train
+  SourcePlan(Split whole, int64_t documents, int64_t length, double valid, double test, uint64_t seed);
+  bool cuts() const { return cuts_; }
+  /// Of a source that is not cut.
+  Split of(int64_t document) const { return whole_ != Split::train ? whole_ : plan_.of(document); }
+  /// Of one that is.
+  Split at(int64_t position) const;
+  int64_t end(Split split) const { return ends_[static_cast<int>(split)]; }
+
+ private:
+  Split whole_ = Split::train;
+  bool cuts_ = false;
+  SplitPlan plan_;
+  int64_t ends_[kSplits] = {};
+};
+
 }  // namespace krait::data

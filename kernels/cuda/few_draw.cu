@@ -41,9 +41,12 @@ void few_draw(const FewDraw& a, Stream stream) {
   launch_overlapped(few_draw_kernel, {.grid = 1, .block = 32 * a.rows, .stream = stream}, a);
 }
 
+bool are_logits_of(const bf16* y, int64_t rows, int64_t n, int64_t y_row, const Tensor& logits) {
+  return logits.dtype() == DType::bf16 && logits.raw_data() == y && logits.size(0) == rows && logits.size(1) <= n && (rows == 1 || logits.stride(0) == y_row);
+}
+
 bool draws_from(const FewMap& map, const Tensor& logits) {
-  return map.units == nullptr && map.total == nullptr && logits.dtype() == DType::bf16 && logits.raw_data() == map.y && logits.size(0) == map.rows &&
-         logits.size(1) <= map.n && (map.rows == 1 || logits.stride(0) == map.y_row) && few_map_choosing_blocks(map) > 0;
+  return map.units == nullptr && map.total == nullptr && are_logits_of(map.y, map.rows, map.n, map.y_row, logits) && few_map_choosing_blocks(map) > 0;
 }
 
 void few_map_draw(FewMap map, bool early, Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits, Stream stream) {

@@ -18,6 +18,8 @@ struct FewDraw {
 
 void few_draw(const FewDraw& a, Stream stream);
 
+/// Whether y (rows, n), rows y_row apart, are these logits, or more columns than they have.
+bool are_logits_of(const bf16* y, int64_t rows, int64_t n, int64_t y_row, const Tensor& logits);
 /// Whether the map makes these logits, or more columns than they have, and tells their likeliest.
 bool draws_from(const FewMap& map, const Tensor& logits);
 /// sample_next of temperature 0: such a map, which has not been launched, and few_draw behind it.

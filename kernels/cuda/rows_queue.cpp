@@ -6,6 +6,7 @@
 
 #include "core/stream.h"
 #include "kernels/cuda/aligned.h"
+#include "kernels/cuda/few_draw.h"
 #include "kernels/cuda/few_steps.h"
 #include "kernels/cuda/gathering.h"
 #include "kernels/cuda/rows_attention.h"
@@ -118,10 +119,9 @@ class RowsQueue final : public Deferred {
   }
   /// The head that waits, when these are its logits, or the first columns of them.
   WaitingLinear* head_of(const Tensor& logits) {
-    if (!linear_ || !linear_->head || linear_->draw || logits.dtype() != DType::bf16 || linear_->map.y != logits.raw_data() ||
-        logits.size(0) != linear_->map.rows || logits.size(1) > linear_->map.n || (logits.size(0) > 1 && logits.stride(0) != linear_->map.y_row))
-      return nullptr;
-    return &*linear_;
+    if (!linear_ || !linear_->head || linear_->draw) return nullptr;
+    const RowsLinear& map = linear_->map;
+    return are_logits_of(map.y, map.rows, map.n, map.y_row, logits) ? &*linear_ : nullptr;
   }
   void give_back(std::optional<WaitingLinear> linear) { linear_ = std::move(linear); }
   /// What serves layers of few rows first; null: nothing does. When something waits there, nothing else waits here.
