@@ -246,9 +246,9 @@ Tensor full(const Shape& shape, double value, DType dtype, Device device) {
 }
 
 Tensor arange(int64_t n, DType dtype, Device device) {
-  std::vector<int64_t> values(static_cast<size_t>(n));
-  std::iota(values.begin(), values.end(), 0);
-  return from_vector(values).to(dtype).to(device);
+  Tensor out = empty({n}, dtype, device);
+  if (n > 0) KRAIT_DISPATCH(device, arange(out));
+  return out;
 }
 
 template <class T>

@@ -13,7 +13,6 @@
 #include "autograd/shape.h"
 #include "autograd/shared_rows.h"
 #include "core/comm/collectives.h"
-#include "core/stream.h"
 #include "kernels/elementwise.h"
 #include "kernels/fft_conv.h"
 #include "kernels/glu_linear.h"
@@ -320,11 +319,7 @@ Variable S4::repeated(const Variable& x) const {
 Variable S4::without_padding(const Variable& x, const Tensor& lengths) const {
   if (!config_.bidirectional || !lengths.defined()) return x;
   const int64_t l = x.size(1), before = sequence_->rank() * l;
-  Tensor& places = places_[l];
-  if (!places.defined()) {
-    KRAIT_ASSERT(!is_capturing(x.device()), "the first step of a length is not captured");
-    places = arange(before + l, DType::i64, kCpu).slice(0, before, before + l).contiguous().to(x.device());
-  }
+  const Tensor places = arange(before + l, DType::i64, x.device()).slice(0, before, before + l);
   const Tensor counts = kernels::less(places, lengths.to(DType::i64).view({-1, 1}));
   return where(counts.view({x.size(0), l, 1}), x, Variable(zeros({}, x.dtype(), x.device())));
 }

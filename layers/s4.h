@@ -71,7 +71,6 @@ class S4 final : public Mixer {
   std::string stream_;     // of the random numbers of dropout
   System forward_, reverse_;
   Parameter D_, out_weight_, out_bias_;
-  mutable std::map<int64_t, Tensor> places_;  // by length: int64 (l), where this rank's positions lie; kept for captured steps
 };
 
 /// The layer kinds `s4` and `s4d`.

@@ -118,4 +118,13 @@ void fill(Tensor& dst, double value) {
   });
 }
 
+void arange(Tensor& dst) {
+  visit_all(dst.dtype(), [&]<class T>() {
+    T* const p = dst.data<T>();
+    parallel_for(0, dst.numel(), 1 << 15, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) p[i] = convert<T>(i);
+    });
+  });
+}
+
 }  // namespace krait::core::cpu

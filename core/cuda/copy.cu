@@ -68,6 +68,12 @@ __global__ void fill_kernel(T* dst, uint32_t n, Layout layout, double value) {
   }
 }
 
+template <class T>
+__global__ void arange_kernel(T* dst, int64_t n) {
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < n; i += stride) dst[i] = convert<T>(i);
+}
+
 constexpr int64_t kMaxElements = int64_t{1} << 31;  // of one launch, less one
 
 // Of at most kMaxElements - 1 elements.
@@ -176,6 +182,11 @@ void fill(Tensor& dst, double value) {
       launch(fill_kernel<T>, config(to, n), to.data<T>(), static_cast<uint32_t>(n), layout_of(to, to), value);
     });
   });
+}
+
+void arange(Tensor& dst) {
+  const int64_t n = dst.numel();
+  visit_all(dst.dtype(), [&]<class T>() { launch(arange_kernel<T>, config(dst, n), dst.data<T>(), n); });
 }
 
 void transfer(void* dst, Device dst_device, const void* src, Device src_device, int64_t bytes) {

@@ -2,8 +2,11 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 
+#include "core/allocator.h"
 #include "core/parallel.h"
+#include "core/stream.h"
 #include "tests/testing/tensors.h"
 
 using namespace krait;
@@ -15,6 +18,12 @@ Tensor count(const Shape& shape, DType dtype = DType::f32) {
 }
 using V = std::vector<int64_t>;
 V values(const Tensor& t) { return t.to_vector<int64_t>(); }
+
+constexpr DType kAllDTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16, DType::i32, DType::i64, DType::u8, DType::boolean};
+std::string bits(const Tensor& t) {
+  const Tensor here = t.cpu();
+  return {static_cast<const char*>(here.raw_data()), static_cast<size_t>(here.nbytes())};
+}
 }  // namespace
 
 TEST_CASE("views share storage and see each other's writes") {
@@ -135,6 +144,10 @@ TEST_CASE("fill, zeros, full, ones and arange over any strides") {
   CHECK(values(full({2}, -3, DType::i64, kCpu)) == V{-3, -3});
   CHECK(values(ones({2}, DType::boolean, kCpu)) == V{1, 1});
   CHECK(values(arange(0, DType::f32, kCpu)) == V{});
+  CHECK(contains(error_of([] { arange(-1, DType::f32, kCpu); }), "negative size"));
+  std::vector<int64_t> far(70'001);  // beyond what bf16, f16 and u8 hold
+  std::iota(far.begin(), far.end(), 0);
+  for (const DType t : kAllDTypes) CHECK((bits(arange(70'001, t, kCpu)) == bits(from_vector(far).to(t))));
   CHECK(full({}, 2.5, DType::f64, kCpu).item() == 2.5);
 }
 
@@ -195,5 +208,29 @@ TEST_CASE("cuda: copies, casts and fills equal the cpu's", "[cuda]") {
     Tensor part = there.slice(1, 0, 2);
     fill_(part, 3);
     CHECK(there.select(1, 1).to_vector<double>() == std::vector<double>(5 * 70, 3.0));
+  }
+}
+
+TEST_CASE("cuda: arange equals the cpu's, and a captured step may count", "[cuda]") {
+  REQUIRE(cuda_device_count() > 0);
+  const Device gpu = cuda_device();
+  for (const DType t : kAllDTypes)
+    for (const int64_t n : {0, 1, 255, 257, 70'001, 132 * 32 * 256 + 3}) {
+      INFO(fmt::format("{} {}", t, n));
+      CHECK((bits(arange(n, t, gpu)) == bits(arange(n, t, kCpu))));
+    }
+  MemoryPool pool(gpu);
+  CapturedGraph graph(gpu);
+  Tensor counted;
+  {
+    const MemoryPool::Scope scope(pool);
+    graph.begin();
+    counted = arange(1000, DType::i64, gpu);
+    graph.end();
+  }
+  for (int i = 0; i < 2; ++i) {
+    fill_(counted, -1);
+    graph.replay();
+    CHECK(values(counted) == values(arange(1000, DType::i64, kCpu)));
   }
 }

@@ -3,7 +3,9 @@
 #include <cmath>
 
 #include "autograd/elementwise.h"
+#include "core/allocator.h"
 #include "core/random.h"
+#include "core/stream.h"
 #include "layers/model.h"
 #include "layers/parameter_store.h"
 #include "tests/testing/tensors.h"
@@ -248,6 +250,42 @@ TEST_CASE("a bidirectional S4 classifier does not see the padding of shorter row
       }
       CHECK(relative_error(together, store.grad()) < 1e-12);
     }
+}
+
+TEST_CASE("what bidirectional S4 finds in the padding makes no difference, to the bit") {
+  TestLayer t({"s4d", with("bidirectional", "true")});
+  const NoGrad guard;
+  const Tensor x = sequences(3, 20, 1), lengths = from_vector(std::vector<int32_t>{20, 7, 1});
+  Tensor cut = x.clone();
+  for (const int64_t row : {1, 2}) {
+    Tensor rest = cut.select(0, row).slice(0, row == 1 ? 7 : 1, 20);
+    zero_(rest);
+  }
+  const SequenceInfo padded{{}, {}, lengths};
+  CHECK(relative_error(t.layer.forward(Variable(x), padded, nullptr).data(), t.forward(cut)) == 0);
+}
+
+TEST_CASE("a captured step of bidirectional S4 follows the lengths", "[cuda]") {
+  const Device gpu = cuda_device();
+  TestLayer t({"s4d", with("bidirectional", "true")}, DType::f32, gpu);
+  const NoGrad guard;
+  const Variable x(sequences(3, 20, 1, DType::f32).to(gpu));
+  t.forward(x.data());  // tables of transforms; no lengths yet
+  Tensor lengths = from_vector(std::vector<int32_t>{1, 1, 1}).to(gpu), y;
+  const SequenceInfo padded{{}, {}, lengths};
+  MemoryPool pool(gpu);
+  CapturedGraph graph(gpu);
+  {
+    const MemoryPool::Scope scope(pool);
+    graph.begin();
+    y = t.layer.forward(x, padded, nullptr).data();
+    graph.end();
+  }
+  for (const std::vector<int32_t>& n : {std::vector<int32_t>{20, 7, 1}, {3, 20, 19}}) {
+    copy_(lengths, from_vector(n));
+    graph.replay();
+    CHECK(relative_error(y, t.layer.forward(x, padded, nullptr).data()) == 0);
+  }
 }
 
 TEST_CASE("S4 tells the optimizer what is special, and freezes what it is told to") {
