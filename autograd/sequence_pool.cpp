@@ -23,7 +23,7 @@ Variable sequence_pool(const Variable& x, const Tensor& lengths, Pool pool, cons
   const auto before = static_cast<double>(group->rank() * l), last = static_cast<double>(l);
   const Tensor n = lengths.defined() ? kernels::clamp(lengths.to(wide), 1, last * group->size())
                                      : full({b}, last * group->size(), wide, x.device());
-  // From the lengths alone: a captured step cannot bring a table of positions to the device.
+  // A weight a row, not a position: the piece is read once, by the pool's own kernel.
   const Tensor ahead = kernels::add_scalar(n, -before), here = kernels::clamp(ahead, 0, last);  // positions of this piece that count
   const Variable part = sequence_pool(cast(x, wide), kernels::clamp(here, 1, last).to(DType::i32), pool);
   // Its share of the whole; of the last position: whether it lies here.
