@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/head_loss.h"
+#include "kernels/logit_chunk.h"
 #include "kernels/matmul.h"
 
 namespace krait::kernels {
@@ -88,20 +89,6 @@ void cross_entropy_backward(Tensor& dlogits, const Tensor& dloss, const Tensor& 
 
 namespace {
 
-// Large enough that each product is one the hardware runs well and that reading and writing the gradient of w for each
-// chunk costs little, small enough that a chunk's logits stay modest. Chunks that fit a GPU's cache would spare the rows'
-// kernel the memory, but cost the products more than that. As equal as multiples of 128 can be.
-int64_t rows_per_chunk(int64_t t, int64_t v, DType dtype, Device device) {
-  const int64_t row = v * size_of(dtype);
-  if (device.is_cpu()) return std::max<int64_t>(192, (int64_t{1} << 20) / row / 96 * 96);  // second-level caches of two cores
-  const int64_t most = std::max<int64_t>(128, (int64_t{832} << 20) / row), parts = std::max<int64_t>(1, (t + most - 1) / most);
-  return std::max<int64_t>(128, (t + parts * 128 - 1) / (parts * 128) * 128);
-}
-
-}  // namespace
-
-namespace {
-
 struct Rows {
   Tensor losses, nll, count;
 };
@@ -148,7 +135,7 @@ Rows linear_rows(Tensor& dx, const Tensor& x, const Tensor& w, const Tensor& tar
 
   // Every member must cut the rows alike, also where its share of the vocabulary is smaller.
   const int64_t columns = sharded ? (whole + shard.group->size() - 1) / shard.group->size() : v;
-  const int64_t chunk = std::min(t, job.chunk_rows > 0 ? job.chunk_rows : rows_per_chunk(t, columns, x.dtype(), device));
+  const int64_t chunk = job.chunk_rows > 0 ? std::min(t, job.chunk_rows) : logit_chunk_rows(t, columns * size_of(x.dtype()), device);
   bool done = false;
   if (!sharded)
     KRAIT_DISPATCH_GPU(device, head_loss(done, out.losses, out.nll, dx, dw, rows, weight, targets, out.count, valid, chunk,

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/logit_chunk.h"
 #include "train/optimizer.h"
 #include "train/parallelism.h"
 #include "train/parameter_shards.h"
@@ -13,7 +14,6 @@ namespace krait::train {
 namespace {
 
 constexpr double kGiB = 1024.0 * 1024 * 1024;
-constexpr double kLogitsBytes = 832.0 * 1024 * 1024;  // a chunk of logits (kernels/cross_entropy.cpp)
 constexpr double kMatmulWorkspace = 64.0 * 1024 * 1024;
 constexpr double kOutsideGiB = 0.9;  // the CUDA context and the libraries, beside Krait's own allocations
 constexpr double kOverlap = 0.6;     // of the backward pass, behind which gradients can be reduced
@@ -73,7 +73,8 @@ void count_memory(Plan& plan, const Config& config, const ModelCost& cost, int64
   if (replicas > 1 && config.parallelism.reduce_dtype == "bfloat16" && plan.zero < 2)
     plan.memory.gradients += n * 2 * (plan.zero == 1 ? 1 + 1 / replicas : 1);  // what travels, and with ZeRO-1 what arrives
 
-  const double tokens = static_cast<double>(config.train.micro_batch_size * config.data.context / plan.sequence);
+  const int64_t rows = config.train.micro_batch_size * config.data.context / plan.sequence;
+  const double tokens = static_cast<double>(rows);
   double saved = cost.rest.saved_bytes, transient = cost.rest.transient_bytes, per_sequence = cost.rest.saved_per_sequence;
   for (int64_t i = 0; i < config.model.n_layers; ++i) {
     const PassCost& layer = cost.per_layer.at(config.model.kind_of(i));
@@ -82,8 +83,8 @@ void count_memory(Plan& plan, const Config& config, const ModelCost& cost, int64
     transient = std::max(transient, layer.transient_bytes);
   }
   plan.memory.activations = tokens * saved + static_cast<double>(config.train.micro_batch_size) * per_sequence;
-  const double element = rounded ? 2 : wide;
-  const double logits = std::min(kLogitsBytes, tokens * static_cast<double>(vocab / plan.tensor) * element);
+  const int64_t row_bytes = vocab / plan.tensor * (rounded ? 2 : static_cast<int64_t>(wide));
+  const double logits = static_cast<double>(kernels::logit_chunk_rows(rows, row_bytes, cuda_device()) * row_bytes);
   // The head's logits and a layer's backward pass are not held at the same time.
   plan.memory.workspace = kMatmulWorkspace + std::max(logits, tokens * transient);
 }

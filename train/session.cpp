@@ -6,6 +6,7 @@
 #include "core/comm/job.h"
 #include "core/limits.h"
 #include "core/parallel.h"
+#include "kernels/logit_chunk.h"
 #include "kernels/matmul.h"
 #include "train/optimizer.h"
 #include "train/parameter_shards.h"
@@ -59,18 +60,16 @@ void check_fits(const Config& config, const std::string& key, const std::string&
 }
 
 // The least that a step holds beside parameters, when the head has its gradient: what each block was given, also where the
-// block is computed again; of a language model the head's input and its gradient and a part of the logits
-// (kernels/cross_entropy.cpp).
-std::vector<Held> activations(const Session& s, double element) {
+// block is computed again; of a language model the head's input and its gradient and a part of the logits.
+std::vector<Held> activations(const Session& s, int64_t element) {
   const Config& c = s.config;
-  const double tokens = static_cast<double>(c.train.micro_batch_size) * static_cast<double>(c.data.context) / static_cast<double>(c.parallelism.sequence);
-  const double stream = tokens * static_cast<double>(c.model.d_model) * element;
+  const int64_t tokens = c.train.micro_batch_size * (c.data.context / c.parallelism.sequence);
+  const double stream = static_cast<double>(tokens) * static_cast<double>(c.model.d_model * element);
   std::vector<Held> held{{fmt::format("inputs of {} layers", c.model.n_layers), stream * static_cast<double>(c.model.n_layers)}};
   if (c.model.type != "language_model") return held;
-  constexpr double kRowsOnCpu = 192, kChunkOnGpu = 416.0 * 1024 * 1024;
-  const double row = static_cast<double>(model_shape(c, s.data).vocab_size / c.parallelism.tensor) * element;
+  const int64_t row_bytes = model_shape(c, s.data).vocab_size / c.parallelism.tensor * element;
   held.push_back({"the head's input and gradient", 2 * stream});
-  held.push_back({"logits", s.device.is_cpu() ? std::min(tokens, kRowsOnCpu) * row : std::min(tokens * row, kChunkOnGpu)});
+  held.push_back({"logits", static_cast<double>(kernels::logit_chunk_rows(tokens, row_bytes, s.device) * row_bytes)});
   return held;
 }
 
@@ -93,7 +92,7 @@ void check_memory(const Session& s, const layers::StoreOptions& store) {
   held = {{"values", b.values}, {"gradients", b.gradients}};
   if (b.state > 0) held.push_back({"state of " + c.optimizer.type, b.state});
   check_fits(c, "model", whose, held, s.device, smaller);
-  for (Held& h : activations(s, static_cast<double>(size_of(store.compute)))) held.push_back(std::move(h));
+  for (Held& h : activations(s, size_of(store.compute))) held.push_back(std::move(h));
   check_fits(c, "train.micro_batch_size",
              fmt::format("{} parameters and {} sequences of {} tokens", human_count(n), c.train.micro_batch_size, c.data.context), held, s.device,
              "fewer, a shorter data.context, or a smaller model");
