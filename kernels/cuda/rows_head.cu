@@ -18,7 +18,6 @@ constexpr int kRows = 64, kColumns = 64, kLine = 64;  // of a box: rows of x or 
 constexpr int kBoxBytes = kRows * kLine * 2, kStageBoxes = 2, kMaxStages = 16;
 constexpr int kMaxShared = 227 * 1024;
 static_assert(kRows == kColumns);
-constexpr int kDrawWarps = 32;
 
 struct Small {
   float factor[kRows];
@@ -148,36 +147,6 @@ __global__ void __launch_bounds__(kThreads + 32, 1) rows_head_kernel(const __gri
 #endif
 }
 
-// A warp one row after another.
-__global__ void __launch_bounds__(32 * kDrawWarps) rows_draw_kernel(const __grid_constant__ RowsDraw a) {
-  constexpr int kEach = kRows / kDrawWarps, kParts = (kHeadBlocks + 31) / 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  take_over();
-  const int64_t at = __ldcg(a.step);
-  uint64_t best[kEach] = {};
-  int32_t position[kEach] = {};
-#pragma unroll
-  for (int r = 0; r < kEach; ++r)
-    if (const int row = warp + r * kDrawWarps; row < a.rows) position[r] = __ldcg(a.position + row);
-#pragma unroll
-  for (int r = 0; r < kEach; ++r)
-#pragma unroll
-    for (int i = 0; i < kParts; ++i)
-      if (const int row = warp + r * kDrawWarps, part = lane + 32 * i; row < a.rows && part < kHeadBlocks)
-        best[r] = max(best[r], uint64_t{__ldcg(reinterpret_cast<const unsigned long long*>(a.likeliest) + int64_t{row} * kHeadBlocks + part)});
-  __syncthreads();  // all have read the step
-#pragma unroll
-  for (int r = 0; r < kEach; ++r) {
-    const int row = warp + r * kDrawWarps;
-    const int64_t token = likeliest_index(likeliest_of_warp(best[r]));
-    if (row >= a.rows || lane != 0) continue;
-    a.last[row] = token;
-    if (at < a.room) a.made[row * a.room + at] = token;
-    a.position[row] = position[r] + 1;
-    if (row == 0) *a.step = at + 1;
-  }
-}
-
 int boxes_along(int64_t k) { return static_cast<int>(ceil_div(k, kLine * kStageBoxes)) * kStageBoxes; }
 int stages_beside(int boxes) {
   const int left = kMaxShared - static_cast<int>(sizeof(Small)) - boxes * kBoxBytes;
@@ -207,11 +176,6 @@ void rows_head(const RowsHead& a, Stream stream) {
   const auto shared = static_cast<int64_t>(sizeof(Small)) + int64_t{work.boxes + work.stages * kStageBoxes} * kBoxBytes;
   keep_shared_memory(rows_head_kernel);
   launch_overlapped(rows_head_kernel, {.grid = kHeadBlocks, .block = kThreads + 32, .shared = shared, .stream = stream}, work);
-}
-
-void rows_draw(const RowsDraw& a, Stream stream) {
-  keep_shared_memory(rows_draw_kernel);
-  launch_overlapped(rows_draw_kernel, {.grid = 1, .block = 32 * kDrawWarps, .stream = stream}, a);
 }
 
 }  // namespace krait::kernels::cuda
