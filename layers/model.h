@@ -171,6 +171,7 @@ class SequenceModel final : public DecoderModel {
 
  private:
   CrossEntropyOptions loss_options_;
+  double embedding_dropout_ = 0;
   bool regressor_ = false;
   bool pooled_ = false;
   comm::GroupPtr sequence_;

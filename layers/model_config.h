@@ -24,7 +24,7 @@ struct ModelConfig {
   int64_t max_positions = 0;      // of learned positions; 0: the longest context of data and eval
   bool tie_embeddings = true;     // the head uses the embedding's matrix
   double dropout = 0;             // after attention and MLP projections; default of attention.dropout too
-  double embedding_dropout = 0;   // after the embedding; default: dropout
+  double embedding_dropout = 0;   // after the embedding of tokens; default: dropout
   // gpt2 | llama: init_std, divided by sqrt(2 n_layers) into the residual stream (spec/transformer.md, section 6)
   // xlstm: the same names with "small" and "wang" (layers/xlstm_init.h)
   std::string init = "gpt2";

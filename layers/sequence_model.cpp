@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "autograd/dropout.h"
 #include "autograd/elementwise.h"
 #include "autograd/embedding.h"
 #include "autograd/reduce.h"
@@ -12,7 +13,8 @@ namespace krait::layers {
 
 SequenceModel::SequenceModel(const ModelConfig& config, const ModelShape& shape, const CrossEntropyOptions& loss,
                              const Parallel& parallel)
-    : loss_options_(loss), regressor_(config.type == "regressor"), pooled_(config.head == "pooled"), sequence_(parallel.sequence) {
+    : loss_options_(loss), embedding_dropout_(config.embedding_dropout), regressor_(config.type == "regressor"),
+      pooled_(config.head == "pooled"), sequence_(parallel.sequence) {
   const int64_t d = config.d_model;
   KRAIT_CHECK(config.n_classes > 0, "{}: model.n_classes is not set", config.type);
   if (shape.vocab_size > 0) {
@@ -27,7 +29,13 @@ SequenceModel::SequenceModel(const ModelConfig& config, const ModelShape& shape,
 }
 
 Variable SequenceModel::predict(const ModelInput& input) {
-  const Variable x = encoder_ ? encoder_->forward(Variable(input.inputs.to(head_->dtype()))) : embedding(embedding_, input.tokens);
+  Variable x;
+  if (encoder_) {
+    x = encoder_->forward(Variable(input.inputs.to(head_->dtype())));
+  } else {
+    x = embedding(embedding_, input.tokens);
+    x = dropout(x, training() ? embedding_dropout_ : 0.0, "embedding", DropoutPart::of(x, *sequence_));
+  }
   SequenceInfo info = input.info;
   info.lengths = input.lengths;
   const Variable h = decoder_->forward(x, info, nullptr);

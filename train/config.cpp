@@ -196,7 +196,17 @@ void check_answers(Config& c, OptionReader& options) {
     c.fail("model.n_classes", fmt::format("found {}, but data.type {} has {}", c.model.n_classes, c.data.type, classes),
            "leaving it out");
   c.model.n_classes = classes;
-  OptionReader(options.section("model")).resolve("n_classes", classes);
+  OptionReader model(options.section("model"));
+  if (c.data.task->shape().vocab_size == 0 && c.model.d_model > 0) {  // values reach the layers through a linear map
+    const double asked = model.given("embedding_dropout") ? c.model.embedding_dropout : 0;
+    // Equal to dropout: what config.yaml of runs says whose files left it out and that are older than this check.
+    if (asked > 0 && asked != c.model.dropout)
+      c.fail("model.embedding_dropout", fmt::format("found {}, but the inputs of data.type {} are values, which have no embedding",
+                                                    asked, c.data.type), "leaving it out; model.dropout acts in the layers");
+    c.model.embedding_dropout = 0;
+    model.resolve("embedding_dropout", int64_t{0});
+  }
+  model.resolve("n_classes", classes);
   c.model.section = options.section("model");
 }
 

@@ -332,6 +332,32 @@ TEST_CASE("a classifier and a regressor pass gradients from pooled and last posi
     }
 }
 
+TEST_CASE("a classifier and a regressor drop from the embedding of tokens, in training only") {
+  for (const std::string type : {"classifier", "regressor"}) {
+    INFO(type);
+    const auto loss = [&](double p, bool training, int64_t step) {
+      const Source source(step);
+      ModelConfig c = config_of(kVariants[0]);
+      c.type = type;
+      c.head = "pooled";
+      c.n_classes = 3;
+      c.embedding_dropout = p;
+      SequenceModel model(c, {.vocab_size = kVocab, .context = kLength});
+      ParameterStore store(model, {.master = DType::f64, .compute = DType::f64, .seed = 9});
+      model.set_training(training);
+      ModelInput input;
+      input.tokens = random_integers({4, kLength}, {0, kVocab}, 81);
+      input.targets = type == "classifier" ? random_integers({4}, {0, 3}, 72) : random_tensor({4, 3}, Normal{}, 72);
+      return model.loss(input, {}).loss.data().item();
+    };
+    const double plain = loss(0, true, 4), dropped = loss(0.5, true, 4);
+    CHECK(std::abs(dropped - plain) > 1e-6);
+    CHECK(loss(0.5, true, 4) == dropped);
+    CHECK(loss(0.5, true, 5) != dropped);
+    CHECK(loss(0.5, false, 4) == plain);
+  }
+}
+
 TEST_CASE("a classifier's label smoothing and z-loss are in its loss, and not in what is reported") {
   ModelConfig c = config_of(kVariants[0]);
   c.type = "classifier";

@@ -210,6 +210,18 @@ TEST_CASE("config: combinations that cannot be name both values and a way out") 
   const std::string regressor = "data: {type: function, function: exp_sin}\nmodel: {type: regressor, layers: [kan], kan: {widths: [5]}}\ntrain: {steps: 1, label_smoothing: 0.1}\n";
   CHECK(error_of([&] { parse_config(regressor, "exp.yaml"); }) ==
         "exp.yaml:3:19: train.label_smoothing: found 0.1, but a regressor has no probabilities of labels\n       try 0");
+  const auto pixels = [](const std::string& options) {
+    return parse_config("data: {type: image_sequence, path: data/mnist}\nmodel: {type: classifier, d_model: 8, n_layers: 1, layers: [s4d], dropout: 0.1" +
+                        options + "}\ntrain: {steps: 1, micro_batch_size: 1}\n", "exp.yaml");
+  };
+  CHECK(error_of([&] { pixels(", embedding_dropout: 0.2"); }) ==
+        "exp.yaml:2:81: model.embedding_dropout: found 0.2, but the inputs of data.type image_sequence are values, which have no "
+        "embedding\n       try leaving it out; model.dropout acts in the layers");
+  for (const char* options : {"", ", embedding_dropout: 0", ", embedding_dropout: 0.1"}) {  // the last: config.yaml of earlier runs
+    const Config c = pixels(options);
+    CHECK(c.model.embedding_dropout == 0.0);
+    CHECK(contains(c.to_yaml(), "embedding_dropout: 0\n"));
+  }
   CHECK(error_with({"lr_scheduler.warmup_steps=200"}) ==
         "override 'lr_scheduler.warmup_steps=200': lr_scheduler.warmup_steps: 200 is more than the 100 steps of the run\n"
         "       try 10 or less");
