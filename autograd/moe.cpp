@@ -19,14 +19,14 @@ Variable chosen(const Tensor& counts, int64_t experts, DType dtype) {
   return n == experts ? f : concat({slice(f, 0, 0, experts), expand(mean(slice(f, 0, experts, n), 0, keepdim), {n - experts})}, 0);
 }
 
-// Of a batch of penalties.tokens these logits' share.
+// Of a batch with these counts the logits' share.
 Tensor penalty_of(const Tensor& logits, const MoeRouting& routing, const MoeOptions& options, const MoePenalties& p) {
   const NoGrad guard;
   const auto n = static_cast<double>(logits.size(1)), k = static_cast<double>(routing.index.size(1));
-  const auto tokens = static_cast<double>(p.tokens);
-  const Variable f = chosen(p.counts, options.experts, logits.dtype());
-  const Variable balance = sum(sum(softmax(Variable(logits)), 0) * f) * (n / (tokens * k) / tokens);
-  const Variable router_z = sum(square(Variable(routing.lse))) * (1 / tokens);
+  const Variable f = chosen(p.counts, options.experts, logits.dtype()), tokens = sum(Variable(p.counts.to(logits.dtype()))) / k;
+  const auto counted = [&](const Variable& v) { return p.mask.defined() ? v * Variable(p.mask.view({-1, 1})) : v; };
+  const Variable balance = sum(sum(counted(softmax(Variable(logits))), 0) * f) * (n / k) / (tokens * tokens);
+  const Variable router_z = sum(counted(square(Variable(routing.lse.view({-1, 1}))))) / tokens;
   return (balance * p.balance + router_z * p.router_z).data();
 }
 
@@ -37,14 +37,19 @@ MoeRoute moe_route(const Variable& logits, const MoeOptions& options, const MoeP
 }
 
 MoeRoute moe_route(const Variable& logits, const MoeOptions& options, const MoePenalties& of_batch,
-                   comm::ProcessGroup& group) {
+                   comm::ProcessGroup& group, const Tensor& lengths) {
   const MoeRouting routing = kernels::moe_route(logits.data(), options);
   MoePenalties penalties = of_batch;
   Tensor penalty;
   if (penalties.balance != 0 || penalties.router_z != 0) {
-    penalties.counts = comm::all_reduce(routing.counts, group);
-    penalties.tokens = group.size() * logits.size(0);
-    if (penalties.tokens > 0) penalty = penalty_of(logits.data(), routing, options, penalties);
+    Tensor counts = routing.counts;
+    if (lengths.defined() && logits.size(0) > 0) {
+      const kernels::MoeCounted counted = kernels::moe_counted(routing, lengths, group.rank() * logits.size(0) / lengths.numel());
+      penalties.mask = counted.mask;
+      counts = counted.counts;
+    }
+    penalties.counts = comm::all_reduce(counts, group);
+    if (logits.size(0) > 0) penalty = penalty_of(logits.data(), routing, options, penalties);
   }
   const Variable weight = record("moe_route", {logits}, routing.weight,
                                  [logits = logits.data(), routing, options, penalties](const Tensor& dweight) -> Grads {

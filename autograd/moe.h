@@ -19,9 +19,11 @@ struct MoeRoute {
   Tensor penalty = {};  // what they add to the loss, of a group this member's share, a scalar; undefined without any
 };
 MoeRoute moe_route(const Variable& logits, const MoeOptions& options, const MoePenalties& penalties = {});
-/// The same where each member of a group routes its part, of the same size, of one batch.
+/// The same where each member of a group routes its part, of the same size, of one batch. Of the sequences of padded rows,
+/// lengths (b) int32, only that many positions count in the auxiliary losses; t is then b l, positions [rank l, rank l + l)
+/// of each.
 MoeRoute moe_route(const Variable& logits, const MoeOptions& options, const MoePenalties& penalties,
-                   comm::ProcessGroup& group);
+                   comm::ProcessGroup& group, const Tensor& lengths = {});
 
 /// Values of the auxiliary losses (scalars, differentiable through the logits).
 struct MoeLosses { Variable balance, router_z; };

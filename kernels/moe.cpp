@@ -41,6 +41,17 @@ MoeRouting moe_part(const MoeRouting& whole, int64_t first, int64_t experts) {
   return part;
 }
 
+MoeCounted moe_counted(const MoeRouting& routing, const Tensor& lengths, int64_t first) {
+  const int64_t t = routing.index.size(0);
+  KRAIT_CHECK(lengths.ndim() == 1 && lengths.dtype() == DType::i32 && lengths.numel() > 0 && t % lengths.numel() == 0,
+              "moe_counted: lengths are {}, expected i32 (b) of {} tokens of b sequences", describe(lengths), t);
+  MoeCounted out{empty({t}, routing.weight.dtype(), routing.weight.device()),
+                 empty(routing.counts.shape(), DType::i32, routing.counts.device())};
+  if (t == 0) zero_(out.counts);
+  else KRAIT_DISPATCH(routing.index.device(), moe_counted(out.mask, out.counts, routing.index, lengths.contiguous(), first));
+  return out;
+}
+
 Tensor moe_route_backward(const Tensor& dweight, const Tensor& logits, const MoeRouting& routing,
                           const MoeOptions& options, const MoePenalties& penalties) {
   if (dweight.defined()) {
@@ -52,9 +63,10 @@ Tensor moe_route_backward(const Tensor& dweight, const Tensor& logits, const Moe
   if (logits.numel() == 0) return dlogits;
   MoePenalties batch = penalties;
   if (!batch.counts.defined()) batch.counts = routing.counts;
-  if (batch.tokens == 0) batch.tokens = logits.size(0);
   KRAIT_CHECK(batch.counts.shape() == routing.counts.shape() && batch.counts.dtype() == DType::i32,
               "moe_route: the batch's counts are {}, expected i32 {}", describe(batch.counts), routing.counts.shape());
+  KRAIT_CHECK(!batch.mask.defined() || (batch.mask.shape() == Shape{logits.size(0)} && batch.mask.dtype() == logits.dtype()),
+              "moe_route: the mask is {}, expected {} ({})", describe(batch.mask), logits.dtype(), logits.size(0));
   KRAIT_DISPATCH(logits.device(), moe_route_backward(dlogits, dweight.defined() ? dweight.contiguous() : Tensor(),
                                                      logits.contiguous(), routing, options, batch));
   return dlogits;

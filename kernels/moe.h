@@ -31,12 +31,17 @@ MoeRouting moe_part(const MoeRouting& whole, int64_t first, int64_t experts);
 ///   balance   n sum_e f_e mean_t p_te, f_e = counts_e / (t k), for a null slot the mean over all null slots: 1 when
 ///             uniform, f held constant (Fedus et al. 2022)
 ///   router_z  mean_t lse_t^2 (Zoph et al. 2022)
-/// Where ranks route parts of one batch, the batch is all of theirs: counts and tokens are the sums over the ranks.
+/// Where ranks route parts of one batch, the batch is all of theirs: counts is the sum over the ranks. t, the tokens that
+/// count, is sum_e counts_e / k: on a GPU a captured step learns it anew from each batch.
 struct MoePenalties {
   double balance = 0, router_z = 0;
   Tensor counts = {};  // (n) int32; undefined: those of the routing
-  int64_t tokens = 0;  // 0: those of the routing
+  Tensor mask = {};    // (t) like logits, 1 or 0: the tokens that count; undefined: all
 };
+/// The tokens that count where t = b l positions of b sequences are routed, from position `first` of each on, of which the
+/// first lengths (b) int32 are not padding: the two fields of MoePenalties.
+struct MoeCounted { Tensor mask, counts; };
+MoeCounted moe_counted(const MoeRouting& routing, const Tensor& lengths, int64_t first);
 /// dlogits from dweight (t, k), or undefined: 0. With D = sum_S w dw:
 ///   renormalize: w_e (dw_e - D) on S          else: p_e (dw_e [e in S] - D)
 Tensor moe_route_backward(const Tensor& dweight, const Tensor& logits, const MoeRouting& routing,
@@ -60,6 +65,7 @@ MoeGrad moe_experts_backward(const Tensor& dy, const Tensor& x, const Tensor& we
 // choice's weight: dhidden = weight_c dh h', weighted = weight_c h, dweight_c = dh . h. dweight is 0 elsewhere already.
 KRAIT_BACKENDS(void moe_route(MoeRouting& routing, const Tensor& logits, const MoeOptions& options);
                void moe_part(MoeRouting& part, const MoeRouting& whole, int64_t first);
+               void moe_counted(Tensor& mask, Tensor& counts, const Tensor& index, const Tensor& lengths, int64_t first);
                void moe_route_backward(Tensor& dlogits, const Tensor& dweight, const Tensor& logits,
                                        const MoeRouting& routing, const MoeOptions& options,
                                        const MoePenalties& penalties);

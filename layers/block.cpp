@@ -38,7 +38,7 @@ ResidualStream Block::forward(const ResidualStream& in, const SequenceInfo& info
     const bool one_step = state && x.size(1) == 1 && !info.segments.defined() && context_.parallel.sequence->size() == 1;
     return one_step ? Variable(mixer_->step(x.data(), *state)) : mixer_->forward(x, info, state);
   });
-  if (mlp_) add_branch(stream, *mlp_norm_, "mlp", [&](const Variable& x) { return mlp_->forward(x); });
+  if (mlp_) add_branch(stream, *mlp_norm_, "mlp", [&](const Variable& x) { return mlp_->forward_padded(x, info.lengths); });
   return stream;
 }
 

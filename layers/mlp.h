@@ -11,6 +11,9 @@ namespace krait::layers {
 class FeedForward : public Module {
  public:
   virtual Variable forward(const Variable& x) = 0;
+  /// The same of rows of which only some positions count (SequenceInfo::lengths, may be undefined): in losses of its own the
+  /// layer leaves out the others.
+  virtual Variable forward_padded(const Variable& x, const Tensor& /*lengths*/) { return forward(x); }
   /// FLOPs per token of a forward pass beyond two per matrix parameter; negative where a token skips some.
   virtual double extra_flops_per_token() const { return 0; }
   /// Factor of losses that the layer adds to the gradient itself: 1 / the micro-batches whose gradients are summed.

@@ -23,11 +23,11 @@ MoeLosses Moe::losses(const Variable& x) const {
   return moe_losses(r, kernels::moe_route(r.data(), options_), options_);
 }
 
-Variable Moe::forward(const Variable& x) {
+Variable Moe::forward_padded(const Variable& x, const Tensor& lengths) {
   const Variable rows = reshape(x, {x.shape().numel() / x.size(-1), x.size(-1)});
   const double scale = training() ? auxiliary_scale_ : 0.0;
   const MoeRoute chosen =
-      moe_route(logits(rows), options_, {scale * config_.balance_coef, scale * config_.z_coef}, *sequence_);
+      moe_route(logits(rows), options_, {scale * config_.balance_coef, scale * config_.z_coef}, *sequence_, lengths);
   auxiliary_loss_ = chosen.penalty;
   const MoeRoute own{copy_to_group(chosen.weight, tensor_), kernels::moe_part(chosen.routing, own_.begin, own_.count())};
   return reshape(reduce_from_group(moe_experts(copy_to_group(rows, tensor_), own, gate_up_, down_), tensor_), x.shape());

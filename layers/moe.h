@@ -11,11 +11,12 @@ namespace krait::layers {
 /// to experts: each computes what its own make of all tokens, and the results are summed. Volume per rank, forward: an
 /// all-reduce of t m numbers, as behind any MLP; backward: the same of dx and of t k router weights.
 /// No token is dropped. In training the gradients of balance_coef balance + z_coef router_z (kernels/moe.h) are added
-/// to the logits', as means over the batch; loss_sum does not contain them.
+/// to the logits', as means over the positions of the batch that are not padding; loss_sum does not contain them.
 class Moe final : public FeedForward {
  public:
   Moe(const MlpConfig& config, const LayerContext& context);
-  Variable forward(const Variable& x) override;
+  Variable forward(const Variable& x) override { return forward_padded(x, {}); }
+  Variable forward_padded(const Variable& x, const Tensor& lengths) override;
   double extra_flops_per_token() const override;
   void set_auxiliary_scale(double scale) override { auxiliary_scale_ = scale; }
   Tensor auxiliary_loss() const override { return auxiliary_loss_; }

@@ -98,11 +98,26 @@ void moe_part(MoeRouting& part, const MoeRouting& whole, int64_t first) {
   }
 }
 
+void moe_counted(Tensor& mask, Tensor& counts_out, const Tensor& index_in, const Tensor& lengths, int64_t first) {
+  const int64_t t = index_in.size(0), k = index_in.size(1), l = t / lengths.numel();
+  int32_t* counts = counts_out.data<int32_t>();
+  std::fill(counts, counts + counts_out.numel(), 0);
+  visit_sums(mask.dtype(), [&]<class A>() {
+    for (int64_t i = 0; i < t; ++i) {
+      const bool counted = first + i % l < lengths.data<int32_t>()[i / l];
+      mask.data<A>()[i] = counted ? A(1) : A(0);
+      for (int64_t j = 0; j < k && counted; ++j) ++counts[index_in.data<int32_t>()[i * k + j]];
+    }
+  });
+}
+
 void moe_route_backward(Tensor& dlogits, const Tensor& dweight, const Tensor& logits, const MoeRouting& r,
                         const MoeOptions& options, const MoePenalties& penalties) {
   const int64_t t = logits.size(0), n = logits.size(1), k = options.top_k, experts = options.experts;
   const int32_t* counts = penalties.counts.data<int32_t>();
-  const auto tokens = static_cast<double>(penalties.tokens);
+  double tokens = 0;
+  for (int64_t e = 0; e < n; ++e) tokens += counts[e];
+  tokens /= static_cast<double>(k);
   std::vector<double> share(static_cast<size_t>(n));  // n f / t: what p_te counts for in the balance loss
   double nulls = 0;
   for (int64_t e = experts; e < n; ++e) nulls += counts[e];
@@ -111,13 +126,13 @@ void moe_route_backward(Tensor& dlogits, const Tensor& dweight, const Tensor& lo
     share[static_cast<size_t>(e)] = uses * static_cast<double>(n) / (tokens * tokens * static_cast<double>(k));
   }
   visit_sums(logits.dtype(), [&]<class A>() {
-    const A balance = static_cast<A>(penalties.balance), z = static_cast<A>(2 * penalties.router_z / tokens);
     parallel_for(0, t, std::max<int64_t>(1, 4096 / n), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const A *row = logits.data<A>() + i * n, *weight = r.weight.data<A>() + i * k;
         const A* dw = dweight.defined() ? dweight.data<A>() + i * k : nullptr;
         const int32_t* index = r.index.data<int32_t>() + i * k;
-        const A lse = r.lse.data<A>()[i];
+        const A lse = r.lse.data<A>()[i], counted = penalties.mask.defined() ? penalties.mask.data<A>()[i] : A(1);
+        const A balance = counted * static_cast<A>(penalties.balance), z = counted * static_cast<A>(2 * penalties.router_z / tokens);
         A* d = dlogits.data<A>() + i * n;
         A mean_share = 0, inner = 0;
         for (int64_t e = 0; e < n; ++e) mean_share += std::exp(row[e] - lse) * static_cast<A>(share[static_cast<size_t>(e)]);

@@ -146,16 +146,38 @@ __global__ void part_kernel(int32_t* position, int32_t* order, int32_t* part_off
   if (i < end - begin) order[i] = whole_order[begin + i];
 }
 
+// One block per slot, each over all choices.
+template <class A>
+__global__ void counted_kernel(A* mask, int32_t* counts, const int32_t* index, const int32_t* lengths, int64_t first, int64_t t,
+                               int64_t l, int k) {
+  __shared__ int32_t shared[32];
+  const int slot = static_cast<int>(blockIdx.x);
+  int32_t own = 0;
+  for (int64_t i = threadIdx.x; i < t; i += blockDim.x) {
+    const bool counted = first + i % l < lengths[i / l];
+    if (slot == 0) mask[i] = counted ? A(1) : A(0);
+    for (int j = 0; j < k && counted; ++j) own += index[i * k + j] == slot ? 1 : 0;
+  }
+  own = block_reduce(own, shared, [](int32_t a, int32_t b) { return a + b; });
+  if (threadIdx.x == 0) counts[slot] = own;
+}
+
 template <class A>
 __global__ void route_backward_kernel(A* dlogits, const A* dweight, const A* logits, const A* lse, const int32_t* index,
-                                      const A* weight, const int32_t* counts, double tokens, int64_t t, int n, int k,
-                                      int experts, bool renormalize, A balance, A router_z) {
+                                      const A* weight, const int32_t* counts, const A* mask, int64_t t, int n, int k,
+                                      int experts, bool renormalize, A balance, double router_z) {
   const int64_t i = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (i >= t) return;
   const A *row = logits + i * n, *w = weight + i * k, total = lse[i];
   const A* dw = dweight != nullptr ? dweight + i * k : nullptr;
   index += i * k;
+  const A counted = mask != nullptr ? mask[i] : A(1);
+  int64_t all = 0;  // choices of tokens that count
+  for (int e = lane; e < n; e += 32) all += counts[e];
+  const double tokens = static_cast<double>(warp_sum(all)) / k;
+  const A z = counted * static_cast<A>(2 * router_z / tokens);
+  balance *= counted;
   // n f / t of a slot: what p counts for in the balance loss.
   const A scale = static_cast<A>(static_cast<double>(n) / (tokens * tokens * k));
   A nulls = 0;
@@ -171,7 +193,7 @@ __global__ void route_backward_kernel(A* dlogits, const A* dweight, const A* log
   }
   for (int e = lane; e < n; e += 32) {
     const A p = exp_of(row[e] - total);
-    A d = p * (balance * (share(e) - mean_share) + router_z * total - (renormalize ? A(0) : inner));
+    A d = p * (balance * (share(e) - mean_share) + z * total - (renormalize ? A(0) : inner));
     if (dw != nullptr && e < experts)
       for (int j = 0; j < k; ++j)
         if (index[j] == e) d += w[j] * (renormalize ? dw[j] - inner : dw[j]);
@@ -275,6 +297,14 @@ void moe_part(MoeRouting& part, const MoeRouting& whole, int64_t first) {
          whole.groups.offsets.data<int32_t>() + first, choices, experts);
 }
 
+void moe_counted(Tensor& mask, Tensor& counts, const Tensor& index, const Tensor& lengths, int64_t first) {
+  const int64_t t = index.size(0);
+  visit_sums(mask.dtype(), [&]<class A>() {
+    launch(counted_kernel<A>, {.grid = counts.numel(), .block = 256, .stream = current_stream(index.device())}, mask.data<A>(),
+           counts.data<int32_t>(), index.data<int32_t>(), lengths.data<int32_t>(), first, t, t / lengths.numel(), index.size(1));
+  });
+}
+
 void moe_route_backward(Tensor& dlogits, const Tensor& dweight, const Tensor& logits, const MoeRouting& r,
                         const MoeOptions& options, const MoePenalties& penalties) {
   const int64_t t = logits.size(0);
@@ -283,8 +313,8 @@ void moe_route_backward(Tensor& dlogits, const Tensor& dweight, const Tensor& lo
            {.grid = ceil_div(t, kWarps), .block = kWarps * 32, .stream = current_stream(logits.device())},
            dlogits.data<A>(), dweight.defined() ? dweight.data<A>() : nullptr, logits.data<A>(), r.lse.data<A>(),
            r.index.data<int32_t>(), r.weight.data<A>(), penalties.counts.data<int32_t>(),
-           static_cast<double>(penalties.tokens), t, logits.size(1), options.top_k, options.experts,
-           options.renormalize, penalties.balance, 2 * penalties.router_z / static_cast<double>(penalties.tokens));
+           penalties.mask.defined() ? penalties.mask.data<A>() : nullptr, t, logits.size(1), options.top_k, options.experts,
+           options.renormalize, penalties.balance, penalties.router_z);
   });
 }
 

@@ -140,6 +140,42 @@ TEST_CASE("moe penalties add the auxiliary losses' gradient to the logits'") {
       }
 }
 
+TEST_CASE("moe penalties leave padding out: those of padded rows are those of their tokens alone") {
+  constexpr int64_t b = 3, l = 7;
+  const std::vector<int32_t> lengths{5, 7, 1};
+  std::vector<int64_t> real;
+  for (int64_t i = 0; i < b * l; ++i)
+    if (i % l < lengths[static_cast<size_t>(i / l)]) real.push_back(i);
+  for (const Device device : cuda_device_count() > 0 ? std::vector<Device>{kCpu, cuda_device()} : std::vector<Device>{kCpu})
+    for (const auto& [experts, slots] : {std::pair<int64_t, int64_t>{6, 6}, {4, 70}})
+      for (const DType dtype : {DType::f64, DType::f32}) {
+        const MoeOptions o{experts, 3, true};
+        const MoePenalties penalties{0.7, 0.2};
+        const double tolerance = dtype == DType::f64 ? 1e-12 : 1e-5;
+        const Tensor values = random_logits(b * l, slots).to(dtype);
+        Tensor alone = empty({static_cast<int64_t>(real.size()), slots}, dtype, kCpu);
+        for (size_t i = 0; i < real.size(); ++i) {
+          Tensor row = alone.select(0, static_cast<int64_t>(i));
+          copy_(row, values.select(0, real[i]));
+        }
+        const auto group = comm::single_group("batch");
+        const auto gradient_of = [&](const Variable& logits, const MoeRoute& route) {
+          backward(route.weight, zeros(route.weight.shape(), dtype, device));
+          return logits.grad().cpu();
+        };
+        const Variable padded(values.to(device), true), bare(alone.to(device), true);
+        const MoeRoute found = moe_route(padded, o, penalties, *group, from_vector(lengths).to(device)), wanted = moe_route(bare, o, penalties);
+        CHECK(relative_error(found.penalty.cpu(), wanted.penalty.cpu()) < tolerance);
+        const Tensor d = gradient_of(padded, found), dw = gradient_of(bare, wanted);
+        Tensor spread = zeros(d.shape(), dtype, kCpu);  // nothing in padding
+        for (size_t i = 0; i < real.size(); ++i) {
+          Tensor row = spread.select(0, real[i]);
+          copy_(row, dw.select(0, static_cast<int64_t>(i)));
+        }
+        CHECK(relative_error(d, spread) < tolerance);
+      }
+}
+
 TEST_CASE("moe's balance loss is 1 when every slot is chosen and probable alike") {
   const Variable logits(from_vector<double>({1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}, {4, 4}));
   for (const int64_t experts : {4, 2}) {

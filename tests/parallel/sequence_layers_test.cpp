@@ -184,6 +184,8 @@ const std::vector<ModelCase> kModels{
 const std::vector<ModelCase> kClassifiers{
     {"pooled", "{type: classifier, d_model: 16, n_layers: 2, layers: [s4d], head: pooled, n_classes: 3, dropout: 0.2, "
                "s4d: {d_state: 4, bidirectional: true}, mlp: {type: none}}", false},
+    {"moe", "{type: classifier, d_model: 16, n_layers: 2, layers: [gated_cnn], head: pooled, n_classes: 3, mlp: {type: moe, "
+            "hidden: 12, n_experts: 4, top_k: 2, n_null_experts: 2, balance_coef: 0.1, z_coef: 0.1}}", false},
     {"last", "{type: classifier, d_model: 16, n_layers: 1, layers: [gru], head: last, n_classes: 3}", false}};
 
 constexpr int64_t kVocab = 29;
@@ -235,6 +237,8 @@ void check_model(const ModelCase& c, const ModelInput& input, DType dtype) {
     const auto sum = [](const Tensor& t) { return comm::all_reduce(t, *world()); };
     CHECK(relative_error(sum(found.loss.data()), wanted.loss.data()) < allowed(dtype));
     CHECK(relative_error(sum(found.loss_sum), wanted.loss_sum) < allowed(dtype));
+    REQUIRE(found.auxiliary.defined() == wanted.auxiliary.defined());
+    if (wanted.auxiliary.defined()) CHECK(relative_error(sum(found.auxiliary), wanted.auxiliary) < allowed(dtype));
     if (!recompute) CHECK(sum(found.count).item() == wanted.count.item());
     backward(wanted.loss);
     backward(found.loss);
