@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 
+#include "layers/head_count.h"
 #include "layers/near_divisors.h"
 #include "layers/option_sizes.h"
 
@@ -25,19 +26,8 @@ AttentionConfig read_attention_config(ConfigNode& section, int64_t d_model, doub
   options.read("dropout", c.dropout, below_one());
   options.choice("sequence_parallel", c.sequence_parallel, {"auto", "ring", "all_to_all"});
 
-  if (c.n_heads == 0) {
-    if (d_model % 64 != 0) {
-      options.fail("n_heads", fmt::format("is needed: d_model {} does not split into heads of 64 channels", d_model),
-                   near_divisors(d_model, d_model / 64));
-    }
-    c.n_heads = d_model / 64;
-    options.resolve("n_heads", c.n_heads);
-  }
   const auto fits = [&](int64_t heads) { return !c.rope || (d_model / heads) % 2 == 0; };
-  if (d_model % c.n_heads != 0) {
-    options.fail("n_heads", fmt::format("{} heads do not divide the width {} (d_model)", c.n_heads, d_model),
-                 near_divisors(d_model, c.n_heads, fits));
-  }
+  complete_head_count(options, c.n_heads, d_model, fits);
   c.head_dim = d_model / c.n_heads;
   if (c.n_kv_heads == 0) {
     c.n_kv_heads = c.n_heads;

@@ -1,6 +1,6 @@
 #include "layers/linear_attention_config.h"
 
-#include "layers/near_divisors.h"
+#include "layers/head_count.h"
 #include "layers/option_sizes.h"
 
 namespace krait::layers {
@@ -14,18 +14,7 @@ LinearAttentionConfig read_linear_attention_config(ConfigNode& section, int64_t 
   options.read("eps", c.eps, at_least(0));
   options.read("chunk_size", c.chunk_size, size_from(1));
   options.read("bias", c.bias);
-  if (c.n_heads == 0) {
-    if (d_model % 64 != 0) {
-      options.fail("n_heads", fmt::format("is needed: d_model {} does not split into heads of 64 channels", d_model),
-                   near_divisors(d_model, d_model / 64));
-    }
-    c.n_heads = d_model / 64;
-    options.resolve("n_heads", c.n_heads);
-  }
-  if (d_model % c.n_heads != 0) {
-    options.fail("n_heads", fmt::format("{} heads do not divide the width {} (d_model)", c.n_heads, d_model),
-                 near_divisors(d_model, c.n_heads));
-  }
+  complete_head_count(options, c.n_heads, d_model);
   c.head_dim = d_model / c.n_heads;
   options.finish();
   return c;

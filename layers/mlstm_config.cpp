@@ -2,21 +2,11 @@
 
 #include <cmath>
 
+#include "layers/head_count.h"
+#include "layers/near_divisors.h"
 #include "layers/option_sizes.h"
 
 namespace krait::layers {
-
-namespace {
-
-/// The divisor of n nearest to `wanted`.
-std::string near_divisor(int64_t n, int64_t wanted) {
-  int64_t best = 1;
-  for (int64_t d = 1; d <= n; ++d)
-    if (n % d == 0 && std::abs(d - wanted) < std::abs(best - wanted)) best = d;
-  return fmt::format("{}", best);
-}
-
-}  // namespace
 
 MlstmConfig read_mlstm_config(ConfigNode& section, int64_t d_model) {
   MlstmConfig c;
@@ -36,10 +26,10 @@ MlstmConfig read_mlstm_config(ConfigNode& section, int64_t d_model) {
   }
   if (c.inner % c.n_heads != 0)
     options.fail("n_heads", fmt::format("{} heads do not divide the inner width {} (d_model {})", c.n_heads, c.inner, d_model),
-                 near_divisor(c.inner, c.n_heads));
+                 near_divisors(c.inner, c.n_heads));
   if (c.inner % c.qkv_block_size != 0)
     options.fail("qkv_block_size", fmt::format("blocks of {} do not divide the inner width {}", c.qkv_block_size, c.inner),
-                 near_divisor(c.inner, c.qkv_block_size));
+                 near_divisors(c.inner, c.qkv_block_size));
   options.finish();
   return c;
 }
@@ -56,13 +46,11 @@ MlstmLargeConfig read_mlstm_large_config(ConfigNode& section, int64_t d_model) {
   options.read("eps", c.eps, at_least(0));
   options.read("norm_eps", c.norm_eps, above(0));
   c.qk_width = std::llround(c.qk_factor * static_cast<double>(d_model));
-  if (d_model % c.n_heads != 0)
-    options.fail("n_heads", fmt::format("{} heads do not divide the width {} (d_model)", c.n_heads, d_model),
-                 near_divisor(d_model, c.n_heads));
+  complete_head_count(options, c.n_heads, d_model);
   if (c.qk_width < 1 || c.qk_width % c.n_heads != 0)
     options.fail("n_heads", fmt::format("{} heads do not divide the width {} of q and k (d_model {} x qk_factor {})",
                                         c.n_heads, c.qk_width, d_model, c.qk_factor),
-                 c.qk_width < 1 ? "" : near_divisor(c.qk_width, c.n_heads));
+                 c.qk_width < 1 ? "" : near_divisors(c.qk_width, c.n_heads));
   options.finish();
   return c;
 }

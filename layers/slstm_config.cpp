@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "layers/head_count.h"
 #include "layers/option_sizes.h"
 
 namespace krait::layers {
@@ -15,12 +16,7 @@ SlstmConfig read_slstm_config(ConfigNode& section, int64_t d_model) {
   options.choice("forget_gate", c.forget_gate, {"sigmoid", "exp"});
   options.read("ratio", c.ratio, between(0, 1 << 16));
   options.read("hidden", c.hidden, size_from(0));
-  if (d_model % c.n_heads != 0) {
-    int64_t near = std::min(c.n_heads, d_model);
-    while (d_model % near != 0) --near;
-    options.fail("n_heads", fmt::format("{} heads do not divide the width {} (d_model)", c.n_heads, d_model),
-                 fmt::format("{}", near));
-  }
+  complete_head_count(options, c.n_heads, d_model);
   if (c.conv == 1) options.fail("conv", "found 1, expected 0 (none) or at least 2 taps", "4");
   if (c.hidden == 0)
     c.hidden = static_cast<int64_t>(std::ceil(c.ratio * static_cast<double>(d_model) / 64.0 - 1e-9)) * 64;

@@ -179,7 +179,7 @@ TEST_CASE("xlstm[a:b] is a period of a mLSTM and b sLSTM layers, the sLSTM at of
 
 TEST_CASE("recurrent layers say what is wrong with their options") {
   const auto refused = [](const Kind& kind) { return error_of([&] { Layer layer(kind); }); };
-  CHECK(contains(refused({"slstm", {{"n_heads", "5"}}}), "5 heads do not divide the width 12 (d_model)\n       try 4"));
+  CHECK(contains(refused({"slstm", {{"n_heads", "5"}}}), "5 heads do not divide the width 12 (d_model)\n       try 3, 4 or 6"));
   CHECK(contains(refused({"slstm", {{"forget_gate", "relu"}}}), "expected one of sigmoid, exp"));
   CHECK(contains(refused({"gru", {{"forget_bias", "1"}}}), "unknown key"));
 }
