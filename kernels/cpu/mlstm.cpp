@@ -332,48 +332,36 @@ class Unit {
   A m_ = 0, m_next_ = 0, decay_ = 0;
 };
 
-}  // namespace
-
-void mlstm_forward(MlstmOut& out, const MlstmInputs& in, const MlstmOptions& options) {
+// f(unit, row, head) for every row and head.
+template <class F>
+void for_units(const MlstmInputs& in, const MlstmOptions& options, F&& f) {
   const int64_t heads = in.q.size(2);
   visit_float(in.q.dtype(), [&]<class T>() {
     parallel_for(0, in.q.size(0) * heads, 1, [&](int64_t first, int64_t last) {
       Unit<T> unit(in, options);
-      for (int64_t x = first; x < last; ++x) unit.forward(x / heads, x % heads, out);
+      for (int64_t x = first; x < last; ++x) f(unit, x / heads, x % heads);
     });
   });
+}
+
+}  // namespace
+
+void mlstm_forward(MlstmOut& out, const MlstmInputs& in, const MlstmOptions& options) {
+  for_units(in, options, [&](auto& unit, int64_t row, int64_t head) { unit.forward(row, head, out); });
 }
 
 void mlstm_backward(MlstmGrad& grad, const MlstmUpstream& upstream, const MlstmInputs& in, const MlstmOut& out,
                     const MlstmOptions& options) {
-  const int64_t heads = in.q.size(2);
-  visit_float(in.q.dtype(), [&]<class T>() {
-    parallel_for(0, in.q.size(0) * heads, 1, [&](int64_t first, int64_t last) {
-      Unit<T> unit(in, options);
-      for (int64_t x = first; x < last; ++x) unit.backward(x / heads, x % heads, grad, upstream, out);
-    });
-  });
+  for_units(in, options, [&](auto& unit, int64_t row, int64_t head) { unit.backward(row, head, grad, upstream, out); });
 }
 
 void mlstm_last_state(MlstmState& last, const MlstmInputs& in, const MlstmOptions& options) {
-  const int64_t heads = in.q.size(2);
-  visit_float(in.q.dtype(), [&]<class T>() {
-    parallel_for(0, in.q.size(0) * heads, 1, [&](int64_t first, int64_t end) {
-      Unit<T> unit(in, options);
-      for (int64_t x = first; x < end; ++x) unit.last_state(x / heads, x % heads, last);
-    });
-  });
+  for_units(in, options, [&](auto& unit, int64_t row, int64_t head) { unit.last_state(row, head, last); });
 }
 
 void mlstm_initial_gradient(MlstmInitialGradient& grad, const Tensor& dh, const MlstmInputs& in, const MlstmOut& out,
                             const MlstmOptions& options, const Tensor&) {
-  const int64_t heads = in.q.size(2);
-  visit_float(in.q.dtype(), [&]<class T>() {
-    parallel_for(0, in.q.size(0) * heads, 1, [&](int64_t first, int64_t end) {
-      Unit<T> unit(in, options);
-      for (int64_t x = first; x < end; ++x) unit.initial_gradient(x / heads, x % heads, grad, dh, out);
-    });
-  });
+  for_units(in, options, [&](auto& unit, int64_t row, int64_t head) { unit.initial_gradient(row, head, grad, dh, out); });
 }
 
 void mlstm_step(Tensor& h_, const Tensor& q_, const Tensor& k_, const Tensor& v_, const Tensor& i_, const Tensor& f_,
