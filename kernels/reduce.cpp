@@ -68,6 +68,18 @@ Tensor scaled_sum(std::string_view name, const Tensor& x, const Dims& dims, bool
   return y;
 }
 
+template <class F>
+Tensor extreme(std::string_view name, const Tensor& x, const Dims& dims, bool keep, F&& choose) {
+  check_float(name, x);
+  Tensor y = empty(reduced_shape(x.shape(), dims, keep), x.dtype(), x.device());
+  if (y.numel() == 0) return y;
+  KRAIT_CHECK(x.numel() > 0, "{}: {} has no values to choose from", fmt::string_view(name.data(), name.size()), x.shape());
+  const Tensor three = as_three(x, reduced(x.shape(), dims));
+  Tensor flat = y.view({three.size(0), three.size(2)});
+  choose(flat, three);
+  return y;
+}
+
 }  // namespace
 
 Shape reduced_shape(const Shape& shape, const Dims& dims, bool keep) {
@@ -86,25 +98,11 @@ Tensor sum(const Tensor& x, const Dims& dims, bool keep) { return scaled_sum("su
 Tensor mean(const Tensor& x, const Dims& dims, bool keep) { return scaled_sum("mean", x, dims, keep, true); }
 
 Tensor amax(const Tensor& x, const Dims& dims, bool keep) {
-  check_float("amax", x);
-  Tensor y = empty(reduced_shape(x.shape(), dims, keep), x.dtype(), x.device());
-  if (y.numel() == 0) return y;
-  KRAIT_CHECK(x.numel() > 0, "amax: {} has no values to choose from", x.shape());
-  const Tensor three = as_three(x, reduced(x.shape(), dims));
-  Tensor flat = y.view({three.size(0), three.size(2)});
-  KRAIT_DISPATCH(x.device(), amax(flat, three));
-  return y;
+  return extreme("amax", x, dims, keep, [](Tensor& y, const Tensor& three) { KRAIT_DISPATCH(y.device(), amax(y, three)); });
 }
 
 Tensor amin(const Tensor& x, const Dims& dims, bool keep) {
-  check_float("amin", x);
-  Tensor y = empty(reduced_shape(x.shape(), dims, keep), x.dtype(), x.device());
-  if (y.numel() == 0) return y;
-  KRAIT_CHECK(x.numel() > 0, "amin: {} has no values to choose from", x.shape());
-  const Tensor three = as_three(x, reduced(x.shape(), dims));
-  Tensor flat = y.view({three.size(0), three.size(2)});
-  KRAIT_DISPATCH(x.device(), amin(flat, three));
-  return y;
+  return extreme("amin", x, dims, keep, [](Tensor& y, const Tensor& three) { KRAIT_DISPATCH(y.device(), amin(y, three)); });
 }
 
 Tensor logsumexp(const Tensor& x, const Dims& dims, bool keep) {
