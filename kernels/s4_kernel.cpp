@@ -8,24 +8,16 @@
 #include "kernels/inverse.h"
 #include "kernels/matmul.h"
 #include "kernels/ssm_gradients.h"
+#include "kernels/ssm_parameters.h"
 
 namespace krait::kernels {
 
 namespace {
 
 S4Parameters checked(const S4Parameters& p) {
-  check_same("s4_kernel", p.log_dt, p.log_A_re, p.A_im, p.P, p.B, p.C_tilde);
-  const DType dtype = p.log_dt.dtype();
-  KRAIT_CHECK(dtype == DType::f32 || dtype == DType::f64, "s4_kernel: parameters are {}, expected float32 or float64",
-              dtype);
-  KRAIT_CHECK(p.log_dt.ndim() == 1 && p.log_A_re.ndim() == 2, "s4_kernel: log_dt is {}, expected (h); A is {}, "
-              "expected (s, n)", p.log_dt.shape(), p.log_A_re.shape());
-  const int64_t h = p.log_dt.size(0), s = p.log_A_re.size(0), n = p.log_A_re.size(1);
-  KRAIT_CHECK(s > 0 ? h % s == 0 : h == 0, "s4_kernel: {} sets of A do not divide {} channels", s, h);
-  KRAIT_CHECK(p.A_im.shape() == (Shape{s, n}) && p.B.shape() == (Shape{s, n, 2}) &&
-                  p.C_tilde.shape() == (Shape{h, n, 2}),
-              "s4_kernel: A_im is {}, B is {}, C is {}; expected {}, {}, {}", p.A_im.shape(), p.B.shape(),
-              p.C_tilde.shape(), Shape{s, n}, Shape{s, n, 2}, Shape{h, n, 2});
+  check_ssm_parameters("s4_kernel", p.log_dt, p.log_A_re, p.A_im, p.B, p.C_tilde);
+  check_same("s4_kernel", p.log_dt, p.P);
+  const int64_t s = p.log_A_re.size(0), n = p.log_A_re.size(1);
   const int64_t rank = p.P.ndim() == 4 ? p.P.size(1) : 1;
   KRAIT_CHECK((rank == 1 || rank == 2) && (p.P.shape() == (Shape{s, n, 2}) || p.P.shape() == (Shape{s, rank, n, 2})),
               "s4_kernel: P is {}, expected {} or {} with rank r = 1 or 2", p.P.shape(), Shape{s, n, 2}, "(s, r, n, 2)");

@@ -2,23 +2,14 @@
 
 #include "kernels/s4d_math.h"
 #include "kernels/ssm_gradients.h"
+#include "kernels/ssm_parameters.h"
 
 namespace krait::kernels {
 
 namespace {
 
 S4dParameters checked(const S4dParameters& p) {
-  check_same("s4d_kernel", p.log_dt, p.log_A_re, p.A_im, p.B, p.C);
-  const DType dtype = p.log_dt.dtype();
-  KRAIT_CHECK(dtype == DType::f32 || dtype == DType::f64, "s4d_kernel: parameters are {}, expected float32 or float64",
-              dtype);
-  KRAIT_CHECK(p.log_dt.ndim() == 1 && p.log_A_re.ndim() == 2, "s4d_kernel: log_dt is {}, expected (h); A is {}, "
-              "expected (s, n)", p.log_dt.shape(), p.log_A_re.shape());
-  const int64_t h = p.log_dt.size(0), s = p.log_A_re.size(0), n = p.log_A_re.size(1);
-  KRAIT_CHECK(s > 0 ? h % s == 0 : h == 0, "s4d_kernel: {} sets of A do not divide {} channels", s, h);
-  KRAIT_CHECK(p.A_im.shape() == (Shape{s, n}) && p.B.shape() == (Shape{s, n, 2}) && p.C.shape() == (Shape{h, n, 2}),
-              "s4d_kernel: A_im is {}, B is {}, C is {}; expected {}, {}, {}", p.A_im.shape(), p.B.shape(),
-              p.C.shape(), Shape{s, n}, Shape{s, n, 2}, Shape{h, n, 2});
+  check_ssm_parameters("s4d_kernel", p.log_dt, p.log_A_re, p.A_im, p.B, p.C);
   return {p.log_dt.contiguous(), p.log_A_re.contiguous(), p.A_im.contiguous(), p.B.contiguous(), p.C.contiguous()};
 }
 
