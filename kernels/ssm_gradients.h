@@ -5,16 +5,6 @@
 namespace krait {
 namespace kernels {
 
-/// Calls f.template operator()<T>() with float or double: state-space kernels are made in no less.
-template <class F>
-void visit_wide(DType dtype, F&& f) {
-  KRAIT_ASSERT(dtype == DType::f32 || dtype == DType::f64, "expected float32 or float64, found {}", dtype);
-  if (dtype == DType::f32)
-    f.template operator()<float>();
-  else
-    f.template operator()<double>();
-}
-
 // Last step of the backward of S4's and S4D's kernels. Every (channel, state) has `5 + 2 rank` fp64 contributions:
 // log_A_re, A_im, B (re, im), log_dt, then P of every rank (re, im). Sums in order of the channels and states.
 

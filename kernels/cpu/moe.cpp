@@ -6,6 +6,7 @@
 #include "core/parallel.h"
 #include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
+#include "kernels/visit_wide.h"
 
 namespace krait::kernels::cpu {
 
@@ -45,19 +46,11 @@ void sort_choices(MoeRouting& r, int64_t experts) {
   }
 }
 
-template <class F>
-void visit_sums(DType dtype, F&& f) {
-  if (dtype == DType::f64)
-    f.template operator()<double>();
-  else
-    f.template operator()<float>();
-}
-
 }  // namespace
 
 void moe_route(MoeRouting& r, const Tensor& logits, const MoeOptions& options) {
   const int64_t t = logits.size(0), n = logits.size(1), k = options.top_k;
-  visit_sums(logits.dtype(), [&]<class A>() {
+  visit_wide(logits.dtype(), [&]<class A>() {
     const A* all = logits.data<A>();
     parallel_for(0, t, std::max<int64_t>(1, 4096 / (n * (k + 2))), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
@@ -102,7 +95,7 @@ void moe_counted(Tensor& mask, Tensor& counts_out, const Tensor& index_in, const
   const int64_t t = index_in.size(0), k = index_in.size(1), l = t / lengths.numel();
   int32_t* counts = counts_out.data<int32_t>();
   std::fill(counts, counts + counts_out.numel(), 0);
-  visit_sums(mask.dtype(), [&]<class A>() {
+  visit_wide(mask.dtype(), [&]<class A>() {
     for (int64_t i = 0; i < t; ++i) {
       const bool counted = first + i % l < lengths.data<int32_t>()[i / l];
       mask.data<A>()[i] = counted ? A(1) : A(0);
@@ -125,7 +118,7 @@ void moe_route_backward(Tensor& dlogits, const Tensor& dweight, const Tensor& lo
     const double uses = e < experts ? counts[e] : nulls / static_cast<double>(n - experts);
     share[static_cast<size_t>(e)] = uses * static_cast<double>(n) / (tokens * tokens * static_cast<double>(k));
   }
-  visit_sums(logits.dtype(), [&]<class A>() {
+  visit_wide(logits.dtype(), [&]<class A>() {
     parallel_for(0, t, std::max<int64_t>(1, 4096 / n), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const A *row = logits.data<A>() + i * n, *weight = r.weight.data<A>() + i * k;

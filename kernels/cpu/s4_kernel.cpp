@@ -7,6 +7,7 @@
 #include "kernels/cpu/fft.h"
 #include "kernels/s4_math.h"
 #include "kernels/ssm_gradients.h"
+#include "kernels/visit_wide.h"
 
 namespace krait::kernels::cpu {
 

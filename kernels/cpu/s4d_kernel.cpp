@@ -8,6 +8,7 @@
 #include "core/parallel.h"
 #include "kernels/s4d_math.h"
 #include "kernels/ssm_gradients.h"
+#include "kernels/visit_wide.h"
 
 namespace krait::kernels::cpu {
 

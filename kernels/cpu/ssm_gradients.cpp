@@ -1,6 +1,7 @@
 #include "kernels/ssm_gradients.h"
 
 #include "core/parallel.h"
+#include "kernels/visit_wide.h"
 
 namespace krait::kernels::cpu {
 

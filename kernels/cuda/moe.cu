@@ -7,6 +7,7 @@
 #include "kernels/cuda/block_reduce.cuh"
 #include "kernels/cuda/packed.cuh"
 #include "kernels/moe.h"
+#include "kernels/visit_wide.h"
 
 namespace krait::kernels::cuda {
 
@@ -257,14 +258,6 @@ __global__ void hidden_backward_kernel(T* dhidden, T* weighted, A* dweight, cons
   if (threadIdx.x == 0) dweight[choice] = sum;
 }
 
-template <class F>
-void visit_sums(DType dtype, F&& f) {
-  if (dtype == DType::f64)
-    f.template operator()<double>();
-  else
-    f.template operator()<float>();
-}
-
 }  // namespace
 
 void moe_route(MoeRouting& r, const Tensor& logits, const MoeOptions& options) {
@@ -274,7 +267,7 @@ void moe_route(MoeRouting& r, const Tensor& logits, const MoeOptions& options) {
   const Stream stream = current_stream(logits.device());
   const Tensor counts = empty({pieces, n}, DType::i32, logits.device());
   const int32_t* index = r.index.data<int32_t>();
-  visit_sums(logits.dtype(), [&]<class A>() {
+  visit_wide(logits.dtype(), [&]<class A>() {
     launch(route_kernel<A>, {.grid = ceil_div(t, kWarps), .block = kWarps * 32, .stream = stream},
            r.index.data<int32_t>(), r.weight.data<A>(), r.lse.data<A>(), logits.data<A>(), t, n, k, experts,
            options.renormalize);
@@ -299,7 +292,7 @@ void moe_part(MoeRouting& part, const MoeRouting& whole, int64_t first) {
 
 void moe_counted(Tensor& mask, Tensor& counts, const Tensor& index, const Tensor& lengths, int64_t first) {
   const int64_t t = index.size(0);
-  visit_sums(mask.dtype(), [&]<class A>() {
+  visit_wide(mask.dtype(), [&]<class A>() {
     launch(counted_kernel<A>, {.grid = counts.numel(), .block = 256, .stream = current_stream(index.device())}, mask.data<A>(),
            counts.data<int32_t>(), index.data<int32_t>(), lengths.data<int32_t>(), first, t, t / lengths.numel(), index.size(1));
   });
@@ -308,7 +301,7 @@ void moe_counted(Tensor& mask, Tensor& counts, const Tensor& index, const Tensor
 void moe_route_backward(Tensor& dlogits, const Tensor& dweight, const Tensor& logits, const MoeRouting& r,
                         const MoeOptions& options, const MoePenalties& penalties) {
   const int64_t t = logits.size(0);
-  visit_sums(logits.dtype(), [&]<class A>() {
+  visit_wide(logits.dtype(), [&]<class A>() {
     launch(route_backward_kernel<A>,
            {.grid = ceil_div(t, kWarps), .block = kWarps * 32, .stream = current_stream(logits.device())},
            dlogits.data<A>(), dweight.defined() ? dweight.data<A>() : nullptr, logits.data<A>(), r.lse.data<A>(),

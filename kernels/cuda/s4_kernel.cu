@@ -9,6 +9,7 @@
 #include "kernels/cuda/multiprocessors.h"
 #include "kernels/s4_math.h"
 #include "kernels/ssm_gradients.h"
+#include "kernels/visit_wide.h"
 
 namespace krait::kernels::cuda {
 

@@ -5,6 +5,7 @@
 #include "kernels/cuda/packed.cuh"
 #include "kernels/s4d_math.h"
 #include "kernels/ssm_gradients.h"
+#include "kernels/visit_wide.h"
 
 namespace krait::kernels::cuda {
 

@@ -1,6 +1,7 @@
 #include "kernels/ssm_gradients.h"
 
 #include "core/cuda/launch.cuh"
+#include "kernels/visit_wide.h"
 
 namespace krait::kernels::cuda {
 
