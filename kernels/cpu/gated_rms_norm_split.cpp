@@ -82,37 +82,14 @@ void gated_rms_norm_dots(Tensor& dots, const Tensor& dy, const Tensor& x, const 
   });
 }
 
-// Rows are cut into chunks by the shape alone, so that dw does not depend on the number of threads.
-void gated_rms_norm_backward_split(Tensor& dx_out, Tensor& dz_out, Tensor& y_out, Tensor& dw_out, bool add_dw,
-                                   const Tensor& dy_in, const Tensor& x_in, const Tensor& z_in, const Tensor& w_in,
-                                   const Tensor& rstd_in, const Tensor& mean_in, bool norm_first) {
-  const int64_t r = x_in.size(0), e = x_in.size(1), groups = rstd_in.size(1), c = e / groups;
-  const int64_t z_row = z_in.stride(0), dz_row = dz_out.stride(0);
-  const int64_t chunk = std::max<int64_t>(16, (r + 127) / 128), chunks = (r + chunk - 1) / chunk;
-  visit_float(x_in.dtype(), [&]<class T>() {
+void gated_rms_norm_backward_split(Tensor& dx, Tensor& dz, Tensor& y, Tensor& dw, bool add_dw, const Tensor& dy, const Tensor& x,
+                                   const Tensor& z, const Tensor& w, const Tensor& rstd, const Tensor& mean_in, bool norm_first) {
+  visit_float(x.dtype(), [&]<class T>() {
     using A = accum_t<T>;
-    const Tensor partial = zeros({chunks, e}, dtype_of<A>, kCpu);
-    A* partial_w = partial.data<A>();
-    T *dx = dx_out.data<T>(), *dz = dz_out.data<T>(), *y = y_out.defined() ? y_out.data<T>() : nullptr;
-    const T *dy = dy_in.data<T>(), *x = x_in.data<T>(), *z = z_in.data<T>();
-    const A *w = w_in.data<A>(), *rstd = rstd_in.data<A>(), *mean = mean_in.data<A>();
     const auto group = norm_first ? write_gradient<true, T, A> : write_gradient<false, T, A>;
-    parallel_for(0, chunks, std::max<int64_t>(1, kNormGrain / (e * chunk)), [&](int64_t first, int64_t last) {
-      const std::unique_ptr<A[]> row(new A[static_cast<size_t>(2 * e)]);
-      A *s = row.get(), *slope = s + e;
-      for (int64_t k = first; k < last; ++k)
-        for (int64_t i = k * chunk; i < std::min(r, (k + 1) * chunk); ++i) {
-          gate_rows(s, slope, z + i * z_row, e);
-          for (int64_t g = 0; g < groups; ++g) {
-            const int64_t at = i * e + g * c, col = g * c;
-            const A scale = rstd[i * groups + g];
-            group(dx + at, dz + i * dz_row + col, partial_w + k * e + col, dy + at, x + at, s + col, slope + col, w + col,
-                  scale, mean[i * groups + g], c);
-            if (y != nullptr) write_again(y + at, x + at, s + col, w + col, scale, c);
-          }
-        }
+    backward_rows<T>(dx, dz, y, dw, add_dw, dy, x, z, w, rstd, [group, mean = mean_in.data<A>()](int64_t place, int64_t c, A scale, auto*... rows) {
+      group(rows..., scale, mean[place], c);
     });
-    sum_chunks(dw_out.data<A>(), add_dw, partial_w, chunks, e);
   });
 }
 

@@ -43,4 +43,35 @@ void write_gradient(T* __restrict dx, T* __restrict dz, A* __restrict dw, const 
   }
 }
 
+// group(place, c, rstd, dx, dz, dw, dy, x, s, slope, w) for every group of c columns of every row; place counts groups, row
+// by row. Rows are cut into chunks by the shape alone, so that dw does not depend on the number of threads.
+template <class T, class F>
+void backward_rows(Tensor& dx_out, Tensor& dz_out, Tensor& y_out, Tensor& dw_out, bool add_dw, const Tensor& dy_in, const Tensor& x_in,
+                   const Tensor& z_in, const Tensor& w_in, const Tensor& rstd_in, F group) {
+  using A = accum_t<T>;
+  const int64_t r = x_in.size(0), e = x_in.size(1), groups = rstd_in.size(1), c = e / groups;
+  const int64_t z_row = z_in.stride(0), dz_row = dz_out.stride(0);
+  const int64_t chunk = std::max<int64_t>(16, (r + 127) / 128), chunks = (r + chunk - 1) / chunk;
+  const Tensor partial = zeros({chunks, e}, dtype_of<A>, kCpu);
+  A* partial_w = partial.data<A>();
+  T *dx = dx_out.data<T>(), *dz = dz_out.data<T>(), *y = y_out.defined() ? y_out.data<T>() : nullptr;
+  const T *dy = dy_in.data<T>(), *x = x_in.data<T>(), *z = z_in.data<T>();
+  const A *w = w_in.data<A>(), *rstd = rstd_in.data<A>();
+  parallel_for(0, chunks, std::max<int64_t>(1, kNormGrain / (e * chunk)), [&](int64_t first, int64_t last) {
+    const std::unique_ptr<A[]> row(new A[static_cast<size_t>(2 * e)]);
+    A *s = row.get(), *slope = s + e;
+    for (int64_t k = first; k < last; ++k)
+      for (int64_t i = k * chunk; i < std::min(r, (k + 1) * chunk); ++i) {
+        gate_rows(s, slope, z + i * z_row, e);
+        for (int64_t g = 0; g < groups; ++g) {
+          const int64_t at = i * e + g * c, col = g * c;
+          const A scale = rstd[i * groups + g];
+          group(i * groups + g, c, scale, dx + at, dz + i * dz_row + col, partial_w + k * e + col, dy + at, x + at, s + col, slope + col, w + col);
+          if (y != nullptr) write_again(y + at, x + at, s + col, w + col, scale, c);
+        }
+      }
+  });
+  sum_chunks(dw_out.data<A>(), add_dw, partial_w, chunks, e);
+}
+
 }  // namespace krait::kernels::cpu
