@@ -102,13 +102,11 @@ int bench_decode(const BenchCommand& command) {
       names.push_back(decode_name(r));
       rows.push_back(&r);
     }
-  const std::vector<std::string> chosen = select_rows(names, command);
+  const std::vector<size_t> chosen = select_rows(names, command);
   if (command.list) return 0;
   Output out(command, "decode", device);
   out.measure_ceilings();
-  for (size_t i = 0, next = 0; i < names.size() && next < chosen.size(); ++i) {
-    if (names[i] != chosen[next]) continue;
-    ++next;
+  for (const size_t i : chosen) {
     Row row;
     try {
       row = measure_decode(*rows[i], device);

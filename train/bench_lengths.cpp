@@ -55,15 +55,13 @@ int bench_lengths(const BenchCommand& command) {
       names.push_back(fmt::format("{} d{} L{} {}", kind, d_model, length_text(l), dtype == DType::bf16 ? "bf16" : "fp32"));
       what.emplace_back(kind, l);
     }
-  const std::vector<std::string> chosen = select_rows(names, command);
+  const std::vector<size_t> chosen = select_rows(names, command);
   if (command.list) return 0;
   Output out(command, "lengths", device);
   out.note(table_head("lengths: one layer, one sequence, fwd+bwd"));
   std::map<std::string, std::map<int64_t, double>> times;
   std::map<std::string, std::string> stopped;  // kinds that ran out of time or memory, and why
-  for (size_t i = 0, next = 0; i < names.size() && next < chosen.size(); ++i) {
-    if (names[i] != chosen[next]) continue;
-    ++next;
+  for (const size_t i : chosen) {
     const auto& [kind, length] = what[i];
     Row row;
     row.name = names[i];

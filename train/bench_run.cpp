@@ -66,10 +66,10 @@ Device bench_device(const BenchCommand& command) {
   return cuda_device();
 }
 
-std::vector<std::string> select_rows(const std::vector<std::string>& names, const BenchCommand& command) {
-  std::vector<std::string> chosen;
-  for (const std::string& name : names)
-    if (command.only.empty() ? matches(name, command.filter) : name == command.only) chosen.push_back(name);
+std::vector<size_t> select_rows(const std::vector<std::string>& names, const BenchCommand& command) {
+  std::vector<size_t> chosen;
+  for (size_t i = 0; i < names.size(); ++i)
+    if (command.only.empty() ? matches(names[i], command.filter) : names[i] == command.only) chosen.push_back(i);
   if (chosen.empty()) {
     std::string some;
     for (const std::string& name : names) {
@@ -80,7 +80,7 @@ std::vector<std::string> select_rows(const std::vector<std::string>& names, cons
                                   command.only.empty() ? command.filter : command.only, some));
   }
   if (command.list)
-    for (const std::string& name : chosen) fmt::print("{}\n", name);
+    for (const size_t i : chosen) fmt::print("{}\n", names[i]);
   return chosen;
 }
 
@@ -101,13 +101,11 @@ int bench_kernels(const BenchCommand& command) {
           items.push_back({&b, &c, backward});
           names.push_back(row_name(b, c, backward));
         }
-  const std::vector<std::string> chosen = select_rows(names, command);
+  const std::vector<size_t> chosen = select_rows(names, command);
   if (command.list) return 0;
   Output out(command, "kernels", device);
   out.measure_ceilings();
-  for (size_t i = 0, next = 0; i < items.size() && next < chosen.size(); ++i) {
-    if (names[i] != chosen[next]) continue;
-    ++next;
+  for (const size_t i : chosen) {
     out.add(run_kernel(*items[i].bench, *items[i].size, device, items[i].backward,
                        command.seconds > 0 ? command.seconds : 0.25));
     allocator(device).release_cached();

@@ -22,8 +22,8 @@ class Output {
 };
 
 Device bench_device(const BenchCommand& command);
-/// Keeps the names that match the filter; an error that shows some when none does.
-std::vector<std::string> select_rows(const std::vector<std::string>& names, const BenchCommand& command);
+/// Which of the names match the filter, in order; an error that shows some when none does. --list: prints them.
+std::vector<size_t> select_rows(const std::vector<std::string>& names, const BenchCommand& command);
 
 int bench_kernels(const BenchCommand& command);
 int bench_train(const BenchCommand& command);

@@ -136,20 +136,20 @@ Row measure_apart(const BenchModel& model, Device device, const BenchCommand& co
 int bench_train(const BenchCommand& command) {
   const Device device = bench_device(command);
   std::vector<std::string> names;
-  std::map<std::string, BenchModel> by_name;
+  std::vector<BenchModel> models;
   for (const BenchModel& m : bench_models()) {
     if (m.cuda == device.is_cpu()) continue;
     names.push_back(m.name);
-    by_name[m.name] = m;
+    models.push_back(m);
   }
-  const std::vector<std::string> chosen = select_rows(names, command);
+  const std::vector<size_t> chosen = select_rows(names, command);
   if (command.list) return 0;
   Output out(command, "train", device);
   if (!command.only.empty()) {
     Row row;
-    row.name = chosen.front();
+    row.name = names[chosen.front()];
     try {
-      row = measure_model(by_name.at(chosen.front()), device, command.seconds > 0 ? command.seconds : 2.0);
+      row = measure_model(models[chosen.front()], device, command.seconds > 0 ? command.seconds : 2.0);
     } catch (const Error& e) {
       row.problem = e.what();
     }
@@ -157,9 +157,9 @@ int bench_train(const BenchCommand& command) {
     return out.finish();
   }
   out.measure_ceilings();
-  for (const std::string& name : chosen) {
-    Row row = measure_apart(by_name.at(name), device, command);
-    if (const double rate = out.report().ceilings.rate(row.unit = row.work.flops > 0 ? unit_of(bench_config(by_name.at(name), device), device) : Unit::none); rate > 0)
+  for (const size_t i : chosen) {
+    Row row = measure_apart(models[i], device, command);
+    if (const double rate = out.report().ceilings.rate(row.unit = row.work.flops > 0 ? unit_of(bench_config(models[i], device), device) : Unit::none); rate > 0)
       row.values["mfu"] = row.work.flops / (1e-3 * row.time.median_ms * rate);
     out.add(row);
   }
