@@ -40,6 +40,8 @@ class Share {
       : data_(*session.mesh.data), by_rows_(carried && !limited && dataset.batch_size() % data_.size() == 0),
         all_(carried && !by_rows_), batches_(dataset.steps()) {}
   bool by_rows() const { return by_rows_; }
+  /// Whether all ranks come to this batch having run as many as each other.
+  bool together(int64_t batch) const { return batch % data_.size() == 0; }
   bool own(int64_t batch) const { return by_rows_ || all_ || batch % data_.size() == data_.rank(); }
   int64_t parts() const { return by_rows_ ? data_.size() : 1; }
   int64_t part() const { return by_rows_ ? data_.rank() : 0; }
@@ -76,8 +78,13 @@ class Share {
 
 double part_of(int64_t done, int64_t all) { return all > 0 ? static_cast<double>(done) / static_cast<double>(all) : 0; }
 
-void tell(const EvalProgress& progress, double share) {
-  if (progress) progress(share);
+// Whether to go on.
+bool tell(const EvalProgress& progress, double share) { return !progress || progress(share); }
+
+EvalResult stopped_result() {
+  EvalResult r;
+  r.stopped = true;
+  return r;
 }
 
 int64_t counted(const data::Batch& batch) {
@@ -105,9 +112,10 @@ EvalResult evaluate(Session& session, const data::TokensPtr& tokens, const EvalO
   std::vector<double> sums;           // likelihood, tokens, bytes, unknown tokens of each own batch
   data::Prefetcher batches(windows, 0, share.part(), share.parts());
   for (; auto batch = batches.next(); ++batch_index) {
-    tell(progress, std::max(part_of(batch_index, windows->steps()), part_of(seen, options.max_tokens)));
     const int64_t left = options.max_tokens > 0 ? options.max_tokens - seen : std::numeric_limits<int64_t>::max();
     if (left <= 0) break;
+    const double done = std::max(part_of(batch_index, windows->steps()), part_of(seen, options.max_tokens));
+    if (share.together(batch_index) && !tell(progress, done)) return stopped_result();
     seen += counted(*batch);
     if (!share.own(batch_index)) continue;
     layers::ModelInput input = model_input(*batch, session.device, sequence);
@@ -222,8 +230,10 @@ EvalResult evaluate_task(Session& session, const data::DatasetPtr& split, const 
   const Share share(session, *split);
   std::vector<double> scores;  // of each own batch
   data::Prefetcher batches(split, data.rank(), 0, 1, 3, data.size());
-  for (int64_t done = 0; auto batch = batches.next(); done += data.size()) {
-    tell(progress, part_of(done, split->steps()));
+  for (int64_t done = 0; done < split->steps(); done += data.size()) {
+    if (!tell(progress, part_of(done, split->steps()))) return stopped_result();
+    const auto batch = batches.next();
+    if (!batch) break;  // the others have one more
     Score score;
     if (language_model) {
       score_tokens(*language_model, *batch, session, score);

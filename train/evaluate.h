@@ -33,10 +33,12 @@ struct EvalResult {
   double seconds = 0;
   int64_t split_tokens = 0;  // that could be predicted in the split; fewer were when whole_split is false
   bool whole_split = true;
+  bool stopped = false;  // by its progress: there are no numbers
 };
 
-/// Is told which share of an evaluation is done: 0 at its beginning, 1 at its end.
-using EvalProgress = std::function<void(double share)>;
+/// Is told which share of an evaluation is done: 0 at its beginning, 1 at its end. Before that, false stops it there. All
+/// ranks of the job ask at the same places and must get the same answer.
+using EvalProgress = std::function<bool(double share)>;
 
 /// Runs the model over `tokens` without gradients. Every token but the first (of each document when packed) is
 /// predicted exactly once. Sums are made on the device in fp32 per token and in fp64 over tokens.

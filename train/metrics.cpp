@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <filesystem>
+#include <limits>
 #include <nlohmann/json.hpp>
 
 #include "train/build_info.h"
@@ -79,17 +80,71 @@ std::string to_json(const EvalMetrics& m) {
   return line.add("time_s", m.time_s).str();
 }
 
+namespace {
+
+/// Calls f(line with its newline, object) for each whole line that is the metrics of a step.
+template <class F>
+void for_each_line(const std::string& text, F f) {
+  size_t begin = 0;
+  for (size_t end; (end = text.find('\n', begin)) != std::string::npos; begin = end + 1) {
+    const std::string_view line(text.data() + begin, end - begin + 1);
+    const auto json = nlohmann::json::parse(line, nullptr, false);
+    if (json.is_object() && json.contains("step") && json["step"].is_number_integer()) f(line, json);
+  }
+}
+
+std::optional<double> number(const nlohmann::json& line, const char* key) {
+  const auto found = line.find(key);
+  return found != line.end() && found->is_number() ? std::optional<double>(found->get<double>()) : std::nullopt;
+}
+double number_or_nan(const nlohmann::json& line, const char* key) {
+  return number(line, key).value_or(std::numeric_limits<double>::quiet_NaN());
+}
+int64_t integer(const nlohmann::json& line, const char* key) {
+  const auto found = line.find(key);
+  return found != line.end() && found->is_number_integer() ? found->get<int64_t>() : 0;
+}
+
+}  // namespace
+
+LoggedStep read_logged(const std::string& path, int64_t step, const std::string& split) {
+  LoggedStep logged;
+  if (!std::filesystem::exists(path)) return logged;
+  for_each_line(read_file(path), [&](std::string_view, const nlohmann::json& line) {
+    if (line["step"].get<int64_t>() != step) return;
+    if (line.contains("loss")) {
+      StepMetrics& m = logged.training.emplace();
+      m.step = step;
+      m.tokens = integer(line, "tokens");
+      m.loss = number_or_nan(line, "loss");
+      m.aux_loss = number(line, "aux_loss");
+      m.lr = number_or_nan(line, "lr");
+      m.grad_norm = number_or_nan(line, "grad_norm");
+      m.tokens_per_s = number_or_nan(line, "tokens_per_s");
+      m.mfu = number(line, "mfu");
+      m.mem_bytes = integer(line, "mem_bytes");
+      m.time_s = number_or_nan(line, "time_s");
+    } else if (const auto name = line.find("split"); name != line.end() && name->is_string() && name->get<std::string>() == split) {
+      EvalMetrics& m = logged.evaluation.emplace();
+      m.step = step;
+      m.tokens = integer(line, "tokens");
+      m.split = split;
+      m.nll = number_or_nan(line, "nll");
+      m.bpb = number(line, "bpb");
+      m.accuracy = number(line, "accuracy");
+      m.rmse = number(line, "rmse");
+      m.time_s = number_or_nan(line, "time_s");
+    }
+  });
+  return logged;
+}
+
 MetricsLog::MetricsLog(const std::string& path, int64_t last_step) {
   std::string kept;
   if (last_step >= 0 && std::filesystem::exists(path)) {
-    const std::string text = read_file(path);
-    size_t begin = 0;
-    for (size_t end; (end = text.find('\n', begin)) != std::string::npos; begin = end + 1) {
-      const std::string_view line(text.data() + begin, end - begin + 1);
-      const auto json = nlohmann::json::parse(line, nullptr, false);
-      if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) continue;
+    for_each_line(read_file(path), [&](std::string_view line, const nlohmann::json& json) {
       if (json["step"].get<int64_t>() <= last_step) kept += line;
-    }
+    });
   }
   write_file_atomic(path, kept);
   file_ = AppendFile(path);
@@ -116,6 +171,12 @@ std::string to_json(const Summary& s) {
   json["krait_version"] = kVersion;
   json["git_revision"] = git_revision();
   return json.dump(2) + "\n";
+}
+
+bool is_summary_of(const std::string& path, int64_t step) {
+  if (!std::filesystem::exists(path)) return false;
+  const auto json = nlohmann::json::parse(read_file(path), nullptr, false);
+  return json.is_object() && json.value("status", nlohmann::json()) == "finished" && json.value("steps", nlohmann::json()) == step;
 }
 
 }  // namespace krait::train

@@ -42,6 +42,13 @@ std::string describe(const EvalMetrics& m);
 std::string to_json(const StepMetrics& m);
 std::string to_json(const EvalMetrics& m);
 
+/// What metrics.jsonl holds of a step; of evaluations that of one split.
+struct LoggedStep {
+  std::optional<StepMetrics> training;
+  std::optional<EvalMetrics> evaluation;
+};
+LoggedStep read_logged(const std::string& path, int64_t step, const std::string& split);
+
 /// RUN_DIR/metrics.jsonl. Every line is on its way to the disk when write() returns.
 class MetricsLog {
  public:
@@ -70,5 +77,7 @@ struct Summary {
   int64_t threads = 0;
 };
 std::string to_json(const Summary& s);  // several lines
+/// Whether a file is the summary of a run that finished with this step.
+bool is_summary_of(const std::string& path, int64_t step);
 
 }  // namespace krait::train

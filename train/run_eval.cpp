@@ -58,7 +58,10 @@ void print_json(const EvalResult& r, const LoadedRun& run, const std::string& wh
 
 // Beside the result, which is standard output's.
 EvalProgress shown_progress(const Config& config) {
-  return [progress = std::make_shared<Progress>(0, 0, stderr), split = config.eval.split](double share) { progress->evaluating(split, share); };
+  return [progress = std::make_shared<Progress>(0, 0, stderr), split = config.eval.split](double share) {
+    progress->evaluating(split, share);
+    return true;
+  };
 }
 
 int eval_task(LoadedRun& run, const EvalCommand& command) {

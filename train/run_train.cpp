@@ -90,8 +90,11 @@ int run_train(const TrainCommand& command, const Launch& launch, const comm::Gro
   Trainer trainer(session, data, directory, command.resume);
   if (session.leads() && directory.has_run()) directory.write_config(config.to_yaml());
   if (trainer.complete()) {
-    if (session.leads()) fmt::print("all {} steps are done; raise train.steps to go on\n", config.total_steps());
-    return 0;
+    const bool summed_up = trainer.summed_up();
+    if (session.leads())
+      fmt::print("all {} steps are done; {}\n", config.total_steps(),
+                 summed_up ? "raise train.steps to go on" : "what is missing of the evaluation and of summary.json follows");
+    if (summed_up) return 0;
   }
   const Summary summary = trainer.run();
   if (!session.leads()) return 0;

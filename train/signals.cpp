@@ -15,7 +15,7 @@ struct sigaction previous_int, previous_term;
 extern "C" void on_signal(int signal) {
   if (received) ::_exit(128 + signal);
   received = signal;
-  const char message[] = "\nstopping after this step; once more to stop at once\n";
+  const char message[] = "\nstopping with a checkpoint; once more to stop at once\n";
   [[maybe_unused]] const ssize_t ignored = ::write(STDERR_FILENO, message, sizeof message - 1);
 }
 

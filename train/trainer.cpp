@@ -87,6 +87,11 @@ Trainer::Trainer(Session& session, const TrainData& data, const RunDirectory& di
                  ? std::make_unique<data::Prefetcher>(data.train, first_step_ * session.gradient_accumulation(), rank, ranks)
                  : std::make_unique<data::Prefetcher>(data.train, first_step_ * session.micro_batches() + rank, 0, 1, 3, ranks);
 
+  if (session.leads() && first_step_ > 0) {  // where it goes on
+    LoggedStep logged = read_logged(directory.metrics_file(), first_step_, c.eval.split);
+    last_ = logged.training.value_or(StepMetrics{.loss = std::nan("")});
+    last_eval_ = logged.evaluation;
+  }
   if (session.leads())
     metrics_ = std::make_unique<MetricsLog>(directory.metrics_file(), first_step_ > 0 ? first_step_ : -1);
   if (session.leads() && c.logging.tensorboard)
@@ -156,11 +161,19 @@ void Trainer::log_step() {
 
 bool Trainer::evaluate_now() {
   if (!data_.has_eval()) return false;
+  unevaluated_ = stopped_;
+  if (stopped_) return false;
   step_.leave_training();
   const EvalResult r = data_.evaluate(session_, [this](double share) {
     if (progress_) progress_->evaluating(config_.eval.split, share);
+    return share >= 1 || agreed(stop_requested()) == 0;
   });
   step_.leave_training();
+  if (r.stopped) {
+    if (progress_) progress_->evaluating(config_.eval.split, 1);
+    stopped_ = unevaluated_ = true;
+    return false;
+  }
   EvalMetrics m;
   m.step = state_.step;
   m.tokens = state_.tokens;
@@ -184,6 +197,20 @@ bool Trainer::evaluate_now() {
   return best;
 }
 
+// The checkpoint at which a run goes on may be that of a stop before the end of the step's evaluation.
+void Trainer::evaluate_resumed() {
+  const int64_t interval = config_.eval.interval;
+  const bool due = complete() || (interval > 0 && state_.step % interval == 0);
+  if (first_step_ == 0 || !due || agreed(session_.leads() && last_eval_) != 0) return;
+  const bool best = evaluate_now();
+  if (agreed(!log_error_.empty()) != 0) give_up(best);
+  if (best && config_.checkpoint.keep_best) save(best);
+}
+
+bool Trainer::summed_up() {
+  return agreed(session_.leads() && is_summary_of(directory_.summary_file(), state_.step)) != 0;
+}
+
 void Trainer::save(bool is_best) {
   checkpoints_->save(state_.step, checkpoint_tensors(session_, step_), to_json(state_), is_best);
 }
@@ -204,16 +231,16 @@ Summary Trainer::run() {
   const StopSignals signals;
   if (session_.leads()) progress_ = std::make_unique<Progress>(total_steps_, first_step_, stdout, session_.mesh.world->size() == 1);
   const auto due = [&](int64_t interval) { return interval > 0 && state_.step % interval == 0; };
-  bool stopped = false;
   allocator(session_.device).reset_peak();
-  while (state_.step < total_steps_ && !stopped) {
+  evaluate_resumed();
+  while (state_.step < total_steps_ && !stopped_) {
     const auto start = Clock::now();
     train_step();
     const bool last = state_.step == total_steps_;
-    stopped = agreed(stop_requested()) != 0;
-    const bool log = due(config_.logging.interval) || last || stopped || state_.step == first_step_ + 1;
+    stopped_ = agreed(stop_requested()) != 0;
+    const bool log = due(config_.logging.interval) || last || stopped_ || state_.step == first_step_ + 1;
     const bool eval = due(config_.eval.interval) || last;
-    const bool checkpoint = due(config_.checkpoint.interval) || last || stopped;
+    const bool checkpoint = due(config_.checkpoint.interval) || last || stopped_;
     if (log || eval || checkpoint) synchronize(session_.device);
     const double seconds = seconds_since(start);
     state_.time_s += seconds;
@@ -229,11 +256,11 @@ Summary Trainer::run() {
     if (log && cannot_log()) give_up(false);
     const bool best = eval && evaluate_now();
     if (eval && cannot_log()) give_up(best);
-    if (checkpoint || (best && config_.checkpoint.keep_best)) save(best);
+    if (checkpoint || stopped_ || (best && config_.checkpoint.keep_best)) save(best);
   }
   checkpoints_->finish();
   if (progress_) progress_->finish();
-  return summary(stopped && state_.step < total_steps_);
+  return summary(state_.step < total_steps_ || unevaluated_);
 }
 
 Summary Trainer::summary(bool interrupted) const {
@@ -247,9 +274,11 @@ Summary Trainer::summary(bool interrupted) const {
   s.final_eval = last_eval_;
   s.best_eval = state_.best;
   s.wall_time_s = state_.time_s;
-  s.tokens_per_s = trained_seconds_ > 0 ? static_cast<double>(trained_tokens_) / trained_seconds_ : 0;
+  // Of this process; of the whole run where that had no step left to train.
+  if (trained_seconds_ > 0) s.tokens_per_s = static_cast<double>(trained_tokens_) / trained_seconds_;
+  else if (state_.time_s > 0) s.tokens_per_s = static_cast<double>(state_.tokens) / state_.time_s;
   if (peak_flops_ > 0) s.mfu = s.tokens_per_s * flops_per_token_ / peak_flops_;
-  s.peak_mem_bytes = allocator(session_.device).stats().peak_bytes;
+  s.peak_mem_bytes = trained_seconds_ > 0 ? allocator(session_.device).stats().peak_bytes : last_.mem_bytes;
   s.device = session_.device.str();
   s.hardware = device_info(session_.device).name;
   s.precision = config_.runtime.precision;

@@ -27,7 +27,10 @@ class Trainer {
   Trainer(Session& session, const TrainData& data, const RunDirectory& directory, bool resume);
   /// A resumed run that had reached its last step already.
   bool complete() const { return state_.step >= total_steps_; }
-  /// Trains until the last step or a stop signal, which leaves a checkpoint. Returns what summary.json holds.
+  /// Whether it had also been evaluated and summed up there. All ranks together.
+  bool summed_up();
+  /// Trains until the last step or a stop signal, which leaves a checkpoint, also out of an evaluation: a resumed run begins with
+  /// the evaluation that its checkpoint has not had. Returns what summary.json holds.
   Summary run();
 
  private:
@@ -40,6 +43,7 @@ class Trainer {
   /// Saves the step whose logs cannot be written, where that can be, and ends the run with an error.
   [[noreturn]] void give_up(bool is_best);
   bool evaluate_now();  // whether it is the best so far
+  void evaluate_resumed();
   void save(bool is_best);
   Summary summary(bool interrupted) const;
 
@@ -49,6 +53,7 @@ class Trainer {
   TrainStep step_;
   RunState state_;
   int64_t first_step_ = 0, total_steps_ = 0;
+  bool stopped_ = false, unevaluated_ = false;  // unevaluated: an evaluation that is due has not come to its end
   double flops_per_token_ = 0, peak_flops_ = 0;
   std::unique_ptr<data::Prefetcher> batches_;
   TrainData data_;

@@ -168,6 +168,30 @@ TEST_CASE("SIGTERM to one rank: all stop after the same step and leave a checkpo
   CHECK(fs::exists(fmt::format("{}/checkpoints/step-{:08d}/manifest.json", run, summary["steps"].get<int64_t>())));
 }
 
+TEST_CASE("SIGTERM to one rank in an evaluation: all stop after the same batch, and none of it is logged") {
+  if (!has_mpi()) return;
+  const TemporaryDirectory tmp;
+  const std::string store = document_store(tmp), run = tmp / "run", whole = tmp / "whole";
+  // Three ranks, a number of batches that they do not share evenly.
+  const std::string settings = options(store, "train.steps=2 train.tokens_per_step=144 checkpoint.interval=0 eval.interval=1 eval.split=train "
+                                              "eval.max_tokens=1201 eval.stride=1 eval.micro_batch_size=2");
+  REQUIRE(train_on(3, fmt::format("{} --run-dir {} {}", kConfig, whole, settings)).status == 0);
+  Job job(3, fmt::format("{} --run-dir {} {}", kConfig, run, settings), tmp);
+  REQUIRE(job.wait_for([&] { return lines_of(run) >= 1; }));
+  const std::vector<pid_t> ranks = job.ranks();
+  REQUIRE(ranks.size() == 3);
+  ::kill(ranks[2], SIGTERM);
+  const int status = job.wait();
+  INFO(job.out() << job.err());
+  CHECK(status == 0);
+  CHECK(lines_of(run) == 1);
+  CHECK(nlohmann::json::parse(train::read_file(run + "/summary.json"))["status"] == "interrupted");
+  const Outcome again = train_on(3, fmt::format("{} --run-dir {} {} --resume", kConfig, run, settings));
+  INFO(again.out << again.err);
+  REQUIRE(again.status == 0);
+  CHECK(losses(run) == losses(whole));
+}
+
 TEST_CASE("a disk that is full for one rank ends the job with one message; the checkpoints before it stay whole") {
   if (!has_mpi()) return;
   const TemporaryDirectory tmp;

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <csignal>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <thread>
 
@@ -127,6 +128,135 @@ TEST_CASE("SIGTERM leaves a checkpoint and an orderly end") {
   CHECK(contains(train::read_file(w.tmp / "log"), fmt::format("\ncontinue with: krait train '{0}/config.yaml' --run-dir '{0}' --resume\n", run)));
   const int64_t steps = summary["steps"];
   CHECK(fs::exists(fmt::format("{}/checkpoints/step-{:08d}/manifest.json", run, steps)));
+}
+
+namespace {
+
+/// A process of krait, sent `signal` once `condition` holds. Its status as waitpid gives it.
+int interrupted(const std::vector<std::string>& arguments, int signal, const std::function<bool()>& condition, const std::string& log) {
+  const pid_t child = ::fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    if (!std::freopen(log.c_str(), "w", stdout) || !std::freopen((log + ".err").c_str(), "w", stderr)) ::_exit(1);
+    std::string program = krait_program();
+    std::vector<char*> argv{program.data()};
+    for (const std::string& a : arguments) argv.push_back(const_cast<char*>(a.c_str()));
+    argv.push_back(nullptr);
+    ::execv(program.c_str(), argv.data());
+    ::_exit(1);
+  }
+  int status = 0;
+  for (int i = 0; i < 6000 && !condition(); ++i) {
+    if (::waitpid(child, &status, WNOHANG) == child) FAIL("ended before it was told to: " << train::read_file(log) << train::read_file(log + ".err"));
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  ::kill(child, signal);
+  REQUIRE(::waitpid(child, &status, 0) == child);
+  return status;
+}
+
+json summary_of(const std::string& run) { return json::parse(train::read_file(run + "/summary.json")); }
+
+// Without what a clock, a resume or a memory gauge may change.
+json lasting(json summary) {
+  for (const char* key : {"wall_time_s", "tokens_per_s", "peak_mem_bytes"}) summary.erase(key);
+  for (const char* key : {"final_eval", "best_eval"}) summary[key].erase("time_s");
+  return summary;
+}
+
+}  // namespace
+
+TEST_CASE("a stop in the midst of an evaluation waits for a batch, and resumed the run is as if it had been left alone") {
+  const Workplace w;
+  // An evaluation of about a second, in 4,000 batches.
+  const std::vector<std::string> slow{"train.steps=4", "lr_scheduler.warmup_steps=1", "checkpoint.interval=0", "eval.interval=2",
+                                      "eval.split=train", "eval.stride=1", "eval.micro_batch_size=1", "eval.max_tokens=4000"};
+  std::string settings;
+  for (const std::string& s : slow) settings += s + " ";
+  REQUIRE(w.train("whole", settings).status == 0);
+  const std::string run = w.tmp / "run", whole = w.tmp / "whole";
+  const auto evaluations = [&] {
+    size_t n = 0;
+    for (const json& m : metrics(run)) n += m.contains("split");
+    return n;
+  };
+  const auto logged = [&](int64_t step) {
+    return [&run, step] {
+      std::ifstream file(run + "/metrics.jsonl");
+      for (std::string line; std::getline(file, line);)
+        if (line.starts_with(fmt::format("{{\"step\":{},", step))) return true;
+      return false;
+    };
+  };
+  const auto stop_at = [&](int64_t step, int signal, std::vector<std::string> more) {
+    std::vector<std::string> arguments{"train", w.config, "--run-dir", run};
+    arguments.insert(arguments.end(), slow.begin(), slow.end());
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const int status = interrupted(arguments, signal, logged(step), w.tmp / "log");
+    INFO(train::read_file(w.tmp / "log") << train::read_file(w.tmp / "log.err"));
+    REQUIRE(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 0);
+    const json summary = summary_of(run);
+    CHECK(summary["status"] == "interrupted");
+    CHECK(summary["steps"] == step);
+    CHECK(fs::exists(fmt::format("{}/checkpoints/step-{:08d}/manifest.json", run, step)));
+  };
+  stop_at(2, SIGINT, {});
+  CHECK(evaluations() == 0);
+  CHECK(summary_of(run)["best_eval"].is_null());
+  CHECK(!fs::exists(run + "/checkpoints/best"));
+  stop_at(4, SIGTERM, {"--resume"});
+  CHECK(evaluations() == 1);
+  CHECK(fs::read_symlink(run + "/checkpoints/best") == "step-00000002");
+  const Outcome resumed = w.train("run", settings + "--resume");
+  INFO(resumed.out << resumed.err);
+  REQUIRE(resumed.status == 0);
+  CHECK(losses(run) == losses(whole));
+  CHECK(lasting(summary_of(run)) == lasting(summary_of(whole)));
+  CHECK(fs::read_symlink(run + "/checkpoints/best") == fs::read_symlink(whole + "/checkpoints/best"));
+
+  // eval alone has nothing to leave behind.
+  const auto start = std::chrono::steady_clock::now();
+  const auto evaluating = [&] { return std::chrono::steady_clock::now() - start > std::chrono::milliseconds(300); };
+  const int status = interrupted({"eval", run}, SIGINT, evaluating, w.tmp / "log");
+  CHECK((WIFSIGNALED(status) && WTERMSIG(status) == SIGINT));
+  CHECK(train::read_file(w.tmp / "log").empty());
+}
+
+TEST_CASE("--resume of a run that ended before its summary was written finishes what is missing") {
+  const Workplace w;
+  REQUIRE(w.train("run").status == 0);
+  const std::string run = w.tmp / "run", file = run + "/summary.json", log = run + "/metrics.jsonl";
+  const json before = summary_of(run);
+  const std::string lines = train::read_file(log);
+  const auto resumed = [&] {
+    const Outcome out = w.train("run", "--resume");
+    INFO(out.out << out.err);
+    REQUIRE(out.status == 0);
+    CHECK(train::read_file(log) == lines);
+    return out.out;
+  };
+  CHECK(contains(resumed(), "all 30 steps are done; raise train.steps to go on"));
+  CHECK(summary_of(run) == before);
+
+  fs::remove(file);  // killed behind the last checkpoint
+  CHECK(contains(resumed(), "all 30 steps are done; what is missing"));
+  CHECK(lasting(summary_of(run)) == lasting(before));
+  CHECK(summary_of(run)["wall_time_s"] == before["wall_time_s"]);
+  CHECK(summary_of(run)["peak_mem_bytes"].get<int64_t>() > 0);
+  CHECK(summary_of(run)["tokens_per_s"].get<double>() > 0);
+
+  json old = before;  // of an earlier stop
+  old["status"] = "interrupted";
+  old["steps"] = 20;
+  write_text(file, old.dump());
+  resumed();
+  CHECK(lasting(summary_of(run)) == lasting(before));
+
+  fs::remove(file);  // and its last evaluation is not in the log
+  write_text(log, lines.substr(0, lines.rfind("\n", lines.size() - 2) + 1));
+  resumed();
+  CHECK(lasting(summary_of(run)) == lasting(before));
 }
 
 TEST_CASE("a run outlives the reader of its output") {
