@@ -58,6 +58,8 @@ class CheckpointWriter {
   /// Takes copies of the tensors (async) and returns; they may change afterwards. `meta` is JSON text.
   /// Waits for the write before it; throws the error of that one, without starting this one: on all ranks.
   void save(int64_t step, const std::vector<NamedTensor>& tensors, const std::string& meta, bool is_best);
+  /// Whether this rank's part of the write in flight has failed: finish() throws the error.
+  bool failed() const;
   /// Waits for the write in flight and throws its error. Call it at the end of a run.
   void finish();
 

@@ -112,7 +112,7 @@ struct CheckpointWriter::Job {
   std::thread thread;
   std::promise<void> wrote;  // the own file; then rank 0 goes on to publish
   std::future<void> written = wrote.get_future();
-  std::atomic<bool> cancelled{false};
+  std::atomic<bool> cancelled{false}, failed{false};
   std::exception_ptr publish_error;
 };
 
@@ -197,6 +197,7 @@ void CheckpointWriter::start(Job& job) {
     } catch (const std::exception& e) {
       const int fd = ::open((job.unfinished + "/" + failed_name(rank)).c_str(), O_CREAT | O_WRONLY, 0644);
       if (fd >= 0) ::close(fd);
+      job.failed = true;
       job.wrote.set_exception(std::make_exception_ptr(write_error(job.step, e.what())));
       return;
     }
@@ -205,6 +206,7 @@ void CheckpointWriter::start(Job& job) {
       publish_when_complete(job);
     } catch (const std::exception& e) {
       job.publish_error = std::make_exception_ptr(write_error(job.step, e.what()));
+      job.failed = true;
     }
   });
 }
@@ -237,6 +239,8 @@ void CheckpointWriter::publish_when_complete(Job& job) {
   if (job.is_best) point_best_at(directory_, name);
   prune(job.step);
 }
+
+bool CheckpointWriter::failed() const { return job_ && job_->failed; }
 
 void CheckpointWriter::finish() {
   if (!job_) return;

@@ -237,7 +237,10 @@ Summary Trainer::run() {
     const auto start = Clock::now();
     train_step();
     const bool last = state_.step == total_steps_;
-    stopped_ = agreed(stop_requested()) != 0;
+    constexpr int kStop = 1, kCannotSave = 2;
+    const int told = agreed(checkpoints_->failed() ? kCannotSave : stop_requested() ? kStop : 0);
+    if (told == kCannotSave) checkpoints_->finish();  // throws: until the next save all steps would be for nothing
+    stopped_ = told == kStop;
     const bool log = due(config_.logging.interval) || last || stopped_ || state_.step == first_step_ + 1;
     const bool eval = due(config_.eval.interval) || last;
     const bool checkpoint = due(config_.checkpoint.interval) || last || stopped_;

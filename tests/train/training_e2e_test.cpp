@@ -434,10 +434,13 @@ TEST_CASE("a full disk ends the run with one error; the checkpoints before it st
   // A limit on file sizes stands for the full disk: the shard does not fit, everything else does.
   const TemporaryDirectory logs;
   REQUIRE(w.train("run", "train.steps=10").status == 0);
-  const int status = std::system(fmt::format("ulimit -f 64; '{}' train {} --run-dir {} --resume > {} 2> {}", krait_program(), w.config,
-                                             w.tmp / "run", logs / "out", logs / "err").c_str());
+  const int status = std::system(fmt::format("ulimit -f 64; '{}' train {} --run-dir {} --resume train.steps=20000 checkpoint.interval=200 "
+                                             "eval.interval=0 logging.interval=10 > {} 2> {}", krait_program(), w.config, w.tmp / "run",
+                                             logs / "out", logs / "err").c_str());
   REQUIRE(WIFEXITED(status));
   CHECK(WEXITSTATUS(status) == 1);
+  // That of step 200 could not be written: no need to train up to the next one to say so.
+  CHECK(metrics(w.tmp / "run").back()["step"].get<int64_t>() < 400);
   const std::string err = train::read_file(logs / "err");
   INFO(err);
   CHECK(contains(err, "error: "));
