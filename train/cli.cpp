@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <new>
 
 #include "core/allocator.h"
@@ -109,6 +110,8 @@ int run(int argc, const char* const* argv, const std::vector<AddCommand>& comman
     return report(e.what() + memory_advice(chosen_command(app)), 1);
   } catch (const std::bad_alloc&) {
     return report("out of memory" + memory_advice(chosen_command(app)), 1);
+  } catch (const std::filesystem::filesystem_error& e) {
+    return report(fmt::format("{}: {}", e.path1().string(), e.code().message()), 1);
   } catch (const std::exception& e) {
     return report(e.what(), 1);
   }

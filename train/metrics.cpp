@@ -49,10 +49,12 @@ bool is_better(const EvalMetrics& a, const EvalMetrics& b) {
   return a.nll < b.nll;
 }
 
+std::string human_ppl(double ppl, int digits) { return ppl < 1e6 ? fmt::format("{:.{}f}", ppl, digits) : fmt::format("{:.4g}", ppl); }
+
 std::string describe(const EvalMetrics& m) {
   if (m.rmse) return fmt::format("rmse {:.6g}", *m.rmse);
   std::string text = fmt::format("nll {:.4f}", m.nll);
-  text += m.accuracy ? fmt::format("  accuracy {:.2f} %", 100 * *m.accuracy) : fmt::format("  ppl {:.2f}", m.ppl());
+  text += m.accuracy ? fmt::format("  accuracy {:.2f} %", 100 * *m.accuracy) : fmt::format("  ppl {}", human_ppl(m.ppl()));
   return m.bpb ? text + fmt::format("  bits/byte {:.4f}", *m.bpb) : text;
 }
 

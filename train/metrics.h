@@ -34,6 +34,9 @@ struct EvalMetrics {
 /// Higher accuracy where there is one, else lower likelihood loss.
 bool is_better(const EvalMetrics& a, const EvalMetrics& b);
 
+/// A perplexity for people: with so many digits behind the point; a million and more as 1.25e+06.
+std::string human_ppl(double ppl, int digits = 2);
+
 /// "nll 1.2345  ppl 3.44  bits/byte 1.78", "nll 0.0512  accuracy 98.31 %", "rmse 0.0021": for people.
 std::string describe(const EvalMetrics& m);
 

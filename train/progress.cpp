@@ -35,8 +35,8 @@ std::string human_time(double seconds) {
 }
 
 std::string progress_line(const StepMetrics& m, int64_t total_steps, double seconds_left) {
-  return fmt::format("step {}/{}  loss {:.4f}  ppl {:.2f}  {} tokens/s  MFU {}  mem {}  ETA {}", m.step, total_steps, m.loss,
-                     m.ppl(), human_count(m.tokens_per_s), m.mfu ? fmt::format("{:.1f} %", 100 * *m.mfu) : "n/a",
+  return fmt::format("step {}/{}  loss {:.4f}  ppl {}  {} tokens/s  MFU {}  mem {}  ETA {}", m.step, total_steps, m.loss,
+                     human_ppl(m.ppl()), human_count(m.tokens_per_s), m.mfu ? fmt::format("{:.1f} %", 100 * *m.mfu) : "n/a",
                      human_bytes(m.mem_bytes), human_time(seconds_left));
 }
 

@@ -18,7 +18,10 @@ namespace {
 
 /// True when the directory holds nothing but what a process that was killed at its very start leaves.
 bool is_untouched(const std::string& path) {
-  for (const fs::directory_entry& entry : fs::directory_iterator(path)) {
+  std::error_code error;
+  const fs::directory_iterator entries(path, error);
+  if (error) throw Error(fmt::format("{}: cannot be read: {}", path, error.message()));
+  for (const fs::directory_entry& entry : entries) {
     const std::string name = entry.path().filename().string();
     if (name != ".lock" && !name.starts_with("config.yaml.tmp")) return false;
   }
@@ -79,7 +82,9 @@ RunDirectory RunDirectory::open(const std::string& path) {
     const bool unreadable = error && error != std::errc::no_such_file_or_directory;
     throw ConfigError(path + ": " + (unreadable ? "cannot be read: " + error.message() : "no such run directory"));
   }
-  if (!fs::exists(path + "/config.yaml", error)) throw ConfigError(path + ": holds no run (no config.yaml)");
+  const bool is_run = fs::exists(path + "/config.yaml", error);
+  if (error) throw ConfigError(fmt::format("{}/config.yaml: cannot be read: {}", path, error.message()));
+  if (!is_run) throw ConfigError(path + ": holds no run (no config.yaml)");
   return RunDirectory(fs::path(path).lexically_normal().string(), true);
 }
 

@@ -29,10 +29,10 @@ void print_text(const EvalResult& r, const LoadedRun& run, const std::string& wh
   fmt::print("{} (step {}) on {}\n", run.checkpoint, run.step, where);
   if (!r.whole_split)
     fmt::print("  only the first {} of {} tokens, as eval.max_tokens asks for; eval.max_tokens=0 takes all\n", r.tokens, r.split_tokens);
-  fmt::print("  tokens {}   nll {:.6f} nats/token   perplexity {:.4f}\n", r.tokens, r.nll, r.ppl);
+  fmt::print("  tokens {}   nll {:.6f} nats/token   perplexity {}\n", r.tokens, r.nll, human_ppl(r.ppl, 4));
   if (r.bytes > 0)
-    fmt::print("  bytes {}   bits per byte {:.4f}   byte perplexity {:.4f}\n", r.bytes, r.bpb, r.byte_ppl);
-  if (r.word_ppl > 0) fmt::print("  words and line ends {}   word perplexity {:.3f}\n", r.words, r.word_ppl);
+    fmt::print("  bytes {}   bits per byte {:.4f}   byte perplexity {}\n", r.bytes, r.bpb, human_ppl(r.byte_ppl, 4));
+  if (r.word_ppl > 0) fmt::print("  words and line ends {}   word perplexity {}\n", r.words, human_ppl(r.word_ppl, 3));
   fmt::print("  {}\n  {:.1f} s, {:.0f} tokens/s\n", describe_convention(options, r), r.seconds,
              static_cast<double>(r.tokens) / r.seconds);
 }

@@ -1,3 +1,4 @@
+#include <cmath>
 #include <cstdlib>
 
 #include "tests/testing/catch.h"
@@ -192,6 +193,10 @@ TEST_CASE("progress: numbers for people") {
   CHECK(human_count(999.7) == "1.0 k");
   CHECK(human_count(2.5e6) == "2.5 M");
   CHECK(human_count(3e12) == "3000 G");
+  CHECK(human_ppl(20.126) == "20.13");
+  CHECK(human_ppl(999999.5, 4) == "999999.5000");
+  CHECK(human_ppl(1.25304e135, 3) == "1.253e+135");
+  CHECK(human_ppl(HUGE_VAL) == "inf");
   CHECK(human_bytes(512) == "512 B");
   CHECK(human_bytes(int64_t{3} << 29) == "1.5 GiB");
   CHECK(human_time(59.6) == "1:00");

@@ -1,5 +1,7 @@
 #include "train/run_directory.h"
 
+#include <unistd.h>
+
 #include <filesystem>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -62,6 +64,20 @@ TEST_CASE("run directory: reading one that is none") {
   write_text(tmp / "a.yaml", "name: x\n");
   CHECK(error_of([&] { RunDirectory::open(tmp / "a.yaml"); }) == (tmp / "a.yaml") + ": is a file, expected the directory of a run");
   CHECK(error_of([&] { RunDirectory::open(tmp.path()); }) == tmp.path() + ": holds no run (no config.yaml)");
+  std::filesystem::create_directory(tmp / "other");
+  write_text(tmp / "other/config.yaml", "name: x\n");
+  std::filesystem::permissions(tmp / "other", std::filesystem::perms::none);
+  const bool all_may = ::geteuid() == 0;  // its owner's rights do not bind the superuser
+  if (all_may) {
+    std::filesystem::permissions(tmp.path(), std::filesystem::perms::all);
+    REQUIRE(::seteuid(65534) == 0);
+  }
+  const std::string opened = error_of([&] { RunDirectory::open(tmp / "other"); });
+  const std::string resumed = error_of([&] { RunDirectory::create(tmp / "other", "x", true); });
+  if (all_may) REQUIRE(::seteuid(0) == 0);
+  std::filesystem::permissions(tmp / "other", std::filesystem::perms::owner_all);
+  CHECK(opened == (tmp / "other") + "/config.yaml: cannot be read: Permission denied");
+  CHECK(resumed == (tmp / "other") + ": cannot be read: Permission denied");
 }
 
 TEST_CASE("config differences are listed by path") {
