@@ -2,8 +2,8 @@
 
 namespace krait::train {
 
-/// While one lives, SIGINT and SIGTERM set a flag for the training loop to poll at the end of a step.
-/// A second signal ends the process at once.
+/// While one lives, SIGINT, SIGTERM and SIGHUP (a closed terminal; not where it is ignored, as below nohup) set a flag to poll
+/// at the end of a step and between the batches of an evaluation. A second SIGINT or SIGTERM ends the process at once.
 class StopSignals {
  public:
   StopSignals();

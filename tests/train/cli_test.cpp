@@ -181,6 +181,19 @@ TEST_CASE("signals: the first one sets a flag, and the old handlers come back") 
     ::raise(SIGTERM);
     CHECK(stop_requested() == SIGTERM);
   }
+  {  // a terminal that is closed
+    const StopSignals signals;
+    ::raise(SIGHUP);
+    ::raise(SIGHUP);
+    CHECK(stop_requested() == SIGHUP);
+  }
+  ::signal(SIGHUP, SIG_IGN);
+  {
+    const StopSignals below_nohup;
+    ::raise(SIGHUP);
+    CHECK(stop_requested() == 0);
+  }
+  ::signal(SIGHUP, SIG_DFL);
   struct sigaction now {};
   REQUIRE(::sigaction(SIGTERM, nullptr, &now) == 0);
   const StopSignals again;
