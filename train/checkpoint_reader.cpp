@@ -280,7 +280,13 @@ std::vector<CheckpointInfo> list_checkpoints(const std::string& directory, bool 
   std::vector<CheckpointInfo> all;
   std::error_code none;
   const std::string best = fs::read_symlink(directory + "/best", none).filename().string();
-  for (const fs::directory_entry& entry : fs::directory_iterator(directory, none)) {
+  std::error_code error;
+  const fs::directory_iterator entries(directory, error);
+  // A run that cannot see its checkpoints must not take itself for one that has none yet.
+  const fs::file_type type = fs::symlink_status(directory, none).type();
+  if (error && type != fs::file_type::not_found)
+    throw Error(fmt::format("{}: cannot be read: {}{}", directory, error.message(), type == fs::file_type::symlink ? " (it is a link)" : ""));
+  for (const fs::directory_entry& entry : entries) {
     const std::string name = entry.path().filename().string();
     const std::optional<int64_t> step = step_of_name(name);
     if (!step) continue;

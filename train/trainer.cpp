@@ -87,6 +87,9 @@ Trainer::Trainer(Session& session, const TrainData& data, const RunDirectory& di
                  ? std::make_unique<data::Prefetcher>(data.train, first_step_ * session.gradient_accumulation(), rank, ranks)
                  : std::make_unique<data::Prefetcher>(data.train, first_step_ * session.micro_batches() + rank, 0, 1, 3, ranks);
 
+  checkpoints_ = std::make_unique<CheckpointWriter>(
+      directory.checkpoints(), CheckpointOptions{c.checkpoint.keep_latest, c.checkpoint.keep_best, c.checkpoint.async},
+      session.mesh.world);
   if (session.leads() && first_step_ > 0) {  // where it goes on
     LoggedStep logged = read_logged(directory.metrics_file(), first_step_, c.eval.split);
     last_ = logged.training.value_or(StepMetrics{.loss = std::nan("")});
@@ -96,9 +99,6 @@ Trainer::Trainer(Session& session, const TrainData& data, const RunDirectory& di
     metrics_ = std::make_unique<MetricsLog>(directory.metrics_file(), first_step_ > 0 ? first_step_ : -1);
   if (session.leads() && c.logging.tensorboard)
     tensorboard_ = std::make_unique<TensorBoardWriter>(directory.tensorboard(), first_step_ > 0 ? first_step_ : -1);
-  checkpoints_ = std::make_unique<CheckpointWriter>(
-      directory.checkpoints(), CheckpointOptions{c.checkpoint.keep_latest, c.checkpoint.keep_best, c.checkpoint.async},
-      session.mesh.world);
   flops_per_token_ = session.model->train_flops_per_token(c.data.context);
   peak_flops_ = peak_flops(session.device, c.runtime.precision, c.runtime.tf32) * session.mesh.world->size();
 }

@@ -400,6 +400,31 @@ TEST_CASE("where every checkpoint is damaged, --resume refuses instead of starti
   CHECK(eval.find(best) == eval.rfind(best));  // told once, though it is the newest and the best
 }
 
+TEST_CASE("where the checkpoints cannot be read, --resume refuses instead of starting anew, and leaves all as it is") {
+  const Workplace w;
+  const std::string run = w.tmp / "run", checkpoints = run + "/checkpoints";
+  REQUIRE(w.train("run", "train.steps=10").status == 0);
+  const std::string log = train::read_file(run + "/metrics.jsonl");
+  fs::rename(checkpoints, w.tmp / "elsewhere");
+  const auto refused = [&](const std::string& message) {
+    const Outcome out = w.train("run", "--resume");
+    INFO(out.out << out.err);
+    CHECK(out.status == 1);
+    CHECK(contains(out.err, "error: " + checkpoints + ": cannot be read: " + message));
+    CHECK(train::read_file(run + "/metrics.jsonl") == log);
+  };
+  fs::create_directory_symlink(w.tmp / "not mounted", checkpoints);
+  refused("No such file or directory (it is a link)");
+  fs::remove(checkpoints);
+  write_text(checkpoints, "");
+  refused("Not a directory");
+  fs::remove(checkpoints);
+  fs::create_directory_symlink(w.tmp / "elsewhere", checkpoints);
+  const Outcome again = w.train("run", "--resume");
+  CHECK(again.status == 0);
+  CHECK(contains(again.out, "resumed after step 10"));
+}
+
 TEST_CASE("a run that diverged can be resumed, and what is not a number is never the best") {
   const Workplace w;
   const std::string options = "optimizer.lr=1e39 optimizer.grad_clip=0 lr_scheduler.warmup_steps=0 eval.interval=1 logging.interval=10 ";
