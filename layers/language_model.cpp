@@ -70,7 +70,9 @@ Variable LanguageModel::hidden(const ModelInput& input) {
     }
   }
   x = dropout(x, training() ? embedding_dropout_ : 0.0, "embedding", DropoutPart::of(x, *sequence_));
-  return decoder_->forward(x, input.info, input.state);
+  SequenceInfo info = input.info;
+  info.lengths = input.lengths;
+  return decoder_->forward(x, info, input.state);
 }
 
 ModelLoss LanguageModel::loss(const ModelInput& input, const Tensor& count) {

@@ -15,7 +15,7 @@ struct ModelInput {
   Tensor tokens;   // (b, l) int32 or int64; undefined for continuous inputs
   Tensor inputs;   // (b, l, features) floating, instead of tokens
   Tensor targets;  // language model (b, l) int64, -100 ignored; classifier (b) int64; regressor (b, outputs)
-  Tensor lengths;  // (b) int32: valid positions of padded sequences, for classifiers and regressors; undefined: all
+  Tensor lengths;  // (b) int32: valid positions of padded sequences (SequenceInfo::lengths); undefined: all
   SequenceInfo info;
   DecoderState* state = nullptr;  // language model: continues from it and leaves the final state in it
 };

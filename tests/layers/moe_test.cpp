@@ -114,37 +114,39 @@ TEST_CASE("the auxiliary losses act in training, scaled, and also where blocks a
   CHECK(relative_error(quarter, expected.data()) < 1e-12);
 }
 
-TEST_CASE("the auxiliary losses of a classifier's padded rows are those of the rows alone") {
-  const auto run = [](bool padded, int64_t filler, bool recompute) {
+TEST_CASE("the auxiliary losses of padded rows are those of the rows alone") {
+  const auto run = [](const std::string& type, bool padded, int64_t filler, bool recompute) {
     ModelConfig c = model_config();
-    c.type = "classifier";
+    c.type = type;
     c.n_classes = 3;
-    SequenceModel model(c, {.vocab_size = 19, .context = 21});
-    ParameterStore store(model, store_options(DType::f64));
-    model.set_training(true);
-    model.set_recompute(recompute);
+    const auto model = make_model(c, {.vocab_size = 19, .context = 21});
+    ParameterStore store(*model, store_options(DType::f64));
+    model->set_training(true);
+    model->set_recompute(recompute);
     ModelInput input;
-    const Tensor tokens = random_integers({1, 13}, {0, 19}, 7);
-    input.tokens = tokens;
-    input.targets = random_integers({1}, {0, 3}, 8);
-    if (padded) {
-      input.tokens = full({1, 21}, static_cast<double>(filler), DType::i64, kCpu);
-      Tensor place = input.tokens.slice(1, 0, 13);
-      copy_(place, tokens);
-      input.lengths = from_vector<int32_t>({13});
-    }
-    const ModelLoss loss = model.loss(input, {});
+    const auto with_padding = [&](const Tensor& own, int64_t value) {
+      const Tensor whole = full({1, 21}, static_cast<double>(value), DType::i64, kCpu);
+      Tensor place = whole.slice(1, 0, 13);
+      copy_(place, own);
+      return padded ? whole : own;
+    };
+    input.tokens = with_padding(random_integers({1, 13}, {0, 19}, 7), filler);
+    input.targets = type == "classifier" ? random_integers({1}, {0, 3}, 8) : with_padding(random_integers({1, 13}, {0, 19}, 8), -100);
+    if (padded) input.lengths = from_vector<int32_t>({13});
+    const ModelLoss loss = model->loss(input, {});
     backward(loss.loss);
     return std::pair(loss.auxiliary, store.grad());
   };
-  for (const bool recompute : {false, true}) {
-    const auto [auxiliary, gradient] = run(false, 0, recompute);
-    for (const int64_t filler : {0, 5}) {
-      const auto [padded_auxiliary, padded_gradient] = run(true, filler, recompute);
-      CHECK(relative_error(padded_auxiliary, auxiliary) < 1e-12);
-      CHECK(relative_error(padded_gradient, gradient) < 1e-10);
+  for (const std::string type : {"classifier", "language_model"})  // the latter of a task that asks at every position
+    for (const bool recompute : {false, true}) {
+      INFO(type);
+      const auto [auxiliary, gradient] = run(type, false, 0, recompute);
+      for (const int64_t filler : {0, 5}) {
+        const auto [padded_auxiliary, padded_gradient] = run(type, true, filler, recompute);
+        CHECK(relative_error(padded_auxiliary, auxiliary) < 1e-12);
+        CHECK(relative_error(padded_gradient, gradient) < 1e-10);
+      }
     }
-  }
 }
 
 TEST_CASE("a mixture of experts counts the FLOPs of the experts a token visits") {
