@@ -22,6 +22,7 @@ class ExampleBatches final : public Dataset {
         once_(order == Order::once && size_ >= 0), seed_(seed) {
     KRAIT_CHECK(batch_size > 0, "the batch size must be positive, not {}", batch_size);
     KRAIT_CHECK(size_ != 0, "the split has no examples");
+    if (once_) batch_size_ = std::min(batch_size_, size_);  // rows without an example would be computed all the same
   }
   int64_t steps() const override { return once_ ? (size_ + batch_size_ - 1) / batch_size_ : -1; }
   int64_t batch_size() const override { return batch_size_; }

@@ -16,6 +16,7 @@ class SlidingWindows final : public Dataset {
                 options_.context);
     const int64_t after_first = tokens_->size() - 1 - options_.context;
     windows_ = 1 + (after_first + options_.stride - 1) / options_.stride;
+    options_.batch_size = std::min(options_.batch_size, windows_);  // rows without a window would be computed all the same
   }
   int64_t steps() const override { return (windows_ + options_.batch_size - 1) / options_.batch_size; }
   int64_t batch_size() const override { return options_.batch_size; }

@@ -91,6 +91,14 @@ TEST_CASE("every target is counted once by sliding windows of any stride") {
       }
 }
 
+TEST_CASE("a batch has no more rows than a split has windows") {
+  const auto windows = sliding_windows(counting(40), {.context = 8, .batch_size = 1000});
+  CHECK(windows->batch_size() == 5);
+  CHECK(windows->steps() == 1);
+  CHECK(windows->get(0).tokens.shape() == Shape{5, 8});
+  CHECK(target_counts(*windows, 40) == once_each(40, {0}));
+}
+
 TEST_CASE("a sliding window counts a target with at least context - stride tokens before it") {
   const auto windows = sliding_windows(counting(40), {.context = 8, .batch_size = 1, .stride = 3});
   const Batch second = windows->get(1);

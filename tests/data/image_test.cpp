@@ -136,6 +136,7 @@ TEST_CASE("MNIST as a sequence: splits, orders, values") {
   CHECK(task->split("test", 4, 0, path)->total_targets() == 7);
   CHECK(task->split("test", 4, 0, path)->get(1).labels.to_vector<int64_t>() == std::vector<int64_t>{4, 5, 6, kIgnore});
   CHECK(images({{"test_examples", "3"}})->split("test", 4, 0, path)->total_targets() == 3);
+  CHECK(task->split("test", 1000, 0, path)->get(0).labels.numel() == 7);  // no rows without an example
 
   for (const std::string order : {"fixed", "bitreversal"}) {
     const auto expected = order == "fixed" ? numpy_permutation(784, 92916) : bit_reversal(784);
