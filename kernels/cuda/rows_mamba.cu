@@ -81,6 +81,14 @@ __device__ __forceinline__ void wait_for_hint(const unsigned* at, unsigned count
   }
   meet();
 }
+/// Has been computed here: else the compiler moves what only comes behind a wait (divisions, exponentials) there.
+__device__ __forceinline__ void keep(float& v) { asm volatile("" : "+f"(v)); }
+__device__ __forceinline__ void keep(float4& v) { keep(v.x), keep(v.y), keep(v.z), keep(v.w); }
+__device__ __forceinline__ void keep(int& v) { asm volatile("" : "+r"(v)); }
+template <class T>
+__device__ __forceinline__ void keep(T*& v) {
+  asm volatile("" : "+l"(v));
+}
 __device__ __forceinline__ uint32_t fresh_word(const float* p) { return __float_as_uint(__ldcg(p)); }
 __device__ __forceinline__ uint32_t fresh_pair(const bf16* p) { return __ldcg(reinterpret_cast<const unsigned*>(p)); }
 
@@ -244,16 +252,12 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
   const auto row_of = [&](int i) { return at.half_row + i % 4 * 8 + g; };
   const auto wanted = [&](int i) { return at.sends && row_of(i) < a.rows && k(i) < a.d; };
   const float* const row_squares = a.x_squares + int64_t{at.half_row + tid / 8} * parts;
-  const auto look_for_squares = [&] {
-    look(squares, &before.squares[at.half_row + tid / 8][tid % 8 * 4]);
-    const int left = parts - tid % 8;
-    squares = {left > 0 ? squares.x : 0, left > 8 ? squares.y : 0, left > 16 ? squares.z : 0, left > 24 ? squares.w : 0};
-  };
+  const float* const squares_from = &before.squares[at.half_row + tid / 8][tid % 8 * 4];
   if (layer > 0) {
     barrier_wait(shared_address(&s.clean), (layer - 1) % 2);
     wait_for_hint(counter(a, layer - 1, kOutSent), kBlocks);
     receive(x, [&](int i) { return &before.weighted[row_of(i)][k(i)]; }, wanted);
-    if (adds) look_for_squares();
+    if (adds) look(squares, squares_from);
   } else {
 #pragma unroll
     for (int i = 0; i < kInSteps * 4; ++i)
@@ -281,11 +285,15 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
 #pragma unroll
       for (int m = 0; m < 2; ++m) mma(acc[m][j], {x[4 * step + 2 * m].z, x[4 * step + 2 * m + 1].z, x[4 * step + 2 * m].w, x[4 * step + 2 * m + 1].w}, v[j].z, v[j].w);
   }
-  if (layer > 0 && adds)
-    for (int polls = 0; !arrived(squares); ++polls) {
+  if (layer > 0 && adds) {
+    const int left = parts - tid % 8;
+    const auto sent = [&] { return uint4{left > 0 ? squares.x : 0, left > 8 ? squares.y : 0, left > 16 ? squares.z : 0, left > 24 ? squares.w : 0}; };
+    for (int polls = 0; !arrived(sent()); ++polls) {
       if (polls == kExchangePolls) __trap();
-      look_for_squares();
+      look(squares, squares_from);
     }
+    squares = sent();
+  }
   float square = (__uint_as_float(squares.x) + __uint_as_float(squares.y)) + (__uint_as_float(squares.z) + __uint_as_float(squares.w));
   if (layer == 0 && adds)
     for (int i = tid % 8 + 32; i < parts; i += 8) square += __ldcg(row_squares + i);
@@ -397,32 +405,41 @@ __device__ __forceinline__ void scan_phase(const RowsMamba& a, Shared& s, const 
     skip[p] = l.D[c];
   }
 #pragma unroll
-  for (int p = 0; p < kPasses; ++p)
+  for (int p = 0; p < kPasses; ++p) {
     rate[p] = {-kLog2e * __expf(rate[p].x), -kLog2e * __expf(rate[p].y), -kLog2e * __expf(rate[p].z), -kLog2e * __expf(rate[p].w)};
-  if (layer == 0) barrier_wait(shared_address(&s.clean), 0);
-  wait_for_hint(counter(a, layer, kInSent), kBlocks);
-
+    keep(rate[p]);
+  }
   Slot& now = slot(a, layer);
   const int own_row = at.scan_row + lane;
   const bool own = alive && lane < count;
   uint32_t own_x = 0, own_z = 0;
-  const bf16 *const x_from = &now.xz[own_row][at.scan_first + 2 * pair], *const z_from = x_from + a.e;
+  const bf16 *x_from = &now.xz[own_row][at.scan_first + 2 * pair], *z_from = x_from + a.e;
+  keep(x_from), keep(z_from);
+  const int quads = outputs / 4, items = kRows * quads, parts = a.e / kInColumns, each = (parts + kScanGroups - 1) / kScanGroups;
+  const float* part_from = nullptr;
+  int part_count = 0, gathered_at = -1;
+  if (tid < items * kScanGroups) {
+    const int item = tid % items, group = tid / items, row = item / quads;
+    part_from = &now.part[at.scan_row + row][group * each][item % quads * 4];
+    part_count = row < count ? min(each, parts - group * each) : 0;
+    gathered_at = group * kRows * kMaxOutputs + 4 * item;
+  }
+  keep(part_from), keep(part_count), keep(gathered_at);
+  if (layer == 0) barrier_wait(shared_address(&s.clean), 0);
+  wait_for_hint(counter(a, layer, kInSent), kBlocks);
+
   if (own) {
     look(own_x, x_from);
     look(own_z, z_from);
   }
-  const int quads = outputs / 4, items = kRows * quads, parts = a.e / kInColumns, each = (parts + kScanGroups - 1) / kScanGroups;
-  if (tid < items * kScanGroups) {
-    const int item = tid % items, group = tid / items, row = item / quads, o = item % quads * 4;
+  if (gathered_at >= 0) {
     uint4 v[kPartColumns / kScanGroups] = {};
-    const float* const from = &now.part[at.scan_row + row][group * each][o];
-    const int end = row < count ? min(each, parts - group * each) : 0;
-    receive(v, [&](int i) { return from + i * kMaxOutputs; }, [&](int i) { return i < end; });
+    receive(v, [&](int i) { return part_from + i * kMaxOutputs; }, [&](int i) { return i < part_count; });
     float4 sum{};
 #pragma unroll
     for (int i = 0; i < kPartColumns / kScanGroups; ++i)
       sum = {sum.x + __uint_as_float(v[i].x), sum.y + __uint_as_float(v[i].y), sum.z + __uint_as_float(v[i].z), sum.w + __uint_as_float(v[i].w)};
-    *reinterpret_cast<float4*>(&s.gathered[group][4 * item]) = sum;
+    *reinterpret_cast<float4*>(s.gathered[0] + gathered_at) = sum;
   }
   insist(own_x, x_from);
   insist(own_z, z_from);
