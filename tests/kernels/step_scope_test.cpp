@@ -116,7 +116,7 @@ TEST_CASE("a step of few rows: mamba_step equals the cpu's", "[cuda]") {
 TEST_CASE("a step of scans: blocks of Mamba equal the cpu's", "[cuda]") {
   struct Sizes { int64_t b, d, e, r; bool bias; };
   for (const Sizes& s : {Sizes{1, 768, 1536, 48, true}, Sizes{2, 768, 1536, 48, false}, Sizes{3, 768, 1536, 64, true}, Sizes{2, 384, 96, 4, true}, Sizes{1, 96, 192, 8, false},
-                         Sizes{3, 128, 80, 8, true}, Sizes{5, 768, 1536, 48, true}, Sizes{64, 768, 1536, 48, true}, Sizes{9, 768, 1536, 48, false}, Sizes{33, 768, 1536, 48, true}, Sizes{65, 256, 512, 16, true},
+                         Sizes{3, 128, 80, 8, true}, Sizes{5, 768, 1536, 48, true}, Sizes{64, 768, 1536, 48, true}, Sizes{9, 768, 1536, 48, false}, Sizes{33, 768, 1536, 48, true}, Sizes{40, 160, 288, 20, true}, Sizes{65, 256, 512, 16, true},
                          Sizes{200, 96, 192, 8, false}, Sizes{64, 1024, 2048, 64, true}, Sizes{17, 64, 80, 4, true}, Sizes{12, 160, 40, 5, true}}) {
     INFO("b " << s.b << " d " << s.d << " e " << s.e << " r " << s.r);
     check_gathered([&](Maker m) {
