@@ -64,30 +64,37 @@ __device__ __forceinline__ unsigned* counter(const RowsMamba& a, int layer, Coun
 }
 __device__ __forceinline__ Slot& slot(const RowsMamba& a, int layer) { return static_cast<Slot*>(a.exchange)[layer % kSlots]; }
 __device__ __forceinline__ void meet() { cuda::meet(1, kThreads); }  // those that compute
-/// Says that the block has sent, and waits until `count` have: when it pays to look, no more. Without a fence, the values
-/// may come later.
-__device__ __forceinline__ void hint(unsigned* at) {
-  meet();
-  if (threadIdx.x == 0) asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(at) : "memory");
+/// threadIdx.x, read again: what depends on it alone would else be kept over all layers, and be spilled. A few spilled words
+/// between a wait and what is sent behind it cost up to a tenth of the time.
+__device__ __forceinline__ int own_thread() {
+  int tid = 0;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
+  return tid;
 }
-__device__ __forceinline__ void wait_for_hint(const unsigned* at, unsigned count) {
+/// Has been computed here: else the compiler moves what is used behind a wait (divisions, exponentials) behind it.
+__device__ __forceinline__ void keep(int& v) { asm volatile("" : "+r"(v)); }
+__device__ __forceinline__ void keep(float4& v) { asm volatile("" : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)); }
+template <class T>
+__device__ __forceinline__ void keep(T*& v) {
+  asm volatile("" : "+l"(v));
+}
+/// Says that the block will send soon: before it has, since this and the first question take their time too. Those who wait
+/// do so for most blocks only, and ask again for words that are missing: all it says is when it pays to look.
+__device__ __forceinline__ void hint(const RowsMamba& a, int layer, Counter which, int part = 0) {
+  if (threadIdx.x != 0) return;
+  keep(layer);
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter(a, layer, which, part)) : "memory");
+}
+__device__ __forceinline__ void wait_for_hints(const unsigned* at, unsigned blocks) {
   if (threadIdx.x == 0) {
     uint32_t now;
     int polls = 0;
     do {
       look(now, at);
       if (++polls == kExchangePolls) __trap();
-    } while (now < count);
+    } while (now < blocks - blocks / 8);
   }
   meet();
-}
-/// Has been computed here: else the compiler moves what only comes behind a wait (divisions, exponentials) there.
-__device__ __forceinline__ void keep(float& v) { asm volatile("" : "+f"(v)); }
-__device__ __forceinline__ void keep(float4& v) { keep(v.x), keep(v.y), keep(v.z), keep(v.w); }
-__device__ __forceinline__ void keep(int& v) { asm volatile("" : "+r"(v)); }
-template <class T>
-__device__ __forceinline__ void keep(T*& v) {
-  asm volatile("" : "+l"(v));
 }
 __device__ __forceinline__ uint32_t fresh_word(const float* p) { return __float_as_uint(__ldcg(p)); }
 __device__ __forceinline__ uint32_t fresh_pair(const bf16* p) { return __ldcg(reinterpret_cast<const unsigned*>(p)); }
@@ -146,6 +153,8 @@ struct Bringer {
     __syncwarp();
     for (int c = lane; c < at.in_columns; c += 32) bring_bytes(shared_address(s.in + c * kInPitch), l.in + int64_t{at.in_first + c} * a.d, column, full);
     if (!projects) return;
+    if (lane == 0) bring_into_l2(l.conv_weight + at.in_first * kTaps, kInColumns * kTaps * 2);
+    if (lane == 0 && l.conv_bias != nullptr) bring_into_l2(l.conv_bias + at.in_first, kInColumns * 2);
     for (int c = lane; c < static_cast<int>(outputs); c += 32)
       bring_bytes(shared_address(s.project[c]), l.project + int64_t{c} * a.e + at.in_first, kInColumns * 2, full);
     const int row = at.half_row + lane;  // the convolution's past: into L2 only
@@ -228,36 +237,34 @@ __device__ __forceinline__ void clear_slots(const RowsMamba& a, Shared& s, const
 /// 32 rows by 48 columns of in_proj; x's columns are convolved and multiplied with theirs of x_proj.
 __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Place& at, int layer) {
   const RowsMambaLayer& l = a.layer[layer];
-  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
+  const int tid = own_thread(), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   const bool convolves = at.in_first < a.e;
+  const auto row_at = [&](int q) { return (tid + q * kThreads) / (kInColumns / 2); };
+  const auto column_at = [&](int q) { return (tid + q * kThreads) % (kInColumns / 2) * 2; };
   constexpr int kPairs = kHalfRows * kInColumns / 2 / kThreads;
   static_assert(kPairs * kThreads * 2 == kHalfRows * kInColumns);
   uint32_t past[kPairs][kTaps - 1] = {}, conv_bias[kPairs] = {};
   uint4 filter[kPairs] = {};
-#pragma unroll
-  for (int q = 0; q < kPairs; ++q) {
-    const int pair = tid + q * kThreads, row = at.half_row + pair / (kInColumns / 2), channel = at.in_first + pair % (kInColumns / 2) * 2;
-    if (!convolves || row >= a.rows) continue;
-    const bf16* const from = l.conv + int64_t{row} * (kTaps - 1) * a.e + channel;
-#pragma unroll
-    for (int j = 0; j + 1 < kTaps; ++j) past[q][j] = *reinterpret_cast<const uint32_t*>(from + int64_t{j} * a.e);
-    filter[q] = *reinterpret_cast<const uint4*>(l.conv_weight + kTaps * channel);
-    if (l.conv_bias != nullptr) conv_bias[q] = *reinterpret_cast<const uint32_t*>(l.conv_bias + channel);
-  }
   Slot &now = slot(a, layer), &before = slot(a, layer + kSlots - 1);
   uint4 x[kInSteps * 4] = {}, squares{};  // all are asked for before one is added
   const bool scales = layer > 0 || a.x_squares != nullptr, adds = scales && tid < 8 * kHalfRows && at.half_row + tid / 8 < a.rows && at.sends;
   const int parts = layer > 0 ? mamba_squares(a.d) : a.x_parts;
   const auto k = [&](int i) { return (i / 4 * kWarps + warp) * 32 + 8 * t; };
   const auto row_of = [&](int i) { return at.half_row + i % 4 * 8 + g; };
-  const auto wanted = [&](int i) { return at.sends && row_of(i) < a.rows && k(i) < a.d; };
   const float* const row_squares = a.x_squares + int64_t{at.half_row + tid / 8} * parts;
-  const float* const squares_from = &before.squares[at.half_row + tid / 8][tid % 8 * 4];
+  const bf16* x_from = &before.weighted[at.half_row + g][warp * 32 + 8 * t];
+  int rows_left = at.sends ? a.rows - at.half_row - g : 0, columns_left = a.d - 32 * warp;
+  keep(x_from), keep(rows_left), keep(columns_left);
+  const auto wanted = [&](int i) { return i % 4 * 8 < rows_left && i / 4 * kWarps * 32 < columns_left; };
+  const auto look_for_squares = [&] {
+    const int thread = own_thread();
+    look(squares, &before.squares[at.half_row + thread / 8][thread % 8 * 4]);
+  };
   if (layer > 0) {
     barrier_wait(shared_address(&s.clean), (layer - 1) % 2);
-    wait_for_hint(counter(a, layer - 1, kOutSent), kBlocks);
-    receive(x, [&](int i) { return &before.weighted[row_of(i)][k(i)]; }, wanted);
-    if (adds) look(squares, squares_from);
+    wait_for_hints(counter(a, layer - 1, kOutSent), kBlocks);
+    receive(x, [&](int i) { return x_from + i % 4 * 8 * kMaxD + i / 4 * kWarps * 32; }, wanted);
+    if (adds) look_for_squares();
   } else {
 #pragma unroll
     for (int i = 0; i < kInSteps * 4; ++i)
@@ -285,12 +292,22 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
 #pragma unroll
       for (int m = 0; m < 2; ++m) mma(acc[m][j], {x[4 * step + 2 * m].z, x[4 * step + 2 * m + 1].z, x[4 * step + 2 * m].w, x[4 * step + 2 * m + 1].w}, v[j].z, v[j].w);
   }
+#pragma unroll
+  for (int q = 0; q < kPairs; ++q) {  // only here: x and the weights have left the registers
+    const int row = at.half_row + row_at(q), channel = at.in_first + column_at(q);
+    if (!convolves || row >= a.rows) continue;
+    const bf16* const from = l.conv + int64_t{row} * (kTaps - 1) * a.e + channel;
+#pragma unroll
+    for (int j = 0; j + 1 < kTaps; ++j) past[q][j] = *reinterpret_cast<const uint32_t*>(from + int64_t{j} * a.e);
+    filter[q] = *reinterpret_cast<const uint4*>(l.conv_weight + kTaps * channel);
+    if (l.conv_bias != nullptr) conv_bias[q] = *reinterpret_cast<const uint32_t*>(l.conv_bias + channel);
+  }
   if (layer > 0 && adds) {
     const int left = parts - tid % 8;
     const auto sent = [&] { return uint4{left > 0 ? squares.x : 0, left > 8 ? squares.y : 0, left > 16 ? squares.z : 0, left > 24 ? squares.w : 0}; };
     for (int polls = 0; !arrived(sent()); ++polls) {
       if (polls == kExchangePolls) __trap();
-      look(squares, squares_from);
+      look_for_squares();
     }
     squares = sent();
   }
@@ -310,19 +327,19 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
       for (int i = 0; i < 2; ++i)
         *reinterpret_cast<float2*>(sums + (warp * kHalfRows + 16 * m + 8 * i + g) * kInSums + 8 * j + 2 * t) = {acc[m][j][2 * i], acc[m][j][2 * i + 1]};
   meet();
+  hint(a, layer, kInSent);
 
   float2 sum[kPairs] = {};
 #pragma unroll
   for (int w = 0; w < kWarps; ++w)
 #pragma unroll
     for (int q = 0; q < kPairs; ++q) {
-      const int pair = tid + q * kThreads;
-      const float2 v = *reinterpret_cast<const float2*>(sums + (w * kHalfRows + pair / (kInColumns / 2)) * kInSums + pair % (kInColumns / 2) * 2);
+      const float2 v = *reinterpret_cast<const float2*>(sums + (w * kHalfRows + row_at(q)) * kInSums + column_at(q));
       sum[q] = {sum[q].x + v.x, sum[q].y + v.y};
     }
 #pragma unroll
   for (int q = 0; q < kPairs; ++q) {
-    const int pair = tid + q * kThreads, local = pair / (kInColumns / 2), column = pair % (kInColumns / 2) * 2, channel = at.in_first + column;
+    const int local = row_at(q), column = column_at(q), channel = at.in_first + column;
     const int64_t row = at.half_row + local;
     if (row >= a.rows || column >= at.in_columns) continue;
     const uint32_t made = pack(sum[q].x * s.factor[local], sum[q].y * s.factor[local]);
@@ -367,12 +384,11 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
     }
   }
   publish_shared();
-  hint(counter(a, layer, kInSent));
   if (!convolves) return;
 #pragma unroll
   for (int q = 0; q < kPairs; ++q) {  // what no other block reads
-    const int pair = tid + q * kThreads, channel = at.in_first + pair % (kInColumns / 2) * 2;
-    const int64_t row = at.half_row + pair / (kInColumns / 2);
+    const int channel = at.in_first + column_at(q);
+    const int64_t row = at.half_row + row_at(q);
     if (row >= a.rows) continue;
     bf16* const state = l.conv + row * (kTaps - 1) * a.e + channel;
     *reinterpret_cast<uint32_t*>(state) = past[q][1];
@@ -385,7 +401,7 @@ __device__ __forceinline__ void in_phase(const RowsMamba& a, Shared& s, const Pl
 /// Four rows of 192 channels, as rows_scan_kernel; a thread has two neighbours, which are one word.
 __device__ __forceinline__ void scan_phase(const RowsMamba& a, Shared& s, const Place& at, int layer) {
   const RowsMambaLayer& l = a.layer[layer];
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 4, outputs = a.r + 2 * kScanStates, pieces = a.r / 4, count = at.scan_rows;
+  const int tid = own_thread(), lane = tid % 4, outputs = a.r + 2 * kScanStates, pieces = a.r / 4, count = at.scan_rows;
   const int pair = tid / 4;  // of channels; every other pair is taken the other way round: other banks
   const auto channel = [&](int p) { return 2 * pair + (p ^ (pair & 1)); };
   const bool alive = 2 * pair < at.scan_channels;
@@ -426,7 +442,7 @@ __device__ __forceinline__ void scan_phase(const RowsMamba& a, Shared& s, const 
   }
   keep(part_from), keep(part_count), keep(gathered_at);
   if (layer == 0) barrier_wait(shared_address(&s.clean), 0);
-  wait_for_hint(counter(a, layer, kInSent), kBlocks);
+  wait_for_hints(counter(a, layer, kInSent), kBlocks);
 
   if (own) {
     look(own_x, x_from);
@@ -445,6 +461,7 @@ __device__ __forceinline__ void scan_phase(const RowsMamba& a, Shared& s, const 
   insist(own_z, z_from);
   meet();
   if (tid == 0) barrier_arrive(shared_address(&s.in_free));
+  hint(a, layer, kScanSent, at.block / 32);
   if (tid < kRows * outputs) {
     float sum = 0;
 #pragma unroll
@@ -499,7 +516,6 @@ __device__ __forceinline__ void scan_phase(const RowsMamba& a, Shared& s, const 
     *reinterpret_cast<uint32_t*>(l.y + int64_t{own_row} * a.e + at.scan_first + 2 * pair) = y;
   }
   publish_shared();
-  hint(counter(a, layer, kScanSent, at.block / 32));
   if (l.out != nullptr) return;
   meet();
   if (tid == 0) barrier_arrive(shared_address(&s.h_made));
@@ -508,7 +524,7 @@ __device__ __forceinline__ void scan_phase(const RowsMamba& a, Shared& s, const 
 /// 16 rows by 24 columns of out_proj, their sum with the residual stream.
 __device__ __forceinline__ void out_phase(const RowsMamba& a, Shared& s, const Place& at, int layer) {
   const RowsMambaLayer& l = a.layer[layer];
-  const int tid = static_cast<int>(threadIdx.x), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
+  const int tid = own_thread(), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   const int local = tid / 16, column = tid % 16 * 2, c = at.out_first + column;
   const int64_t row = at.out_row + local;
   const bool finishes = local < kOutRows && column < at.out_columns && row < a.rows;
@@ -520,10 +536,12 @@ __device__ __forceinline__ void out_phase(const RowsMamba& a, Shared& s, const P
   }
   Slot& now = slot(a, layer);
   uint4 x[kOutSteps * 2] = {};
-  const auto k = [&](int i) { return (i / 2 * kWarps + warp) * 32 + 8 * t; };
-  const auto row_of = [&](int i) { return at.out_row + i % 2 * 8 + g; };
-  wait_for_hint(counter(a, layer, kScanSent, at.block / 32), kBlocks / 2);
-  receive(x, [&](int i) { return &now.y[row_of(i)][k(i)]; }, [&](int i) { return at.out_columns > 0 && row_of(i) < a.rows && k(i) < a.e; });
+  const bf16* y_from = &now.y[at.out_row + g][warp * 32 + 8 * t];
+  int rows_left = at.out_columns > 0 ? a.rows - at.out_row - g : 0, columns_left = a.e - 32 * warp;
+  keep(y_from), keep(rows_left), keep(columns_left);
+  wait_for_hints(counter(a, layer, kScanSent, at.block / 32), kBlocks / 2);
+  if (tid == 0) barrier_arrive(shared_address(&s.h_made));  // while y is on its way
+  receive(x, [&](int i) { return y_from + i % 2 * 8 * kMaxE + i / 2 * kWarps * 32; }, [&](int i) { return i % 2 * 8 < rows_left && i / 2 * kWarps * 32 < columns_left; });
   barrier_wait(shared_address(&s.out_full), layer % 2);
   float acc[3][4] = {};
 #pragma unroll
@@ -540,7 +558,7 @@ __device__ __forceinline__ void out_phase(const RowsMamba& a, Shared& s, const P
     for (int j = 0; j < 3; ++j) mma(acc[j], {x[2 * step].z, x[2 * step + 1].z, x[2 * step].w, x[2 * step + 1].w}, v[j].z, v[j].w);
   }
   meet();  // the weights have been read
-  if (tid == 0) barrier_arrive(shared_address(&s.h_made));
+  hint(a, layer, kOutSent);
   float* const sums = reinterpret_cast<float*>(s.out);  // (kWarps, kOutRows, kOutSums)
 #pragma unroll
   for (int j = 0; j < 3; ++j)
@@ -568,7 +586,6 @@ __device__ __forceinline__ void out_phase(const RowsMamba& a, Shared& s, const P
   square = sum_lanes<16>(square);
   if (finishes && column == 0) send(static_cast<float*>(at.square(now, static_cast<int>(row))), square);
   publish_shared();
-  hint(counter(a, layer, kOutSent));
   if (!finishes) return;
   if (layer + 1 == a.layers) {
     *reinterpret_cast<uint32_t*>(a.weighted + row * a.d + c) = weighted;
