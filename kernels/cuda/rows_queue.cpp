@@ -14,6 +14,7 @@
 #include "kernels/cuda/rows_head.h"
 #include "kernels/cuda/rows_linear.h"
 #include "kernels/cuda/rows_mamba.h"
+#include "kernels/cuda/rows_mamba2.h"
 #include "kernels/cuda/rows_scan.h"
 #include "kernels/cuda/rows_state.h"
 #include "kernels/cuda/step_known.h"
@@ -54,6 +55,20 @@ struct WaitingLayers {
   std::vector<Tensor> reads, normed;  // `normed` of each layer, may be undefined
   RowsMambaLayer& last() { return run.layer[run.layers - 1]; }
 };
+// The same of Mamba-2.
+struct WaitingMamba2 {
+  RowsMamba2 run;
+  Tensor exchange, weighted, squares, between, between_squares;
+  std::vector<Tensor> reads, normed, gated;  // what norms leave scaled, of each layer; may be undefined
+  RowsMamba2Layer& last() { return run.layer[run.layers - 1]; }
+  /// Whether a layer whose in_proj is this may be the next: it keeps nothing that one of these keeps.
+  bool continues(const RowsLinear& in, const RowsState& state) {
+    for (int i = 0; i < run.layers; ++i)
+      if (run.layer[i].h == state.h || run.layer[i].conv == in.conv || run.layer[i].recent_B == state.recent_B) return false;
+    return last().out != nullptr && run.layers < kMamba2Layers && in.x == run.weighted && in.rows == run.rows && in.k == run.d && in.n == run.n &&
+           state.narrow == run.narrow && state.heads == run.heads && state.D_columns == run.D_columns;
+  }
+};
 
 class RowsQueue final : public Deferred {
  public:
@@ -69,6 +84,7 @@ class RowsQueue final : public Deferred {
       if (const Tensor made = few_->flush(); made.defined()) known_ = made;
     const std::optional<WaitingEmbedding> embedding = std::exchange(embedding_, {});  // or one of the others
     std::optional<WaitingLayers> layers = std::exchange(layers_, {});
+    std::optional<WaitingMamba2> mamba2 = std::exchange(mamba2_, {});  // at most one of the two
     std::optional<WaitingLinear> linear = std::exchange(linear_, {});
     const std::optional<WaitingNorm> norm = std::exchange(norm_, {});  // at most one of the two
     if (embedding) rows_embedding(embedding->work, current_stream(device_));
@@ -80,6 +96,7 @@ class RowsQueue final : public Deferred {
       layers->run.counters = reinterpret_cast<unsigned*>(counters.data<int32_t>());
       rows_mamba(layers->run, current_stream(device_));
     }
+    if (mamba2) launch_mamba2(*mamba2);
     if (linear && linear->head) launch_head(*linear);
     if (linear && !linear->head) {
       linear->map.beside = beside;
@@ -108,6 +125,7 @@ class RowsQueue final : public Deferred {
   }
   /// What waits in front of a map or a norm.
   std::optional<WaitingLayers>& layers() { return layers_; }
+  std::optional<WaitingMamba2>& mamba2() { return mamba2_; }
   /// What the thread's next linear map may read: its memory is held.
   void know(const Tensor& t) { known_ = t; }
   const Tensor& known() const { return known_; }
@@ -151,6 +169,16 @@ class RowsQueue final : public Deferred {
     rows_head(head, stream);
     rows_draw(draw, stream);
   }
+  void launch_mamba2(WaitingMamba2& layers) {
+    RowsMamba2& run = layers.run;
+    const auto held = [](const Tensor& t) { return t.use_count() > 1 ? t.data<bf16>() : nullptr; };  // what nobody holds nobody reads
+    for (size_t i = 0; i < layers.normed.size(); ++i)
+      if (layers.normed[i].defined()) run.layer[i].normed = held(layers.normed[i]);
+    for (size_t i = 0; i < layers.gated.size(); ++i) run.layer[i].gated = held(layers.gated[i]);
+    const Tensor counters = zeros({mamba2_counters(run.layers)}, DType::i32, device_);
+    run.counters = reinterpret_cast<unsigned*>(counters.data<int32_t>());
+    rows_mamba2(run, current_stream(device_));
+  }
 
   Device device_;
   std::optional<FewSteps> few_;
@@ -158,6 +186,7 @@ class RowsQueue final : public Deferred {
   std::optional<WaitingNorm> norm_;
   std::optional<WaitingLinear> linear_;  // at most one of the two
   std::optional<WaitingLayers> layers_;
+  std::optional<WaitingMamba2> mamba2_;
   Tensor known_;
 };
 
@@ -211,6 +240,62 @@ bool take_out(WaitingLayers& layers, const WaitingLinear& linear, const Tensor& 
   return true;
 }
 
+WaitingMamba2 first_mamba2(const RowsLinear& in, const RowsState& state, Device device) {
+  WaitingMamba2 layers{};
+  RowsMamba2& run = layers.run;
+  run.rows = in.rows;
+  run.d = in.k;
+  run.n = in.n;
+  run.heads = state.heads;
+  run.D_columns = state.D_columns;
+  run.narrow = state.narrow;
+  run.x = in.x;
+  run.x_row = in.x_row;
+  run.x_squares = in.scale.squares;
+  run.x_parts = in.scale.parts;
+  layers.weighted = empty({run.rows, run.d}, DType::bf16, device);
+  layers.squares = empty({run.rows, mamba2_squares(run.d)}, DType::f32, device);
+  layers.between = empty({run.rows, state.heads * state.p}, DType::bf16, device);
+  layers.between_squares = empty({run.rows, 2 * run.heads}, DType::f32, device);
+  layers.exchange = empty({mamba2_exchange() / 4}, DType::f32, device);
+  run.exchange = layers.exchange.data<float>();
+  run.weighted = layers.weighted.data<bf16>();
+  run.squares = layers.squares.data<float>();
+  run.between = layers.between.data<bf16>();
+  run.between_squares = layers.between_squares.data<float>();
+  return layers;
+}
+
+// in_proj and states of one more.
+void add_layer(WaitingMamba2& layers, const WaitingLinear& linear, const RowsLinear& in, const RowsState& state, const Mamba2StepWeights& w) {
+  RowsMamba2Layer& layer = layers.run.layer[layers.run.layers++];
+  layer = {.in = in.w, .conv_weight = in.conv_weight, .conv_bias = in.conv_bias, .conv = in.conv, .zxbcdt = in.y, .rstd = in.scale.rstd,
+           .eps = in.scale.eps, .h = state.h, .dt_bias = state.dt_bias, .A_log = state.A_log, .D = state.D, .norm = state.norm,
+           .low = state.low, .high = state.high, .gated_eps = static_cast<float>(w.eps), .recent_x = state.recent_x, .recent_B = state.recent_B,
+           .recent_steps = state.recent_steps, .count = state.count};
+  layers.normed.push_back(linear.normed);
+  layers.reads.insert(layers.reads.end(), linear.reads.begin(), linear.reads.end());
+}
+
+// As take_out() above, with the gated norm in front of the map.
+bool take_out(WaitingMamba2& layers, const WaitingLinear& linear, const Tensor& sum, const Tensor& residual, const Tensor& w) {
+  RowsMamba2& run = layers.run;
+  RowsMamba2Layer& layer = layers.last();
+  const RowsLinear& map = linear.map;
+  const bool fits = layer.out == nullptr && map.x == run.between && map.scale.squares == run.between_squares && map.k == run.heads * kHeadChannels &&
+                    map.n == run.d && map.rows == run.rows && map.x_row == map.k && map.y_row == run.d && map.bias == nullptr &&
+                    map.epilogue == Epilogue::none && (run.layers == 1 || residual.data<bf16>() == run.layer[run.layers - 2].sum);
+  if (!fits) return false;
+  layer.out = map.w;
+  layer.residual = residual.data<bf16>();
+  layer.weight = w.data<float>();
+  layer.made = map.y;
+  layer.sum = sum.data<bf16>();
+  layers.gated.push_back(linear.normed);
+  layers.reads.insert(layers.reads.end(), {linear.y, residual, w, sum});
+  return true;
+}
+
 }  // namespace
 
 std::unique_ptr<Deferred> gather_rows(Device device, bool few) {
@@ -253,6 +338,10 @@ bool gather_rows_norm(Tensor& y, Tensor& sum, Tensor& rstd, const Tensor& x, con
   }
   RowsLinear& map = linear->map;
   if (std::optional<WaitingLayers>& layers = queue->layers(); layers && take_out(*layers, *linear, sum, residual, w)) {
+    queue->wait(WaitingNorm{y, rstd, layers->weighted, layers->squares, eps});
+    return true;
+  }
+  if (std::optional<WaitingMamba2>& layers = queue->mamba2(); layers && take_out(*layers, *linear, sum, residual, w)) {
     queue->wait(WaitingNorm{y, rstd, layers->weighted, layers->squares, eps});
     return true;
   }
@@ -353,6 +442,7 @@ bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz
   }
   if (rows_mamba_fits(map, e, r, xz.device())) {
     std::optional<WaitingLayers>& layers = queue->layers();
+    if (queue->mamba2()) queue->flush();
     if (layers && !(layers->last().out != nullptr && layers->run.layers < kMambaLayers && map.x == layers->run.weighted && map.rows == layers->run.rows &&
                     map.k == layers->run.d && e == layers->run.e && r == layers->run.r))
       queue->flush();
@@ -387,6 +477,16 @@ bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions
     queue->give_back(std::move(linear));
     return false;
   }
+  if (recent != nullptr)
+    if (const RowsState state = rows_state_of(y, {}, h, recent, zxbcdt, zxbcdt, w); rows_mamba2_fits(map, state, h.device())) {
+      std::optional<WaitingMamba2>& layers = queue->mamba2();
+      if (queue->layers() || (layers && !layers->continues(map, state))) queue->flush();
+      if (!layers) layers = first_mamba2(map, state, h.device());
+      add_layer(*layers, *linear, map, state, w);
+      layers->reads.insert(layers->reads.end(), {conv, h, recent->x, recent->B, recent->steps, recent->count, zxbcdt});
+      queue->wait(WaitingNorm{y, {}, layers->between, layers->between_squares, w.eps});
+      return true;
+    }
   const Tensor mixed = empty({rows, channels}, DType::bf16, h.device()), weighted = empty({rows, e}, DType::bf16, h.device());
   const Tensor squares = empty({rows, heads}, DType::f32, h.device());
   map.mixed = mixed.data<bf16>();

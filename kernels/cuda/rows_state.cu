@@ -5,7 +5,7 @@
 #include "kernels/cuda/aligned.h"
 #include "kernels/cuda/copy_words.cuh"
 #include "kernels/cuda/overlap.cuh"
-#include "kernels/cuda/step_values.cuh"
+#include "kernels/cuda/rows_state.cuh"
 #include "kernels/cuda/tma.cuh"
 
 namespace krait::kernels::cuda {
@@ -19,27 +19,10 @@ constexpr int kTogether = 2;               // heads that a warp has under way: l
 constexpr int kGroup = 12;                 // heads of a row whose small values are brought together
 constexpr int kPitch = kHeadChannels + 8;  // different banks
 
-/// A lane's four of 128 values.
-__device__ __forceinline__ float4 quad(const bf16* values, int lane) { return four(*reinterpret_cast<const uint2*>(values + 4 * lane)); }
-__device__ __forceinline__ float4 quad(const float* values, int lane) { return *reinterpret_cast<const float4*>(values + 4 * lane); }
 __device__ __forceinline__ void store_quad(bf16* to, int lane, float4 v) { *reinterpret_cast<uint2*>(to + 4 * lane) = {pack(v.x, v.y), pack(v.z, v.w)}; }
 __device__ __forceinline__ void store_quad(float* to, int lane, float4 v) { *reinterpret_cast<float4*>(to + 4 * lane) = v; }
-__device__ __forceinline__ void add_scaled(float4& a, float f, float4 b) {
-  a = {a.x + f * b.x, a.y + f * b.y, a.z + f * b.z, a.w + f * b.w};
-}
 /// The threads that compute.
 __device__ __forceinline__ void meet() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
-
-/// Lanes 4 i to 4 i + 3 receive parts, to be added over the four, of the sum of v[i] over the warp.
-__device__ __forceinline__ float sum_of_own(const float (&v)[8], int lane) {
-  float a[4], b[2];
-  const bool first = lane & 16, second = lane & 8, third = lane & 4;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = (first ? v[4 + i] : v[i]) + __shfl_xor_sync(0xffffffffu, first ? v[i] : v[4 + i], 16);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) b[i] = (second ? a[2 + i] : a[i]) + __shfl_xor_sync(0xffffffffu, second ? a[i] : a[2 + i], 8);
-  return (third ? b[1] : b[0]) + __shfl_xor_sync(0xffffffffu, third ? b[0] : b[1], 4);
-}
 
 /// What a block holds. Position m, the one of this step, stands behind the m that are not yet in h.
 struct StateShared {

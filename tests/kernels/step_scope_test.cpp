@@ -196,6 +196,55 @@ TEST_CASE("a step of scans: blocks of Mamba-2 equal the cpu's, with plain states
     }
 }
 
+TEST_CASE("a step of scans: layers of Mamba-2 with positions in front of their states equal the cpu's", "[cuda]") {
+  struct Sizes { int64_t b, d, heads, tokens; bool D_each, bias, held, narrow; };
+  for (const Sizes& s : {Sizes{40, 96, 8, 35, true, false, false, true}, Sizes{33, 768, 24, 18, false, true, true, true}, Sizes{48, 736, 16, 6, true, true, true, true},
+                         Sizes{64, 768, 24, 18, false, true, false, true}, Sizes{64, 768, 24, 18, true, true, false, false}, Sizes{37, 160, 16, 35, false, false, true, false}}) {
+    INFO("b " << s.b << " d " << s.d << " heads " << s.heads << " narrow " << s.narrow);
+    check_gathered([&](Maker m) {
+      const int64_t p = 64, e = s.heads * p, n = 128, c = e + 2 * n;
+      struct Layer { Tensor norm, in, back, conv, h; kernels::Mamba2StepWeights w; kernels::RecentPositions recent; };
+      std::vector<Layer> layers;
+      for (int i = 0; i < 3; ++i) {
+        Layer l{m.wide({s.d}, 1, 0.2), m.narrow({e + c + s.heads, s.d}, 0.04), m.narrow({s.d, e}, 0.03), m.narrow({s.b, 3, c}), m.wide({s.b, s.heads, p, n}),
+                {m.narrow({c, 4}), s.bias ? m.narrow({c}) : Tensor{}, m.wide({s.heads}, -2), m.wide({s.heads}, 0.5, 0.5),
+                 s.D_each ? m.wide({s.heads, p}) : m.wide({s.heads}), m.wide({e}, 1, 0.1), 0, 1e30, 1e-5, false}, {}};
+        if (m.device.is_cuda()) {
+          l.recent = kernels::recent_positions(l.h, l.conv, l.w);
+          REQUIRE(l.recent.count.defined());
+          if (s.narrow) l.h = l.h.to(bf16_type);
+        }
+        layers.push_back(std::move(l));
+      }
+      const Tensor last_norm = m.wide({s.d}, 1, 0.2);
+      std::vector<Tensor> out;
+      for (int token = 0; token < s.tokens; ++token) {
+        Tensor residual = m.narrow({s.b, s.d}), pending;
+        for (Layer& l : layers) {
+          Tensor x;
+          if (pending.defined()) {
+            const auto both = kernels::add_rms_norm_forward(pending, residual, l.norm, 1e-5);
+            residual = both.residual, x = both.y;
+          } else {
+            x = kernels::rms_norm_forward(residual, l.norm, 1e-5).y;
+          }
+          const Tensor in = linear(x, l.in);
+          const Tensor y = l.recent.count.defined() ? kernels::mamba2_step(l.conv, l.h, l.recent, in, l.w) : kernels::mamba2_step(l.conv, l.h, in, l.w);
+          pending = linear(y, l.back);
+          if (s.held && token % 5 == 0) {
+            out.insert(out.end(), {x, pending});
+            if (&l == &layers.front()) out.push_back(y);
+          }
+        }
+        const auto last = kernels::add_rms_norm_forward(pending, residual, last_norm, 1e-5);
+        out.insert(out.end(), {last.residual, kernels::add(last.y, last.y)});
+      }
+      for (const Layer& l : layers) out.push_back(l.conv);
+      return out;
+    }, s.b, 3, true);
+  }
+}
+
 TEST_CASE("a step of many rows: maps that share their input, and maps with nothing beside them, equal the cpu's", "[cuda]") {
   for (const int64_t rows : {1, 3, 9, 31, 64, 130})
     check_gathered([&](Maker m) {
