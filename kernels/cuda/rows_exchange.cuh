@@ -10,7 +10,7 @@
 //   release and an acquire, off the way of the values: forget(), a meeting of the block, announce(); await() of all
 //   who forget, a meeting or an mbarrier of the block, receive(). In a layer or two nobody has to wait there.
 // What a run begins with is of no account when it forgets all its places first, by the same chain.
-#include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/tma.cuh"
 
 namespace krait::kernels::cuda {
 
@@ -91,6 +91,43 @@ __device__ __forceinline__ void await(const unsigned* counter, unsigned count) {
     if (now >= count) return;
   }
   __trap();
+}
+
+/// Counters that tell when it pays to look, no more: without a fence the values come later. One thread says that its block
+/// sends; one waits until `blocks` have.
+__device__ __forceinline__ void hint(unsigned* counter) { asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory"); }
+__device__ __forceinline__ void await_hints(const unsigned* counter, unsigned blocks) {
+  uint32_t now;
+  int polls = 0;
+  do {
+    look(now, counter);
+    if (++polls == kExchangePolls) __trap();
+  } while (now < blocks);
+}
+
+/// The warp of a block that takes its words back, layer by layer, while others compute: forget(i) after `received` of layer
+/// i, announced at cleared(i + 1). `clean` tells those that compute, in layer i, that all `blocks` have done what they announced
+/// there. The words of all layers have been cleared before.
+template <class Cleared, class Forget>
+__device__ __forceinline__ void take_words_back(int layers, unsigned blocks, uint64_t& received, uint64_t& clean, int lane, Cleared cleared, Forget forget) {
+  if (lane == 0) announce(cleared(0));
+#pragma unroll 1
+  for (int layer = 0; layer + 1 < layers; ++layer) {
+    if (layer > 0) barrier_wait(shared_address(&received), layer % 2);
+    if (lane == 0) {
+      await(cleared(layer), blocks);
+      barrier_arrive(shared_address(&clean));
+    }
+    if (layer == 0) barrier_wait(shared_address(&received), 0);
+    __syncwarp();
+    forget(layer);
+    __syncwarp();
+    if (lane == 0) announce(cleared(layer + 1));
+  }
+  if (layers == 1 && lane == 0) {
+    await(cleared(0), blocks);
+    barrier_arrive(shared_address(&clean));
+  }
 }
 
 #endif

@@ -83,17 +83,10 @@ __device__ __forceinline__ void keep(T*& v) {
 __device__ __forceinline__ void hint(const RowsMamba& a, int layer, Counter which, int part = 0) {
   if (threadIdx.x != 0) return;
   keep(layer);
-  asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter(a, layer, which, part)) : "memory");
+  cuda::hint(counter(a, layer, which, part));
 }
 __device__ __forceinline__ void wait_for_hints(const unsigned* at, unsigned blocks) {
-  if (threadIdx.x == 0) {
-    uint32_t now;
-    int polls = 0;
-    do {
-      look(now, at);
-      if (++polls == kExchangePolls) __trap();
-    } while (now < blocks - blocks / 8);
-  }
+  if (threadIdx.x == 0) await_hints(at, blocks - blocks / 8);
   meet();
 }
 __device__ __forceinline__ uint32_t fresh_word(const float* p) { return __float_as_uint(__ldcg(p)); }
@@ -213,25 +206,12 @@ struct Bringer {
 /// The warp that takes words back (Slot).
 __device__ __forceinline__ void clear_slots(const RowsMamba& a, Shared& s, const Place& at, int lane) {
   cuda::meet(2, kThreads + 32);  // those that compute have cleared all
-  if (lane == 0) announce(counter(a, 0, kCleared));
-#pragma unroll 1
-  for (int layer = 0; layer + 1 < a.layers; ++layer) {
-    if (layer > 0) barrier_wait(shared_address(&s.in_free), layer % 2);
-    if (lane == 0) {
-      await(counter(a, layer, kCleared), kBlocks);
-      barrier_arrive(shared_address(&s.clean));
-    }
-    if (layer == 0) barrier_wait(shared_address(&s.in_free), 0);
-    __syncwarp();
-    at.forget_mixed<32>(slot(a, layer + kSlots - 1), lane);
-    at.forget_sums<32>(slot(a, layer + kSlots - 2), lane);
-    __syncwarp();
-    if (lane == 0) announce(counter(a, layer + 1, kCleared));
-  }
-  if (a.layers == 1 && lane == 0) {
-    await(counter(a, 0, kCleared), kBlocks);
-    barrier_arrive(shared_address(&s.clean));
-  }
+  take_words_back(
+      a.layers, kBlocks, s.in_free, s.clean, lane, [&](int layer) { return counter(a, layer, kCleared); },
+      [&](int layer) {
+        at.forget_mixed<32>(slot(a, layer + kSlots - 1), lane);
+        at.forget_sums<32>(slot(a, layer + kSlots - 2), lane);
+      });
 }
 
 /// 32 rows by 48 columns of in_proj; x's columns are convolved and multiplied with theirs of x_proj.

@@ -137,23 +137,14 @@ enum Counter { kCleared, kInSent, kOutSent, kStateSent };
 __device__ __forceinline__ unsigned* counter(const RowsMamba2& a, int layer, Counter which) { return a.counters + layer * 8 + which; }
 __device__ __forceinline__ Slot& slot(const RowsMamba2& a, int layer) { return static_cast<Slot*>(a.exchange)[layer % kSlots]; }
 __device__ __forceinline__ void meet() { cuda::meet(1, kThreads); }  // those that compute
-/// Says that the block has sent. Waiting until `count` have said so tells when it pays to look, no more: without a fence the
-/// values may come later.
+/// When the block has sent.
 __device__ __forceinline__ void hint(unsigned* at) {
   meet();
-  if (threadIdx.x == 0) asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(at) : "memory");
+  if (threadIdx.x == 0) cuda::hint(at);
 }
-/// Who asks when some have not sent yet asks again for what is missing, and has the rest sooner.
-__device__ __forceinline__ int most_of(int blocks) { return blocks * 3 / 4; }
-__device__ __forceinline__ void wait_for_hint(const unsigned* at, unsigned count) {
-  if (threadIdx.x == 0) {
-    uint32_t now;
-    int polls = 0;
-    do {
-      look(now, at);
-      if (++polls == kExchangePolls) __trap();
-    } while (now < count);
-  }
+/// For most blocks: who asks when some have not sent yet asks again for what is missing, and has the rest sooner.
+__device__ __forceinline__ void wait_for_hints(const unsigned* at, int blocks) {
+  if (threadIdx.x == 0) await_hints(at, blocks * 3 / 4);
   meet();
 }
 __device__ __forceinline__ void copy_layer(RowsMamba2Layer& to, const RowsMamba2Layer& from, int lane) {
@@ -419,7 +410,7 @@ __device__ __forceinline__ void in_products(const RowsMamba2& a, MapShared& s, u
   };
   if (layer > 0) {
     barrier_wait(shared_address(&clean), (layer - 1) % 2);
-    wait_for_hint(counter(a, layer - 1, kOutSent), most_of(map_blocks(a)));
+    wait_for_hints(counter(a, layer - 1, kOutSent), map_blocks(a));
     if (tid == 0) barrier_arrive(shared_address(&s.seen));
     look_for_operands<kEarly>(x, from);
     insist_on_operands<kEarly>(x, from);
@@ -536,7 +527,7 @@ __device__ __forceinline__ void out_phase(const RowsMamba2& a, const RowsMamba2L
   }
   Slot& now = slot(a, layer);
   if (layer == 0) barrier_wait(shared_address(&clean), 0);
-  wait_for_hint(counter(a, layer, kStateSent), most_of(state_blocks(a)));
+  wait_for_hints(counter(a, layer, kStateSent), state_blocks(a));
   if (tid == 0) barrier_arrive(shared_address(&s.seen));
   uint4 x[kFlightSteps];
   const uint32_t* const from_y = now.y.operand(2 * group * kFlightSteps, warp % 4, lane);
@@ -932,7 +923,7 @@ template <class T>
 __device__ __forceinline__ void state_phase(const RowsMamba2& a, const RowsMamba2Layer& l, StateShared& s, uint64_t& received, uint64_t& clean, int layer) {
   prepare_states(a, l, s, layer);
   barrier_wait(shared_address(&clean), layer > 0 ? (layer - 1) % 2 : 0);
-  wait_for_hint(counter(a, layer, kInSent), most_of(map_blocks(a)));
+  wait_for_hints(counter(a, layer, kInSent), map_blocks(a));
   receive_mixed(a, s, layer);
   copy_wait<0>();
   meet();
@@ -951,25 +942,12 @@ __device__ __forceinline__ void state_phase(const RowsMamba2& a, const RowsMamba
 template <class Place>
 __device__ __forceinline__ void clear_slots(const RowsMamba2& a, uint64_t& received, uint64_t& clean, const Place& at, int lane) {
   cuda::meet(2, kThreads + 32);  // those that compute have cleared all
-  if (lane == 0) announce(counter(a, 0, kCleared));
-#pragma unroll 1
-  for (int layer = 0; layer + 1 < a.layers; ++layer) {
-    if (layer > 0) barrier_wait(shared_address(&received), layer % 2);
-    if (lane == 0) {
-      await(counter(a, layer, kCleared), map_blocks(a) + state_blocks(a));
-      barrier_arrive(shared_address(&clean));
-    }
-    if (layer == 0) barrier_wait(shared_address(&received), 0);
-    __syncwarp();
-    at.template forget_front<32>(slot(a, layer + kSlots - 1), lane);
-    at.template forget_before<32>(slot(a, layer + kSlots - 2), lane);
-    __syncwarp();
-    if (lane == 0) announce(counter(a, layer + 1, kCleared));
-  }
-  if (a.layers == 1 && lane == 0) {
-    await(counter(a, 0, kCleared), map_blocks(a) + state_blocks(a));
-    barrier_arrive(shared_address(&clean));
-  }
+  take_words_back(
+      a.layers, map_blocks(a) + state_blocks(a), received, clean, lane, [&](int layer) { return counter(a, layer, kCleared); },
+      [&](int layer) {
+        at.template forget_front<32>(slot(a, layer + kSlots - 1), lane);
+        at.template forget_before<32>(slot(a, layer + kSlots - 2), lane);
+      });
 }
 template <class Place>
 __device__ __forceinline__ void clear_all(const RowsMamba2& a, const Place& at) {
