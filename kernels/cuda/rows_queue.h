@@ -6,10 +6,11 @@
 #include "kernels/step_scope.h"
 
 // A decoding step of more rows than few_queue.h serves, or of Mamba and Mamba-2: an operation waits for the next one, and
-// the two run as one kernel where there is such: the embedding and RMSNorm, RMSNorm and the linear map behind it, a linear map and the sum with the
-// residual stream, the maps of gated units and their product, Mamba's in_proj, convolution and x_proj; of 33 to 64 rows all
-// layers of Mamba or of Mamba-2 that follow one another (rows_mamba.h, rows_mamba2.h); of up to 64 rows the head and the first largest of its logits
-// (rows_head.h). Kernels begin while the one in front still runs (overlap.cuh).
+// the two run as one kernel where there is such: the embedding and RMSNorm, RMSNorm and the linear map behind it, a linear
+// map and the sum with the residual stream, the maps of gated units and their product, Mamba's in_proj, convolution and
+// x_proj; of 33 to 64 rows all layers of Mamba or of Mamba-2 that follow one another (rows_mamba.h, rows_mamba2.h); of up to
+// 64 rows the head and the first largest of its logits (rows_head.h). Kernels begin while the one in front still runs
+// (overlap.cuh).
 namespace krait::kernels::cuda {
 
 /// `few`: layers run as kernels of few rows where they can (few_steps.h).
