@@ -222,6 +222,15 @@ void add_layer(WaitingLayers& layers, const WaitingLinear& linear, const RowsLin
   layers.reads.insert(layers.reads.end(), {y, h, conv, xz});
 }
 
+template <class Layer>
+void set_out(Layer& layer, const RowsLinear& map, const Tensor& sum, const Tensor& residual, const Tensor& w) {
+  layer.out = map.w;
+  layer.residual = residual.data<bf16>();
+  layer.weight = w.data<float>();
+  layer.made = map.y;
+  layer.sum = sum.data<bf16>();
+}
+
 // Whether the layers that wait took the map behind their last scan, with the sum and the weight of the norm behind it.
 bool take_out(WaitingLayers& layers, const WaitingLinear& linear, const Tensor& sum, const Tensor& residual, const Tensor& w) {
   RowsMamba& run = layers.run;
@@ -231,11 +240,7 @@ bool take_out(WaitingLayers& layers, const WaitingLinear& linear, const Tensor& 
                     map.y_row == run.d && map.bias == nullptr && map.epilogue == Epilogue::none && map.scale.squares == nullptr &&
                     (run.layers == 1 || residual.data<bf16>() == run.layer[run.layers - 2].sum);
   if (!fits) return false;
-  layer.out = map.w;
-  layer.residual = residual.data<bf16>();
-  layer.weight = w.data<float>();
-  layer.made = map.y;
-  layer.sum = sum.data<bf16>();
+  set_out(layer, map, sum, residual, w);
   layers.reads.insert(layers.reads.end(), {linear.y, residual, w, sum});
   return true;
 }
@@ -286,11 +291,7 @@ bool take_out(WaitingMamba2& layers, const WaitingLinear& linear, const Tensor& 
                     map.n == run.d && map.rows == run.rows && map.x_row == map.k && map.y_row == run.d && map.bias == nullptr &&
                     map.epilogue == Epilogue::none && (run.layers == 1 || residual.data<bf16>() == run.layer[run.layers - 2].sum);
   if (!fits) return false;
-  layer.out = map.w;
-  layer.residual = residual.data<bf16>();
-  layer.weight = w.data<float>();
-  layer.made = map.y;
-  layer.sum = sum.data<bf16>();
+  set_out(layer, map, sum, residual, w);
   layers.gated.push_back(linear.normed);
   layers.reads.insert(layers.reads.end(), {linear.y, residual, w, sum});
   return true;
