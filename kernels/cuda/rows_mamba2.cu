@@ -4,6 +4,7 @@
 #include "kernels/cuda/hopper.h"
 #include "kernels/cuda/launch_with.cuh"
 #include "kernels/cuda/overlap.cuh"
+#include "kernels/cuda/packed.cuh"
 #include "kernels/cuda/rows_exchange.cuh"
 #include "kernels/cuda/rows_state.cuh"
 #include "kernels/cuda/step_values.cuh"
@@ -1028,7 +1029,7 @@ CUtensorMap weights_map(const bf16* data, int64_t k, int64_t columns, int box_co
 bool rows_mamba2_fits(const RowsLinear& in, const RowsState& state, Device device) {
   return in.rows > kRows / 2 && in.rows <= kRows && in.k <= kMaxD && in.k % 32 == 0 && in.bias == nullptr && in.epilogue == Epilogue::none && in.y_row == in.n &&
          in.n <= kMaxN && state.size == kMaxRecent && state.p == kHeadChannels && state.heads % 8 == 0 && state.heads <= kMaxHeads &&
-         in.n == 2 * state.heads * kHeadChannels + 2 * kHeadStates + state.heads &&
+         in.n == 2 * state.heads * kHeadChannels + 2 * kHeadStates + state.heads && aligned16(in.conv_bias, state.norm) &&
          hopper_multiprocessors(device, reinterpret_cast<const void*>(rows_mamba2_kernel<bf16>)) >= kBlocks;
 }
 
