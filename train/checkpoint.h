@@ -111,7 +111,8 @@ struct CheckpointInfo {
   std::string problem;  // why it cannot be used; empty when whole
   bool newer = false;   // not damaged: of a format that a later Krait writes
 };
-/// All checkpoints, oldest first; none where there is no such directory, an error where it cannot be read. Without `verify` only the manifest and the file sizes are looked at.
+/// All checkpoints, oldest first; none where there is no such directory, an error where it cannot be read. Without `verify`
+/// only the manifest and the file sizes are looked at.
 std::vector<CheckpointInfo> list_checkpoints(const std::string& directory, bool verify);
 
 /// The newest whole checkpoint; one message in `skipped` for each newer one that is damaged. None: nullopt.

@@ -13,7 +13,7 @@ struct LikeliestDraw {
   int32_t* position;
   int rows;
   int64_t room;
-  int parts = 0;
+  int parts;
 };
 
 void draw_likeliest(const LikeliestDraw& a, Stream stream);

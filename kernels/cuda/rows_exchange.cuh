@@ -44,13 +44,9 @@ __device__ __forceinline__ void look(uint4& v, const void* from) {
 __device__ __forceinline__ bool arrived(uint32_t v) { return v != kNothing; }
 __device__ __forceinline__ bool arrived(uint4 v) { return max(max(v.x, v.y), max(v.z, v.w)) != kNothing; }
 
-/// v[i] = what is sent to from(i), where wanted(i); else v[i] stays (not kNothing). All are asked for, and again what is
-/// missing.
-template <class V, int kN, class From, class Wanted>
-__device__ __forceinline__ void receive(V (&v)[kN], From from, Wanted wanted) {
-#pragma unroll
-  for (int i = 0; i < kN; ++i)
-    if (wanted(i)) look(v[i], from(i));
+/// What look() has asked for at from(i), i < kN, asked for again where it had not arrived.
+template <int kN, class V, class From>
+__device__ __forceinline__ void insist(V* v, From from) {
   for (int polls = 0;; ++polls) {
     bool all = true;
 #pragma unroll
@@ -62,7 +58,16 @@ __device__ __forceinline__ void receive(V (&v)[kN], From from, Wanted wanted) {
       if (!arrived(v[i])) look(v[i], from(i));
   }
 }
-/// What look() has asked for, asked for again where it had not arrived.
+/// v[i] = what is sent to from(i), where wanted(i); else v[i] stays (not kNothing). All are asked for, and again what is
+/// missing.
+template <class V, int kN, class From, class Wanted>
+__device__ __forceinline__ void receive(V (&v)[kN], From from, Wanted wanted) {
+#pragma unroll
+  for (int i = 0; i < kN; ++i)
+    if (wanted(i)) look(v[i], from(i));
+  insist<kN>(v, from);
+}
+/// The same of one.
 template <class V>
 __device__ __forceinline__ void insist(V& v, const void* from) {
   for (int polls = 0; !arrived(v); ++polls) {

@@ -1,6 +1,5 @@
 #pragma once
 #include "core/tensor.h"
-#include "kernels/cuda/draw_likeliest.h"
 #include "kernels/cuda/multiprocessors.h"
 #include "kernels/cuda/rows_linear.h"
 
@@ -28,11 +27,5 @@ RowsHead rows_head_of(const RowsLinear& map);
 /// Weights are read before the kernel in front has finished. When the next kernel begins, all in front of this one have.
 void rows_head(const RowsHead& a, Stream stream);
 
-/// Draws from what rows_head left: `parts` is set here.
-using RowsDraw = LikeliestDraw;
-inline void rows_draw(RowsDraw a, Stream stream) {
-  a.parts = kHeadBlocks;
-  draw_likeliest(a, stream);
-}
 
 }  // namespace krait::kernels::cuda

@@ -187,16 +187,7 @@ __device__ __forceinline__ void look_for_operands(uint4* x, const uint32_t* from
 }
 template <int kCount>
 __device__ __forceinline__ void insist_on_operands(uint4* x, const uint32_t* from) {
-  for (int polls = 0;; ++polls) {
-    bool all = true;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) all &= arrived(x[i]);
-    if (all) break;
-    if (polls == kExchangePolls) __trap();
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (!arrived(x[i])) look(x[i], from + i * kStepWords);
-  }
+  insist<kCount>(x, [&](int i) { return from + i * kStepWords; });
 }
 /// sums += the warp's 16 rows of x times columns, over kCount steps of k from the kFirst-th of `boxes`.
 template <int kFirst, int kCount, int kN>

@@ -6,6 +6,7 @@
 
 #include "core/stream.h"
 #include "kernels/cuda/aligned.h"
+#include "kernels/cuda/draw_likeliest.h"
 #include "kernels/cuda/few_draw.h"
 #include "kernels/cuda/few_steps.h"
 #include "kernels/cuda/gathering.h"
@@ -45,7 +46,7 @@ struct WaitingLinear {
   Tensor normed;              // what map.scale leaves there
   Tensor pre;                 // of gated units
   bool head = false;          // of many columns: rows_head's
-  std::optional<RowsDraw> draw = {};  // of its first `choices` columns
+  std::optional<LikeliestDraw> draw = {};  // of its first `choices` columns
   int choices = 0;
 };
 // Layers of Mamba that wait for the next one: one kernel.
@@ -162,12 +163,12 @@ class RowsQueue final : public Deferred {
     if (head.scale.squares != nullptr && linear.normed.use_count() > 1) scale_rows(head.scale, head.x, head.rows, head.k, stream);
     if (!linear.draw) return rows_head(head, stream);
     const Tensor likeliest = empty({head.rows, kHeadBlocks}, DType::i64, device_);
-    RowsDraw draw = *linear.draw;
+    LikeliestDraw draw = *linear.draw;
     draw.likeliest = head.likeliest = reinterpret_cast<uint64_t*>(likeliest.data<int64_t>());
     head.choices = linear.choices;
     if (linear.y.use_count() == 1) head.y = nullptr;
     rows_head(head, stream);
-    rows_draw(draw, stream);
+    draw_likeliest(draw, stream);
   }
   void launch_mamba2(WaitingMamba2& layers) {
     RowsMamba2& run = layers.run;
@@ -190,17 +191,23 @@ class RowsQueue final : public Deferred {
   Tensor known_;
 };
 
-WaitingLayers first_layer(const RowsLinear& in, int64_t e, int64_t r, Device device) {
-  WaitingLayers layers{};
-  RowsMamba& run = layers.run;
+// What in_proj of a run's first layer reads.
+template <class Run>
+void set_input(Run& run, const RowsLinear& in) {
   run.rows = in.rows;
   run.d = in.k;
-  run.e = static_cast<int>(e);
-  run.r = static_cast<int>(r);
   run.x = in.x;
   run.x_row = in.x_row;
   run.x_squares = in.scale.squares;
   run.x_parts = in.scale.parts;
+}
+
+WaitingLayers first_layer(const RowsLinear& in, int64_t e, int64_t r, Device device) {
+  WaitingLayers layers{};
+  RowsMamba& run = layers.run;
+  set_input(run, in);
+  run.e = static_cast<int>(e);
+  run.r = static_cast<int>(r);
   layers.exchange = empty({mamba_exchange() / 4}, DType::f32, device);
   layers.weighted = empty({run.rows, run.d}, DType::bf16, device);
   layers.squares = empty({run.rows, mamba_squares(run.d)}, DType::f32, device);
@@ -248,16 +255,11 @@ bool take_out(WaitingLayers& layers, const WaitingLinear& linear, const Tensor& 
 WaitingMamba2 first_mamba2(const RowsLinear& in, const RowsState& state, Device device) {
   WaitingMamba2 layers{};
   RowsMamba2& run = layers.run;
-  run.rows = in.rows;
-  run.d = in.k;
+  set_input(run, in);
   run.n = in.n;
   run.heads = state.heads;
   run.D_columns = state.D_columns;
   run.narrow = state.narrow;
-  run.x = in.x;
-  run.x_row = in.x_row;
-  run.x_squares = in.scale.squares;
-  run.x_parts = in.scale.parts;
   layers.weighted = empty({run.rows, run.d}, DType::bf16, device);
   layers.squares = empty({run.rows, mamba2_squares(run.d)}, DType::f32, device);
   layers.between = empty({run.rows, state.heads * state.p}, DType::bf16, device);
@@ -504,7 +506,8 @@ bool gather_rows_draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step
   if (queue->few() != nullptr && queue->few()->draw(made, last, position, step, logits)) return true;
   WaitingLinear* const head = queue->head_of(logits);
   if (head == nullptr) return false;
-  head->draw = RowsDraw{nullptr, made.data<int64_t>(), last.data<int64_t>(), step.data<int64_t>(), position.data<int32_t>(), head->map.rows, made.size(1)};
+  head->draw = LikeliestDraw{nullptr, made.data<int64_t>(), last.data<int64_t>(), step.data<int64_t>(), position.data<int32_t>(), head->map.rows,
+                             made.size(1), kHeadBlocks};
   head->choices = static_cast<int>(logits.size(1));
   head->reads.insert(head->reads.end(), {made, last, position, step});
   return true;

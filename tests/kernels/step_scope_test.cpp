@@ -53,6 +53,14 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias = {}, Epilogu
   return kernels::linear_forward(x, w, bias, e, false).y;
 }
 
+/// What the next layer's map reads: the norm of the residual stream, with `pending` (may be undefined) added to it.
+Tensor next_normed(const Tensor& pending, Tensor& residual, const Tensor& norm) {
+  if (!pending.defined()) return kernels::rms_norm_forward(residual, norm, 1e-5).y;
+  const auto both = kernels::add_rms_norm_forward(pending, residual, norm, 1e-5);
+  residual = both.residual;
+  return both.y;
+}
+
 }  // namespace
 
 TEST_CASE("a step of few rows: norms and linear maps equal the cpu's", "[cuda]") {
@@ -131,13 +139,7 @@ TEST_CASE("a step of scans: blocks of Mamba equal the cpu's", "[cuda]") {
       Tensor residual = m.narrow({s.b, s.d}), pending;
       std::vector<Tensor> out, states;
       for (Layer& l : layers) {
-        Tensor x;
-        if (pending.defined()) {
-          const auto both = kernels::add_rms_norm_forward(pending, residual, l.norm, 1e-5);
-          residual = both.residual, x = both.y;
-        } else {
-          x = kernels::rms_norm_forward(residual, l.norm, 1e-5).y;
-        }
+        const Tensor x = next_normed(pending, residual, l.norm);
         const Tensor y = kernels::mamba_step(l.conv, l.h, linear(x, l.in), l.w);
         pending = linear(y, l.back);
         out.insert(out.end(), {x, pending});
@@ -221,13 +223,7 @@ TEST_CASE("a step of scans: layers of Mamba-2 with positions in front of their s
       for (int token = 0; token < s.tokens; ++token) {
         Tensor residual = m.narrow({s.b, s.d}), pending;
         for (Layer& l : layers) {
-          Tensor x;
-          if (pending.defined()) {
-            const auto both = kernels::add_rms_norm_forward(pending, residual, l.norm, 1e-5);
-            residual = both.residual, x = both.y;
-          } else {
-            x = kernels::rms_norm_forward(residual, l.norm, 1e-5).y;
-          }
+          const Tensor x = next_normed(pending, residual, l.norm);
           const Tensor in = linear(x, l.in);
           const Tensor y = l.recent.count.defined() ? kernels::mamba2_step(l.conv, l.h, l.recent, in, l.w) : kernels::mamba2_step(l.conv, l.h, in, l.w);
           pending = linear(y, l.back);
