@@ -72,7 +72,9 @@ MlstmStepMaps mlstm_step_maps(Tensor& conv, const Tensor& x_in, const MlstmStepM
   return done ? out : composed_maps(conv, x_m, whole);
 }
 
-Tensor mlstm_step_output(MlstmState& state, const MlstmStepMaps& in, const Tensor& z_in, const MlstmStepOutputWeights& w) {
+namespace {
+
+Tensor step_output(MlstmState& state, MlstmRecent* recent, const MlstmStepMaps& in, const Tensor& z_in, const MlstmStepOutputWeights& w) {
   KRAIT_CHECK(state.c.defined() && state.c.ndim() == 4, "mlstm_step: no state");
   const int64_t b = state.c.size(0), heads = state.c.size(1), e = heads * state.c.size(3);
   const DType a = accum_dtype(z_in.dtype());
@@ -96,9 +98,35 @@ Tensor mlstm_step_output(MlstmState& state, const MlstmStepMaps& in, const Tenso
   const MlstmStepMaps whole{in.q.contiguous(), in.k.contiguous(), in.v.contiguous(), in.x_c.contiguous(), in.gates.contiguous()};
   const MlstmStepOutputWeights weights{w.gate_bias.contiguous(), w.norm.contiguous(), w.skip.contiguous(), w.eps, w.norm_eps};
   Tensor y = empty({b, e}, z.dtype(), z.device());
+  if (recent != nullptr) {
+    KRAIT_CHECK(z.device().is_cuda(), "mlstm_step: a state behind its positions is a GPU's");
+    if (y.numel() > 0) KRAIT_DISPATCH_GPU(z.device(), mlstm_step_output(y, state, *recent, whole, z, weights));
+    return y;
+  }
   bool done = y.numel() == 0;
   if (!done) KRAIT_DISPATCH_GPU(z.device(), mlstm_step_output(done, y, state, whole, z, weights));
   return done ? y : composed_output(state, whole, z, weights);
+}
+
+}  // namespace
+
+Tensor mlstm_step_output(MlstmState& state, const MlstmStepMaps& in, const Tensor& z, const MlstmStepOutputWeights& w) {
+  return step_output(state, nullptr, in, z, w);
+}
+
+Tensor mlstm_step_output(MlstmState& state, MlstmRecent& recent, const MlstmStepMaps& in, const Tensor& z, const MlstmStepOutputWeights& w) {
+  return step_output(state, &recent, in, z, w);
+}
+
+MlstmRecent mlstm_recent(const MlstmState& state, const Tensor& conv, const MlstmStepMapsWeights& w) {
+  constexpr int64_t kSize = 16;  // reading what is recent costs about what C's writes still do
+  const Device device = conv.device();
+  bool fits = false;
+  KRAIT_DISPATCH_GPU(device, mlstm_recent_fits(fits, state, conv, w));
+  if (!fits) return {};
+  const int64_t b = state.c.size(0), heads = state.c.size(1);
+  return {zeros({b, heads, kSize, state.c.size(2)}, conv.dtype(), device), zeros({b, heads, kSize, state.c.size(3)}, conv.dtype(), device),
+          zeros({b, heads, kSize, 2}, DType::f32, device), zeros({b, heads}, DType::i32, device), zeros({b, heads}, DType::i32, device)};
 }
 
 }  // namespace krait::kernels

@@ -24,11 +24,26 @@ MlstmStepMaps mlstm_step_maps(Tensor& conv, const Tensor& x_m, const MlstmStepMa
 struct MlstmStepOutputWeights { Tensor gate_bias, norm, skip; double eps = 1e-6, norm_eps = 1e-5; };
 Tensor mlstm_step_output(MlstmState& state, const MlstmStepMaps& in, const Tensor& z, const MlstmStepOutputWeights& w);
 
+/// Positions that C and n have not taken in: with them a step reads C and writes it once in `size` positions, all at once. The
+/// same numbers up to rounding. On GPUs, for what mlstm_recent() allows; mlstm_step_maps stands between two steps.
+struct MlstmRecent {
+  Tensor k, v;     // (b, heads, size, dq), (b, heads, size, dv), like q
+  Tensor gates;    // (b, heads, size, 2) fp32: log sigmoid(f), i
+  Tensor count;    // (b, heads) int32
+  Tensor arrived;  // (b, heads) int32: the backend's, 0 between steps
+};
+Tensor mlstm_step_output(MlstmState& state, MlstmRecent& recent, const MlstmStepMaps& in, const Tensor& z, const MlstmStepOutputWeights& w);
+/// None yet, for a state and the maps in front of it; undefined where such steps are not served, or are no faster.
+MlstmRecent mlstm_recent(const MlstmState& state, const Tensor& conv, const MlstmStepMapsWeights& w);
+
 // On a GPU: done says whether it has one kernel for it; else nothing was written, and the operations for sequences run.
 // Everything but x_m and z is contiguous, nothing is empty. gates are the backend's to allocate.
 KRAIT_GPU_BACKEND(void mlstm_step_maps(bool& done, MlstmStepMaps& out, Tensor& conv, const Tensor& x_m, const MlstmStepMapsWeights& w);
                   void mlstm_step_output(bool& done, Tensor& y, MlstmState& state, const MlstmStepMaps& in, const Tensor& z,
-                                         const MlstmStepOutputWeights& w))
+                                         const MlstmStepOutputWeights& w);
+                  void mlstm_step_output(Tensor& y, MlstmState& state, MlstmRecent& recent, const MlstmStepMaps& in, const Tensor& z,
+                                         const MlstmStepOutputWeights& w);
+                  void mlstm_recent_fits(bool& fits, const MlstmState& state, const Tensor& conv, const MlstmStepMapsWeights& w))
 
 }  // namespace kernels
 }  // namespace krait

@@ -8,7 +8,6 @@
 #include "autograd/head_norm.h"
 #include "autograd/mlstm_block.h"
 #include "autograd/shape.h"
-#include "kernels/mlstm_step.h"
 #include "layers/sequence_history.h"
 #include "layers/xlstm_init.h"
 
@@ -117,24 +116,49 @@ Mlstm::Mlstm(const MlstmConfig& c, const LayerContext& context)
                         LinearSplit{tensor_, own_.columns(p)});
 }
 
+kernels::MlstmStepMapsWeights Mlstm::maps_weights() const {
+  const auto data = [](const Parameter& p) { return p.variable().data(); };
+  return {data(conv_weight_), data(conv_bias_), {data(q_), data(k_), data(v_), data(gate_weight_)}};
+}
+
+bool Mlstm::keep_recent_positions(LayerState& state, DType dtype) const {
+  if (tensor_->size() > 1 || dtype != DType::f32) return false;
+  std::map<std::string, Tensor>& t = state.tensors;
+  const kernels::MlstmRecent recent = kernels::mlstm_recent({t.at("c"), t.at("n"), t.at("m")}, t.at("conv"), maps_weights());
+  if (!recent.count.defined()) return false;
+  t["recent_k"] = recent.k;
+  t["recent_v"] = recent.v;
+  t["recent_gates"] = recent.gates;
+  t["recent_count"] = recent.count;
+  t["recent_arrived"] = recent.arrived;
+  return true;
+}
+
 // mix() of one position.
 Variable Mlstm::advance(const Variable& x, LayerState& state) {
   const Tensor up = up_->forward(x).data().select(1, 0);
   const int64_t e = config_.inner;
   const auto data = [](const Parameter& p) { return p.variable().data(); };
-  kernels::MlstmStepMaps in = kernels::mlstm_step_maps(
-      state.tensors.at("conv"), up.slice(1, 0, e),
-      {data(conv_weight_), data(conv_bias_), {data(q_), data(k_), data(v_), data(gate_weight_)}});
+  std::map<std::string, Tensor>& t = state.tensors;
+  kernels::MlstmStepMaps in = kernels::mlstm_step_maps(t.at("conv"), up.slice(1, 0, e), maps_weights());
   const Variable gates(in.gates.view({in.gates.size(0), in.gates.size(1), 2, heads_ * tensor_->size()}));
   in.gates = reduce_scatter_to_group(gates, -1, tensor_).data().reshape({in.gates.size(0), in.gates.size(1), 2 * heads_});
-  kernels::MlstmState memory{state.tensors.at("c"), state.tensors.at("n"), state.tensors.at("m")};
-  const Tensor y = kernels::mlstm_step_output(memory, in, up.slice(1, e, 2 * e),
-                                              {data(gate_bias_), data(norm_), data(skip_), options_.eps, config_.norm_eps});
+  kernels::MlstmState memory{t.at("c"), t.at("n"), t.at("m")};
+  const Tensor z = up.slice(1, e, 2 * e);
+  const kernels::MlstmStepOutputWeights weights{data(gate_bias_), data(norm_), data(skip_), options_.eps, config_.norm_eps};
+  Tensor y;
+  if (t.contains("recent_count")) {
+    kernels::MlstmRecent recent{t.at("recent_k"), t.at("recent_v"), t.at("recent_gates"), t.at("recent_count"), t.at("recent_arrived")};
+    y = kernels::mlstm_step_output(memory, recent, in, z, weights);
+  } else {
+    y = kernels::mlstm_step_output(memory, in, z, weights);
+  }
   return down_->forward(Variable(y.unsqueeze(1)));
 }
 
 Variable Mlstm::mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) {
   if (recurrent) return advance(x, *state);
+  KRAIT_CHECK(!state || !state->tensors.contains("recent_count"), "mlstm: a state that is behind its positions serves single steps only");
   const MlstmHalves up = mlstm_halves(up_->forward(x));
   const Variable carried = state ? Variable(state->tensors.at("conv")) : Variable();
   const Variable history = convolution_history(up.x_m, config_.conv - 1, sequence_, info.segments, carried);

@@ -1,5 +1,6 @@
 #pragma once
 #include "autograd/mlstm.h"
+#include "kernels/mlstm_step.h"
 #include "layers/layer_context.h"
 #include "layers/linear.h"
 #include "layers/mixer.h"
@@ -43,11 +44,13 @@ class Mlstm final : public MlstmMixer {
  public:
   Mlstm(const MlstmConfig& config, const LayerContext& context);
   LayerState initial_state(int64_t batch, int64_t max_length, DType dtype, Device device) const override;
+  bool keep_recent_positions(LayerState& state, DType dtype) const override;
   std::string prefix() const override { return ""; }
 
  private:
   Variable mix(const Variable& x, const SequenceInfo& info, LayerState* state, bool recurrent) override;
   Variable advance(const Variable& x, LayerState& state);
+  kernels::MlstmStepMapsWeights maps_weights() const;
   MlstmConfig config_;  // inner: the channels here
   std::shared_ptr<Linear> up_, down_;
   Parameter conv_weight_, conv_bias_, q_, k_, v_, gate_weight_, gate_bias_, norm_, skip_;

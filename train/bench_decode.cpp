@@ -75,7 +75,7 @@ Row measure_decode(const DecodeRow& r, Device device) {
   for (const layers::LayerState& layer : measured->state().layers)
     for (const auto& [name, value] : layer.tensors) {
       double times = name == "k" || name == "v" ? 0.6 : 2.0;  // caches: 0.2 to 1 full
-      if (layer.tensors.contains("recent_count")) times = name == "ssm" ? 17.0 / 16 : name.starts_with("recent") ? 0.5 : times;
+      if (layer.tensors.contains("recent_count")) times = name == "ssm" || name == "c" ? 17.0 / 16 : name.starts_with("recent") ? 0.5 : times;
       row.work.bytes += times * static_cast<double>(value.nbytes());
     }
 

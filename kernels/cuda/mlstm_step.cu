@@ -8,8 +8,10 @@
 #include "kernels/cuda/mlstm_block.cuh"
 #include "kernels/cuda/mlstm_common.cuh"
 #include "kernels/cuda/mlstm_step_cluster.h"
+#include "kernels/cuda/mlstm_step_maps.h"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/rows_queue.h"
+#include "kernels/cuda/step_known.h"
 #include "kernels/cuda/step_values.cuh"
 
 namespace krait::kernels::cuda {
@@ -29,6 +31,7 @@ struct MapsJob {
   const T *x_m, *conv_weight, *conv_bias, *w_q, *w_k, *w_v, *g;
   int64_t x_row, e;
   int n_gates;
+  bool late;  // the next kernel reads ahead what those in front of this one wrote
 };
 
 // A warp: 128 channels of a row, each lane a block of the maps. Bound by latency; rows read the weights from L2.
@@ -40,11 +43,12 @@ __global__ void __launch_bounds__(32) maps_kernel(MapsJob<T> j) {
   const int64_t row = blockIdx.y, first = int64_t{blockIdx.x} * 32 * kSide, count = min(int64_t{32 * kSide}, j.e - first);
   const bool real = lane * kSide < count;
   const int64_t c = first + (real ? lane * kSide : 0);
-  let_next_begin();
+  if (!j.late) let_next_begin();
   if (lane < 4)
     bring_into_l2((lane == 0 ? j.conv_weight : lane == 1 ? j.w_q : lane == 2 ? j.w_k : j.w_v) + first * 4, count * 4 * kBytes);
   for (int64_t g = lane; g < 3 * j.n_gates; g += 32) bring_into_l2(j.g + g * j.e + first, count * kBytes);
   wait_for_previous();
+  if (j.late) let_next_begin();
 
   Side<T, 4> before[kTaps], filter[kSide], w[3][kSide];
   T* const conv = j.conv + row * (kTaps - 1) * j.e + c;
@@ -373,6 +377,12 @@ bool takes_few(const Tensor& conv, const Tensor& x_m, const MlstmStepMapsWeights
 
 }  // namespace
 
+bool mlstm_maps_fit(int64_t rows, const Tensor& conv, const MlstmStepMapsWeights& w) {
+  return w.maps.w_q.size(1) == kSide && w.conv_weight.size(1) == kTaps && rows < 65536 &&
+         (!w.conv_bias.defined() || w.conv_bias.dtype() == conv.dtype()) &&
+         aligned(conv, w.conv_weight, w.maps.w_q, w.maps.w_k, w.maps.w_v, w.maps.g);
+}
+
 void mlstm_step_maps(bool& done, MlstmStepMaps& out, Tensor& conv, const Tensor& x_m, const MlstmStepMapsWeights& w) {
   const int64_t rows = x_m.size(0), e = x_m.size(1), n = w.maps.g.size(0), warps = ceil_div(e, 32 * kSide);
   const int64_t four = 4 * size_of(x_m.dtype());
@@ -380,10 +390,7 @@ void mlstm_step_maps(bool& done, MlstmStepMaps& out, Tensor& conv, const Tensor&
     done = true;
     return;
   }
-  done = w.maps.w_q.size(1) == kSide && w.conv_weight.size(1) == kTaps && rows < 65536 && x_m.stride(0) % 4 == 0 &&
-         reinterpret_cast<uintptr_t>(x_m.raw_data()) % static_cast<uintptr_t>(four) == 0 &&
-         (!w.conv_bias.defined() || w.conv_bias.dtype() == x_m.dtype()) &&
-         aligned(conv, w.conv_weight, w.maps.w_q, w.maps.w_k, w.maps.w_v, w.maps.g);
+  done = mlstm_maps_fit(rows, conv, w) && x_m.stride(0) % 4 == 0 && reinterpret_cast<uintptr_t>(x_m.raw_data()) % static_cast<uintptr_t>(four) == 0;
   if (!done) return;
   out.gates = empty({rows, warps, n}, accum_dtype(x_m.dtype()), x_m.device());
   gather_rows_launch_beside(x_m.device());  // the cell's
@@ -392,7 +399,7 @@ void mlstm_step_maps(bool& done, MlstmStepMaps& out, Tensor& conv, const Tensor&
                       MapsJob<T>{out.q.data<T>(), out.k.data<T>(), out.v.data<T>(), out.x_c.data<T>(), conv.data<T>(),
                                  out.gates.data<accum_t<T>>(), x_m.data<T>(), w.conv_weight.data<T>(), pointer_or_null<T>(w.conv_bias),
                                  w.maps.w_q.data<T>(), w.maps.w_k.data<T>(), w.maps.w_v.data<T>(), w.maps.g.data<T>(), x_m.stride(0), e,
-                                 static_cast<int>(n)});
+                                 static_cast<int>(n), rows > kFewRows});
   });
 }
 
@@ -419,6 +426,7 @@ void mlstm_step_output(bool& done, Tensor& y, MlstmState& state, const MlstmStep
     job.ahead = few_reads_ahead(y.device(), state.c);
     run<T, true>(job, state.m.numel(), current_stream(y.device()));
     few_launched(y);
+    gather_rows_known(y);
   });
 }
 

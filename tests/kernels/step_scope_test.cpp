@@ -494,6 +494,56 @@ TEST_CASE("a step of few rows: blocks of mLSTM and sLSTM equal the cpu's", "[cud
   }
 }
 
+TEST_CASE("a step of many rows: blocks of mLSTM with positions in front of their states equal the cpu's", "[cuda]") {
+  struct Sizes { int64_t b, d, heads, tokens; };
+  for (const Sizes& s : {Sizes{9, 768, 4, 18}, Sizes{66, 384, 2, 34}, Sizes{33, 96, 2, 35}, Sizes{130, 64, 4, 32}}) {
+    INFO("b " << s.b << " d " << s.d);
+    check_gathered([&](Maker m) {
+      const int64_t e = 2 * s.d, n = 2 * s.heads, p = e / s.heads;
+      struct Layer { Tensor norm, up, down, conv; kernels::MlstmStepMapsWeights maps; kernels::MlstmStepOutputWeights output; kernels::MlstmState state; kernels::MlstmRecent recent; };
+      const Shape block{e / 4, 4, 4};
+      std::vector<Layer> layers;
+      for (int i = 0; i < 2; ++i) {
+        Layer l{m.wide({s.d}, 0, 0.2), m.narrow({2 * e, s.d}, 0.05), m.narrow({s.d, e}, 0.03), m.narrow({s.b, 3, e}),
+                {m.narrow({e, 4}, 0.5), i == 0 ? m.narrow({e}, 0.1) : Tensor{}, {m.narrow(block, 0.5), m.narrow(block, 0.5), m.narrow(block, 0.5), m.narrow({n, 3 * e}, 0.02)}},
+                {m.wide({n}), m.wide({e}, 0, 0.3), m.narrow({e})},
+                {m.wide({s.b, s.heads, p, p}, 0, 0.3), m.wide({s.b, s.heads, p}, 0, 0.3), m.wide({s.b, s.heads})}, {}};
+        if (m.device.is_cuda()) {
+          l.recent = kernels::mlstm_recent(l.state, l.conv, l.maps);
+          REQUIRE(l.recent.count.defined());
+        }
+        layers.push_back(std::move(l));
+      }
+      std::vector<Tensor> tokens, out;
+      for (int64_t i = 0; i < s.tokens; ++i) tokens.push_back(m.narrow({s.b, s.d}));
+      for (const Tensor& token : tokens) {  // nothing else uses the stream between them
+        Tensor residual = token, pending;
+        for (Layer& l : layers) {
+          Tensor x;
+          if (pending.defined()) {
+            const auto both = kernels::add_layer_norm_forward(pending, residual, l.norm, {}, 1e-5, 1);
+            residual = both.residual, x = both.y;
+          } else {
+            x = kernels::layer_norm_forward(residual, l.norm, {}, 1e-5, 1).y;
+          }
+          const Tensor up = linear(x, l.up);
+          const kernels::MlstmStepMaps in = kernels::mlstm_step_maps(l.conv, up.slice(1, 0, e), l.maps);
+          const Tensor z = up.slice(1, e, 2 * e);
+          const Tensor y = l.recent.count.defined() ? kernels::mlstm_step_output(l.state, l.recent, in, z, l.output) : kernels::mlstm_step_output(l.state, in, z, l.output);
+          pending = linear(y, l.down);
+          if (&l == &layers.front()) out.insert(out.end(), {y, pending});
+        }
+        out.push_back(pending);
+      }
+      for (const Layer& l : layers) {
+        out.push_back(l.conv);
+        if (s.tokens % 16 == 0) out.insert(out.end(), {l.state.c, l.state.n, l.state.m});
+      }
+      return out;
+    }, s.b, 5);  // of the second layer roundings add up
+  }
+}
+
 // Weights stand ready before the step, so that neighbours meet: nothing else uses the stream between them.
 TEST_CASE("a step of few rows: blocks with attention equal the cpu's", "[cuda]") {
   struct Sizes { int64_t b, d, hq, hkv, head, wide, capacity; int32_t position; bool centred, rope, gated; kernels::RopeStyle style = kernels::RopeStyle::half; };

@@ -74,7 +74,7 @@ TEST_CASE("a captured decoding step draws the same tokens as plain launches", "[
 }
 
 TEST_CASE("captured steps of several sequences draw the same tokens as plain launches", "[cuda]") {
-  for (const char* base : {"mamba-130m", "mamba2-130m", "llama-124m", "gpt2-124m"})
+  for (const char* base : {"mamba-130m", "mamba2-130m", "llama-124m", "gpt2-124m", "xlstm-125m"})
     for (const int64_t rows : {5, 9, 65}) {
       INFO(base << ", " << rows << " sequences");
       Setup s(base, cuda_device(), rows);
