@@ -178,6 +178,10 @@ void pack_transposed(float* to, const float* b, int64_t col_stride, int64_t k, i
 // Rows whose addresses are a multiple of 4 KiB apart fall into one set of the first cache, which holds fewer than kMR.
 bool rows_collide(int64_t row_stride) { return row_stride % 1024 == 0; }
 
+// From one packed tile of a to the next: 64 bytes more than the tile. A column is written to all tiles, whose addresses would
+// else be a multiple of 4 KiB apart and fall into one set of the first cache.
+int64_t tile_size(int64_t k) { return k * kMR + 16; }
+
 // Columns of a to tiles of kMR rows that are contiguous for each k. All tiles of a column together: they share lines.
 void pack_columns(float* to, const float* a, int64_t a_col, int64_t k, int64_t rows) {
   for (int64_t p = 0; p < k; ++p) {
@@ -185,7 +189,7 @@ void pack_columns(float* to, const float* a, int64_t a_col, int64_t k, int64_t r
     if (p + kAhead < k) prefetch_row(from + kAhead * a_col, rows);
     float* tile = to + p * kMR;
     int64_t i = 0;
-    for (; i + kMR <= rows; i += kMR, tile += k * kMR) std::memcpy(tile, from + i, kMR * sizeof(float));
+    for (; i + kMR <= rows; i += kMR, tile += tile_size(k)) std::memcpy(tile, from + i, kMR * sizeof(float));
     for (int64_t r = i; r < rows; ++r) tile[r - i] = from[r];
   }
 }
@@ -224,7 +228,7 @@ void sgemm(int64_t m, int64_t n, int64_t k, float alpha, MatrixRef a, MatrixRef 
   const Grid grid = thread_grid(divide_up(m, kMR), divide_up(std::min(n, width), kNR), threads);
   const int64_t team = grid.rows * grid.columns;
   const int64_t a_row = spread_a ? depth + kLanes : a.row_stride;
-  const int64_t own = spread_a ? kRows * a_row : row_a ? 0 : kRows * depth;  // floats of copied a per thread
+  const int64_t own = spread_a ? kRows * a_row : row_a ? 0 : kRows / kMR * tile_size(depth);  // floats of copied a per thread
   const Tensor buffer = empty({depth * width + threads * own}, DType::f32, kCpu);
   float* packed = buffer.data<float>();
   // A thread's rows in a few pieces, so that another one can help.
@@ -264,7 +268,7 @@ void sgemm(int64_t m, int64_t n, int64_t k, float alpha, MatrixRef a, MatrixRef 
             for (int64_t i = i0; i < i1; i += kMR) {
               t.a = spread_a ? packed_a + (i - i0) * a_row
                     : row_a  ? a.data + i * a.row_stride + p0
-                             : packed_a + (i - i0) * np;
+                             : packed_a + (i - i0) / kMR * tile_size(np);
               t.c = c + i * ldc + j0 + q * kNR;
               micro_of(std::min<int64_t>(kMR, i1 - i), columns > kLanes ? 2 : 1, row_a)(t);
             }
