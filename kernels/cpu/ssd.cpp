@@ -68,13 +68,15 @@ class Forward {
       load_state(s.state, pieces.get(), in.initial_state, unit, piece, r_);
       spread<A>(s.factor, s.decays.in.data(), nullptr, u, z_);
       scale_state(s.state, s.factor, z_);
-      for (size_t k = 0; k < s.decays.chunks.size(); ++k) chunk(s, u, piece, k);
+      const bool starts_empty = piece == 0 && !in.initial_state.defined();
+      for (size_t k = 0; k < s.decays.chunks.size(); ++k) chunk(s, u, piece, k, starts_empty && k == 0);
       if (!pieces) get_state(final_state.data<A>() + (u.b * z_.heads + u.head) * z_.p * z_.n, s.state, u, z_);
     });
   }
 
  private:
-  void chunk(S& s, const Unit& u, int64_t piece, size_t k) {
+  // `empty`: the state before the chunk is zero and counts for nothing.
+  void chunk(S& s, const Unit& u, int64_t piece, size_t k, bool empty) {
     const Chunk& c = s.decays.chunks[k];
     const int64_t t = piece * z_.piece + c.begin, heads = u.heads, ws = z_.ws;
     r_.pack_group(s.b_rows, r_.B, c, u, t);
@@ -83,11 +85,11 @@ class Forward {
     transpose<A>(s.ct, kChunk, s.c_rows, z_.np, kChunk, z_.np);
     masked_products(s.gt, s.bt, s.ct, r_.segments ? r_.segments + u.b * z_.l + t : nullptr, c, z_);
     const A* seen = s.ct;
-    if (!c.whole()) seen = columns_from_to(s.seen, s.ct, 0, c.first, z_);
+    if (!c.whole() && !empty) seen = columns_from_to(s.seen, s.ct, 0, c.first, z_);
     r_.pack_inputs(s.u, s.decays, c, u, t);
     for (int64_t w = 0; w < z_.width; w += kTile<A>)
       for (int64_t i = 0; i < c.q; i += kStrip)
-        multiply_tile<A, 2>(1, {seen + i, s.state + w, z_.n, kChunk, ws},
+        multiply_tile<A, 2>(1, {seen + i, s.state + w, empty ? 0 : z_.n, kChunk, ws},
                             {s.gt + i, s.u + w, std::min(c.q, i + kStrip), kChunk, ws},
                             [&](int row, int v, Vec<A> sum) __attribute__((always_inline)) {
                               store(s.y + (i + row) * ws + w + v * kLanes<A>, sum);
@@ -97,7 +99,7 @@ class Forward {
     const bool last = k + 1 == s.decays.chunks.size();
     const A* exit = s.decays.out.data() + static_cast<int64_t>(k) * heads;
     spread(s.factor, exit, last ? nullptr : s.decays.in.data() + static_cast<int64_t>(k + 1) * heads, u, z_);
-    update_state(s.state, c.whole() ? s.state : nullptr, s.b_rows + c.last * z_.np, s.u + c.last * ws, c.q - c.last, s.factor, z_);
+    update_state(s.state, c.whole() && !empty ? s.state : nullptr, s.b_rows + c.last * z_.np, s.u + c.last * ws, c.q - c.last, s.factor, z_);
   }
 
   Reader<T> r_;

@@ -133,8 +133,12 @@ class Backward {
       const auto chunks = static_cast<int64_t>(s.decays.chunks.size());
       spread<A>(s.factor, s.decays.out.data() + (chunks - 1) * u.heads, nullptr, u, z_);
       scale_state(s.upward, s.factor, z_);
-      for (int64_t k = chunks - 1; k >= 0; --k) chunk(s, u, piece, k);
-      if (dinitial && !gradients)
+      const bool keeps_first = dinitial && !gradients;
+      for (int64_t k = chunks - 1; k >= 0; --k)
+        chunk(s, u, piece, k, {.state = k == 0 && piece == 0 && !in.initial_state.defined(),
+                               .upward = k == chunks - 1 && piece == z_.pieces - 1 && !dfinal.defined(),
+                               .result = k == 0 && !keeps_first});
+      if (keeps_first)
         get_state(dinitial->data<A>() + (u.b * z_.heads + u.head) * z_.p * z_.n, s.upward, u, z_);
     });
     if (D_) sum_D();
@@ -162,7 +166,13 @@ class Backward {
     }
   }
 
-  void chunk(S& s, const Unit& u, int64_t piece, int64_t k) {
+  /// What is zero or not wanted, so that its products need not be made: the state before a chunk, the gradient of the
+  /// state behind it, and the gradient of the one before it.
+  struct Empty {
+    bool state, upward, result;
+  };
+
+  void chunk(S& s, const Unit& u, int64_t piece, int64_t k, const Empty& empty) {
     const Chunk& c = s.decays.chunks[static_cast<size_t>(k)];
     const int64_t t = piece * z_.piece + c.begin, ws = z_.ws;
     const int32_t* segments = r_.segments ? r_.segments + u.b * z_.l + t : nullptr;
@@ -171,13 +181,13 @@ class Backward {
     transpose<A>(s.bt, kChunk, s.b_rows, z_.np, kChunk, z_.np);
     transpose<A>(s.ct, kChunk, s.c_rows, z_.np, kChunk, z_.np);
     masked_products(s.g, s.ct, s.bt, segments, c, z_);
-    const A* reach = c.whole() ? s.bt : columns_from_to(s.reach, s.bt, c.last, c.q, z_);
+    const A* reach = c.whole() || empty.upward ? s.bt : columns_from_to(s.reach, s.bt, c.last, c.q, z_);
     r_.pack_inputs(s.u, s.decays, c, u, t);
     pack_scaled<A>(s.v, dy_.at(u.b, t, u.head), dy_.row, dy_.head, s.decays.up.data() + c.begin * u.heads, nullptr, 0, u, c.q, z_);
 
     for (int64_t w = 0; w < z_.width; w += kTile<A>)
       for (int64_t j = 0; j < c.q; j += kStrip)
-        multiply_tile<A, 2>(1, {reach + j, s.upward + w, z_.n, kChunk, ws},
+        multiply_tile<A, 2>(1, {reach + j, s.upward + w, empty.upward ? 0 : z_.n, kChunk, ws},
                             {s.g + j * kChunk + j, s.v + j * ws + w, c.q - j, kChunk, ws},
                             [&](int row, int v, Vec<A> sum) __attribute__((always_inline)) {
                               store(s.du + (j + row) * ws + w + v * kLanes<A>, sum);
@@ -185,7 +195,7 @@ class Backward {
     std::fill(s.gamma, s.gamma + kChunk * kChunk, A(0));
     std::fill(s.dbt, s.dbt + kChunk * z_.np, A(0));
     std::fill(s.dct, s.dct + kChunk * z_.np, A(0));
-    for (int64_t h = 0; h < u.heads; ++h) head(s, u, c, k, t, h);
+    for (int64_t h = 0; h < u.heads; ++h) head(s, u, c, k, t, h, empty);
     inputs(s, u, c, piece, t);
 
     mask(s.gamma, segments, c);
@@ -204,11 +214,12 @@ class Backward {
     put_group(s, s.dbt, dB_, 0, u, c, t);
     put_group(s, s.dct, dC_, 1, u, c, t);
 
+    if (empty.result) return;
     spread(s.factor, s.decays.in.data() + k * u.heads, k > 0 ? s.decays.out.data() + (k - 1) * u.heads : nullptr, u, z_);
-    update_state(s.upward, c.whole() ? s.upward : nullptr, s.c_rows, s.v, c.first, s.factor, z_);
+    update_state(s.upward, c.whole() && !empty.upward ? s.upward : nullptr, s.c_rows, s.v, c.first, s.factor, z_);
   }
 
-  void head(S& s, const Unit& u, const Chunk& c, int64_t k, int64_t t, int64_t h) {
+  void head(S& s, const Unit& u, const Chunk& c, int64_t k, int64_t t, int64_t h, const Empty& empty) {
     const A *state = s.states.template data<A>() + k * z_.state() + h * z_.p, *upward = s.upward + h * z_.p;
     transpose_head(s.ut, s.u + h * z_.p, z_.p, z_);
     transpose_head(s.vt, s.v + h * z_.p, z_.p, z_);
@@ -227,10 +238,10 @@ class Backward {
       clear_columns(s.ut, z_.p, 0, c.last);
       clear_columns(s.vt, z_.p, c.first, c.q);
     }
-    to_states(s.dbt, s.from_out, upward, s.ut, s.bt);
-    to_states(s.dct, s.from_in, state, s.vt, s.ct);
+    to_states(s.dbt, s.from_out, empty.upward ? nullptr : upward, s.ut, s.bt);
+    to_states(s.dct, s.from_in, empty.state ? nullptr : state, s.vt, s.ct);
     // The rest of da: outputs from r on that read the state before the chunk, inputs before r, the state itself.
-    A through = c.whole() ? product(state, upward) : A(0), later = 0;
+    A through = c.whole() && !empty.state && !empty.upward ? product(state, upward) : A(0), later = 0;
     for (int64_t r = 0; r < c.q; ++r) {
       da[r * z_.heads] += through;
       through += s.from_out[r];
@@ -241,8 +252,9 @@ class Backward {
     }
   }
 
-  // d (n, kChunk) += state others, and dots[i] = sum_n (state others)_ni rows_ni.
+  // d (n, kChunk) += state others, and dots[i] = sum_n (state others)_ni rows_ni; a null state is zero.
   void to_states(A* d, A* dots, const A* state, const A* others, const A* rows) const {
+    if (!state) return std::fill_n(dots, kChunk, A(0)), void();
     for (int64_t i = 0; i < kChunk; i += kTile<A>) {
       Vec<A> dot[2] = {};
       for (int64_t n = 0; n < z_.n; n += kStrip)

@@ -155,6 +155,7 @@ template <class A, int NV, class Done>
   Vec<A> sum[kStrip][NV] = {};
   const auto add = [&](const Factors<A>& f) __attribute__((always_inline)) {
     const A *a = f.a, *b = f.b;
+#pragma GCC unroll 4
     for (int64_t x = 0; x < f.k; ++x, a += f.a_column, b += f.b_row) {
       Vec<A> row[NV];
 #pragma GCC unroll 2
