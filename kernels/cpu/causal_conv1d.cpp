@@ -75,15 +75,20 @@ template <class A, class T>
   }
 }
 
-// f(vector) of n values in place, as a tile makes them.
+// f of n values in place by vectors, as a tile makes them.
 template <class A, class F>
 void map_vectors(A* p, int64_t n, F f) {
+  const auto one = [&](A* at) __attribute__((always_inline)) {
+    Vec<A> v[1] = {load(at)};
+    f(v);
+    store(at, v[0]);
+  };
   int64_t i = 0;
-  for (; i + kLanes<A> <= n; i += kLanes<A>) store(p + i, f(load(p + i)));
+  for (; i + kLanes<A> <= n; i += kLanes<A>) one(p + i);
   if (i == n) return;
   A rest[kLanes<A>] = {};
   std::copy(p + i, p + n, rest);
-  store(rest, f(load(rest)));
+  one(rest);
   std::copy(rest, rest + (n - i), p + i);
 }
 
@@ -107,15 +112,20 @@ struct Sequence {
   bool tile(int64_t t) const { return k == 4 && t >= 3 && t + kTile <= l && together(t - 3, t + kTile - 1); }
 };
 
-// Weights as (taps, c), taps rounded up to four with zeros.
+// From one row of what a pass keeps for itself (weights, sums, gradients of positions) to the next: 64 bytes more than
+// the channels need, rounded up, since rows a multiple of 2 or 4 KiB apart share few sets of the first cache, and those
+// of x, dy and dx fill them already.
+int64_t own_row(int64_t c) { return round_up(c, 16) + 16; }
+
+// Weights as (taps, c), taps rounded up to four with zeros; rows `row` apart.
 template <class A>
 struct Taps {
-  Taps(const Tensor& weight) : k(weight.size(1)), c(weight.size(0)), padded((k + 3) / 4 * 4) {
-    rows = zeros({padded, c}, dtype_of<A>, kCpu);
+  Taps(const Tensor& weight) : k(weight.size(1)), c(weight.size(0)), row(own_row(c)), padded((k + 3) / 4 * 4) {
+    rows = zeros({padded, row}, dtype_of<A>, kCpu);
     const A* w = weight.data<A>();
     A* to = rows.data<A>();
     for (int64_t i = 0; i < c; ++i)
-      for (int64_t j = 0; j < k; ++j) to[j * c + i] = w[i * k + j];
+      for (int64_t j = 0; j < k; ++j) to[j * row + i] = w[i * k + j];
   }
   // p += sum_j w[j] source(j) over n channels from `at`.
   template <class B, class F>
@@ -127,10 +137,10 @@ struct Taps {
         s[i] = j + i < k ? source(j + i) : nullptr;
         if (s[i] == nullptr) s[i] = zero;
       }
-      add_taps(p, s[0], s[1], s[2], s[3], w + j * c, w + (j + 1) * c, w + (j + 2) * c, w + (j + 3) * c, n);
+      add_taps(p, s[0], s[1], s[2], s[3], w + j * row, w + (j + 1) * row, w + (j + 2) * row, w + (j + 3) * row, n);
     }
   }
-  int64_t k, c, padded;
+  int64_t k, c, row, padded;
   Tensor rows;
 };
 
@@ -154,56 +164,60 @@ void filter_row(A* p, const Sequence<T>& in, const Taps<A>& taps, const A* bias,
   });
 }
 
-// The filter before SiLU, in the order of add_taps.
-template <class A>
-[[gnu::always_inline]] inline Vec<A> filtered(const A* w, int64_t c, const A* bias, Vec<A> a0, Vec<A> a1, Vec<A> a2, Vec<A> a3) {
-  const Vec<A> low = load(w + c) * a1 + (load(w) * a0 + load(bias));
-  return load(w + 3 * c) * a3 + (load(w + 2 * c) * a2 + low);
+// p of four positions before SiLU, one vector of channels, in the order of add_taps: weights and the window over x stay in
+// registers. x is the row three before the first.
+template <class A, class T>
+[[gnu::always_inline]] inline void filter_tile(Vec<A> (&p)[kTile], const T* x, int64_t x_row, const A* w, int64_t w_row,
+                                               const A* bias) {
+  Vec<A> a0 = widened<A>(x), a1 = widened<A>(x + x_row), a2 = widened<A>(x + 2 * x_row);
+  Vec<A> w0 = load(w), w1 = load(w + w_row), w2 = load(w + 2 * w_row), w3 = load(w + 3 * w_row), begin = load(bias);
+  for (Vec<A>* v : {&w0, &w1, &w2, &w3, &begin}) keep(*v);
+#pragma GCC unroll 4
+  for (int r = 0; r < kTile; ++r) {
+    Vec<A> a3 = widened<A>(x + (r + 3) * x_row);
+    keep(a3);
+    const Vec<A> low = w1 * a1 + (w0 * a0 + begin);
+    p[r] = w3 * a3 + (w2 * a2 + low);
+    a0 = a1;
+    a1 = a2;
+    a2 = a3;
+  }
 }
 
 // y of four positions, n channels in whole vectors; x is the row three before the first.
 template <bool Silu, class T, class A>
-void forward_tile(T* __restrict y, int64_t y_row, const T* __restrict x, int64_t x_row, const A* __restrict w,
-                  const A* __restrict bias, int64_t c, int64_t n) {
+void forward_tile(T* __restrict y, int64_t y_row, const T* __restrict x, int64_t x_row, const A* __restrict w, int64_t w_row,
+                  const A* __restrict bias, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<A>) {
-    Vec<A> a0 = widened<A>(x + i), a1 = widened<A>(x + x_row + i), a2 = widened<A>(x + 2 * x_row + i);
+    Vec<A> p[kTile] = {};
+    filter_tile(p, x + i, x_row, w + i, w_row, bias + i);
+    if constexpr (Silu) vector_silu(p);
 #pragma GCC unroll 4
-    for (int r = 0; r < kTile; ++r) {
-      const Vec<A> a3 = widened<A>(x + (r + 3) * x_row + i);
-      const Vec<A> p = filtered(w + i, c, bias + i, a0, a1, a2, a3);
-      put_vector<A>(y + r * y_row + i, Silu ? vector_silu(p) : p);
-      a0 = a1;
-      a1 = a2;
-      a2 = a3;
-    }
+    for (int r = 0; r < kTile; ++r) put_vector<A>(y + r * y_row + i, p[r]);
   }
 }
 
 // Positions t .. t + 3, n channels in whole vectors: sums += (4 rows of dweight, one of dbias), dx of positions t - 3 .. t,
-// and g of all four, the last three of which come again. x and dx point to position t - 3, dy to t, g to those of
-// t - 3 .. t + 3.
+// and g of the last three, which come again. x and dx point to position t - 3, dy to t, g to those of t - 3 .. t + 3; rows of
+// sums and w are `own` apart.
 template <bool Silu, class T, class A>
 void backward_tile(T* __restrict dx, int64_t dx_row, A* __restrict sums, A* const (&g)[kTile + 3], const T* __restrict dy,
                    int64_t dy_row, const T* __restrict x, int64_t x_row, const A* __restrict w, const A* __restrict bias,
-                   int64_t c, int64_t n) {
+                   int64_t own, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<A>) {
-    Vec<A> d[kTile];
-    Vec<A> a0 = widened<A>(x + i), a1 = widened<A>(x + x_row + i), a2 = widened<A>(x + 2 * x_row + i);
+    Vec<A> d[kTile] = {};
+    if constexpr (Silu) {
+      filter_tile(d, x + i, x_row, w + i, own, bias + i);
+      vector_silu_slope(d);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < kTile; ++r) {
-      d[r] = widened<A>(dy + r * dy_row + i);
-      if constexpr (Silu) {
-        const Vec<A> a3 = widened<A>(x + (r + 3) * x_row + i);
-        d[r] *= vector_silu_slope(filtered(w + i, c, bias + i, a0, a1, a2, a3));
-        a0 = a1;
-        a1 = a2;
-        a2 = a3;
-      }
-      store(g[r + 3] + i, d[r]);
+      const Vec<A> up = widened<A>(dy + r * dy_row + i);
+      d[r] = Silu ? d[r] * up : up;
     }
     Vec<A> dw[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) dw[j] = load(sums + j * c + i);
+    for (int j = 0; j < 4; ++j) dw[j] = load(sums + j * own + i);
 #pragma GCC unroll 8
     for (int r = 0; r < kTile + 3; ++r) {
       const Vec<A> a = widened<A>(x + r * x_row + i);
@@ -212,13 +226,15 @@ void backward_tile(T* __restrict dx, int64_t dx_row, A* __restrict sums, A* cons
         if (r - j >= 0 && r - j < kTile) dw[j] += d[r - j] * a;
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) store(sums + j * c + i, dw[j]);
-    store(sums + 4 * c + i, load(sums + 4 * c + i) + ((d[0] + d[1]) + (d[2] + d[3])));
+    for (int j = 0; j < 4; ++j) store(sums + j * own + i, dw[j]);
+    store(sums + 4 * own + i, load(sums + 4 * own + i) + ((d[0] + d[1]) + (d[2] + d[3])));
+#pragma GCC unroll 4
+    for (int r = 1; r < kTile; ++r) store(g[r + 3] + i, d[r]);
     const Vec<A> all[kTile + 3] = {load(g[0] + i), load(g[1] + i), load(g[2] + i), d[0], d[1], d[2], d[3]};
 #pragma GCC unroll 4
     for (int r = 0; r < kTile; ++r) {
-      const Vec<A> low = load(w + c + i) * all[r + 2] + load(w + i) * all[r + 3];
-      put_vector<A>(dx + r * dx_row + i, load(w + 3 * c + i) * all[r] + (load(w + 2 * c + i) * all[r + 1] + low));
+      const Vec<A> low = load(w + own + i) * all[r + 2] + load(w + i) * all[r + 3];
+      put_vector<A>(dx + r * dx_row + i, load(w + 3 * own + i) * all[r] + (load(w + 2 * own + i) * all[r + 1] + low));
     }
   }
 }
@@ -241,7 +257,7 @@ void causal_conv1d_forward(Tensor& y_out, Tensor& final_out, const CausalConv1dI
         for (int64_t at = channel; at < c; at += kBlock) {
           const int64_t n = std::min(kBlock, c - at);
           filter_row(p, s, taps, bias, zero, i % l, at, n);
-          if (in.silu) map_vectors(p, n, [](Vec<A> v) __attribute__((always_inline)) { return vector_silu(v); });
+          if (in.silu) map_vectors(p, n, [](Vec<A> (&v)[1]) __attribute__((always_inline)) { vector_silu(v); });
           put_row(y_all + i * c + at, p, n);
         }
       };
@@ -251,7 +267,7 @@ void causal_conv1d_forward(Tensor& y_out, Tensor& final_out, const CausalConv1dI
         const bool tile = i + kTile <= last && s.tile(t);
         if (tile)
           (in.silu ? forward_tile<true, T, A> : forward_tile<false, T, A>)(y_all + i * c, c, s.x + (t - 3) * s.stride, s.stride,
-                                                                           w, bias, c, whole);
+                                                                           w, taps.row, bias, whole);
         for (const int64_t end = i + (tile ? kTile : 1); i < end; ++i) position(s, i, tile ? whole : 0);
       }
     });
@@ -288,7 +304,7 @@ struct BackwardPiece {
   const A* no_gradient;
 
   static int64_t slots_for(int64_t k) { return k + kTile; }
-  A* g(int64_t t) const { return ring + (t - begin) % slots * s.c; }
+  A* g(int64_t t) const { return ring + (t - begin) % slots * taps.row; }
 
   void run() const {
     const int64_t k = s.k, seen = std::min(s.l, end + k - 1), whole = s.c / kLanes<A> * kLanes<A>;
@@ -298,7 +314,7 @@ struct BackwardPiece {
         A* const rows[kTile + 3] = {g(t - 3), g(t - 2), g(t - 1), g(t), g(t + 1), g(t + 2), g(t + 3)};
         (silu ? backward_tile<true, T, A> : backward_tile<false, T, A>)(
             dx + next * dx_row, dx_row, sums, rows, dy + t * dy_row, dy_row, s.x + next * s.stride, s.stride,
-            taps.rows.template data<A>(), bias, s.c, whole);
+            taps.rows.template data<A>(), bias, taps.row, whole);
         for (const int64_t tile_end = t + kTile; t < tile_end; ++t, ++next) {
           position(t, whole);
           input_gradient(next, seen, whole);
@@ -320,7 +336,7 @@ struct BackwardPiece {
       const T* dyt = dy + t * dy_row + at;
       if (silu) {
         filter_row(gt, s, taps, bias, zero, t, at, n);
-        map_vectors(gt, n, [](Vec<A> v) __attribute__((always_inline)) { return vector_silu_slope(v); });
+        map_vectors(gt, n, [](Vec<A> (&v)[1]) __attribute__((always_inline)) { vector_silu_slope(v); });
         multiply_row(gt, dyt, n);
       } else {
         std::fill(gt, gt + n, A(0));
@@ -328,8 +344,8 @@ struct BackwardPiece {
       }
       if (t >= end) continue;
       for (int64_t j = 0; j < s.k; ++j)
-        if (const T* x = s.input(t - s.k + 1 + j, t)) add_product(sums + j * s.c + at, gt, x + at, n);
-      add_row(sums + s.k * s.c + at, gt, n);
+        if (const T* x = s.input(t - s.k + 1 + j, t)) add_product(sums + j * taps.row + at, gt, x + at, n);
+      add_row(sums + s.k * taps.row + at, gt, n);
     }
   }
 
@@ -356,18 +372,19 @@ void causal_conv1d_backward(Tensor& dx_out, Tensor& dinitial_out, Tensor& dweigh
                             const CausalConv1dInputs& in) {
   const int64_t b = in.x.size(0), l = in.x.size(1), c = in.x.size(2), k = in.weight.size(1);
   // Chunks follow from the shape alone, so that dweight and dbias do not depend on the number of threads.
-  const int64_t chunk = std::max({kRows, 4 * k, (b * l + 63) / 64}), chunks = (l + chunk - 1) / chunk;
+  // The first and the last positions of one go by themselves, so that short ones cost more.
+  const int64_t chunk = std::max({std::clamp<int64_t>((b * l + 7) / 8, kRows, 4 * kRows), 4 * k, (b * l + 63) / 64}), chunks = (l + chunk - 1) / chunk;
   visit_float(in.x.dtype(), [&]<class T>() {
     using A = accum_t<T>;
     const Taps<A> taps(in.weight);
     const Tensor bias_row = in.bias.defined() ? in.bias : zeros({c}, dtype_of<A>, kCpu);
-    const Tensor partial = zeros({b * chunks, k + 1, c}, dtype_of<A>, kCpu);  // k rows of dweight, one of dbias
+    const Tensor partial = zeros({b * chunks, k + 1, taps.row}, dtype_of<A>, kCpu);  // k rows of dweight, one of dbias
     A* partial_all = partial.data<A>();
     const T zero[kBlock] = {};
     const A no_gradient[kBlock] = {};
     const int64_t slots = BackwardPiece<T, A>::slots_for(k);
     parallel_for(0, b * chunks, std::max<int64_t>(1, kGrain / (std::min(chunk, l) * c * taps.padded)), [&](int64_t first, int64_t last) {
-      const std::unique_ptr<A[]> ring(new A[static_cast<size_t>(slots * c)]);
+      const std::unique_ptr<A[]> ring(new A[static_cast<size_t>(slots * taps.row)]);
       for (int64_t item = first; item < last; ++item) {
         const int64_t row = item / chunks, piece = item % chunks;
         const Sequence<T> s = sequence_of<T>(in, row);
@@ -378,7 +395,7 @@ void causal_conv1d_backward(Tensor& dx_out, Tensor& dinitial_out, Tensor& dweigh
             .dy_row = dy_in.stride(1), .begin = piece * chunk, .end = std::min(l, (piece + 1) * chunk),
             .dx = dx_out.data<T>() + row * dx_out.stride(0),
             .dinitial = dinitial_out.defined() && keeps ? dinitial_out.data<T>() + row * (k - 1) * c : nullptr,
-            .dx_row = dx_out.stride(1), .sums = partial_all + item * (k + 1) * c, .ring = ring.get(), .slots = slots,
+            .dx_row = dx_out.stride(1), .sums = partial_all + item * (k + 1) * taps.row, .ring = ring.get(), .slots = slots,
             .silu = in.silu, .zero = zero, .no_gradient = no_gradient}
             .run();
       }
@@ -387,12 +404,12 @@ void causal_conv1d_backward(Tensor& dx_out, Tensor& dinitial_out, Tensor& dweigh
     parallel_for(0, c, std::max<int64_t>(1, kGrain / ((k + 1) * b * chunks)), [&](int64_t first, int64_t last) {
       const int64_t n = last - first;
       for (int64_t i = 1; i < b * chunks; ++i)
-        for (int64_t j = 0; j <= k; ++j) add_row(partial_all + j * c + first, partial_all + (i * (k + 1) + j) * c + first, n);
+        for (int64_t j = 0; j <= k; ++j) add_row(partial_all + j * taps.row + first, partial_all + (i * (k + 1) + j) * taps.row + first, n);
       for (int64_t i = first; i < last; ++i)
         for (int64_t j = 0; j < k; ++j)
-          dweight[i * k + j] = (add_dweight ? dweight[i * k + j] : A(0)) + partial_all[j * c + i];
+          dweight[i * k + j] = (add_dweight ? dweight[i * k + j] : A(0)) + partial_all[j * taps.row + i];
       for (int64_t i = first; dbias != nullptr && i < last; ++i)
-        dbias[i] = (add_dbias ? dbias[i] : A(0)) + partial_all[k * c + i];
+        dbias[i] = (add_dbias ? dbias[i] : A(0)) + partial_all[k * taps.row + i];
     });
   });
 }

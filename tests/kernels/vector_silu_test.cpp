@@ -12,8 +12,16 @@ using namespace krait::kernels;
 
 namespace {
 
-float silu_of(float x) { return cpu::vector_silu(cpu::Vec<float>{} + x)[0]; }
-float slope_of(float x) { return cpu::vector_silu_slope(cpu::Vec<float>{} + x)[0]; }
+float silu_of(float x) {
+  cpu::Vec<float> v[1] = {cpu::Vec<float>{} + x};
+  cpu::vector_silu(v);
+  return v[0][0];
+}
+float slope_of(float x) {
+  cpu::Vec<float> v[1] = {cpu::Vec<float>{} + x};
+  cpu::vector_silu_slope(v);
+  return v[0][0];
+}
 
 double ulps(float y, double exact) {
   return std::fabs(static_cast<double>(y) - exact) / std::ldexp(1.0, std::max(std::ilogb(exact), -126) - 23);
