@@ -83,7 +83,8 @@ Tensor step_output(MlstmState& state, MlstmRecent* recent, const MlstmStepMaps& 
   KRAIT_CHECK(state.n.shape() == state.c.shape().drop_last() && state.m.shape() == (Shape{b, heads}), "mlstm_step: the state is {}, {}, {}",
               state.c.shape(), state.n.shape(), state.m.shape());
   for (const Tensor* t : {&state.c, &state.n, &state.m})
-    KRAIT_CHECK(t->dtype() == a && t->is_contiguous() && t->device() == z_in.device(), "mlstm_step: a state is {}, the input {}",
+    KRAIT_CHECK((t->dtype() == a || (recent != nullptr && t == &state.c && t->dtype() == DType::bf16)) && t->is_contiguous() && t->device() == z_in.device(),
+                "mlstm_step: a state is {}, the input {}",
                 describe(*t), describe(z_in));
   KRAIT_CHECK(z_in.shape() == (Shape{b, e}) && in.x_c.shape() == z_in.shape() && in.v.shape() == z_in.shape() &&
                   in.q.shape() == (Shape{b, heads * state.c.size(2)}) && in.k.shape() == in.q.shape(),

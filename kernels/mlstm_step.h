@@ -24,8 +24,9 @@ MlstmStepMaps mlstm_step_maps(Tensor& conv, const Tensor& x_m, const MlstmStepMa
 struct MlstmStepOutputWeights { Tensor gate_bias, norm, skip; double eps = 1e-6, norm_eps = 1e-5; };
 Tensor mlstm_step_output(MlstmState& state, const MlstmStepMaps& in, const Tensor& z, const MlstmStepOutputWeights& w);
 
-/// Positions that C and n have not taken in: with them a step reads C and writes it once in `size` positions, all at once. The
-/// same numbers up to rounding. On GPUs, for what mlstm_recent() allows; mlstm_step_maps stands between two steps.
+/// Positions that C and n have not taken in: with them a step reads C and writes it once in `size` positions, all at once, so
+/// that C may be bf16 and is rounded that seldom. The same numbers up to rounding. On GPUs, for what mlstm_recent() allows;
+/// mlstm_step_maps stands between two steps.
 struct MlstmRecent {
   Tensor k, v;     // (b, heads, size, dq), (b, heads, size, dv), like q
   Tensor gates;    // (b, heads, size, 2) fp32: log sigmoid(f), i

@@ -122,10 +122,11 @@ kernels::MlstmStepMapsWeights Mlstm::maps_weights() const {
 }
 
 bool Mlstm::keep_recent_positions(LayerState& state, DType dtype) const {
-  if (tensor_->size() > 1 || dtype != DType::f32) return false;
+  if (tensor_->size() > 1) return false;
   std::map<std::string, Tensor>& t = state.tensors;
   const kernels::MlstmRecent recent = kernels::mlstm_recent({t.at("c"), t.at("n"), t.at("m")}, t.at("conv"), maps_weights());
   if (!recent.count.defined()) return false;
+  t["c"] = t.at("c").to(dtype);
   t["recent_k"] = recent.k;
   t["recent_v"] = recent.v;
   t["recent_gates"] = recent.gates;

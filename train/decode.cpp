@@ -43,7 +43,7 @@ void DecodeLoop::prefill(const Tensor& prompts) {
   bool kept = states_ == DType::f32;
   if (!kept || tokens_.size(0) > kernels::kFewScanRows)
     kept |= model_.decoder().keep_recent_positions(state_, states_);
-  KRAIT_CHECK(kept, "states in {}: kept so on a GPU, in bf16, for mamba2 with d_state 128, head_dim 8 to 64 and a multiple of 8 heads; keep them in fp32", states_);
+  KRAIT_CHECK(kept, "states in {}: kept so on a GPU, in bf16, for mamba2 with d_state 128, head_dim 8 to 64 and a multiple of 8 heads, and for mlstm with more than 8 sequences; keep them in fp32", states_);
   fill_(position_, static_cast<double>(prompts.size(1) - 1));
   draw(logits);
   count_ = 1;

@@ -13,8 +13,8 @@ namespace krait::train {
 /// and random numbers counted on the device.
 class DecodeLoop {
  public:
-  /// max_length bounds prompt and new tokens together, max_new those that drawn() holds. states: what Mamba-2's are kept in
-  /// between steps; bf16 (on GPUs) halves what many sequences read. ids: tokens from there on are not drawn; 0: all are.
+  /// max_length bounds prompt and new tokens together, max_new those that drawn() holds. states: what those of Mamba-2 and
+  /// mLSTM are kept in between steps; bf16 (on GPUs) halves what many sequences read. ids: tokens from there on are not drawn; 0: all are.
   DecodeLoop(layers::LanguageModel& model, const layers::StoreOptions& store, int64_t batch, int64_t max_length,
              int64_t max_new, const kernels::SampleOptions& sampling, bool graphs = true, DType states = DType::f32,
              int64_t ids = 0);

@@ -31,29 +31,22 @@ struct MapsJob {
   const T *x_m, *conv_weight, *conv_bias, *w_q, *w_k, *w_v, *g;
   int64_t x_row, e;
   int n_gates;
-  bool late;  // the next kernel reads ahead what those in front of this one wrote
+  bool ahead;  // conv was written before the kernels that can be under way
+  bool late;   // the next kernel reads ahead what those in front of this one wrote
 };
 
 // A warp: 128 channels of a row, each lane a block of the maps. Bound by latency; rows read the weights from L2.
 template <class T>
 __global__ void __launch_bounds__(32) maps_kernel(MapsJob<T> j) {
   using A = accum_t<T>;
-  constexpr int64_t kBytes = sizeof(T);
+  [[maybe_unused]] constexpr int64_t kBytes = sizeof(T);
+  constexpr bool kEarlyGates = sizeof(T) == 2;  // there is room in registers
   const int lane = static_cast<int>(threadIdx.x);
   const int64_t row = blockIdx.y, first = int64_t{blockIdx.x} * 32 * kSide, count = min(int64_t{32 * kSide}, j.e - first);
   const bool real = lane * kSide < count;
   const int64_t c = first + (real ? lane * kSide : 0);
   if (!j.late) let_next_begin();
-  if (lane < 4)
-    bring_into_l2((lane == 0 ? j.conv_weight : lane == 1 ? j.w_q : lane == 2 ? j.w_k : j.w_v) + first * 4, count * 4 * kBytes);
-  for (int64_t g = lane; g < 3 * j.n_gates; g += 32) bring_into_l2(j.g + g * j.e + first, count * kBytes);
-  wait_for_previous();
-  if (j.late) let_next_begin();
-
   Side<T, 4> before[kTaps], filter[kSide], w[3][kSide];
-  T* const conv = j.conv + row * (kTaps - 1) * j.e + c;
-  for (int t = 0; t + 1 < kTaps; ++t) before[t] = load_four(conv + t * j.e);
-  before[kTaps - 1] = load_four(j.x_m + row * j.x_row + c);
 #pragma unroll
   for (int i = 0; i < kSide; ++i) {
     filter[i] = load_four(j.conv_weight + (c + i) * kTaps);
@@ -61,6 +54,26 @@ __global__ void __launch_bounds__(32) maps_kernel(MapsJob<T> j) {
     w[1][i] = load_four(j.w_k + (c + i) * kSide);
     w[2][i] = load_four(j.w_v + (c + i) * kSide);
   }
+  const auto gate_weight = [&](int g, int part) { return load_four(j.g + (int64_t{g} * 3 + part) * j.e + c); };
+  [[maybe_unused]] Side<T, 4> first_gates[kGates][3];
+  if constexpr (kEarlyGates) {
+#pragma unroll
+    for (int g = 0; g < kGates; ++g)
+#pragma unroll
+      for (int part = 0; part < 3; ++part) first_gates[g][part] = gate_weight(min(g, j.n_gates - 1), part);
+  } else {
+    for (int64_t g = lane; g < 3 * j.n_gates; g += 32) bring_into_l2(j.g + g * j.e + first, count * kBytes);
+  }
+  T* const conv = j.conv + row * (kTaps - 1) * j.e + c;
+  const auto read_conv = [&] {
+#pragma unroll
+    for (int t = 0; t + 1 < kTaps; ++t) before[t] = load_four(conv + t * j.e);
+  };
+  if (j.ahead) read_conv();
+  wait_for_previous();
+  if (j.late) let_next_begin();
+  if (!j.ahead) read_conv();
+  before[kTaps - 1] = load_four(j.x_m + row * j.x_row + c);
   A x[2][4], out[3][4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -87,7 +100,7 @@ __global__ void __launch_bounds__(32) maps_kernel(MapsJob<T> j) {
       if (!real || g0 + g >= j.n_gates) continue;
 #pragma unroll
       for (int part = 0; part < 3; ++part) {
-        const Side<T, 4> weight = load_four(j.g + (int64_t{g0 + g} * 3 + part) * j.e + c);
+        const Side<T, 4> weight = kEarlyGates && g0 == 0 ? first_gates[g][part] : gate_weight(g0 + g, part);
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[g] += static_cast<A>(weight.at[i]) * out[part][i];
       }
@@ -393,13 +406,14 @@ void mlstm_step_maps(bool& done, MlstmStepMaps& out, Tensor& conv, const Tensor&
   done = mlstm_maps_fit(rows, conv, w) && x_m.stride(0) % 4 == 0 && reinterpret_cast<uintptr_t>(x_m.raw_data()) % static_cast<uintptr_t>(four) == 0;
   if (!done) return;
   out.gates = empty({rows, warps, n}, accum_dtype(x_m.dtype()), x_m.device());
-  gather_rows_launch_beside(x_m.device());  // the cell's
+  // The cell's state comes early. When the kernel behind a map of rows begins, all in front of that have finished.
+  const bool behind_map = gather_rows_launch_beside(x_m);
   visit_float(x_m.dtype(), [&]<class T>() {
     launch_overlapped(maps_kernel<T>, {.grid = warps, .grid_y = rows, .block = 32, .stream = current_stream(x_m.device())},
                       MapsJob<T>{out.q.data<T>(), out.k.data<T>(), out.v.data<T>(), out.x_c.data<T>(), conv.data<T>(),
                                  out.gates.data<accum_t<T>>(), x_m.data<T>(), w.conv_weight.data<T>(), pointer_or_null<T>(w.conv_bias),
                                  w.maps.w_q.data<T>(), w.maps.w_k.data<T>(), w.maps.w_v.data<T>(), w.maps.g.data<T>(), x_m.stride(0), e,
-                                 static_cast<int>(n), rows > kFewRows});
+                                 static_cast<int>(n), behind_map, rows > kFewRows && !behind_map});
   });
 }
 

@@ -18,38 +18,41 @@ namespace krait::kernels::cuda {
 
 namespace {
 
-constexpr int kWarps = 12, kThreads = 32 * kWarps;            // that read states
-constexpr int kSmallWarps = 4, kSmall = 32 * kSmallWarps;     // that make the rest of a head
-constexpr int kBlock = kThreads + 32 + kSmall;                // and a warp that brings states
-constexpr int kStageBytes = 24 * 1024, kMaxStages = 5;
-constexpr int kFlight = 3;                                    // pieces under way: more stand in the way of what the kernel in front still reads
+constexpr int kWarps = 12, kThreads = 32 * kWarps;         // that read states
+constexpr int kSmallWarps = 4, kSmall = 32 * kSmallWarps;  // that make the rest of a head
+constexpr int kBlock = kThreads + 32 + kSmall;             // and a warp that brings states
+constexpr int kBounds = 896;  // as many threads would have 72 registers each, which leaves room beside for the maps in front
+constexpr int kStageBytes = 24 * 1024, kMaxStages = 9;
+/// Pieces under way: more stand in the way of the kernel in front, and of every other read of the block.
+template <class S>
+constexpr int kFlight = sizeof(S) == 2 ? 2 : 3;
+constexpr int kParts = 4 * kThreads;  // values at most of all groups that read states
 constexpr int kMaxHead = 512, kMaxRecent = 16;
 constexpr int64_t kMaxShared = 227 * 1024;
 
 template <class T>
 struct Job {
   T* y;
-  float *c, *n, *m;
+  void* c;  // fp32 or bf16
+  float *n, *m;
   T *recent_k, *recent_v;
   float2* recent_gates;  // log sigmoid(f), i
   int32_t* count;
-  unsigned* arrived;     // 0 between steps
-  float* partial;        // (blocks, 2, dv + 4)
+  unsigned* arrived;  // 0 between steps
+  float* partial;     // (blocks, 2, dv + 4)
   const T *q, *k, *v, *x_c, *z, *skip;
   const float *gates, *gate_bias, *norm;  // gates (rows, parts, 2 heads)
   int64_t z_row;
   int parts, heads, dq, dv, size;
-  int piece, pieces, stages;  // rows of C in a piece, pieces of a head
-  int total;                          // pieces of all heads
+  int piece, pieces, total, stages;  // rows of C in a piece, pieces of a head, of all heads
   float scale, eps, norm_eps;
 };
 
 __device__ __forceinline__ float log_sigmoid(float x) { return fminf(x, 0.0f) - log1pf(expf(-fabsf(x))); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-/// The threads that read states, and those of the small warps.
-__device__ __forceinline__ void meet_readers() { meet(1, kThreads); }
-__device__ __forceinline__ void meet_small() { meet(2, kSmall); }
+/// Of the small warps.
+__device__ __forceinline__ void meet_small() { meet(1, kSmall); }
 #endif
 
 template <class T>
@@ -61,32 +64,36 @@ __device__ __forceinline__ float4& quad_at(float* p) { return *reinterpret_cast<
 __device__ __forceinline__ float4 quad_of(const float* p) { return *reinterpret_cast<const float4*>(p); }
 __device__ __forceinline__ void add_product(float4& a, float f, float4 b) { a = {a.x + f * b.x, a.y + f * b.y, a.z + f * b.z, a.w + f * b.w}; }
 
-/// What a block holds of the head that is read and of the one behind it, and of all.
+/// What a block holds of the head that is read and, where there are two, of the one behind it.
 struct Held {
   uint64_t full[kMaxStages], empty[kMaxStages];
-  uint64_t q_full[2], rest_full[2], free[2];
-  float coefficient[2][kMaxRecent], keep[2], top[2], r[2];
+  uint64_t q_full[2], rest_full, parts_full[2];
   int count[2];
-  float products[kMaxRecent + 1];  // of q with k, and with n
-  float sums[kWarps], squares[kWarps];
-  int last;
+  float weight[kMaxRecent], keep, top;  // of positions, of the state; the stabiliser
+  float products[kMaxRecent + 1];       // of q with k, and with n
+  float sums[kSmallWarps], squares[kSmallWarps];
+  int ready, last;
 };
 constexpr int kHeldBytes = (static_cast<int>(sizeof(Held)) + 127) / 128 * 128;
 
 template <class T>
 struct Rooms {
-  float *q, *add, *parts, *k;  // (2, dq), (2, dv), (groups, dv), (size, dq)
-  T* v;                        // (size, dv)
+  float *q, *n, *parts, *add, *k;  // (2, dq), (2, dq), (2, groups, dv), (dv); weighted keys (size, dq)
+  T *keys, *values;                // (2, size, dq), (2, size, dv)
   unsigned char* ring;
   __device__ Rooms(unsigned char* at, const Job<T>& j) {
     q = reinterpret_cast<float*>(at + kHeldBytes);
-    add = q + 2 * j.dq;
-    parts = add + 2 * j.dv;
-    k = parts + 4 * kThreads;
-    v = reinterpret_cast<T*>(k + kMaxRecent * j.dq);
+    n = q + 2 * j.dq;
+    parts = n + 2 * j.dq;
+    add = parts + 2 * kParts;
+    k = add + j.dv;
+    keys = reinterpret_cast<T*>(k + kMaxRecent * j.dq);
+    values = keys + 2 * kMaxRecent * j.dq;
     ring = at + (kHeldBytes + bytes(j.dq, j.dv) + 127) / 128 * 128;
   }
-  static constexpr int bytes(int dq, int dv) { return (2 * dq + 2 * dv + 4 * kThreads + kMaxRecent * dq) * 4 + kMaxRecent * dv * static_cast<int>(sizeof(T)); }
+  static constexpr int bytes(int dq, int dv) {
+    return (4 * dq + 2 * kParts + dv + kMaxRecent * dq) * 4 + 2 * kMaxRecent * (dq + dv) * static_cast<int>(sizeof(T));
+  }
 };
 
 /// The pieces of a block, and those of them that belong to a head.
@@ -105,22 +112,31 @@ struct Range {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-/// With position m the one of this step: its gates, which the block that keeps what is recent writes down, the stabiliser
-/// and the weights of state and positions.
+/// What the weights of a head are made from, in the lanes of a warp.
+struct Gates {
+  float2 before;  // of earlier positions
+  float m, i, f;  // i, f: without what other lanes have
+};
+
 template <class T>
-__device__ __forceinline__ void weigh(const Job<T>& j, Held& s, int at, int64_t unit, int m, bool keeps, int lane) {
+__device__ __forceinline__ Gates read_gates(const Job<T>& j, int64_t unit, int m, int lane) {
   const int64_t row = unit / j.heads, head = unit % j.heads;
-  const float2 before = lane < m ? j.recent_gates[unit * j.size + lane] : float2{};
-  const float m_state = j.m[unit], bias_i = j.gate_bias[head], bias_f = j.gate_bias[j.heads + head];
-  float i = 0, f = 0;
+  Gates g{lane < m ? j.recent_gates[unit * j.size + lane] : float2{}, j.m[unit], lane == 0 ? j.gate_bias[head] : 0.0f,
+          lane == 0 ? j.gate_bias[j.heads + head] : 0.0f};
   for (int p = lane; p < j.parts; p += 32) {
     const float* const gates = j.gates + (row * j.parts + p) * 2 * j.heads + head;
-    i += gates[0];
-    f += gates[j.heads];
+    g.i += gates[0];
+    g.f += gates[j.heads];
   }
-  i = sum_lanes<32>(i) + bias_i;
-  f = sum_lanes<32>(f) + bias_f;
-  const float2 gate = lane == m ? float2{log_sigmoid(f), i} : before;
+  return g;
+}
+
+/// With position m the one of this step: its gates, which are written down where the block `keeps` what is recent, the
+/// stabiliser and the weights of state and positions. One warp.
+template <class T>
+__device__ __forceinline__ void weigh(const Job<T>& j, Held& s, const Gates& g, int64_t unit, int m, bool keeps, int lane) {
+  const float i = sum_lanes<32>(g.i), f = sum_lanes<32>(g.f);
+  const float2 gate = lane == m ? float2{log_sigmoid(f), i} : g.before;
   float since = gate.x;  // of this position and all later ones
 #pragma unroll
   for (int offset = 1; offset < 32; offset *= 2) {
@@ -131,106 +147,244 @@ __device__ __forceinline__ void weigh(const Job<T>& j, Held& s, int at, int64_t 
   float behind = __shfl_down_sync(0xffffffffu, since, 1);  // later ones alone
   if (lane == 31) behind = 0;
   const float weight = lane <= m ? behind + gate.y : -INFINITY;
-  float top = fmaxf(weight, m_state + all);
+  float top = fmaxf(weight, g.m + all);
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
-  if (lane < kMaxRecent) s.coefficient[at][lane] = expf(weight - top);
+  if (lane < kMaxRecent) s.weight[lane] = expf(weight - top);
   if (lane == 0) {
-    s.keep[at] = expf(m_state + all - top);
-    s.top[at] = top;
+    s.keep = expf(g.m + all - top);
+    s.top = top;
   }
   if (keeps && lane == m) j.recent_gates[unit * j.size + m] = gate;
 }
 
-/// The small warps: of every head q, the weights, and in the block with the head's last piece what its positions add.
+/// `count` (a multiple of 16 bytes' worth) values into shared memory, by all small threads.
+template <class V>
+__device__ __forceinline__ void copy_values(V* to, const V* from, int count, int t) {
+  constexpr int kEach = 16 / sizeof(V);
+#pragma unroll 4
+  for (int x = kEach * t; x < count; x += kEach * kSmall) copy_async(to + x, from + x, true);
+}
+
+/// The small warps. What a head needs is on its way while the head in front is read: under this load a read takes long.
 template <class T>
-__device__ __forceinline__ void make_small(const Job<T>& j, Held& s, const Rooms<T>& rooms, const Range& range, int t) {
-  const int lane = t % 32, warp = t / 32;
-  const uint32_t q_full = shared_address(s.q_full), rest_full = shared_address(s.rest_full), free = shared_address(s.free);
-  if (t == 0) {
-    const int64_t unit = range.first_unit();
-    const int m = j.count[unit];
-    bring_into_l2(j.recent_k + unit * j.size * j.dq, int64_t{m} * j.dq * static_cast<int64_t>(sizeof(T)));
-    bring_into_l2(j.recent_v + unit * j.size * j.dv, int64_t{m} * j.dv * static_cast<int64_t>(sizeof(T)));
-    bring_into_l2(j.n + unit * j.dq, int64_t{j.dq} * 4);
+struct Small {
+  const Job<T>& j;
+  Held& s;
+  const Rooms<T>& rooms;
+  const Range& range;
+  int t;
+
+  __device__ __forceinline__ bool closes(int unit) const { return range.to(unit) == range.pieces; }
+  __device__ __forceinline__ T* keys(int i) const { return rooms.keys + i % 2 * kMaxRecent * j.dq; }
+  __device__ __forceinline__ T* values(int i) const { return rooms.values + i % 2 * kMaxRecent * j.dv; }
+  __device__ __forceinline__ bool needs(int unit, int m) const { return closes(unit) || m + 1 == j.size; }
+
+  /// The positions that are not in the state, which older kernels wrote.
+  __device__ __forceinline__ void bring_recent(int64_t unit, int i, int m) const {
+    if (!needs(static_cast<int>(unit), m)) return;
+    copy_values(keys(i), j.recent_k + unit * j.size * j.dq, m * j.dq, t);
+    copy_values(values(i), j.recent_v + unit * j.size * j.dv, m * j.dv, t);
+    copy_values(rooms.n + i % 2 * j.dq, j.n + unit * j.dq, j.dq, t);
   }
-  wait_for_previous();
-  let_next_begin();
-#pragma unroll 1
-  for (int unit = range.first_unit(), i = 0; unit <= range.last_unit(); ++unit, ++i) {
-    const int at = i % 2, m = j.count[unit];
-    if (i >= 2) barrier_wait(free + 8 * at, (i / 2 - 1) % 2);
+
+  /// What this step brings; q is what reading the state asks for.
+  __device__ __forceinline__ Gates bring_own(int64_t unit, int i, int m) const {
+    const int at = i % 2;
+    if (needs(static_cast<int>(unit), m)) {
+      copy_values(keys(i) + m * j.dq, j.k + unit * j.dq, j.dq, t);
+      copy_values(values(i) + m * j.dv, j.v + unit * j.dv, j.dv, t);
+    }
+    copy_commit();
+    Gates g{};
+    if (t < 32) g = read_gates(j, unit, m, t);
     float* const q = rooms.q + at * j.dq;
-    for (int x = 4 * t; x < j.dq; x += 4 * kSmall) {
-      float4 v = four_of(j.q + int64_t{unit} * j.dq + x);
+    if (const int x = 4 * t; x < j.dq) {
+      const float4 v = four_of(j.q + unit * j.dq + x);
       quad_at(q + x) = {j.scale * v.x, j.scale * v.y, j.scale * v.z, j.scale * v.w};
     }
     if (t == 0) s.count[at] = m;
-    barrier_arrive(q_full + 8 * at);
-    const bool writes = m + 1 == j.size, closes = range.to(unit) == range.pieces;
-    if (warp == 0) weigh(j, s, at, unit, m, closes && !writes, lane);
+    barrier_arrive(shared_address(s.q_full) + 8 * at);
+    return g;
+  }
+
+  /// The weights; where the head's last piece is the block's, what its positions add, and n; what goes into the state.
+  __device__ __forceinline__ void make_rest(int64_t unit, int i, int m, const Gates& gates) const {
+    const int lane = t % 32, warp = t / 32, x = 4 * t;
+    const bool writes = m + 1 == j.size, last = closes(static_cast<int>(unit));
+    const float *const q = rooms.q + i % 2 * j.dq, *const n = rooms.n + i % 2 * j.dq;
+    const T *const key = keys(i), *const value = values(i);
+    copy_wait<1>();
     meet_small();
-    const auto key = [&](int p) { return p < m ? j.recent_k + (int64_t{unit} * j.size + p) * j.dq : j.k + int64_t{unit} * j.dq; };
-    const auto value = [&](int p) { return p < m ? j.recent_v + (int64_t{unit} * j.size + p) * j.dv : j.v + int64_t{unit} * j.dv; };
-    float* const n = j.n + int64_t{unit} * j.dq;
-    if (closes) {
+    if (warp == 0) weigh(j, s, gates, unit, m, last && !writes, lane);
+    if (last) {
 #pragma unroll 1
       for (int p = warp; p <= m + 1; p += kSmallWarps) {
         float sum = 0;
-#pragma unroll
-        for (int r = 0; r < kMaxHead / 128; ++r) {
-          const int x = 4 * lane + 128 * r;
-          if (x < j.dq) sum += dot(p <= m ? four_of(key(p) + x) : quad_of(n + x), quad_of(q + x));
-        }
+        for (int c = 4 * lane; c < j.dq; c += 128) sum += dot(p <= m ? four_of(key + p * j.dq + c) : quad_of(n + c), quad_of(q + c));
         sum = sum_lanes<32>(sum);
         if (lane == 0) s.products[p] = sum;
       }
-      meet_small();
-      float* const add = rooms.add + at * j.dv;
-      for (int x = 4 * t; x < j.dv; x += 4 * kSmall) {
-        float4 sum{};
-#pragma unroll 4
-        for (int p = 0; p <= m; ++p) add_product(sum, s.coefficient[at][p] * s.products[p], four_of(value(p) + x));
-        quad_at(add + x) = sum;
-      }
-      if (t == 0) {
-        float r = s.keep[at] * s.products[m + 1];
-        for (int p = 0; p <= m; ++p) r += s.coefficient[at][p] * s.products[p];
-        s.r[at] = r;
-      }
-      if (!writes) {
-        for (int x = 4 * t; x < j.dq; x += 4 * kSmall)
-          *reinterpret_cast<Side<T, 4>*>(j.recent_k + (int64_t{unit} * j.size + m) * j.dq + x) = load_four(key(m) + x);
-        for (int x = 4 * t; x < j.dv; x += 4 * kSmall)
-          *reinterpret_cast<Side<T, 4>*>(j.recent_v + (int64_t{unit} * j.size + m) * j.dv + x) = load_four(value(m) + x);
-      }
     }
-    if (writes) {
-      if (i >= 1) barrier_wait(free + 8 * (1 - at), ((i - 1) / 2) % 2);  // the head before has read what comes here
-      for (int x = 4 * t; x < j.dq; x += 4 * kSmall) {
-        float4 sum{};
-        if (closes) add_product(sum, s.keep[at], quad_of(n + x));
+    meet_small();
+    if (last && x < j.dv) {
+      float4 sum{};
 #pragma unroll 4
-        for (int p = 0; p <= m; ++p) {
-          const float f = s.coefficient[at][p];
-          const float4 k = four_of(key(p) + x), own{f * k.x, f * k.y, f * k.z, f * k.w};
-          quad_at(rooms.k + p * j.dq + x) = own;
-          add_product(sum, 1.0f, own);
-        }
-        if (closes) quad_at(n + x) = sum;
-      }
-      for (int x = 4 * t; x < j.dv; x += 4 * kSmall)
-#pragma unroll 4
-        for (int p = 0; p <= m; ++p) *reinterpret_cast<Side<T, 4>*>(rooms.v + p * j.dv + x) = load_four(value(p) + x);
+      for (int p = 0; p <= m; ++p) add_product(sum, s.weight[p] * s.products[p], four_of(value + p * j.dv + x));
+      quad_at(rooms.add + x) = sum;
+      if (!writes) *reinterpret_cast<Side<T, 4>*>(j.recent_v + (unit * j.size + m) * j.dv + x) = load_four(value + m * j.dv + x);
     }
-    barrier_arrive(rest_full + 8 * at);
-    meet_small();  // products and weights have been read
+    if (last && !writes && x < j.dq) *reinterpret_cast<Side<T, 4>*>(j.recent_k + (unit * j.size + m) * j.dq + x) = load_four(key + m * j.dq + x);
+    if (writes && x < j.dq) {
+      float4 sum{};
+      if (last) add_product(sum, s.keep, quad_of(n + x));
+#pragma unroll 4
+      for (int p = 0; p <= m; ++p) {
+        const float f = s.weight[p];
+        const float4 k = four_of(key + p * j.dq + x), own{f * k.x, f * k.y, f * k.z, f * k.w};
+        quad_at(rooms.k + p * j.dq + x) = own;
+        add_product(sum, 1.0f, own);
+      }
+      if (last) quad_at(j.n + unit * j.dq + x) = sum;
+    }
+    barrier_arrive(shared_address(&s.rest_full));
   }
-}
+
+  /// What stands beside the cell's output.
+  struct Beside {
+    Side<T, 4> x_c, z, skip;
+    float4 norm;
+  };
+  __device__ __forceinline__ Beside read_beside(int64_t unit) const {
+    const int64_t row = unit / j.heads, head = unit % j.heads, column = 4 * t;
+    if (column >= j.dv) return {};
+    return {load_four(j.x_c + unit * j.dv + column), load_four(j.z + row * j.z_row + head * j.dv + column), load_four(j.skip + head * j.dv + column),
+            quad_of(j.norm + head * j.dv + column)};
+  }
+
+  /// What the groups read, with the other blocks' parts, and all that follows the cell.
+  __device__ __forceinline__ void finish(int unit, int i, const Beside& beside) const {
+    const int lane = t % 32, warp = t / 32, at = i % 2, column = 4 * t, lanes = j.dv / 4, groups = kThreads / lanes;
+    const bool first = column < j.dv, last = closes(unit), begins = range.from(unit) == 0;
+    const int64_t own = int64_t{unit} * j.dv + column;
+    const int width = j.dv + 4, block = static_cast<int>(blockIdx.x);
+    const auto part = [&](int b, int which) { return j.partial + (int64_t{b} * 2 + which) * width; };
+    const int first_block = begins ? block : Range::block_of(j.total, unit * range.pieces);
+    const int last_block = last ? block : Range::block_of(j.total, (unit + 1) * range.pieces - 1);
+    const unsigned others = static_cast<unsigned>(last_block - first_block);
+    const auto of_others = [&](float4& sum, float& r) {
+      for (int b = first_block + 1; b <= last_block; ++b)
+        if (first) add_product(sum, 1.0f, __ldcg(reinterpret_cast<const float4*>(part(b, 0) + column)));
+      r = __ldcg(part(last_block, 0) + j.dv);
+    };
+    const auto& [x_c, z, skip, norm] = beside;
+    float r = 0;
+    if (last) {
+      r = s.keep * s.products[s.count[at] + 1];
+      for (int p = 0; p <= s.count[at]; ++p) r += s.weight[p] * s.products[p];
+    }
+    float4 rest{};
+    bool ready = false;
+    if (begins && !last) {  // the others are most often done before
+      if (t == 0) {
+        unsigned seen;
+        asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(j.arrived + unit) : "memory");
+        s.ready = seen == others;
+      }
+      meet_small();
+      ready = s.ready != 0;
+      if (ready) of_others(rest, r);
+    }
+    barrier_wait(shared_address(s.parts_full) + 8 * at, i / 2 % 2);
+    float4 made{};
+    if (first) {
+      const float* const parts = rooms.parts + at * kParts + column;
+#pragma unroll 4
+      for (int g = 0; g < groups; ++g) add_product(made, s.keep, quad_of(parts + g * j.dv));
+      if (last) add_product(made, 1.0f, quad_of(rooms.add + column));
+    }
+    if (ready) {
+      if (t == 0) j.arrived[unit] = 0;
+    } else if (others > 0) {
+      float* const here = part(block, begins ? 1 : 0);
+      if (first) quad_at(here + column) = made;
+      if (t == 0) here[j.dv] = r;
+      __threadfence();
+      meet_small();
+      if (t == 0) {
+        s.last = atomicInc(j.arrived + unit, others) == others;
+        __threadfence();
+      }
+      meet_small();
+      if (s.last == 0) return;
+      if (first) made = __ldcg(reinterpret_cast<const float4*>(part(first_block, 1) + column));
+      of_others(rest, r);
+    }
+    add_product(made, 1.0f, rest);
+
+    const float dv = static_cast<float>(j.dv);
+    float mean = sum_lanes<32>(first ? made.x + made.y + made.z + made.w : 0.0f);
+    if (lane == 0) s.sums[warp] = mean;
+    meet_small();
+    mean = 0;
+#pragma unroll
+    for (int w = 0; w < kSmallWarps; ++w) mean += s.sums[w];
+    mean /= dv;
+    const float4 off{made.x - mean, made.y - mean, made.z - mean, made.w - mean};
+    float squares = sum_lanes<32>(first ? dot(off, off) : 0.0f);
+    if (lane == 0) s.squares[warp] = squares;
+    meet_small();
+    squares = 0;
+#pragma unroll
+    for (int w = 0; w < kSmallWarps; ++w) squares += s.squares[w];
+    const float inverse = 1.0f / mlstm_denominator(r, s.top, j.eps);
+    const float factor = inverse * rsqrtf(squares / dv * inverse * inverse + j.norm_eps);
+    if (first) {
+      const float h[4] = {off.x * (1.0f + norm.x), off.y * (1.0f + norm.y), off.z * (1.0f + norm.z), off.w * (1.0f + norm.w)};
+      float y[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) y[c] = (h[c] * factor + static_cast<float>(skip.at[c]) * static_cast<float>(x_c.at[c])) * silu_of(static_cast<float>(z.at[c]));
+      store_four(j.y + own, y);
+    }
+    if (t == 0) {  // all blocks of the head have read these
+      const int m = s.count[at];
+      const bool writes = m + 1 == j.size;
+      j.count[unit] = writes ? 0 : m + 1;
+      if (writes) j.m[unit] = s.top;
+    }
+  }
+
+  __device__ __forceinline__ void run() const {
+    const int first = range.first_unit(), end = range.last_unit() + 1;
+    int m = j.count[first], m_next = first + 1 < end ? j.count[first + 1] : 0;
+    bring_recent(first, 0, m);
+    wait_for_previous();
+    let_next_begin();
+    Gates gates = bring_own(first, 0, m);
+#pragma unroll 1
+    for (int unit = first, i = 0; unit < end; ++unit, ++i) {
+      Gates next{};
+      int behind = 0;
+      if (unit + 1 < end) {
+        if (unit + 2 < end) behind = j.count[unit + 2];
+        bring_recent(unit + 1, i + 1, m_next);
+        next = bring_own(unit + 1, i + 1, m_next);
+      } else {
+        copy_commit();
+      }
+      const Beside beside = read_beside(unit);
+      make_rest(unit, i, m, gates);
+      finish(unit, i, beside);
+      gates = next;
+      m = m_next;
+      m_next = behind;
+    }
+  }
+};
 
 /// Four rows of C, scaled, take in positions 0 to m of the block's head, and go back to memory.
-template <class T>
-__device__ __forceinline__ void take_in(float4 (&c)[4], float* to, const Job<T>& j, float keep, const float* k, const T* v, int m) {
+template <class T, class S>
+__device__ __forceinline__ void take_in(float4 (&c)[4], S* to, const Job<T>& j, float keep, const float* k, const T* v, int m) {
 #pragma unroll
   for (int r = 0; r < 4; ++r) c[r] = {keep * c[r].x, keep * c[r].y, keep * c[r].z, keep * c[r].w};
 #pragma unroll 2
@@ -242,121 +396,55 @@ __device__ __forceinline__ void take_in(float4 (&c)[4], float* to, const Job<T>&
     add_product(c[3], key.w, value);
   }
 #pragma unroll
-  for (int r = 0; r < 4; ++r) quad_at(to + int64_t{r} * j.dv) = c[r];
+  for (int r = 0; r < 4; ++r) {
+    const float four[4] = {c[r].x, c[r].y, c[r].z, c[r].w};
+    store_four(to + int64_t{r} * j.dv, four);
+  }
 }
 
-/// The threads that read states: C^T q of the block's pieces, and the rest of each head whose last part comes from here.
-template <class T>
+/// The threads that read states: C^T q of the block's pieces, by groups of threads.
+template <class T, class S>
 __device__ __forceinline__ void read_states(const Job<T>& j, Held& s, const Rooms<T>& rooms, const Range& range, int t) {
-  const uint32_t full = shared_address(s.full), empty = shared_address(s.empty), q_full = shared_address(s.q_full);
-  const uint32_t rest_full = shared_address(s.rest_full), free = shared_address(s.free);
-  const int lane = t % 32, warp = t / 32, lanes = j.dv / 4, groups = kThreads / lanes, group = t / lanes, column = 4 * (t % lanes);
-  const bool first = t < lanes;  // has four columns of what the groups made
-  const float dv = static_cast<float>(j.dv);
-  wait_for_previous();
-  int item = 0;
+  const uint32_t full = shared_address(s.full), empty = shared_address(s.empty);
+  const int lane = t % 32, lanes = j.dv / 4, groups = kThreads / lanes, group = t / lanes, column = 4 * (t % lanes);
+  int stage = 0, phase = 0;
 #pragma unroll 1
   for (int unit = range.first_unit(), i = 0; unit <= range.last_unit(); ++unit, ++i) {
-    const int at = i % 2, begin = range.from(unit), end = range.to(unit);
-    barrier_wait(q_full + 8 * at, i / 2 % 2);
+    const int at = i % 2, end = range.to(unit);
+    barrier_wait(shared_address(s.q_full) + 8 * at, i / 2 % 2);
     const int m = s.count[at];
     const bool writes = m + 1 == j.size;
-    if (writes) barrier_wait(rest_full + 8 * at, i / 2 % 2);
+    if (writes) barrier_wait(shared_address(&s.rest_full), i % 2);
     const float* const q = rooms.q + at * j.dq;
     float4 sum{};
 #pragma unroll 1
-    for (int piece = begin; piece < end; ++piece, ++item) {
-      const int stage = item % j.stages, top = piece * j.piece, rows = min(j.piece, j.dq - top);
-      barrier_wait(full + 8 * stage, item / j.stages % 2);
-      const float* const from = reinterpret_cast<const float*>(rooms.ring + stage * kStageBytes);
+    for (int piece = range.from(unit); piece < end; ++piece) {
+      const int top = piece * j.piece, rows = min(j.piece, j.dq - top);
+      barrier_wait(full + 8 * stage, phase);
+      const S* const from = reinterpret_cast<const S*>(rooms.ring + stage * kStageBytes);
       for (int x = 4 * group; x < rows; x += 4 * groups) {
         if (group >= groups) break;
         float4 c[4];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) c[r] = quad_of(from + (x + r) * j.dv + column);
+        for (int r = 0; r < 4; ++r) c[r] = four_of(from + (x + r) * j.dv + column);
         const float4 own = quad_of(q + top + x);
         add_product(sum, own.x, c[0]);
         add_product(sum, own.y, c[1]);
         add_product(sum, own.z, c[2]);
         add_product(sum, own.w, c[3]);
         if (writes)
-          take_in(c, j.c + (int64_t{unit} * j.dq + top + x) * j.dv + column, j, s.keep[at], rooms.k + top + x, rooms.v + column, m);
+          take_in(c, static_cast<S*>(j.c) + (int64_t{unit} * j.dq + top + x) * j.dv + column, j, s.keep, rooms.k + top + x, rooms.values + i % 2 * kMaxRecent * j.dv + column, m);
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(empty + 8 * stage);
-    }
-    if (!writes) barrier_wait(rest_full + 8 * at, i / 2 % 2);
-    if (group < groups) quad_at(rooms.parts + group * j.dv + column) = sum;
-
-    const int64_t row = unit / j.heads, head = unit % j.heads, own = int64_t{unit} * j.dv + column;
-    float4 x_c{}, z{}, skip{}, norm{};
-    if (first) {
-      x_c = four_of(j.x_c + own);
-      z = four_of(j.z + row * j.z_row + head * j.dv + column);
-      skip = four_of(j.skip + head * j.dv + column);
-      norm = quad_of(j.norm + head * j.dv + column);
-    }
-    meet_readers();
-    float4 made{};
-    if (first) {
-#pragma unroll 4
-      for (int g = 0; g < groups; ++g) add_product(made, s.keep[at], quad_of(rooms.parts + g * j.dv + column));
-      if (end == range.pieces) add_product(made, 1.0f, quad_of(rooms.add + at * j.dv + column));
-    }
-    float r = end == range.pieces ? s.r[at] : 0.0f;
-    bool finishes = true;
-    if (begin > 0 || end < range.pieces) {
-      const int width = j.dv + 4, block = static_cast<int>(blockIdx.x);
-      const auto part = [&](int b, int which) { return j.partial + (int64_t{b} * 2 + which) * width; };
-      const int first_block = Range::block_of(j.total, unit * range.pieces), last_block = Range::block_of(j.total, (unit + 1) * range.pieces - 1);
-      float* const here = part(block, begin > 0 ? 0 : 1);
-      if (first) quad_at(here + column) = made;
-      if (t == 0) here[j.dv] = r;
-      __threadfence();
-      meet_readers();
-      if (t == 0) {
-        const unsigned others = static_cast<unsigned>(last_block - first_block);
-        s.last = atomicInc(j.arrived + unit, others) == others;
-        __threadfence();
-      }
-      meet_readers();
-      finishes = s.last != 0;
-      if (finishes) {
-        made = {};
-        if (first)
-          for (int b = first_block; b <= last_block; ++b) add_product(made, 1.0f, __ldcg(reinterpret_cast<const float4*>(part(b, b > first_block ? 0 : 1) + column)));
-        r = __ldcg(part(last_block, last_block > first_block ? 0 : 1) + j.dv);
+      if (++stage == j.stages) {
+        stage = 0;
+        phase ^= 1;
       }
     }
-    if (finishes) {
-      float mean = sum_lanes<32>(first ? made.x + made.y + made.z + made.w : 0.0f);
-      if (lane == 0) s.sums[warp] = mean;
-      meet_readers();
-      mean = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) mean += s.sums[w];
-      mean /= dv;
-      const float4 off{made.x - mean, made.y - mean, made.z - mean, made.w - mean};
-      float squares = sum_lanes<32>(first ? dot(off, off) : 0.0f);
-      if (lane == 0) s.squares[warp] = squares;
-      meet_readers();
-      squares = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) squares += s.squares[w];
-      const float inverse = 1.0f / mlstm_denominator(r, s.top[at], j.eps);
-      const float factor = inverse * rsqrtf(squares / dv * inverse * inverse + j.norm_eps);
-      if (first) {
-        const float y[4] = {(off.x * factor * (1.0f + norm.x) + skip.x * x_c.x) * silu_of(z.x), (off.y * factor * (1.0f + norm.y) + skip.y * x_c.y) * silu_of(z.y),
-                            (off.z * factor * (1.0f + norm.z) + skip.z * x_c.z) * silu_of(z.z), (off.w * factor * (1.0f + norm.w) + skip.w * x_c.w) * silu_of(z.w)};
-        store_four(j.y + own, y);
-      }
-      if (t == 0) {  // all blocks of the head have read these
-        j.count[unit] = writes ? 0 : m + 1;
-        if (writes) j.m[unit] = s.top[at];
-      }
-    }
+    if (group < groups) quad_at(rooms.parts + at * kParts + group * j.dv + column) = sum;
     __syncwarp();
-    if (lane == 0) barrier_arrive(free + 8 * at);
+    if (lane == 0) barrier_arrive(shared_address(s.parts_full) + 8 * at);
   }
 }
 
@@ -366,8 +454,8 @@ __device__ __forceinline__ void read_states(const Job<T>& j, Held& s, const Room
 /// written, qs . k_p among themselves and weights w_p (weigh()), C_now^T qs = keep C^T qs + sum_p w_p (qs . k_p) v_p; the last of
 /// `size` positions puts all of them into C. Parts of a head that lie in several blocks meet in memory: the last block to
 /// arrive finishes. Bound by reading C, which a warp of its own brings, from before the kernel in front ends.
-template <class T>
-__global__ void __launch_bounds__(kBlock) rows_mlstm_kernel(const __grid_constant__ Job<T> j) {
+template <class T, class S>
+__global__ void __launch_bounds__(kBounds) rows_mlstm_kernel(const __grid_constant__ Job<T> j) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char mlstm_shared[];
   Held& s = *reinterpret_cast<Held*>(mlstm_shared);
@@ -382,33 +470,43 @@ __global__ void __launch_bounds__(kBlock) rows_mlstm_kernel(const __grid_constan
     }
     for (int i = 0; i < 2; ++i) {
       barrier_init(shared_address(s.q_full) + 8 * i, kSmall);
-      barrier_init(shared_address(s.rest_full) + 8 * i, kSmall);
-      barrier_init(shared_address(s.free) + 8 * i, kWarps);
+      barrier_init(shared_address(s.parts_full) + 8 * i, kWarps);
     }
+    barrier_init(shared_address(&s.rest_full), kSmall);
     barriers_visible();
   }
   __syncthreads();
-  if (t < kThreads) return read_states(j, s, rooms, range, t);
-  if (t >= kThreads + 32) return make_small(j, s, rooms, range, t - kThreads - 32);
+  if (t < kThreads) return read_states<T, S>(j, s, rooms, range, t);
+  if (t >= kThreads + 32) return Small<T>{j, s, rooms, range, t - kThreads - 32}.run();
   if (t > kThreads) return;
 #pragma unroll 1
   for (int i = 0; i < range.end - range.begin; ++i) {
     const int stage = i % j.stages, unit = (range.begin + i) / j.pieces, top = (range.begin + i) % j.pieces * j.piece;
-    const uint32_t bytes = static_cast<uint32_t>(min(j.piece, j.dq - top) * j.dv) * 4;
+    const uint32_t bytes = static_cast<uint32_t>(min(j.piece, j.dq - top) * j.dv) * sizeof(S);
     if (i >= j.stages) barrier_wait(empty + 8 * stage, (i / j.stages - 1) % 2);
-    if (i >= kFlight) barrier_wait(full + 8 * ((i - kFlight) % j.stages), (i - kFlight) / j.stages % 2);
+    if (const int old = i - kFlight<S>; old >= 0) barrier_wait(full + 8 * (old % j.stages), old / j.stages % 2);
     barrier_expect(full + 8 * stage, bytes);
-    bring_bytes(shared_address(rooms.ring) + stage * kStageBytes, j.c + (int64_t{unit} * j.dq + top) * j.dv, bytes, full + 8 * stage);
+    bring_bytes(shared_address(rooms.ring) + stage * kStageBytes, static_cast<const S*>(j.c) + (int64_t{unit} * j.dq + top) * j.dv, bytes, full + 8 * stage);
   }
 #endif
 }
 
+/// In front of the ring, and the stages of that.
 template <class T>
+int64_t rest_of(int64_t dq, int64_t dv) {
+  return (kHeldBytes + Rooms<T>::bytes(static_cast<int>(dq), static_cast<int>(dv)) + 127) / 128 * 128;
+}
+int64_t stages_of(DType dtype, int64_t dq, int64_t dv) {
+  return std::min<int64_t>(kMaxStages, (kMaxShared - (dtype == DType::bf16 ? rest_of<bf16>(dq, dv) : rest_of<float>(dq, dv))) / kStageBytes);
+}
+
+template <class T, class S>
 void run(Tensor& y, MlstmState& state, MlstmRecent& recent, const MlstmStepMaps& in, const Tensor& z, const MlstmStepOutputWeights& w) {
+  KRAIT_CHECK(aligned(in.q, in.k, in.v), "mlstm_step: q, k and v of a state behind its positions must begin at multiples of 16 bytes");
   Job<T> j{};
   const int64_t units = state.m.numel();
   j.y = y.data<T>();
-  j.c = state.c.data<float>();
+  j.c = state.c.raw_data();
   j.n = state.n.data<float>();
   j.m = state.m.data<float>();
   j.recent_k = recent.k.data<T>();
@@ -431,18 +529,18 @@ void run(Tensor& y, MlstmState& state, MlstmRecent& recent, const MlstmStepMaps&
   j.dq = static_cast<int>(state.c.size(2));
   j.dv = static_cast<int>(state.c.size(3));
   j.size = static_cast<int>(recent.k.size(2));
-  j.piece = std::min(kStageBytes / (16 * j.dv) * 4, j.dq);
+  j.piece = std::min(kStageBytes / (4 * j.dv * static_cast<int>(sizeof(S))) * 4, j.dq);
   j.pieces = (j.dq + j.piece - 1) / j.piece;
   j.total = static_cast<int>(units) * j.pieces;
   j.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(j.dq)));
   j.eps = static_cast<float>(w.eps);
   j.norm_eps = static_cast<float>(w.norm_eps);
-  const int64_t grid = std::min<int64_t>(kMultiprocessors, j.total), rest = (kHeldBytes + Rooms<T>::bytes(j.dq, j.dv) + 127) / 128 * 128;
-  j.stages = static_cast<int>(std::min<int64_t>(kMaxStages, (kMaxShared - rest) / kStageBytes));
+  const int64_t grid = std::min<int64_t>(kMultiprocessors, j.total), rest = rest_of<T>(j.dq, j.dv);
+  j.stages = static_cast<int>(stages_of(y.dtype(), j.dq, j.dv));
   const Tensor partial = empty({grid, 2, j.dv + 4}, DType::f32, y.device());
   j.partial = partial.data<float>();
-  keep_shared_memory(rows_mlstm_kernel<T>);
-  launch_overlapped(rows_mlstm_kernel<T>, {.grid = grid, .block = kBlock, .shared = rest + j.stages * int64_t{kStageBytes}, .stream = current_stream(y.device())}, j);
+  keep_shared_memory(rows_mlstm_kernel<T, S>);
+  launch_overlapped(rows_mlstm_kernel<T, S>, {.grid = grid, .block = kBlock, .shared = rest + j.stages * int64_t{kStageBytes}, .stream = current_stream(y.device())}, j);
   known_to_step(y);
 }
 
@@ -451,12 +549,17 @@ void run(Tensor& y, MlstmState& state, MlstmRecent& recent, const MlstmStepMaps&
 void mlstm_recent_fits(bool& fits, const MlstmState& state, const Tensor& conv, const MlstmStepMapsWeights& w) {
   const int64_t rows = state.c.size(0), dq = state.c.size(2), dv = state.c.size(3);
   const DType dtype = conv.dtype();
-  fits = runs_sm90(conv.device()) && (dtype == DType::bf16 || dtype == DType::f32) && rows > kFewRows && dq % 4 == 0 && dv % 4 == 0 && dq <= kMaxHead &&
-         dv <= kMaxHead && state.m.numel() * dq < (int64_t{1} << 31) && aligned(state.c, state.n) && mlstm_maps_fit(rows, conv, w);
+  fits = runs_sm90(conv.device()) && (dtype == DType::bf16 || dtype == DType::f32) && rows > kFewRows && dq % 8 == 0 && dv % 8 == 0 && dq <= kMaxHead &&
+         dv <= kMaxHead && state.m.numel() * dq < (int64_t{1} << 31) && stages_of(dtype, dq, dv) >= 2 && aligned(state.c, state.n) &&
+         mlstm_maps_fit(rows, conv, w);
 }
 
 void mlstm_step_output(Tensor& y, MlstmState& state, MlstmRecent& recent, const MlstmStepMaps& in, const Tensor& z, const MlstmStepOutputWeights& w) {
-  y.dtype() == DType::bf16 ? run<bf16>(y, state, recent, in, z, w) : run<float>(y, state, recent, in, z, w);
+  const bool narrow = state.c.dtype() == DType::bf16;
+  if (y.dtype() == DType::f32)
+    narrow ? run<float, bf16>(y, state, recent, in, z, w) : run<float, float>(y, state, recent, in, z, w);
+  else
+    narrow ? run<bf16, bf16>(y, state, recent, in, z, w) : run<bf16, float>(y, state, recent, in, z, w);
 }
 
 }  // namespace krait::kernels::cuda

@@ -513,8 +513,12 @@ bool gather_rows_draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step
   return true;
 }
 
-void gather_rows_launch_beside(Device device) {
-  if (RowsQueue* const queue = gathering<RowsQueue>(device)) queue->launch(true);
+bool gather_rows_launch_beside(const Tensor& made) {
+  RowsQueue* const queue = gathering<RowsQueue>(made.device());
+  if (queue == nullptr) return false;
+  const bool makes = queue->makes(made.raw_data());
+  queue->launch(true);
+  return makes;
 }
 
 void gather_rows_known(const Tensor& t) {

@@ -28,7 +28,8 @@ bool gather_rows_mamba_step(Tensor& y, Tensor& conv, Tensor& h, const Tensor& xz
 bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions* recent, const Tensor& zxbcdt, const Mamba2StepWeights& w);
 /// sample_next (kernels/sample.h) of temperature 0, behind the map that makes the logits.
 bool gather_rows_draw(Tensor& made, Tensor& last, Tensor& position, Tensor& step, const Tensor& logits);
-/// Launches what waits, in front of kernels that bring a large state early: they are to find room beside it.
-void gather_rows_launch_beside(Device device);
+/// Launches what waits, in front of kernels that bring a large state early: they are to find room beside it. Whether that was a
+/// map whose values begin where those of `made` do.
+bool gather_rows_launch_beside(const Tensor& made);
 
 }  // namespace krait::kernels::cuda
