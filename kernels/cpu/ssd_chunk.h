@@ -3,7 +3,8 @@
 // With e_i = e^{a_2 + ... + a_i} in a chunk, M_ij = e_i / e_j is a product of two factors, so with
 //   u_j = dt_j x_j / e_j      h' = e^{a_1} h_in      G_ij = C_i . B_j for i >= j, else 0
 //   y_i = e_i (sum_j G_ij u_j + C_i h') + D x_i      h_out = e_q (h' + sum_j B_j (x) u_j)
-// and neither G nor the products know of the heads: their channels lie side by side, up to kWidth of them, and the
+// and neither G nor the products know of the heads: their channels lie side by side, up to kWidth of them, fewer where
+// the state of so many would have more than kState values (it is read and written in every chunk), and the
 // exponentials are two for a position of a head. A chunk ends before the sum of one of the heads passes kRange, so that
 // 1 / e_j <= e^kRange; a single position fits always. Finite values that come later change nothing, to the last bit, in a
 // sequence of the same length. Documents are masks on G, on the positions that see h' (the first document) and on those
@@ -24,7 +25,7 @@
 
 namespace krait::kernels::cpu::ssd {
 
-inline constexpr int64_t kChunk = 32, kWidth = 256;
+inline constexpr int64_t kChunk = 32, kWidth = 256, kLeastWidth = 64, kState = 16384;
 inline constexpr double kRange = 40;
 template <class A> inline constexpr int64_t kTile = 2 * kLanes<A>;  // columns of a register block
 static_assert(kChunk % kStrip == 0 && kChunk % kTile<float> == 0);
@@ -51,7 +52,7 @@ struct Sizes {
   int64_t b, l, heads, p, g, n, chunk, group, block, blocks, np, width, ws, units, piece, pieces;
   explicit Sizes(const SsdInput& in)
       : b(in.x.size(0)), l(in.x.size(1)), heads(in.x.size(2)), p(in.x.size(3)), g(in.B.size(2)), n(in.B.size(3)),
-        chunk(std::min(in.chunk, kChunk)), group(heads / g), block(std::clamp<int64_t>(kWidth / p, 1, group)),
+        chunk(std::min(in.chunk, kChunk)), group(heads / g), block(std::clamp<int64_t>(std::clamp(kState / n, kLeastWidth, kWidth) / p, 1, group)),
         blocks((group + block - 1) / block), np(round_up(n, std::max<int64_t>(kStrip, kLanes<A>))),
         width(round_up(block * p, kTile<A>)), ws(width + kLanes<A>), units(b * g * blocks) {
     const int64_t wanted = (16 + units - 1) / units;
