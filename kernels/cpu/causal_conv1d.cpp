@@ -55,17 +55,7 @@ void put_row(T* __restrict to, const A* __restrict p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) put(to[i], p[i]);
 }
 
-// A vector of values in the dtype of sums, and back.
-template <class A, class T>
-[[gnu::always_inline]] inline Vec<A> widened(const T* p) {
-  if constexpr (std::is_same_v<A, T>) {
-    return load(p);
-  } else {
-    Vec<A> v;
-    for (int i = 0; i < kLanes<A>; ++i) v[i] = static_cast<A>(p[i]);
-    return v;
-  }
-}
+// A vector of values of the dtype of sums to another.
 template <class A, class T>
 [[gnu::always_inline]] inline void put_vector(T* to, Vec<A> v) {
   if constexpr (std::is_same_v<A, T>) {

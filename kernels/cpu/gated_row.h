@@ -1,25 +1,50 @@
 #pragma once
 #include "kernels/cpu/norm.h"
 #include "kernels/cpu/vector_math.h"
+#include "kernels/cpu/vector_silu.h"
 
 // Rows of the gated norms, whose whole groups are here (gated_rms_norm.cpp) or with several ranks (_split.cpp).
 namespace krait::kernels::cpu {
 
+// silu(z), and its slope where wanted, of N vectors.
+template <size_t N, bool kSlope, class A, class T>
+[[gnu::always_inline]] inline void gate_vectors(A* s, A* slope, const T* z) {
+  Vec<A> v[N], d[N];
+  detail::each_index<N>([&](size_t i) { v[i] = widened<A>(z + i * kLanes<A>); });
+  if constexpr (kSlope) {
+    vector_silu_and_slope(v, d);
+    detail::each_index<N>([&](size_t i) { store(slope + i * kLanes<A>, d[i]); });
+  } else {
+    vector_silu(v);
+  }
+  detail::each_index<N>([&](size_t i) { store(s + i * kLanes<A>, v[i]); });
+}
+
+// Of one row. A value's bits do not depend on its place in the row.
+template <bool kSlope, class A, class T>
+inline void gate_values(A* __restrict s, A* __restrict slope, const T* __restrict z, int64_t e) {
+  constexpr int64_t kOne = kLanes<A>, kFour = 4 * kOne;
+  int64_t j = 0;
+  for (; j + kFour <= e; j += kFour) gate_vectors<4, kSlope>(s + j, slope + j, z + j);
+  for (; j + kOne <= e; j += kOne) gate_vectors<1, kSlope>(s + j, slope + j, z + j);
+  if (j == e) return;
+  T rest[kOne] = {};
+  A value[kOne], rise[kOne];
+  std::copy(z + j, z + e, rest);
+  gate_vectors<1, kSlope>(value, rise, rest);
+  std::copy(value, value + (e - j), s + j);
+  if constexpr (kSlope) std::copy(rise, rise + (e - j), slope + j);
+}
+
 template <class T, class A>
-void gate_row(A* __restrict s, const T* __restrict z, int64_t e) {
-#pragma omp simd
-  for (int64_t j = 0; j < e; ++j) s[j] = vsilu(static_cast<A>(z[j]));
+void gate_row(A* s, const T* z, int64_t e) {
+  gate_values<false>(s, s, z, e);
 }
 
 // silu(z) and its slope, of one row.
 template <class T, class A>
-void gate_rows(A* __restrict s, A* __restrict slope, const T* __restrict z, int64_t e) {
-#pragma omp simd
-  for (int64_t j = 0; j < e; ++j) {
-    const ValueAndSlope<A> at = vsilu_and_slope(static_cast<A>(z[j]));
-    s[j] = at.value;
-    slope[j] = at.slope;
-  }
+void gate_rows(A* s, A* slope, const T* z, int64_t e) {
+  gate_values<true>(s, slope, z, e);
 }
 
 template <class T, class A>

@@ -12,6 +12,29 @@
 
 namespace krait::kernels::cpu {
 
+/// A vector of values in the dtype of sums.
+template <class A, class T>
+[[gnu::always_inline]] inline Vec<A> widened(const T* p) {
+  if constexpr (std::is_same_v<A, T>) {
+    return load(p);
+  } else {
+    Vec<A> v;
+    for (int i = 0; i < kLanes<A>; ++i) v[i] = static_cast<A>(p[i]);
+    return v;
+  }
+}
+
+namespace detail {
+
+/// f(i) for i < N, unrolled.
+template <size_t N, class F>
+[[gnu::always_inline]] inline void each_index(F f) {
+#pragma GCC unroll 8
+  for (size_t i = 0; i < N; ++i) f(i);
+}
+
+}  // namespace detail
+
 /// f of every value.
 template <class A, size_t N, class F>
 [[gnu::always_inline]] inline void each_value(Vec<A> (&x)[N], F f) {
@@ -38,13 +61,6 @@ namespace detail {
   return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(high), (__m256)x);
 }
 #endif
-
-/// f(i) for i < N, unrolled.
-template <size_t N, class F>
-[[gnu::always_inline]] inline void each_index(F f) {
-#pragma GCC unroll 8
-  for (size_t i = 0; i < N; ++i) f(i);
-}
 
 /// d = 1 + e^-x for -87 <= x <= 80: e^-x = 2^((n + r) / 8), |r| <= 1/2. The product of x and 8 log2(e) is rounded in neither
 /// sum; kSmall is what the constant lacks.
@@ -94,7 +110,24 @@ template <size_t N>
   detail::each_index<N>([&](size_t i) { s[i] = 1.0f / s[i]; });
   detail::each_index<N>([&](size_t i) { x[i] = s[i] * (x[i] * (1.0f - s[i]) + 1.0f); });
 }
+/// x becomes the value, `slope` what vector_silu_slope gives.
+template <size_t N>
+[[gnu::always_inline]] inline void vector_silu_and_slope(Vec<float> (&x)[N], Vec<float> (&slope)[N]) {
+  Vec<float> y[N], s[N];
+  detail::each_index<N>([&](size_t i) { x[i] = detail::at_least(x[i], kSiluLow); });
+  detail::each_index<N>([&](size_t i) { y[i] = detail::at_most(x[i], kSiluHigh); });
+  detail::one_plus_exp_minus(s, y);
+  detail::each_index<N>([&](size_t i) { s[i] = 1.0f / s[i]; });
+  detail::each_index<N>([&](size_t i) { slope[i] = s[i] * (y[i] * (1.0f - s[i]) + 1.0f); });
+  detail::each_index<N>([&](size_t i) { x[i] *= s[i]; });
+}
 #else
+template <size_t N>
+[[gnu::always_inline]] inline void vector_silu_and_slope(Vec<float> (&x)[N], Vec<float> (&slope)[N]) {
+  for (size_t i = 0; i < N; ++i) slope[i] = x[i];
+  each_value<float>(slope, [](float v) { return vsilu_and_slope(v).slope; });
+  each_value<float>(x, [](float v) { return vsilu_and_slope(v).value; });
+}
 template <size_t N>
 [[gnu::always_inline]] inline void vector_silu(Vec<float> (&x)[N]) {
   each_value<float>(x, [](float v) { return vsilu(v); });
@@ -107,6 +140,12 @@ template <size_t N>
 template <size_t N>
 [[gnu::always_inline]] inline void vector_silu(Vec<double> (&x)[N]) {
   each_value<double>(x, [](double v) { return vsilu(v); });
+}
+template <size_t N>
+[[gnu::always_inline]] inline void vector_silu_and_slope(Vec<double> (&x)[N], Vec<double> (&slope)[N]) {
+  for (size_t i = 0; i < N; ++i) slope[i] = x[i];
+  each_value<double>(slope, [](double v) { return vsilu_and_slope(v).slope; });
+  each_value<double>(x, [](double v) { return vsilu_and_slope(v).value; });
 }
 template <size_t N>
 [[gnu::always_inline]] inline void vector_silu_slope(Vec<double> (&x)[N]) {

@@ -5,6 +5,7 @@
 
 #include "core/random.h"
 #include "kernels/causal_conv1d.h"
+#include "kernels/cpu/gated_row.h"
 #include "tests/testing/catch.h"
 
 using namespace krait;
@@ -71,5 +72,24 @@ TEST_CASE("causal_conv1d: a position alone has the bits that it has among others
     const CausalConv1dOut one = causal_conv1d_forward(x.slice(1, t, t + 1), weight, bias, state, true);
     state = one.final_state;
     CHECK(one.y.to_vector<float>() == std::vector<float>(whole.begin() + t * c, whole.begin() + (t + 1) * c));
+  }
+}
+
+TEST_CASE("gates: a value has the same bits wherever it stands in a row, with and without its slope") {
+  constexpr int64_t e = 107;
+  float z[e], s[e], again[e], slope[e];
+  for (int64_t j = 0; j < e; ++j) z[j] = 0.37f * static_cast<float>(j - 50);
+  cpu::gate_row<float, float>(s, z, e);
+  cpu::gate_rows<float, float>(again, slope, z, e);
+  for (int64_t j = 0; j < e; ++j) {
+    float value, one, rise;
+    cpu::gate_row<float, float>(&value, z + j, 1);
+    cpu::gate_rows<float, float>(&one, &rise, z + j, 1);
+    const double x = static_cast<double>(z[j]), sigmoid = 1 / (1 + std::exp(-x));
+    CHECK(s[j] == value);
+    CHECK(again[j] == one);
+    CHECK(slope[j] == rise);
+    CHECK(std::fabs(static_cast<double>(again[j]) - x * sigmoid) <= 4e-7 * std::fabs(x * sigmoid));
+    CHECK(std::fabs(static_cast<double>(rise) - sigmoid * (1 + x * (1 - sigmoid))) < 1e-7 * (10 + std::fabs(x)));
   }
 }
