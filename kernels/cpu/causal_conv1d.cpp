@@ -55,16 +55,6 @@ void put_row(T* __restrict to, const A* __restrict p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) put(to[i], p[i]);
 }
 
-// A vector of values of the dtype of sums to another.
-template <class A, class T>
-[[gnu::always_inline]] inline void put_vector(T* to, Vec<A> v) {
-  if constexpr (std::is_same_v<A, T>) {
-    store(to, v);
-  } else {
-    for (int i = 0; i < kLanes<A>; ++i) put(to[i], v[i]);
-  }
-}
-
 // f of n values in place by vectors, as a tile makes them.
 template <class A, class F>
 void map_vectors(A* p, int64_t n, F f) {

@@ -8,6 +8,7 @@
 #endif
 
 #include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
 
 namespace krait::kernels::cpu {
@@ -21,6 +22,16 @@ template <class A, class T>
     Vec<A> v;
     for (int i = 0; i < kLanes<A>; ++i) v[i] = static_cast<A>(p[i]);
     return v;
+  }
+}
+
+/// And back.
+template <class A, class T>
+[[gnu::always_inline]] inline void put_vector(T* to, Vec<A> v) {
+  if constexpr (std::is_same_v<A, T>) {
+    store(to, v);
+  } else {
+    for (int i = 0; i < kLanes<A>; ++i) put(to[i], v[i]);
   }
 }
 
@@ -121,7 +132,20 @@ template <size_t N>
   detail::each_index<N>([&](size_t i) { slope[i] = s[i] * (y[i] * (1.0f - s[i]) + 1.0f); });
   detail::each_index<N>([&](size_t i) { x[i] *= s[i]; });
 }
+/// 1 / (1 + e^-x); 0 below -87, 1 above 80.
+template <size_t N>
+[[gnu::always_inline]] inline void vector_sigmoid(Vec<float> (&x)[N]) {
+  typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
+  Vec<float> y[N], d[N];
+  detail::each_index<N>([&](size_t i) { y[i] = detail::at_most(detail::at_least(x[i], kSiluLow), kSiluHigh); });
+  detail::one_plus_exp_minus(d, y);
+  detail::each_index<N>([&](size_t i) { x[i] = (Vec<float>)((Mask)(1.0f / d[i]) & ~(Mask)(x[i] < kSiluLow)); });
+}
 #else
+template <size_t N>
+[[gnu::always_inline]] inline void vector_sigmoid(Vec<float> (&x)[N]) {
+  each_value<float>(x, [](float v) { return vsigmoid(v); });
+}
 template <size_t N>
 [[gnu::always_inline]] inline void vector_silu_and_slope(Vec<float> (&x)[N], Vec<float> (&slope)[N]) {
   for (size_t i = 0; i < N; ++i) slope[i] = x[i];

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "core/random.h"
+#include "kernels/activation.h"
 #include "kernels/causal_conv1d.h"
 #include "kernels/cpu/gated_row.h"
 #include "tests/testing/catch.h"
@@ -91,5 +92,27 @@ TEST_CASE("gates: a value has the same bits wherever it stands in a row, with an
     CHECK(slope[j] == rise);
     CHECK(std::fabs(static_cast<double>(again[j]) - x * sigmoid) <= 4e-7 * std::fabs(x * sigmoid));
     CHECK(std::fabs(static_cast<double>(rise) - sigmoid * (1 + x * (1 - sigmoid))) < 1e-7 * (10 + std::fabs(x)));
+  }
+}
+
+TEST_CASE("activations by vectors: limits, and the same bits wherever a value stands") {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  const int64_t n = 171;
+  Tensor x = empty({n}, DType::f32, kCpu), dy = ones({n}, DType::f32, kCpu);
+  for (int64_t i = 0; i < n; ++i) x.data<float>()[i] = 0.21f * static_cast<float>(i - 80);
+  for (const Activation f : {Activation::silu, Activation::gelu_tanh}) {
+    const std::vector<float> y = activation_forward(x, f).to_vector<float>(), dx = activation_backward(dy, x, f).to_vector<float>();
+    for (int64_t i = 0; i < n; ++i) {
+      CHECK(activation_forward(x.slice(0, i, i + 1).contiguous(), f).item() == static_cast<double>(y[static_cast<size_t>(i)]));
+      CHECK(activation_backward(dy.slice(0, i, i + 1).contiguous(), x.slice(0, i, i + 1).contiguous(), f).item() ==
+            static_cast<double>(dx[static_cast<size_t>(i)]));
+    }
+    const Tensor ends = empty({4}, DType::f32, kCpu);
+    for (int64_t i = 0; const float v : {kInf, 1e4f, -1e4f, std::numeric_limits<float>::quiet_NaN()}) ends.data<float>()[i++] = v;
+    const std::vector<float> at = activation_forward(ends, f).to_vector<float>();
+    CHECK(at[0] == kInf);
+    CHECK(at[1] == 1e4f);
+    CHECK(std::fabs(at[2]) < 1e-30f);
+    CHECK(std::isnan(at[3]));
   }
 }
