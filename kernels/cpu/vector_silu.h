@@ -19,7 +19,7 @@ template <class A, class T>
   if constexpr (std::is_same_v<A, T>) {
     return load(p);
   } else {
-    Vec<A> v;
+    Vec<A> v{};
     for (int i = 0; i < kLanes<A>; ++i) v[i] = static_cast<A>(p[i]);
     return v;
   }
