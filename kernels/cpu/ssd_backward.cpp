@@ -208,8 +208,8 @@ class Backward {
             store(at, load(at) + sum);
           };
         };
-        multiply_columns<A>(s.b_rows + n, z_.np, s.gamma_t + i, kChunk, c.q, add_to(s.dct));
-        multiply_columns<A>(s.c_rows + n, z_.np, s.gamma + i, kChunk, c.q, add_to(s.dbt));
+        multiply_columns<A>(s.b_rows + n, z_.np, s.gamma_t + i, kChunk, std::min(c.q, i + kTile<A>), add_to(s.dct));
+        multiply_columns<A>(s.c_rows + i * z_.np + n, z_.np, s.gamma + i * kChunk + i, kChunk, c.q - i, add_to(s.dbt));
       }
     put_group(s, s.dbt, dB_, 0, u, c, t);
     put_group(s, s.dct, dC_, 1, u, c, t);
@@ -223,8 +223,9 @@ class Backward {
     const A *state = s.states.template data<A>() + k * z_.state() + h * z_.p, *upward = s.upward + h * z_.p;
     transpose_head(s.ut, s.u + h * z_.p, z_.p, z_);
     transpose_head(s.vt, s.v + h * z_.p, z_.p, z_);
+    // What lies above the diagonal in whole blocks is not made: it stays 0.
     for (int64_t j = 0; j < kChunk; j += kTile<A>)
-      for (int64_t i = 0; i < c.q; i += kStrip)
+      for (int64_t i = j; i < c.q; i += kStrip)
         multiply_rows<A>(s.v + i * z_.ws + h * z_.p, z_.ws, s.ut + j, kChunk, z_.p, [&](int row, int v, Vec<A> sum) __attribute__((always_inline)) {
           const int64_t at = (i + row) * kChunk + j + v * kLanes<A>;
           store(s.weights + at, sum * load(s.g + at));
