@@ -23,6 +23,9 @@ inline constexpr int kExchangePolls = 1 << 22;  // seconds: who should send is n
 __device__ __forceinline__ void send(void* to, uint32_t pair) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(pair) : "memory");
 }
+__device__ __forceinline__ void send(void* to, uint4 pairs) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(pairs.x), "r"(pairs.y), "r"(pairs.z), "r"(pairs.w) : "memory");
+}
 /// fp32 words of any bits.
 __device__ __forceinline__ uint32_t sendable(float v) {
   const uint32_t bits = __float_as_uint(v);
@@ -112,27 +115,30 @@ __device__ __forceinline__ void await_hints(const unsigned* counter, unsigned bl
 
 /// The warp of a block that takes its words back, layer by layer, while others compute: forget(i) after `received` of layer
 /// i, announced at cleared(i + 1). `clean` tells those that compute, in layer i, that all `blocks` have done what they announced
-/// there. The words of all layers have been cleared before.
-template <class Cleared, class Forget>
-__device__ __forceinline__ void take_words_back(int layers, unsigned blocks, uint64_t& received, uint64_t& clean, int lane, Cleared cleared, Forget forget) {
-  if (lane == 0) announce(cleared(0));
+/// there. The words of all layers have been cleared before. kStreams of values, in turn, each with its barriers.
+template <int kStreams, class Cleared, class Forget>
+__device__ __forceinline__ void take_words_back(int layers, unsigned blocks, uint64_t* received, uint64_t* clean, int lane, Cleared cleared, Forget forget) {
+  if (lane == 0)
+    for (int of = 0; of < kStreams; ++of) announce(cleared(0, of));
 #pragma unroll 1
-  for (int layer = 0; layer + 1 < layers; ++layer) {
-    if (layer > 0) barrier_wait(shared_address(&received), layer % 2);
+  for (int i = 0; i < (layers - 1) * kStreams; ++i) {
+    const int layer = i / kStreams, of = i % kStreams;
+    if (layer > 0) barrier_wait(shared_address(received + of), layer % 2);
     if (lane == 0) {
-      await(cleared(layer), blocks);
-      barrier_arrive(shared_address(&clean));
+      await(cleared(layer, of), blocks);
+      barrier_arrive(shared_address(clean + of));
     }
-    if (layer == 0) barrier_wait(shared_address(&received), 0);
+    if (layer == 0) barrier_wait(shared_address(received + of), 0);
     __syncwarp();
-    forget(layer);
+    forget(layer, of);
     __syncwarp();
-    if (lane == 0) announce(cleared(layer + 1));
+    if (lane == 0) announce(cleared(layer + 1, of));
   }
-  if (layers == 1 && lane == 0) {
-    await(cleared(0), blocks);
-    barrier_arrive(shared_address(&clean));
-  }
+  if (layers == 1 && lane == 0)
+    for (int of = 0; of < kStreams; ++of) {
+      await(cleared(0, of), blocks);
+      barrier_arrive(shared_address(clean + of));
+    }
 }
 
 #endif

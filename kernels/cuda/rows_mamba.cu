@@ -206,9 +206,9 @@ struct Bringer {
 /// The warp that takes words back (Slot).
 __device__ __forceinline__ void clear_slots(const RowsMamba& a, Shared& s, const Place& at, int lane) {
   cuda::meet(2, kThreads + 32);  // those that compute have cleared all
-  take_words_back(
-      a.layers, kBlocks, s.in_free, s.clean, lane, [&](int layer) { return counter(a, layer, kCleared); },
-      [&](int layer) {
+  take_words_back<1>(
+      a.layers, kBlocks, &s.in_free, &s.clean, lane, [&](int layer, int) { return counter(a, layer, kCleared); },
+      [&](int layer, int) {
         at.forget_mixed<32>(slot(a, layer + kSlots - 1), lane);
         at.forget_sums<32>(slot(a, layer + kSlots - 2), lane);
       });

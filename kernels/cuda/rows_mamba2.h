@@ -9,7 +9,8 @@ namespace krait::kernels::cuda {
 /// stream, weighted by the next norm.
 struct RowsMamba2Layer {
   const bf16 *in, *conv_weight, *conv_bias;
-  bf16 *conv, *zxbcdt;
+  bf16* conv;
+  bf16* zxbcdt = nullptr;  // may be null: in_proj's rows
   bf16* normed = nullptr;  // may be null, as rstd: what in_proj read, scaled
   float* rstd;
   float eps;
@@ -29,7 +30,8 @@ inline constexpr int kMamba2Layers = 32;
 
 /// Layers behind one another, no two of which share what they keep. Of those behind the first, in_proj reads what the layer
 /// in front made, and `residual` is that one's sum. The last one's map makes weighted (rows, d), squares (rows,
-/// mamba2_squares()); where it has none, its states make between (rows, e), between_squares (rows, 2 heads).
+/// mamba2_squares()); where it has none, its states make between (rows, e), between_squares (rows,
+/// mamba2_state_squares()).
 struct RowsMamba2 {
   RowsMamba2Layer layer[kMamba2Layers];
   int layers, rows, d, n, heads, D_columns;  // n columns of in_proj
@@ -44,8 +46,9 @@ struct RowsMamba2 {
   unsigned* counters;  // mamba2_counters(), zeros
 };
 
-constexpr int mamba2_squares(int d) { return (d + 23) / 24; }
-constexpr int mamba2_counters(int layers) { return layers * 8; }
+constexpr int mamba2_squares(int d) { return (d + 15) / 16; }
+constexpr int mamba2_state_squares(int heads) { return heads * (kHeadChannels / 16); }
+constexpr int mamba2_counters(int layers) { return layers * 16; }
 int64_t mamba2_exchange();
 
 /// Whether sizes and addresses suit the kernel: `in` as for rows_linear, with the convolution; and rows_state_fits.

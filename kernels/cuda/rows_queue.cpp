@@ -60,7 +60,7 @@ struct WaitingLayers {
 struct WaitingMamba2 {
   RowsMamba2 run;
   Tensor exchange, weighted, squares, between, between_squares;
-  std::vector<Tensor> reads, normed, gated;  // what norms leave scaled, of each layer; may be undefined
+  std::vector<Tensor> reads, zxbcdt, normed, gated;  // of each layer, the last two what norms leave scaled; may be undefined
   RowsMamba2Layer& last() { return run.layer[run.layers - 1]; }
   /// Whether a layer whose in_proj is this may be the next: it keeps nothing that one of these keeps.
   bool continues(const RowsLinear& in, const RowsState& state) {
@@ -176,6 +176,7 @@ class RowsQueue final : public Deferred {
     for (size_t i = 0; i < layers.normed.size(); ++i)
       if (layers.normed[i].defined()) run.layer[i].normed = held(layers.normed[i]);
     for (size_t i = 0; i < layers.gated.size(); ++i) run.layer[i].gated = held(layers.gated[i]);
+    for (size_t i = 0; i < layers.zxbcdt.size(); ++i) run.layer[i].zxbcdt = held(layers.zxbcdt[i]);
     const Tensor counters = zeros({mamba2_counters(run.layers)}, DType::i32, device_);
     run.counters = reinterpret_cast<unsigned*>(counters.data<int32_t>());
     rows_mamba2(run, current_stream(device_));
@@ -263,7 +264,7 @@ WaitingMamba2 first_mamba2(const RowsLinear& in, const RowsState& state, Device 
   layers.weighted = empty({run.rows, run.d}, DType::bf16, device);
   layers.squares = empty({run.rows, mamba2_squares(run.d)}, DType::f32, device);
   layers.between = empty({run.rows, state.heads * state.p}, DType::bf16, device);
-  layers.between_squares = empty({run.rows, 2 * run.heads}, DType::f32, device);
+  layers.between_squares = empty({run.rows, mamba2_state_squares(run.heads)}, DType::f32, device);
   layers.exchange = empty({mamba2_exchange() / 4}, DType::f32, device);
   run.exchange = layers.exchange.data<float>();
   run.weighted = layers.weighted.data<bf16>();
@@ -276,7 +277,7 @@ WaitingMamba2 first_mamba2(const RowsLinear& in, const RowsState& state, Device 
 // in_proj and states of one more.
 void add_layer(WaitingMamba2& layers, const WaitingLinear& linear, const RowsLinear& in, const RowsState& state, const Mamba2StepWeights& w) {
   RowsMamba2Layer& layer = layers.run.layer[layers.run.layers++];
-  layer = {.in = in.w, .conv_weight = in.conv_weight, .conv_bias = in.conv_bias, .conv = in.conv, .zxbcdt = in.y, .rstd = in.scale.rstd,
+  layer = {.in = in.w, .conv_weight = in.conv_weight, .conv_bias = in.conv_bias, .conv = in.conv, .rstd = in.scale.rstd,
            .eps = in.scale.eps, .h = state.h, .dt_bias = state.dt_bias, .A_log = state.A_log, .D = state.D, .norm = state.norm,
            .low = state.low, .high = state.high, .gated_eps = static_cast<float>(w.eps), .recent_x = state.recent_x, .recent_B = state.recent_B,
            .recent_steps = state.recent_steps, .count = state.count};
@@ -486,7 +487,8 @@ bool gather_rows_mamba2_step(Tensor& y, Tensor& conv, Tensor& h, RecentPositions
       if (queue->layers() || (layers && !layers->continues(map, state))) queue->flush();
       if (!layers) layers = first_mamba2(map, state, h.device());
       add_layer(*layers, *linear, map, state, w);
-      layers->reads.insert(layers->reads.end(), {conv, h, recent->x, recent->B, recent->steps, recent->count, zxbcdt});
+      layers->reads.insert(layers->reads.end(), {conv, h, recent->x, recent->B, recent->steps, recent->count});
+      layers->zxbcdt.push_back(zxbcdt);
       queue->wait(WaitingNorm{y, {}, layers->between, layers->between_squares, w.eps});
       return true;
     }

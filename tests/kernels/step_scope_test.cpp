@@ -228,7 +228,7 @@ TEST_CASE("a step of scans: layers of Mamba-2 with positions in front of their s
           const Tensor y = l.recent.count.defined() ? kernels::mamba2_step(l.conv, l.h, l.recent, in, l.w) : kernels::mamba2_step(l.conv, l.h, in, l.w);
           pending = linear(y, l.back);
           if (s.held && token % 5 == 0) {
-            out.insert(out.end(), {x, pending});
+            out.insert(out.end(), {x, in, pending});
             if (&l == &layers.front()) out.push_back(y);
           }
         }
