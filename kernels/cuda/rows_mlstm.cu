@@ -479,12 +479,13 @@ __global__ void __launch_bounds__(kBounds) rows_mlstm_kernel(const __grid_consta
   if (t < kThreads) return read_states<T, S>(j, s, rooms, range, t);
   if (t >= kThreads + 32) return Small<T>{j, s, rooms, range, t - kThreads - 32}.run();
   if (t > kThreads) return;
+  const int flight = min(kFlight<S>, j.stages);  // a stage's barrier is asked for its last phase, not for one before that
 #pragma unroll 1
   for (int i = 0; i < range.end - range.begin; ++i) {
     const int stage = i % j.stages, unit = (range.begin + i) / j.pieces, top = (range.begin + i) % j.pieces * j.piece;
     const uint32_t bytes = static_cast<uint32_t>(min(j.piece, j.dq - top) * j.dv) * sizeof(S);
     if (i >= j.stages) barrier_wait(empty + 8 * stage, (i / j.stages - 1) % 2);
-    if (const int old = i - kFlight<S>; old >= 0) barrier_wait(full + 8 * (old % j.stages), old / j.stages % 2);
+    if (const int old = i - flight; old >= 0) barrier_wait(full + 8 * (old % j.stages), old / j.stages % 2);
     barrier_expect(full + 8 * stage, bytes);
     bring_bytes(shared_address(rooms.ring) + stage * kStageBytes, static_cast<const S*>(j.c) + (int64_t{unit} * j.dq + top) * j.dv, bytes, full + 8 * stage);
   }
