@@ -18,7 +18,7 @@ void add_generate(CLI::App& app, Action& action) {
       ->check(not_negative());
   sub->add_option("--top-p", command->top_p, "Draw from the likeliest tokens of this total probability")->capture_default_str()
       ->check(from_to(0, 1));
-  sub->add_option("--state-dtype", command->state_dtype, "What Mamba-2's states are kept in; bf16 on GPUs, half the memory")
+  sub->add_option("--state-dtype", command->state_dtype, "What states of Mamba-2 (of mLSTM, more than 8 sequences) are kept in; bf16 on GPUs, half the memory")
       ->capture_default_str()->check(one_of({"fp32", "bf16"}));
   sub->add_option_function<uint64_t>("--seed", [command](const uint64_t& seed) { command->seed = seed; }, "[the run's]")
       ->check(from_to(0, 0x1p64));  // else -1 would wrap round
