@@ -119,7 +119,7 @@ Tensor mlstm_step_output(MlstmState& state, MlstmRecent& recent, const MlstmStep
   return step_output(state, &recent, in, z, w);
 }
 
-MlstmRecent mlstm_recent(const MlstmState& state, const Tensor& conv, const MlstmStepMapsWeights& w) {
+MlstmRecent mlstm_recent(const MlstmState& state, const Tensor& conv, [[maybe_unused]] const MlstmStepMapsWeights& w) {
   constexpr int64_t kSize = 16;  // reading what is recent costs about what C's writes still do
   const Device device = conv.device();
   bool fits = false;
