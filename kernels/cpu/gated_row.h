@@ -22,7 +22,7 @@ template <size_t N, bool kSlope, class A, class T>
 
 // Of one row. A value's bits do not depend on its place in the row.
 template <bool kSlope, class A, class T>
-inline void gate_values(A* __restrict s, A* __restrict slope, const T* __restrict z, int64_t e) {
+inline void gate_values(A* __restrict s, A* slope, const T* __restrict z, int64_t e) {
   constexpr int64_t kOne = kLanes<A>, kFour = 4 * kOne;
   int64_t j = 0;
   for (; j + kFour <= e; j += kFour) gate_vectors<4, kSlope>(s + j, slope + j, z + j);

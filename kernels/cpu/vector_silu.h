@@ -47,10 +47,10 @@ template <size_t N, class F>
 }  // namespace detail
 
 /// f of every value.
-template <class A, size_t N, class F>
-[[gnu::always_inline]] inline void each_value(Vec<A> (&x)[N], F f) {
-  for (Vec<A>& v : x)
-    for (int i = 0; i < kLanes<A>; ++i) v[i] = f(v[i]);
+template <class V, size_t N, class F>
+[[gnu::always_inline]] inline void each_value(V (&x)[N], F f) {
+  for (V& v : x)
+    for (size_t i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = f(v[i]);
 }
 
 #if defined(__AVX2__)
@@ -141,39 +141,26 @@ template <size_t N>
   detail::one_plus_exp_minus(d, y);
   detail::each_index<N>([&](size_t i) { x[i] = (Vec<float>)((Mask)(1.0f / d[i]) & ~(Mask)(x[i] < kSiluLow)); });
 }
-#else
-template <size_t N>
-[[gnu::always_inline]] inline void vector_sigmoid(Vec<float> (&x)[N]) {
-  each_value<float>(x, [](float v) { return vsigmoid(v); });
-}
-template <size_t N>
-[[gnu::always_inline]] inline void vector_silu_and_slope(Vec<float> (&x)[N], Vec<float> (&slope)[N]) {
-  for (size_t i = 0; i < N; ++i) slope[i] = x[i];
-  each_value<float>(slope, [](float v) { return vsilu_and_slope(v).slope; });
-  each_value<float>(x, [](float v) { return vsilu_and_slope(v).value; });
-}
-template <size_t N>
-[[gnu::always_inline]] inline void vector_silu(Vec<float> (&x)[N]) {
-  each_value<float>(x, [](float v) { return vsilu(v); });
-}
-template <size_t N>
-[[gnu::always_inline]] inline void vector_silu_slope(Vec<float> (&x)[N]) {
-  each_value<float>(x, [](float v) { return vsilu_and_slope(v).slope; });
-}
 #endif
-template <size_t N>
-[[gnu::always_inline]] inline void vector_silu(Vec<double> (&x)[N]) {
-  each_value<double>(x, [](double v) { return vsilu(v); });
+
+// Where nothing above serves: each value by itself.
+template <class V, size_t N>
+[[gnu::always_inline]] inline void vector_sigmoid(V (&x)[N]) {
+  each_value(x, [](auto v) { return vsigmoid(v); });
 }
-template <size_t N>
-[[gnu::always_inline]] inline void vector_silu_and_slope(Vec<double> (&x)[N], Vec<double> (&slope)[N]) {
+template <class V, size_t N>
+[[gnu::always_inline]] inline void vector_silu(V (&x)[N]) {
+  each_value(x, [](auto v) { return vsilu(v); });
+}
+template <class V, size_t N>
+[[gnu::always_inline]] inline void vector_silu_slope(V (&x)[N]) {
+  each_value(x, [](auto v) { return vsilu_and_slope(v).slope; });
+}
+template <class V, size_t N>
+[[gnu::always_inline]] inline void vector_silu_and_slope(V (&x)[N], V (&slope)[N]) {
   for (size_t i = 0; i < N; ++i) slope[i] = x[i];
-  each_value<double>(slope, [](double v) { return vsilu_and_slope(v).slope; });
-  each_value<double>(x, [](double v) { return vsilu_and_slope(v).value; });
-}
-template <size_t N>
-[[gnu::always_inline]] inline void vector_silu_slope(Vec<double> (&x)[N]) {
-  each_value<double>(x, [](double v) { return vsilu_and_slope(v).slope; });
+  vector_silu_slope(slope);
+  each_value(x, [](auto v) { return vsilu_and_slope(v).value; });
 }
 
 }  // namespace krait::kernels::cpu
