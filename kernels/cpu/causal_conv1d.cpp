@@ -144,20 +144,43 @@ void filter_row(A* p, const Sequence<T>& in, const Taps<A>& taps, const A* bias,
   });
 }
 
+// What a tile keeps of each vector of channels lies side by side, so that few pointers reach all of it and it falls into all
+// sets of the first cache alike: four taps and the bias, five sums, g of the last three positions.
+constexpr int64_t kTapVectors = 5, kSumVectors = 5, kLastVectors = kTile - 1;
+
+// Taps and bias so, of the channels that fill whole vectors.
+template <class A>
+Tensor tile_taps(const Tensor& weight, const A* bias) {
+  const int64_t c = weight.size(0) / kLanes<A> * kLanes<A>;
+  if (weight.size(1) != 4) return {};  // no tiles
+  const Tensor packed = empty({c, kTapVectors}, dtype_of<A>, kCpu);
+  const A* w = weight.data<A>();
+  A* to = packed.data<A>();
+  for (int64_t i = 0; i < c; i += kLanes<A>, to += kTapVectors * kLanes<A>)
+    for (int64_t n = 0; n < kLanes<A>; ++n) {
+      for (int64_t j = 0; j < 4; ++j) to[j * kLanes<A> + n] = w[(i + n) * 4 + j];
+      to[4 * kLanes<A> + n] = bias[i + n];
+    }
+  return packed;
+}
+
 // p of four positions before SiLU, one vector of channels, in the order of add_taps: weights and the window over x stay in
 // registers. x is the row three before the first.
 template <class A, class T>
-[[gnu::always_inline]] inline void filter_tile(Vec<A> (&p)[kTile], const T* x, int64_t x_row, const A* w, int64_t w_row,
-                                               const A* bias) {
+[[gnu::always_inline]] inline void filter_tile(Vec<A> (&p)[kTile], const T* x, int64_t x_row, const A* taps) {
   Vec<A> a0 = widened<A>(x), a1 = widened<A>(x + x_row), a2 = widened<A>(x + 2 * x_row);
-  Vec<A> w0 = load(w), w1 = load(w + w_row), w2 = load(w + 2 * w_row), w3 = load(w + 3 * w_row), begin = load(bias);
-  for (Vec<A>* v : {&w0, &w1, &w2, &w3, &begin}) keep(*v);
+  Vec<A> w[kTapVectors];
+#pragma GCC unroll 8
+  for (int j = 0; j < kTapVectors; ++j) {
+    w[j] = load(taps + j * kLanes<A>);
+    keep(w[j]);
+  }
 #pragma GCC unroll 4
   for (int r = 0; r < kTile; ++r) {
     Vec<A> a3 = widened<A>(x + (r + 3) * x_row);
     keep(a3);
-    const Vec<A> low = w1 * a1 + (w0 * a0 + begin);
-    p[r] = w3 * a3 + (w2 * a2 + low);
+    const Vec<A> low = w[1] * a1 + (w[0] * a0 + w[4]);
+    p[r] = w[3] * a3 + (w[2] * a2 + low);
     a0 = a1;
     a1 = a2;
     a2 = a3;
@@ -166,29 +189,33 @@ template <class A, class T>
 
 // y of four positions, n channels in whole vectors; x is the row three before the first.
 template <bool Silu, class T, class A>
-void forward_tile(T* __restrict y, int64_t y_row, const T* __restrict x, int64_t x_row, const A* __restrict w, int64_t w_row,
-                  const A* __restrict bias, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes<A>) {
+void forward_tile(T* __restrict y, int64_t y_row, const T* __restrict x, int64_t x_row, const A* __restrict taps, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes<A>, taps += kTapVectors * kLanes<A>) {
     Vec<A> p[kTile] = {};
-    filter_tile(p, x + i, x_row, w + i, w_row, bias + i);
+    filter_tile(p, x + i, x_row, taps);
     if constexpr (Silu) vector_silu(p);
 #pragma GCC unroll 4
     for (int r = 0; r < kTile; ++r) put_vector<A>(y + r * y_row + i, p[r]);
   }
 }
 
-// Positions t .. t + 3, n channels in whole vectors: sums += (4 rows of dweight, one of dbias), dx of positions t - 3 .. t,
-// and g of the last three, which come again. x and dx point to position t - 3, dy to t, g to those of t - 3 .. t + 3; rows of
-// sums and w are `own` apart.
+// Positions t .. t + 3, n channels in whole vectors: sums += (4 rows of dweight, one of dbias), dx of positions t - 3 .. t;
+// `latest` holds g of the three positions before t, and then of the last three. x and dx point to position t - 3, dy to t.
 template <bool Silu, class T, class A>
-void backward_tile(T* __restrict dx, int64_t dx_row, A* __restrict sums, A* const (&g)[kTile + 3], const T* __restrict dy,
-                   int64_t dy_row, const T* __restrict x, int64_t x_row, const A* __restrict w, const A* __restrict bias,
-                   int64_t own, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes<A>) {
+void backward_tile(T* __restrict dx, int64_t dx_row, A* __restrict sums, A* __restrict latest, const T* __restrict dy,
+                   int64_t dy_row, const T* __restrict x, int64_t x_row, const A* __restrict taps, int64_t n) {
+  constexpr int64_t v = kLanes<A>;
+  for (int64_t i = 0; i < n; i += v, sums += kSumVectors * v, latest += kLastVectors * v, taps += kTapVectors * v) {
     Vec<A> d[kTile] = {};
     if constexpr (Silu) {
-      filter_tile(d, x + i, x_row, w + i, own, bias + i);
-      vector_silu_slope(d);
+      filter_tile(d, x + i, x_row, taps);
+#pragma GCC unroll 2
+      for (int r = 0; r < kTile; r += 2) {  // two at once: four need more registers than there are
+        Vec<A> two[2] = {d[r], d[r + 1]};
+        vector_silu_slope(two);
+        d[r] = two[0];
+        d[r + 1] = two[1];
+      }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kTile; ++r) {
@@ -197,24 +224,31 @@ void backward_tile(T* __restrict dx, int64_t dx_row, A* __restrict sums, A* cons
     }
     Vec<A> dw[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) dw[j] = load(sums + j * own + i);
+    for (int j = 0; j < 4; ++j) dw[j] = load(sums + j * v);
 #pragma GCC unroll 8
     for (int r = 0; r < kTile + 3; ++r) {
-      const Vec<A> a = widened<A>(x + r * x_row + i);
+      Vec<A> a = widened<A>(x + r * x_row + i);
+      keep(a);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j)
         if (r - j >= 0 && r - j < kTile) dw[j] += d[r - j] * a;
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) store(sums + j * own + i, dw[j]);
-    store(sums + 4 * own + i, load(sums + 4 * own + i) + ((d[0] + d[1]) + (d[2] + d[3])));
+    for (int j = 0; j < 4; ++j) store(sums + j * v, dw[j]);
+    store(sums + 4 * v, load(sums + 4 * v) + ((d[0] + d[1]) + (d[2] + d[3])));
+    const Vec<A> all[kTile + 3] = {load(latest), load(latest + v), load(latest + 2 * v), d[0], d[1], d[2], d[3]};
 #pragma GCC unroll 4
-    for (int r = 1; r < kTile; ++r) store(g[r + 3] + i, d[r]);
-    const Vec<A> all[kTile + 3] = {load(g[0] + i), load(g[1] + i), load(g[2] + i), d[0], d[1], d[2], d[3]};
+    for (int r = 1; r < kTile; ++r) store(latest + (r - 1) * v, d[r]);
+    Vec<A> w[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      w[j] = load(taps + j * v);
+      keep(w[j]);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < kTile; ++r) {
-      const Vec<A> low = load(w + own + i) * all[r + 2] + load(w + i) * all[r + 3];
-      put_vector<A>(dx + r * dx_row + i, load(w + 3 * own + i) * all[r] + (load(w + 2 * own + i) * all[r + 1] + low));
+      const Vec<A> low = w[1] * all[r + 2] + w[0] * all[r + 3];
+      put_vector<A>(dx + r * dx_row + i, w[3] * all[r] + (w[2] * all[r + 1] + low));
     }
   }
 }
@@ -227,7 +261,8 @@ void causal_conv1d_forward(Tensor& y_out, Tensor& final_out, const CausalConv1dI
     using A = accum_t<T>;
     const Taps<A> taps(in.weight);
     const Tensor bias_row = in.bias.defined() ? in.bias : zeros({c}, dtype_of<A>, kCpu);
-    const A *bias = bias_row.data<A>(), *w = taps.rows.template data<A>();
+    const A* bias = bias_row.data<A>();
+    const Tensor packed = tile_taps(in.weight, bias);
     T *y_all = y_out.data<T>(), *final_all = final_out.numel() > 0 ? final_out.data<T>() : nullptr;
     const T zero[kBlock] = {};
     const int64_t whole = c / kLanes<A> * kLanes<A>;
@@ -247,7 +282,7 @@ void causal_conv1d_forward(Tensor& y_out, Tensor& final_out, const CausalConv1dI
         const bool tile = i + kTile <= last && s.tile(t);
         if (tile)
           (in.silu ? forward_tile<true, T, A> : forward_tile<false, T, A>)(y_all + i * c, c, s.x + (t - 3) * s.stride, s.stride,
-                                                                           w, taps.row, bias, whole);
+                                                                           packed.data<A>(), whole);
         for (const int64_t end = i + (tile ? kTile : 1); i < end; ++i) position(s, i, tile ? whole : 0);
       }
     });
@@ -267,6 +302,12 @@ void causal_conv1d_forward(Tensor& y_out, Tensor& final_out, const CausalConv1dI
 
 namespace {
 
+// f(packed, row) for the places of n channels, in whole vectors, in a row and as vector j among `of` of what a tile keeps.
+template <class A, class F>
+void each_place(A* packed, int64_t of, int64_t j, A* row, int64_t n, F f) {
+  for (int64_t i = 0; i < n; i += kLanes<A>) f(packed + i * of + j * kLanes<A>, row + i);
+}
+
 // The backward over positions [begin, end) of one sequence.
 template <class T, class A>
 struct BackwardPiece {
@@ -279,6 +320,8 @@ struct BackwardPiece {
   int64_t dx_row;
   A *sums, *ring;  // g of the last `slots` positions
   int64_t slots;
+  const A* tile_taps;  // null without tiles
+  A *tile_sums, *latest;
   bool silu;
   const T* zero;
   const A* no_gradient;
@@ -291,14 +334,17 @@ struct BackwardPiece {
     int64_t next = begin == 0 && s.initial != nullptr ? 1 - k : begin;  // whose dx comes next
     for (int64_t t = begin; t < seen;) {
       if (next >= 0 && next == t - 3 && t + kTile <= end && s.tile(t)) {
-        A* const rows[kTile + 3] = {g(t - 3), g(t - 2), g(t - 1), g(t), g(t + 1), g(t + 2), g(t + 3)};
-        (silu ? backward_tile<true, T, A> : backward_tile<false, T, A>)(
-            dx + next * dx_row, dx_row, sums, rows, dy + t * dy_row, dy_row, s.x + next * s.stride, s.stride,
-            taps.rows.template data<A>(), bias, taps.row, whole);
-        for (const int64_t tile_end = t + kTile; t < tile_end; ++t, ++next) {
-          position(t, whole);
-          input_gradient(next, seen, whole);
-        }
+        for (int64_t j = 0; j < kLastVectors; ++j) each_place(latest, kLastVectors, j, g(next + j), whole, [](A* to, const A* from) { store(to, load(from)); });
+        do {
+          (silu ? backward_tile<true, T, A> : backward_tile<false, T, A>)(
+              dx + next * dx_row, dx_row, tile_sums, latest, dy + t * dy_row, dy_row, s.x + next * s.stride, s.stride,
+              tile_taps, whole);
+          for (const int64_t tile_end = t + kTile; t < tile_end; ++t, ++next) {
+            position(t, whole);
+            input_gradient(next, seen, whole);
+          }
+        } while (t + kTile <= end && s.tile(t));
+        for (int64_t j = 0; j < kLastVectors; ++j) each_place(latest, kLastVectors, j, g(next + j), whole, [](const A* from, A* to) { store(to, load(from)); });
         continue;
       }
       position(t, 0);
@@ -306,6 +352,8 @@ struct BackwardPiece {
       for (; next + k - 1 < t && next < end; ++next) input_gradient(next, seen, 0);
     }
     for (; next < end; ++next) input_gradient(next, seen, 0);
+    for (int64_t j = 0; tile_taps != nullptr && j < kSumVectors; ++j)
+      each_place(tile_sums, kSumVectors, j, sums + j * taps.row, whole, [](const A* from, A* to) { store(to, load(to) + load(from)); });
   }
 
   // Of the channels from `channel` on, here and below.
@@ -358,6 +406,7 @@ void causal_conv1d_backward(Tensor& dx_out, Tensor& dinitial_out, Tensor& dweigh
     using A = accum_t<T>;
     const Taps<A> taps(in.weight);
     const Tensor bias_row = in.bias.defined() ? in.bias : zeros({c}, dtype_of<A>, kCpu);
+    const Tensor packed = tile_taps(in.weight, bias_row.data<A>());
     const Tensor partial = zeros({b * chunks, k + 1, taps.row}, dtype_of<A>, kCpu);  // k rows of dweight, one of dbias
     A* partial_all = partial.data<A>();
     const T zero[kBlock] = {};
@@ -365,10 +414,13 @@ void causal_conv1d_backward(Tensor& dx_out, Tensor& dinitial_out, Tensor& dweigh
     const int64_t slots = BackwardPiece<T, A>::slots_for(k);
     parallel_for(0, b * chunks, std::max<int64_t>(1, kGrain / (std::min(chunk, l) * c * taps.padded)), [&](int64_t first, int64_t last) {
       const std::unique_ptr<A[]> ring(new A[static_cast<size_t>(slots * taps.row)]);
+      const int64_t in_tiles = packed.defined() ? c : 0;
+      Tensor tile_sums = empty({kSumVectors, in_tiles}, dtype_of<A>, kCpu), latest = empty({kLastVectors, in_tiles}, dtype_of<A>, kCpu);
       for (int64_t item = first; item < last; ++item) {
         const int64_t row = item / chunks, piece = item % chunks;
         const Sequence<T> s = sequence_of<T>(in, row);
         const bool keeps = k > 1;
+        zero_(tile_sums);
         BackwardPiece<T, A>{
             .s = s, .taps = taps, .bias = bias_row.data<A>(), .dy = dy_in.data<T>() + row * dy_in.stride(0),
             .dfinal = dfinal_in.defined() && keeps ? dfinal_in.data<T>() + row * (k - 1) * c : nullptr,
@@ -376,7 +428,8 @@ void causal_conv1d_backward(Tensor& dx_out, Tensor& dinitial_out, Tensor& dweigh
             .dx = dx_out.data<T>() + row * dx_out.stride(0),
             .dinitial = dinitial_out.defined() && keeps ? dinitial_out.data<T>() + row * (k - 1) * c : nullptr,
             .dx_row = dx_out.stride(1), .sums = partial_all + item * (k + 1) * taps.row, .ring = ring.get(), .slots = slots,
-            .silu = in.silu, .zero = zero, .no_gradient = no_gradient}
+            .tile_taps = packed.defined() ? packed.data<A>() : nullptr, .tile_sums = tile_sums.data<A>(),
+            .latest = latest.data<A>(), .silu = in.silu, .zero = zero, .no_gradient = no_gradient}
             .run();
       }
     });

@@ -49,8 +49,11 @@ template <size_t N, class F>
 /// f of every value.
 template <class V, size_t N, class F>
 [[gnu::always_inline]] inline void each_value(V (&x)[N], F f) {
-  for (V& v : x)
-    for (size_t i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = f(v[i]);
+  for (V& v : x) {
+    V y = v;
+    for (size_t i = 0; i < sizeof(V) / sizeof(v[0]); ++i) y[i] = f(v[i]);
+    v = y;
+  }
 }
 
 #if defined(__AVX2__)

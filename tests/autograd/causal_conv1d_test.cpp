@@ -58,25 +58,32 @@ const OpCase kPlain{.name = "causal_conv1d without bias, state and silu",
                     .shapes = {{{1, 1, 1}, {1, 2}}, {{2, 70, 6}, {6, 4}}, {{0, 4, 3}, {3, 4}}, {{2, 21, 2}, {2, 9}}, {{2, 70, 24}, {24, 4}}}};
 
 // Documents of uneven length, one shorter than the filter, over more than one tile of 64.
-std::vector<int32_t> documents(int64_t b, int64_t l) {
+std::vector<int32_t> documents(int64_t b, int64_t l, int64_t length) {
   std::vector<int32_t> s;
   for (int64_t r = 0; r < b; ++r)
-    for (int64_t t = 0; t < l; ++t) s.push_back(static_cast<int32_t>((t + r) / 7 + (t > 63) + (t + 2 > l) + 3 * r));
+    for (int64_t t = 0; t < l; ++t) s.push_back(static_cast<int32_t>((t + r) / length + (t > 63) + (t + 2 > l) + 3 * r));
   return s;
 }
 
-OpCase packed(int64_t k) {
+OpCase packed(int64_t k, int64_t length = 7) {
   OpCase c = kWithState;
   c.name = "causal_conv1d with documents";
-  c.run = [](const Vars& in) {
+  c.run = [length](const Vars& in) {
     const int64_t b = in[0].size(0), l = in[0].size(1);
     return outputs(causal_conv1d(in[0], in[1], in[2], in[3], true,
-                                 from_vector(documents(b, l), {b, l}).to(in[0].device())));
+                                 from_vector(documents(b, l, length), {b, l}).to(in[0].device())));
   };
-  c.reference = [](const Vars& in) { return plain(in, true, documents(in[0].size(0), in[0].size(1))); };
+  c.reference = [length](const Vars& in) { return plain(in, true, documents(in[0].size(0), in[0].size(1), length)); };
   c.shapes = {{{2, 131, 5}, {5, k}, {5}, {2, k - 1, 5}}, {{1, 2, 3}, {3, k}, {3}, {1, k - 1, 3}},
               {{1, 1, 3}, {3, k}, {3}, {1, k - 1, 3}}, {{2, 75, 8}, {8, k}, {8}, {2, k - 1, 8}}};
   c.inputs = {Normal{}};
+  return c;
+}
+
+// Where four positions go together several times within a document, over whole vectors of channels and some more.
+OpCase packed_long() {
+  OpCase c = packed(4, 23);
+  c.shapes = {{{2, 131, 21}, {21, 4}, {21}, {2, 3, 21}}, {{1, 90, 16}, {16, 4}, {16}, {1, 3, 16}}};
   return c;
 }
 
@@ -92,7 +99,7 @@ const OpCase kHalf{.name = "causal_conv1d of a slice",
                          const int64_t c = in[0].size(-1) / 2;
                          return Vars{plain({Variable(in[0].data().slice(-1, c, 2 * c)), in[1]}, false)[0]};
                        },
-                   .shapes = {{{2, 37, 10}, {5, 4}}, {{1, 1, 2}, {1, 4}}, {{2, 37, 16}, {8, 4}}}};
+                   .shapes = {{{2, 37, 10}, {5, 4}}, {{1, 1, 2}, {1, 4}}, {{2, 37, 16}, {8, 4}}, {{2, 37, 42}, {21, 4}}}};
 
 }  // namespace
 
@@ -101,12 +108,14 @@ TEST_CASE("causal_conv1d matches plain loops") {
   check_reference(kPlain);
   check_reference(kHalf);
   for (const int64_t k : {2, 4, 6, 10}) check_reference(packed(k));
+  check_reference(packed_long());
 }
 
 TEST_CASE("causal_conv1d passes gradcheck") {
   check_grad(kWithState);
   check_grad(kPlain);
   for (const int64_t k : {2, 4, 6, 10}) check_grad(packed(k));
+  check_grad(packed_long());
 }
 
 TEST_CASE("causal_conv1d: cuda equals cpu", "[cuda]") {
@@ -114,6 +123,7 @@ TEST_CASE("causal_conv1d: cuda equals cpu", "[cuda]") {
   check_twin(kPlain);
   check_twin(kHalf);
   for (const int64_t k : {2, 4, 6, 10}) check_twin(packed(k));
+  check_twin(packed_long());
 }
 
 TEST_CASE("causal_conv1d_step by step gives the whole convolution") {
