@@ -5,7 +5,7 @@
 namespace krait {
 namespace kernels {
 
-// The activations of linear.h and their derivatives, for scalar code of both backends. M gives exp-like functions:
+// The activations of linear.h and their derivatives, for scalar code of CUDA. M gives exp-like functions:
 // M::sigmoid, M::erf, M::exp. gelu_tanh is written as x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
 template <class A>
 inline constexpr A kGeluScale = A(1.5957691216057308);

@@ -1,36 +1,34 @@
 #include "kernels/linear.h"
 
-#include <cmath>
+#include <algorithm>
 
 #include "core/parallel.h"
 #include "kernels/cpu/gemm.h"
-#include "kernels/cpu/vector_math.h"
+#include "kernels/cpu/vector_activation.h"
 #include "kernels/epilogue.h"
 
 namespace krait::kernels::cpu {
 
 namespace {
 
-struct Math {
-  template <class A> static A sigmoid(A x) { return vsigmoid(x); }
-  template <class A> static A erf(A x) { return verf(x); }
-  template <class A> static A exp(A x) { return vexp(x); }
-};
+template <Epilogue e> struct FunctionOf;
+template <> struct FunctionOf<Epilogue::gelu_tanh> : GeluTanh {};
+template <> struct FunctionOf<Epilogue::gelu_erf> : GeluErf {};
+template <> struct FunctionOf<Epilogue::relu> : Relu {};
 
 // y = epilogue(y + bias) on a block of an (r, n) matrix; y + bias also goes to pre when given.
 template <Epilogue e, class T>
 void finish(T* y, T* pre, const T* bias, int64_t n, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   using A = accum_t<T>;
   for (int64_t i = i0; i < i1; ++i) {
-    T* __restrict row = y + i * n;
+    T* row = y + i * n;
     if (bias) {
 #pragma omp simd
       for (int64_t j = j0; j < j1; ++j) row[j] = static_cast<T>(static_cast<A>(row[j]) + static_cast<A>(bias[j]));
     }
     if constexpr (e != Epilogue::none) {
       if (pre) std::copy(row + j0, row + j1, pre + i * n + j0);
-#pragma omp simd
-      for (int64_t j = j0; j < j1; ++j) row[j] = static_cast<T>(activate<Math, e>(static_cast<A>(row[j])));
+      map_activation<FunctionOf<e>, T, 1, 0>({row + j0}, row + j0, {}, j1 - j0, [](auto value, auto) { return std::array{value}; });
     }
   }
 }
@@ -45,12 +43,9 @@ void gradient_rows(T* g, accum_t<T>* sums, const T* dy, const T* pre, int64_t n,
   for (int64_t i = i0; i < i1; ++i) {
     const T* __restrict from = dy + i * n;
     if constexpr (e != Epilogue::none) {
-      T* __restrict to = g + i * n;
-      const T* __restrict x = pre + i * n;
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j)
-        to[j] = static_cast<T>(static_cast<A>(from[j]) * derivative<Math, e>(static_cast<A>(x[j])));
-      from = to;
+      map_activation<FunctionOf<e>, T, 1, 1>({g + i * n}, pre + i * n, {from}, n,
+                                             [](auto, auto slope, auto up) { return std::array{up * slope}; });
+      from = g + i * n;
     }
     if (sums) {
       A* __restrict s = sums;

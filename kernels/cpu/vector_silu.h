@@ -7,11 +7,20 @@
 #include <immintrin.h>
 #endif
 
+#include <cstring>
+
 #include "kernels/cpu/attention_tile.h"
 #include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
 
 namespace krait::kernels::cpu {
+
+namespace detail {
+
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+
+}  // namespace detail
 
 /// A vector of values in the dtype of sums.
 template <class A, class T>
@@ -19,9 +28,10 @@ template <class A, class T>
   if constexpr (std::is_same_v<A, T>) {
     return load(p);
   } else {
-    Vec<A> v{};
-    for (int i = 0; i < kLanes<A>; ++i) v[i] = static_cast<A>(p[i]);
-    return v;
+    static_assert(std::is_same_v<A, float> && std::is_same_v<T, bf16>);
+    detail::HalfBits v;
+    std::memcpy(&v, p, sizeof v);
+    return (Vec<float>)(__builtin_convertvector(v, detail::Bits) << 16);
   }
 }
 
@@ -30,8 +40,12 @@ template <class A, class T>
 [[gnu::always_inline]] inline void put_vector(T* to, Vec<A> v) {
   if constexpr (std::is_same_v<A, T>) {
     store(to, v);
-  } else {
-    for (int i = 0; i < kLanes<A>; ++i) put(to[i], v[i]);
+  } else {  // as bf16 rounds a value
+    static_assert(std::is_same_v<A, float> && std::is_same_v<T, bf16>);
+    const detail::Bits u = (detail::Bits)v;
+    const detail::Bits bits = v == v ? (u + 0x7fffu + ((u >> 16) & 1u)) >> 16 : (u >> 16) | 0x40u;
+    const detail::HalfBits half = __builtin_convertvector(bits, detail::HalfBits);
+    std::memcpy(static_cast<void*>(to), &half, sizeof half);
   }
 }
 
@@ -56,10 +70,9 @@ template <class V, size_t N, class F>
   }
 }
 
-#if defined(__AVX2__)
 namespace detail {
 
-// GCC makes two instructions of a choice that keeps NaN; these are one. (GCC 12 warns about _mm512_max_ps itself.)
+// GCC makes two instructions of a choice that keeps NaN; the first ones are one. (GCC 12 warns about _mm512_max_ps itself.)
 #if defined(__AVX512F__)
 [[gnu::always_inline]] inline Vec<float> at_least(Vec<float> x, float low) {
   return (Vec<float>)_mm512_maskz_max_ps(0xffff, _mm512_set1_ps(low), (__m512)x);
@@ -67,20 +80,27 @@ namespace detail {
 [[gnu::always_inline]] inline Vec<float> at_most(Vec<float> x, float high) {
   return (Vec<float>)_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(high), (__m512)x);
 }
-#else
+#elif defined(__AVX2__)
 [[gnu::always_inline]] inline Vec<float> at_least(Vec<float> x, float low) {
   return (Vec<float>)_mm256_max_ps(_mm256_set1_ps(low), (__m256)x);
 }
 [[gnu::always_inline]] inline Vec<float> at_most(Vec<float> x, float high) {
   return (Vec<float>)_mm256_min_ps(_mm256_set1_ps(high), (__m256)x);
 }
+#else
+[[gnu::always_inline]] inline Vec<float> at_least(Vec<float> x, float low) { return x < low ? Vec<float>{} + low : x; }
+[[gnu::always_inline]] inline Vec<float> at_most(Vec<float> x, float high) { return x > high ? Vec<float>{} + high : x; }
 #endif
 
-/// d = 1 + e^-x for -87 <= x <= 80: e^-x = 2^((n + r) / 8), |r| <= 1/2. The product of x and 8 log2(e) is rounded in neither
-/// sum; kSmall is what the constant lacks.
-template <size_t N>
-[[gnu::always_inline]] inline void one_plus_exp_minus(Vec<float> (&d)[N], const Vec<float> (&x)[N]) {
-  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+}  // namespace detail
+
+#if defined(__AVX2__)
+namespace detail {
+
+/// d = e^-x, or 1 + e^-x, for -87 <= x <= 80: e^-x = 2^((n + r) / 8), |r| <= 1/2. The product of x and 8 log2(e) is rounded in
+/// neither sum; kSmall is what the constant lacks.
+template <bool kPlusOne, size_t N>
+[[gnu::always_inline]] inline void exp_minus(Vec<float> (&d)[N], const Vec<float> (&x)[N]) {
   // The bits of 2^(j/8) - 1, less those that j leaves in their place when n is shifted to the exponent.
   constexpr uint32_t k[] = {0x000000,             0x0b95c2 - 0x100000u, 0x1837f0 - 0x200000u, 0x25fed7 - 0x300000u,
                             0x3504f3 - 0x400000u, 0x45672a - 0x500000u, 0x5744fd - 0x600000u, 0x6ac0c7 - 0x700000u};
@@ -99,7 +119,7 @@ template <size_t N>
   each_index<N>([&](size_t i) { q[i] = r[i] * 0x1.c6c000p-14f + 0x1.ec0c32p-9f; });  // (2^(r/8) - 1) / r, minimax
   each_index<N>([&](size_t i) { q[i] = q[i] * r[i] + 0x1.62e430p-4f; });
   each_index<N>([&](size_t i) { r[i] *= scale[i]; });
-  each_index<N>([&](size_t i) { d[i] = r[i] * q[i] + (scale[i] + 1.0f); });
+  each_index<N>([&](size_t i) { d[i] = r[i] * q[i] + (kPlusOne ? scale[i] + 1.0f : scale[i]); });
 }
 
 }  // namespace detail
@@ -113,14 +133,14 @@ template <size_t N>
   Vec<float> y[N], d[N];
   detail::each_index<N>([&](size_t i) { x[i] = detail::at_least(x[i], kSiluLow); });
   detail::each_index<N>([&](size_t i) { y[i] = detail::at_most(x[i], kSiluHigh); });
-  detail::one_plus_exp_minus(d, y);
+  detail::exp_minus<true>(d, y);
   detail::each_index<N>([&](size_t i) { x[i] /= d[i]; });
 }
 template <size_t N>
 [[gnu::always_inline]] inline void vector_silu_slope(Vec<float> (&x)[N]) {
   Vec<float> s[N];
   detail::each_index<N>([&](size_t i) { x[i] = detail::at_most(detail::at_least(x[i], kSiluLow), kSiluHigh); });
-  detail::one_plus_exp_minus(s, x);
+  detail::exp_minus<true>(s, x);
   detail::each_index<N>([&](size_t i) { s[i] = 1.0f / s[i]; });
   detail::each_index<N>([&](size_t i) { x[i] = s[i] * (x[i] * (1.0f - s[i]) + 1.0f); });
 }
@@ -130,7 +150,7 @@ template <size_t N>
   Vec<float> y[N], s[N];
   detail::each_index<N>([&](size_t i) { x[i] = detail::at_least(x[i], kSiluLow); });
   detail::each_index<N>([&](size_t i) { y[i] = detail::at_most(x[i], kSiluHigh); });
-  detail::one_plus_exp_minus(s, y);
+  detail::exp_minus<true>(s, y);
   detail::each_index<N>([&](size_t i) { s[i] = 1.0f / s[i]; });
   detail::each_index<N>([&](size_t i) { slope[i] = s[i] * (y[i] * (1.0f - s[i]) + 1.0f); });
   detail::each_index<N>([&](size_t i) { x[i] *= s[i]; });
@@ -141,12 +161,23 @@ template <size_t N>
   typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
   Vec<float> y[N], d[N];
   detail::each_index<N>([&](size_t i) { y[i] = detail::at_most(detail::at_least(x[i], kSiluLow), kSiluHigh); });
-  detail::one_plus_exp_minus(d, y);
+  detail::exp_minus<true>(d, y);
   detail::each_index<N>([&](size_t i) { x[i] = (Vec<float>)((Mask)(1.0f / d[i]) & ~(Mask)(x[i] < kSiluLow)); });
+}
+/// e^-x for 0 <= x <= 80.
+template <size_t N>
+[[gnu::always_inline]] inline void vector_exp_minus(Vec<float> (&x)[N]) {
+  Vec<float> d[N];
+  detail::exp_minus<false>(d, x);
+  detail::each_index<N>([&](size_t i) { x[i] = d[i]; });
 }
 #endif
 
 // Where nothing above serves: each value by itself.
+template <class V, size_t N>
+[[gnu::always_inline]] inline void vector_exp_minus(V (&x)[N]) {
+  each_value(x, [](auto v) { return vexp(-v); });
+}
 template <class V, size_t N>
 [[gnu::always_inline]] inline void vector_sigmoid(V (&x)[N]) {
   each_value(x, [](auto v) { return vsigmoid(v); });

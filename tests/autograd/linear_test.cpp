@@ -38,7 +38,7 @@ OpCase linear_case(Epilogue e) {
   return {.name = "linear",
           .run = [e](const Vars& in) { return linear(in[0], in[1], in.size() > 2 ? in[2] : Variable{}, e); },
           .reference = plain_linear(e),
-          .shapes = {{{1, 1}, {1, 1}, {1}}, {{2, 3, 40}, {24, 40}, {24}}, {{130, 17}, {33, 17}}, {{0, 5}, {3, 5}, {3}}},
+          .shapes = {{{1, 1}, {1, 1}, {1}}, {{2, 3, 40}, {24, 40}, {24}}, {{130, 17}, {33, 17}}, {{7, 9}, {77, 9}, {77}}, {{0, 5}, {3, 5}, {3}}},
           .inputs = {Normal{}, Constant{0.25}}};
 }
 

@@ -1,5 +1,6 @@
 #include "kernels/cpu/vector_silu.h"
 
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -95,12 +96,49 @@ TEST_CASE("gates: a value has the same bits wherever it stands in a row, with an
   }
 }
 
+TEST_CASE("GELU with erf of vectors: value and slope") {
+  const int64_t n = 200001;
+  Tensor x = empty({n}, DType::f32, kCpu);
+  for (int64_t i = 0; i < n; ++i) x.data<float>()[i] = -12.0f + 24.0f * static_cast<float>(i) / static_cast<float>(n - 1);
+  const Tensor y = activation_forward(x, Activation::gelu_erf), dx = activation_backward(ones({n}, DType::f32, kCpu), x, Activation::gelu_erf);
+  double above = 0, below = 0, slope = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double v = static_cast<double>(x.data<float>()[i]), phi = 0.5 * std::erfc(-v * std::sqrt(0.5));
+    const double rise = phi + v * std::exp(-0.5 * v * v) * 0.3989422804014327;
+    const double got = static_cast<double>(y.data<float>()[i]);
+    if (v > 0) above = std::max(above, ulps(y.data<float>()[i], v * phi));
+    // x^2 is rounded before the exponential
+    if (v < 0) below = std::max(below, std::fabs(got / (v * phi) - 1) / (4 + v * v));
+    slope = std::max(slope, std::fabs(static_cast<double>(dx.data<float>()[i]) - rise));
+  }
+  CHECK(above < 8);
+  CHECK(below < 1.2e-7);
+  CHECK(slope < 2.5e-7);
+}
+
+TEST_CASE("vectors of bf16 round as one value does") {
+  constexpr int64_t n = cpu::kLanes<float>;
+  for (uint64_t first = 0; first < uint64_t{1} << 32; first += 0x10001 * n + 77) {
+    float from[n];
+    bf16 to[n];
+    for (int64_t i = 0; i < n; ++i) from[i] = std::bit_cast<float>(static_cast<uint32_t>(first + 0x10001 * static_cast<uint64_t>(i)));
+    cpu::put_vector<float>(to, cpu::load(from));
+    const cpu::Vec<float> again = cpu::widened<float>(to);
+    bool same = true;
+    for (int64_t i = 0; i < n; ++i) {
+      const bf16 one(from[i]);
+      same = same && to[i].bits == one.bits && std::bit_cast<uint32_t>(float{again[i]}) == uint32_t{one.bits} << 16;
+    }
+    if (!same) FAIL("from the bits " << first);
+  }
+}
+
 TEST_CASE("activations by vectors: limits, and the same bits wherever a value stands") {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   const int64_t n = 171;
   Tensor x = empty({n}, DType::f32, kCpu), dy = ones({n}, DType::f32, kCpu);
   for (int64_t i = 0; i < n; ++i) x.data<float>()[i] = 0.21f * static_cast<float>(i - 80);
-  for (const Activation f : {Activation::silu, Activation::gelu_tanh}) {
+  for (const Activation f : {Activation::silu, Activation::gelu_tanh, Activation::gelu_erf, Activation::relu2, Activation::sigmoid}) {
     const std::vector<float> y = activation_forward(x, f).to_vector<float>(), dx = activation_backward(dy, x, f).to_vector<float>();
     for (int64_t i = 0; i < n; ++i) {
       CHECK(activation_forward(x.slice(0, i, i + 1).contiguous(), f).item() == static_cast<double>(y[static_cast<size_t>(i)]));
@@ -110,8 +148,8 @@ TEST_CASE("activations by vectors: limits, and the same bits wherever a value st
     const Tensor ends = empty({4}, DType::f32, kCpu);
     for (int64_t i = 0; const float v : {kInf, 1e4f, -1e4f, std::numeric_limits<float>::quiet_NaN()}) ends.data<float>()[i++] = v;
     const std::vector<float> at = activation_forward(ends, f).to_vector<float>();
-    CHECK(at[0] == kInf);
-    CHECK(at[1] == 1e4f);
+    CHECK(at[0] == (f == Activation::sigmoid ? 1.0f : kInf));
+    CHECK(at[1] == (f == Activation::sigmoid ? 1.0f : f == Activation::relu2 ? 1e8f : 1e4f));
     CHECK(std::fabs(at[2]) < 1e-30f);
     CHECK(std::isnan(at[3]));
   }
