@@ -1,4 +1,5 @@
 #include "kernels/cpu/ssd_chunk.h"
+#include "kernels/cpu/ssd_square.h"
 
 namespace krait::kernels::cpu {
 
@@ -27,29 +28,6 @@ void masked_products(A* gt, const A* bt, const A* ct, const int32_t* segments, c
     std::fill(gt + j * kChunk, gt + j * kChunk + j, A(0));
     std::fill(gt + j * kChunk + end, gt + (j + 1) * kChunk, A(0));
   }
-}
-
-// y = e_i sums + D x.
-template <class T, class A>
-void store_outputs(T* y, int64_t y_row, int64_t y_head, const A* sums, const A* up, const T* x, int64_t x_row, int64_t x_head,
-                   const A* D, const Unit& u, int64_t q, const Sizes<A>& z) {
-  with_head_dim(z.p, [&](auto p) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < q; ++i)
-      for (int64_t h = 0; h < u.heads; ++h) {
-        const A f = up[i * u.heads + h];
-        const A* __restrict sum = sums + i * z.ws + h * p;
-        T* __restrict to = y + i * y_row + h * y_head;
-        if (D) {
-          const T* __restrict from = x + i * x_row + h * x_head;
-          const A* __restrict d = D + h * p;
-#pragma omp simd
-          for (int64_t c = 0; c < p; ++c) put(to[c], f * sum[c] + d[c] * static_cast<A>(from[c]));
-        } else {
-#pragma omp simd
-          for (int64_t c = 0; c < p; ++c) put(to[c], f * sum[c]);
-        }
-      }
-  });
 }
 
 template <class T>
@@ -112,7 +90,10 @@ class Forward {
 }  // namespace ssd
 
 void ssd_forward(Tensor& y, Tensor& final_state, const SsdInput& in) {
-  visit_float(in.x.dtype(), [&]<class T>() { ssd::Forward<T>(y, final_state, in); });
+  visit_float(in.x.dtype(), [&]<class T>() {
+    if (ssd::in_one_square<T>(in)) return ssd::square_forward<T>(y, final_state, in);
+    ssd::Forward<T>(y, final_state, in);
+  });
 }
 
 void ssd_step(Tensor& y_out, Tensor& state_out, const Tensor& x_in, const Tensor& dt_in, const Tensor& a_in,

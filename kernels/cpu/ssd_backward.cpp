@@ -1,6 +1,7 @@
 #include <array>
 
-#include "kernels/cpu/ssd_chunk.h"
+#include "kernels/cpu/ssd_gradient.h"
+#include "kernels/cpu/ssd_square.h"
 
 namespace krait::kernels::cpu {
 
@@ -79,35 +80,6 @@ void decay_sums(A* da, int64_t stride, const A* weights, int64_t q) {
   }
 }
 
-// dx = f du + D dy of one position and head; dD += dy x; returns du . x.
-template <class T, class A, class P>
-[[gnu::always_inline]] inline A finish_row(T* __restrict dx, A* __restrict dD, const A* __restrict du, const T* __restrict x,
-                                           const T* __restrict dy, const A* __restrict D, A f, P p) {
-  A sum = 0;
-  if (D) {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < p; ++c) {
-      const A value = static_cast<A>(x[c]), up = static_cast<A>(dy[c]);
-      sum += du[c] * value;
-      put(dx[c], f * du[c] + D[c] * up);
-      dD[c] += up * value;
-    }
-  } else {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < p; ++c) {
-      sum += du[c] * static_cast<A>(x[c]);
-      put(dx[c], f * du[c]);
-    }
-  }
-  return sum;
-}
-
-template <class T, class A>
-inline void put_row(T* __restrict to, const A* __restrict from, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) put(to[i], from[i]);
-}
-
 template <class T>
 class Backward {
   using A = accum_t<T>;
@@ -115,16 +87,13 @@ class Backward {
 
  public:
   Backward(SsdGrad& grad, const Tensor& dy, const Tensor& dfinal, const SsdInput& in)
-      : grad_(grad), r_(in), z_(r_.z), dy_(dy), dx_(grad.dx), dB_(grad.dB), dC_(grad.dC),
-        D_(in.D.defined() ? in.D.data<A>() : nullptr) {
+      : to_(grad, dy, in), r_(to_.r), z_(to_.z) {
     Tensor* dinitial = grad.dinitial_state.defined() ? &grad.dinitial_state : nullptr;
     std::unique_ptr<PieceStates<T>> states, gradients;
     if (z_.pieces > 1) {
       states = std::make_unique<PieceStates<T>>(in, Tensor(), in.initial_state, nullptr);
       gradients = std::make_unique<PieceStates<T>>(in, dy, dfinal, dinitial);
     }
-    if (D_) partial_D_ = zeros({z_.b * z_.pieces, z_.heads, z_.p}, dtype_of<A>, kCpu);
-    if (z_.blocks > 1) partial_ = empty({2, z_.blocks, z_.b, z_.l, z_.g, z_.n}, dtype_of<A>, kCpu);
     for_each_piece<S>(z_, [&](S& s, int64_t unit, int64_t piece) {
       const Unit u = z_.unit(unit);
       r_.fill(s.decays, u, piece);
@@ -141,8 +110,7 @@ class Backward {
       if (keeps_first)
         get_state(dinitial->data<A>() + (u.b * z_.heads + u.head) * z_.p * z_.n, s.upward, u, z_);
     });
-    if (D_) sum_D();
-    if (z_.blocks > 1) sum_blocks();
+    to_.sum_parts();
   }
 
  private:
@@ -183,7 +151,7 @@ class Backward {
     masked_products(s.g, s.ct, s.bt, segments, c, z_);
     const A* reach = c.whole() || empty.upward ? s.bt : columns_from_to(s.reach, s.bt, c.last, c.q, z_);
     r_.pack_inputs(s.u, s.decays, c, u, t);
-    pack_scaled<A>(s.v, dy_.at(u.b, t, u.head), dy_.row, dy_.head, s.decays.up.data() + c.begin * u.heads, nullptr, 0, u, c.q, z_);
+    to_.pack_outputs(s.v, s.decays, c, u, t);
 
     for (int64_t w = 0; w < z_.width; w += kTile<A>)
       for (int64_t j = 0; j < c.q; j += kStrip)
@@ -196,7 +164,7 @@ class Backward {
     std::fill(s.dbt, s.dbt + kChunk * z_.np, A(0));
     std::fill(s.dct, s.dct + kChunk * z_.np, A(0));
     for (int64_t h = 0; h < u.heads; ++h) head(s, u, c, k, t, h, empty);
-    inputs(s, u, c, piece, t);
+    to_.inputs(s.du, s.decays, c, u, piece, t);
 
     mask(s.gamma, segments, c);
     transpose<A>(s.gamma_t, kChunk, s.gamma, kChunk, kChunk, kChunk);
@@ -211,8 +179,8 @@ class Backward {
         multiply_columns<A>(s.b_rows + n, z_.np, s.gamma_t + i, kChunk, std::min(c.q, i + kTile<A>), add_to(s.dct));
         multiply_columns<A>(s.c_rows + i * z_.np + n, z_.np, s.gamma + i * kChunk + i, kChunk, c.q - i, add_to(s.dbt));
       }
-    put_group(s, s.dbt, dB_, 0, u, c, t);
-    put_group(s, s.dct, dC_, 1, u, c, t);
+    put_group(s, s.dbt, 0, u, c, t);
+    put_group(s, s.dct, 1, u, c, t);
 
     if (empty.result) return;
     spread(s.factor, s.decays.in.data() + k * u.heads, k > 0 ? s.decays.out.data() + (k - 1) * u.heads : nullptr, u, z_);
@@ -231,7 +199,7 @@ class Backward {
           store(s.weights + at, sum * load(s.g + at));
           store(s.gamma + at, load(s.gamma + at) + sum);
         });
-    A* da = grad_.da.template data<A>() + (u.b * z_.l + t) * z_.heads + u.head + h;
+    A* da = to_.grad.da.template data<A>() + (u.b * z_.l + t) * z_.heads + u.head + h;
     decay_sums(da, z_.heads, s.weights, c.q);
 
     // Inputs before `last` do not reach the state behind the chunk, outputs from `first` on do not see the one before it.
@@ -279,77 +247,25 @@ class Backward {
     return sum;
   }
 
-  void inputs(S& s, const Unit& u, const Chunk& c, int64_t piece, int64_t t) const {
-    A *ddt = r_.dt ? grad_.ddt.template data<A>() : nullptr, *dD = D_ ? partial_D_.template data<A>() : nullptr;
-    with_head_dim(z_.p, [&](auto p) __attribute__((always_inline)) {
-      for (int64_t j = 0; j < c.q; ++j)
-        for (int64_t h = 0; h < u.heads; ++h) {
-          const int64_t head = u.head + h, at = (u.b * z_.l + t + j) * z_.heads + head;
-          const A down = s.decays.down[static_cast<size_t>((c.begin + j) * u.heads + h)];
-          const A du_x = finish_row(dx_.at(u.b, t + j, head), dD ? dD + ((u.b * z_.pieces + piece) * z_.heads + head) * p : nullptr,
-                                    s.du + j * z_.ws + h * p, r_.x.at(u.b, t + j, head), dy_.at(u.b, t + j, head),
-                                    D_ ? D_ + head * p : nullptr, r_.dt ? down * r_.dt[at] : down, p);
-          if (ddt) ddt[at] = down * du_x;
-        }
-    });
-  }
-
-  // Rows of dB (0) or dC (1): to the result, or to this block's part of it.
-  void put_group(S& s, const A* d, const View<T>& to, int64_t which, const Unit& u, const Chunk& c, int64_t t) const {
+  // Rows of dB (0) or dC (1).
+  void put_group(S& s, const A* d, int64_t which, const Unit& u, const Chunk& c, int64_t t) const {
     transpose<A>(s.rows, z_.np, d, kChunk, z_.np, kChunk);
-    for (int64_t i = 0; i < c.q; ++i) {
-      if (z_.blocks == 1)
-        put_row(to.at(u.b, t + i, u.group), s.rows + i * z_.np, z_.n);
-      else
-        std::copy_n(s.rows + i * z_.np, z_.n,
-                    partial_.template data<A>() +
-                        ((((which * z_.blocks + u.block) * z_.b + u.b) * z_.l + t + i) * z_.g + u.group) * z_.n);
-    }
+    for (int64_t i = 0; i < c.q; ++i) to_.group_row(which, s.rows + i * z_.np, u, t + i);
   }
 
-  void sum_D() const {
-    A* dD = grad_.dD.template data<A>();
-    const A* partial = partial_D_.template data<A>();
-    const int64_t n = z_.heads * z_.p;
-    std::fill(dD, dD + n, A(0));
-    for (int64_t k = 0; k < z_.b * z_.pieces; ++k) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) dD[i] += partial[k * n + i];
-    }
-  }
-
-  void sum_blocks() const {
-    const int64_t all = z_.b * z_.l * z_.g * z_.n;
-    parallel_for(0, z_.b * z_.l, 64, [&](int64_t first, int64_t last) {
-      std::vector<A> row(static_cast<size_t>(z_.n));
-      for (int64_t which = 0; which < 2; ++which)
-        for (int64_t i = first * z_.g; i < last * z_.g; ++i) {
-          const A* from = partial_.template data<A>() + which * z_.blocks * all + i * z_.n;
-          A* __restrict sum = row.data();
-          std::copy_n(from, z_.n, sum);
-          for (int64_t k = 1; k < z_.blocks; ++k) {
-#pragma omp simd
-            for (int64_t n = 0; n < z_.n; ++n) sum[n] += from[k * all + n];
-          }
-          put_row((which == 0 ? dB_ : dC_).at(i / z_.g / z_.l, i / z_.g % z_.l, i % z_.g), sum, z_.n);
-        }
-    });
-  }
-
-  SsdGrad& grad_;
-  Reader<T> r_;
+  const Gradients<T> to_;
+  const Reader<T>& r_;
   const Sizes<A>& z_;
-  View<const T> dy_;
-  View<T> dx_, dB_, dC_;
-  const A* D_;
-  Tensor partial_D_, partial_;
 };
 
 }  // namespace
 }  // namespace ssd
 
 void ssd_backward(SsdGrad& grad, const Tensor& dy, const Tensor& dfinal, const SsdInput& in) {
-  visit_float(in.x.dtype(), [&]<class T>() { ssd::Backward<T>(grad, dy, dfinal, in); });
+  visit_float(in.x.dtype(), [&]<class T>() {
+    if (!dfinal.defined() && ssd::in_one_square<T>(in)) return ssd::square_backward<T>(grad, dy, in);
+    ssd::Backward<T>(grad, dy, dfinal, in);
+  });
 }
 
 }  // namespace krait::kernels::cpu

@@ -202,7 +202,7 @@ template <class F>
 }
 
 /// to (rows, ws) = from (rows; heads, p) times a factor of every row and head, zero up to `width` and in the rows up to
-/// kChunk.
+/// kChunk, where there are fewer.
 template <class A, class T>
 void pack_scaled(A* to, const T* from, int64_t from_row, int64_t from_head, const A* factors, const A* more, int64_t more_row,
                  const Unit& u, int64_t rows, const Sizes<A>& z) {
@@ -219,7 +219,30 @@ void pack_scaled(A* to, const T* from, int64_t from_row, int64_t from_head, cons
       std::fill(out + u.heads * p, out + z.width, A(0));
     }
   });
-  std::fill(to + rows * z.ws, to + kChunk * z.ws, A(0));
+  if (rows < kChunk) std::fill(to + rows * z.ws, to + kChunk * z.ws, A(0));
+}
+
+/// y = e_i sums + D x.
+template <class T, class A>
+void store_outputs(T* y, int64_t y_row, int64_t y_head, const A* sums, const A* up, const T* x, int64_t x_row, int64_t x_head,
+                   const A* D, const Unit& u, int64_t q, const Sizes<A>& z) {
+  with_head_dim(z.p, [&](auto p) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < q; ++i)
+      for (int64_t h = 0; h < u.heads; ++h) {
+        const A f = up[i * u.heads + h];
+        const A* __restrict sum = sums + i * z.ws + h * p;
+        T* __restrict to = y + i * y_row + h * y_head;
+        if (D) {
+          const T* __restrict from = x + i * x_row + h * x_head;
+          const A* __restrict d = D + h * p;
+#pragma omp simd
+          for (int64_t c = 0; c < p; ++c) put(to[c], f * sum[c] + d[c] * static_cast<A>(from[c]));
+        } else {
+#pragma omp simd
+          for (int64_t c = 0; c < p; ++c) put(to[c], f * sum[c]);
+        }
+      }
+  });
 }
 
 /// The value of each head in its p columns.

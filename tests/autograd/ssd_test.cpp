@@ -131,6 +131,41 @@ const std::vector<OpCase>& cases() {
       fast_decays(0.01, 40), fast_decays(1.1, 1.3)};
   return all;
 }
+// Nothing before the sequence and no gradient of what is behind it: on the CPU one square, where the sequence is short.
+OpCase square_case(const std::string& name, bool segments, std::vector<std::vector<Shape>> shapes) {
+  for (std::vector<Shape>& s : shapes) s.pop_back();
+  const auto whole = [](const Vars& in) {
+    Vars all = in;
+    all.emplace_back(zeros({in[0].size(0), in[0].size(2), in[0].size(3), in[3].size(3)}, accum_dtype(in[0].dtype()), in[0].device()));
+    return all;
+  };
+  OpCase c = case_of(name, 64, segments, {});
+  c.shapes = std::move(shapes);
+  c.run = [=](const Vars& raw) {
+    const Vars in = with_sums(whole(raw));
+    const Tensor ids = segments ? documents(in[0].size(0), in[0].size(1)).to(in[0].device()) : Tensor();
+    return Vars{ssd(in[0], in[1], in[2], in[3], in[4], in[5], {}, {64, ids}).y};
+  };
+  c.reference = [=](const Vars& in) {
+    return Vars{recurrent(whole(in), segments ? documents(in[0].size(0), in[0].size(1)) : Tensor())[0]};
+  };
+  return c;
+}
+const std::vector<OpCase>& square_cases() {
+  static const std::vector<OpCase> all = [] {
+    std::vector<OpCase> cases;
+    for (const bool segments : {false, true})
+      cases.push_back(square_case("ssd, one square", segments,
+                                  {shapes_of(2, 37, 4, 5, 2, 20), shapes_of(1, 70, 3, 130, 1, 35), shapes_of(3, 33, 2, 4, 1, 17, true)}));
+    // Chunks of two or three positions, and such that almost all reach 32.
+    for (const auto& [slow, fast] : {std::pair{0.01, 40.0}, std::pair{1.1, 1.3}}) {
+      cases.push_back(square_case("ssd, one square, fast decays", true, {shapes_of(2, 75, 3, 4, 1, 40)}));
+      cases.back().fills[2] = Uniform{-fast, -slow};
+    }
+    return cases;
+  }();
+  return all;
+}
 // Tiles of the GPU's kernels: several per chunk, several per head and state.
 const std::vector<OpCase>& large_cases() {
   static const std::vector<OpCase> all{case_of("ssd, long chunks", 256, false,
@@ -149,9 +184,11 @@ const std::vector<OpCase>& large_cases() {
 TEST_CASE("ssd matches the plain recurrence") {
   for (const OpCase& c : cases()) check_reference(c);
   for (const OpCase& c : large_cases()) check_reference(c);
+  for (const OpCase& c : square_cases()) check_reference(c);
 }
 TEST_CASE("ssd passes gradcheck") {
   for (const OpCase& c : cases()) check_grad(c);
+  for (const OpCase& c : square_cases()) check_grad(c);
 }
 TEST_CASE("ssd: cuda equals cpu", "[cuda]") {
   for (const OpCase& c : cases()) check_twin(c);
@@ -196,6 +233,32 @@ TEST_CASE("every chunk length gives the recurrence, outputs and gradients alike,
       for (size_t i = 0; i < r.values.size(); ++i) CHECK(relative_error(r.values[i], first.values[i]) < 1e-12);
     }
   }
+}
+
+TEST_CASE("a short sequence as one square equals the chunks, outputs, final state and gradients") {
+  for (const bool carried : {false, true})
+    for (const int64_t l : {45, 97, 128}) {
+      const Vars in = random_inputs(shapes_of(2, l, 5, 6, 1, 64, true), 4);
+      for (const Tensor& segments : {Tensor(), documents(2, l)}) {
+        const auto run = [&](int64_t chunk) {
+          Vars leaves;
+          for (size_t i = 0; i < 6; ++i) leaves.emplace_back(in[i].data(), true);
+          const SsdOut out = ssd(leaves[0], leaves[1], leaves[2], leaves[3], leaves[4], leaves[5], {}, {chunk, segments});
+          Vars results{out.y};
+          std::vector<Tensor> up{random_tensor(out.y.shape(), Normal{}, 91)};
+          if (carried) {
+            results.push_back(out.final_state);
+            up.push_back(random_tensor(out.final_state.shape(), Normal{}, 92));
+          }
+          backward(results, up);
+          std::vector<Tensor> values{out.y.data(), out.final_state.data()};
+          for (const Variable& v : leaves) values.push_back(v.grad());
+          return values;
+        };
+        const auto chunked = run(16), square = run(1000);
+        for (size_t i = 0; i < square.size(); ++i) CHECK(relative_error(square[i], chunked[i]) < 1e-12);
+      }
+    }
 }
 
 TEST_CASE("the quadratic form equals the chunked one") {
