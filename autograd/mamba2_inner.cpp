@@ -4,7 +4,7 @@
 #include "autograd/sequence_exchange.h"
 #include "kernels/causal_conv1d.h"
 #include "kernels/linear.h"
-#include "kernels/ssd.h"
+#include "kernels/ssd_outputs.h"
 #include "kernels/ssd_time_step.h"
 
 namespace krait::autograd {
@@ -129,11 +129,16 @@ Mamba2InnerOut mamba2_inner(const Mamba2InnerArguments& in) {
   kernels::SsdInput scan = scan_input(in, conv.y, in.ssm_state.data());
   SsdPiece piece(scan, in.options.pieces);
   scan.initial_state = piece.before;
-  auto [states, own_last] = kernels::ssd_forward(scan);
-  const Tensor final_state = piece.take_last(own_last);
+  kernels::SsdOut states;
+  if (in.keep_state) {
+    states = kernels::ssd_forward(scan);
+    states.final_state = piece.take_last(states.final_state);
+  } else {
+    states.y = kernels::ssd_outputs(scan);
+  }
   scan = {};
   conv.y = {};
-  const Tensor y = states.view({zxbcdt.size(0), zxbcdt.size(1), sizes.e});
+  const Tensor y = states.y.view({zxbcdt.size(0), zxbcdt.size(1), sizes.e});
   const auto norm = norm_of(in).forward(y, sizes.z(zxbcdt), in.norm_weight.data());
   Tensor out = norm.y;
   if (in.out_weight.defined())
@@ -142,7 +147,7 @@ Mamba2InnerOut mamba2_inner(const Mamba2InnerArguments& in) {
       record("mamba2_inner",
              {in.zxbcdt, in.conv_weight, in.conv_bias, in.dt_bias, in.A_log, in.D, in.norm_weight, in.out_weight,
               in.out_bias, in.conv_state, in.ssm_state},
-             {out, conv.final_state, final_state}, [in, filter, halo, piece, y, rstd = norm.rstd](const std::vector<Tensor>& d) -> Grads {
+             {out, conv.final_state, states.final_state}, [in, filter, halo, piece, y, rstd = norm.rstd](const std::vector<Tensor>& d) -> Grads {
                return differentiate(in, filter, halo, piece, y, rstd, d[0], d[1], d[2]);
              });
   return {results[0], results[1], results[2]};

@@ -22,6 +22,7 @@ struct Mamba2InnerArguments {
   SsdOptions options = {};
   double dt_low = 0, dt_high = 0, norm_eps = 1e-5;
   bool norm_first = false;
+  bool keep_state = true;  // else ssm_state comes out undefined
   NormMembers norm_members = {};  // where one group's heads lie on several processes
 };
 struct Mamba2InnerOut { Variable y, conv_state, ssm_state; };

@@ -1,4 +1,4 @@
-#include "kernels/ssd.h"
+#include "kernels/ssd_outputs.h"
 
 #include "core/memory_probe.h"
 #include "kernels/gpu_memory.h"
@@ -82,6 +82,14 @@ SsdOut ssd_forward(const SsdInput& in) {
   const KernelMemory memory(gpu_memory_of_ssd_forward(ready).workspace);
   KRAIT_DISPATCH(in.x.device(), ssd_forward(out.y, out.final_state, ready));
   return out;
+}
+
+Tensor ssd_outputs(const SsdInput& in) {
+  if (!in.x.device().is_cpu() || in.x.numel() == 0) return ssd_forward(in).y;
+  check_input(in);
+  Tensor y = empty(in.x.shape(), in.x.dtype(), in.x.device()), none;
+  KRAIT_DISPATCH(in.x.device(), ssd_forward(y, none, prepared(in)));
+  return y;
 }
 
 void ssd_backward_into(SsdGrad& grad, const Tensor& dy, const Tensor& dfinal, const SsdInput& in) {

@@ -88,7 +88,8 @@ void Mamba2::share(Variable& in_weight, Variable& in_bias, Variable& conv_weight
   share_rows({{in_weight, from(2 * e)}, {in_bias, from(2 * e)}, {conv_weight, from(e)}, {conv_bias, from(e)}}, 2 * all, tensor_);
 }
 
-Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments) const {
+Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments,
+                          bool keep_state) const {
   SequencePieces pieces = sequence_pieces(sequence_, segments);
   pieces.last = ssm.defined();
   const bool sums = tensor_->size() > 1;
@@ -113,13 +114,14 @@ Mamba2::Out Mamba2::apply(const Variable& u, const Variable& conv, const Variabl
                                            .dt_high = dt_high_,
                                            .norm_eps = eps_,
                                            .norm_first = config_.norm_before_gate,
+                                           .keep_state = keep_state,
                                            .norm_members = members});
   const Variable y = reduce_from_group(std::move(out.y), tensor_);
   return {sums && out_bias_.defined() ? y + out_bias_ : y, out.conv_state, out.ssm_state};
 }
 
 Variable Mamba2::forward(const Variable& u, const SequenceInfo& info, LayerState* state) {
-  if (!state) return apply(u, {}, {}, info.segments).y;
+  if (!state) return apply(u, {}, {}, info.segments, false).y;
   KRAIT_CHECK(!state->tensors.contains("recent_count"), "mamba2: a state that is behind its positions serves single steps only");
   Tensor &conv = state->tensors.at("conv"), &ssm = state->tensors.at("ssm");
   const Out out = apply(u, Variable(conv), Variable(ssm), info.segments);

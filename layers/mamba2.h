@@ -23,9 +23,10 @@ class Mamba2 final : public Mixer {
   Mamba2(const Mamba2Config& config, const LayerContext& context);
 
   /// The layer with its states as variables, for gradients through them; conv (b, d_conv - 1, inner + 2 g n) and ssm
-  /// (b, heads, p, n) may be undefined.
+  /// (b, heads, p, n) may be undefined. Without keep_state ssm comes out undefined.
   struct Out { Variable y, conv, ssm; };
-  Out apply(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments) const;
+  Out apply(const Variable& u, const Variable& conv, const Variable& ssm, const Tensor& segments,
+            bool keep_state = true) const;
 
   Variable forward(const Variable& u, const SequenceInfo& info, LayerState* state) override;
   Tensor step(const Tensor& u, LayerState& state) override;

@@ -39,7 +39,8 @@ class Forward {
   Forward(Tensor& y, Tensor& final_state, const SsdInput& in)
       : r_(in), z_(r_.z), y_(y), D_(in.D.defined() ? in.D.data<A>() : nullptr) {
     std::unique_ptr<PieceStates<T>> pieces;
-    if (z_.pieces > 1) pieces = std::make_unique<PieceStates<T>>(in, Tensor(), in.initial_state, &final_state);
+    if (z_.pieces > 1) pieces = std::make_unique<PieceStates<T>>(in, Tensor(), in.initial_state, final_state.defined() ? &final_state : nullptr);
+    const bool keep = !pieces && final_state.defined();
     for_each_piece<S>(z_, [&](S& s, int64_t unit, int64_t piece) {
       const Unit u = z_.unit(unit);
       r_.fill(s.decays, u, piece);
@@ -47,14 +48,14 @@ class Forward {
       spread<A>(s.factor, s.decays.in.data(), nullptr, u, z_);
       scale_state(s.state, s.factor, z_);
       const bool starts_empty = piece == 0 && !in.initial_state.defined();
-      for (size_t k = 0; k < s.decays.chunks.size(); ++k) chunk(s, u, piece, k, starts_empty && k == 0);
-      if (!pieces) get_state(final_state.data<A>() + (u.b * z_.heads + u.head) * z_.p * z_.n, s.state, u, z_);
+      for (size_t k = 0; k < s.decays.chunks.size(); ++k) chunk(s, u, piece, k, starts_empty && k == 0, keep);
+      if (keep) get_state(final_state.data<A>() + (u.b * z_.heads + u.head) * z_.p * z_.n, s.state, u, z_);
     });
   }
 
  private:
-  // `empty`: the state before the chunk is zero and counts for nothing.
-  void chunk(S& s, const Unit& u, int64_t piece, size_t k, bool empty) {
+  // `empty`: the state before the chunk is zero and counts for nothing. `keep`: that behind the last one is wanted.
+  void chunk(S& s, const Unit& u, int64_t piece, size_t k, bool empty, bool keep) {
     const Chunk& c = s.decays.chunks[k];
     const int64_t t = piece * z_.piece + c.begin, heads = u.heads, ws = z_.ws;
     r_.pack_group(s.b_rows, r_.B, c, u, t);
@@ -75,6 +76,7 @@ class Forward {
     store_outputs(y_.at(u.b, t, u.head), y_.row, y_.head, s.y, s.decays.up.data() + c.begin * heads, r_.x.at(u.b, t, u.head),
                   r_.x.row, r_.x.head, D_ ? D_ + u.head * z_.p : nullptr, u, c.q, z_);
     const bool last = k + 1 == s.decays.chunks.size();
+    if (last && !keep) return;
     const A* exit = s.decays.out.data() + static_cast<int64_t>(k) * heads;
     spread(s.factor, exit, last ? nullptr : s.decays.in.data() + static_cast<int64_t>(k + 1) * heads, u, z_);
     update_state(s.state, c.whole() && !empty ? s.state : nullptr, s.b_rows + c.last * z_.np, s.u + c.last * ws, c.q - c.last, s.factor, z_);

@@ -15,32 +15,32 @@ namespace {
 // each I. Beyond the diagonal, and between documents, G is zero.
 constexpr int64_t kSquare = 128;
 
-// The sums of one register block of kStrip rows by NV vectors, over any number of pairs of matrices.
-template <class A, int NV = 2>
+// The sums of one register block of kStrip rows by two vectors, over any number of pairs of matrices.
+template <class A>
 struct Block {
-  Vec<A> sum[kStrip][NV] = {};
+  Vec<A> sum[kStrip][2] = {};
 
-  /// += a (kStrip, k) b (k, NV vectors), a(i, x) = a[i a_row + x a_column].
+  /// += a (kStrip, k) b (k, two vectors), a(i, x) = a[i a_row + x a_column].
   [[gnu::always_inline]] void add(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t b_row, int64_t k) {
 #pragma GCC unroll 4
     for (int64_t x = 0; x < k; ++x, a += a_column, b += b_row) {
-      Vec<A> row[NV];
-#pragma GCC unroll 3
-      for (int v = 0; v < NV; ++v) {
+      Vec<A> row[2];
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
         row[v] = load(b + v * kLanes<A>);
         keep(row[v]);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kStrip; ++i) {
         const A factor = a[i * a_row];
-#pragma GCC unroll 3
-        for (int v = 0; v < NV; ++v) sum[i][v] += factor * row[v];
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) sum[i][v] += factor * row[v];
       }
     }
   }
   [[gnu::always_inline]] void scale_columns(const A* factor) {
-#pragma GCC unroll 3
-    for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
       const Vec<A> by = load(factor + v * kLanes<A>);
 #pragma GCC unroll 8
       for (int i = 0; i < kStrip; ++i) sum[i][v] *= by;
@@ -49,24 +49,20 @@ struct Block {
   [[gnu::always_inline]] void scale_rows(const A* factor) {
 #pragma GCC unroll 8
     for (int i = 0; i < kStrip; ++i)
-#pragma GCC unroll 3
-      for (int v = 0; v < NV; ++v) sum[i][v] *= factor[i];
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) sum[i][v] *= factor[i];
   }
-  [[gnu::always_inline]] void put(A* to, int64_t to_row) const {
+  template <class F>
+  [[gnu::always_inline]] void each(F&& f) const {
 #pragma GCC unroll 8
     for (int i = 0; i < kStrip; ++i)
-#pragma GCC unroll 3
-      for (int v = 0; v < NV; ++v) store(to + i * to_row + v * kLanes<A>, sum[i][v]);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) f(i, v, sum[i][v]);
+  }
+  [[gnu::always_inline]] void put(A* to, int64_t to_row) const {
+    each([=](int i, int v, const Vec<A>& value) __attribute__((always_inline)) { store(to + i * to_row + v * kLanes<A>, value); });
   }
 };
-
-// f(column, vectors) over `columns`, a multiple of kTile: three vectors at a time as long as no single one is left.
-template <class A, class F>
-[[gnu::always_inline]] inline void for_each_tile(int64_t columns, F&& f) {
-  int64_t c = 0;
-  for (; columns - c >= 3 * kLanes<A> && columns - c != 4 * kLanes<A>; c += 3 * kLanes<A>) f(c, std::integral_constant<int, 3>());
-  for (; c < columns; c += 2 * kLanes<A>) f(c, std::integral_constant<int, 2>());
-}
 
 // Blocks of rows begin anywhere and end behind the last position: matrices have rows to spare. `ls` and `ns` are rows of
 // positions and of B's values, not a multiple of 4 KiB / 8.
@@ -116,12 +112,13 @@ struct Square {
     pack_rows<A>(b_rows, m.ns, r.B.at(unit.b, 0, unit.group), r.B.row, m.l, z.n, m.rows);
     pack_rows<A>(c_rows, m.ns, r.C.at(unit.b, 0, unit.group), r.C.row, m.l, z.n, m.rows);
     transpose<A>(bt, m.ls, b_rows, m.ns, m.lp, m.nw);
-    for (int64_t j = 0; j < m.l; j += kTile<A>)
+    for (int64_t j = 0; j < m.lp; j += kTile<A>) {
       for (int64_t i = j; i < m.l; i += kStrip) {
         Block<A> block;
         block.add(c_rows + i * m.ns, m.ns, 1, bt + j, m.ls, z.n);
         block.put(g + i * m.ls + j, m.ls);
       }
+    }
     mask(g, m);
     r.pack_inputs(u, decays, {0, m.l, m.l, 0}, unit, 0);
     for (size_t k = 1; k < decays.chunks.size(); ++k)
@@ -144,11 +141,11 @@ struct SquareForward {
 
   void outputs(const Lengths<A>& m, const Sizes<A>& z) {
     const std::vector<Chunk>& chunks = s.decays.chunks;
-    for_each_tile<A>(z.width, [&](int64_t x, auto vectors) __attribute__((always_inline)) {
+    for (int64_t x = 0; x < z.width; x += kTile<A>) {
       for (size_t k = 0; k < chunks.size(); ++k)
         for (int64_t i = 0; i < chunks[k].q; i += kStrip) {
           const A* row = s.g + (chunks[k].begin + i) * m.ls;
-          Block<A, vectors> block;
+          Block<A> block;
           for (size_t j = 0; j <= k; ++j) {
             const Chunk& c = chunks[j];
             if (j > 0) block.scale_columns(s.factor_of(j, z) + x);
@@ -156,7 +153,7 @@ struct SquareForward {
           }
           block.put(y + (chunks[k].begin + i) * z.ws + x, z.ws);
         }
-    });
+    }
   }
 
   /// (heads, p, n) from the last document's positions.
@@ -208,11 +205,11 @@ struct SquareBackward {
 
   void input_gradients(const Lengths<A>& m, const Sizes<A>& z) {
     const std::vector<Chunk>& chunks = s.decays.chunks;
-    for_each_tile<A>(z.width, [&](int64_t x, auto vectors) __attribute__((always_inline)) {
+    for (int64_t x = 0; x < z.width; x += kTile<A>) {
       for (size_t k = 0; k < chunks.size(); ++k)
         for (int64_t i = 0; i < chunks[k].q; i += kStrip) {
           const int64_t j = chunks[k].begin + i;
-          Block<A, vectors> block;
+          Block<A> block;
           for (size_t from = chunks.size() - 1; from > k; --from) {
             const Chunk& c = chunks[from];
             block.add(s.g + c.begin * m.ls + j, 1, m.ls, v + c.begin * z.ws + x, z.ws, c.q);
@@ -221,7 +218,7 @@ struct SquareBackward {
           block.add(s.g + j * m.ls + j, 1, m.ls, v + j * z.ws + x, z.ws, chunks[k].q - i);
           block.put(du + j * z.ws + x, z.ws);
         }
-    });
+    }
   }
 
   void fill_decay(int64_t h, const Unit& unit, const Lengths<A>& m) {
@@ -245,20 +242,18 @@ struct SquareBackward {
   void head(int64_t h, const Unit& unit, const Lengths<A>& m, const Sizes<A>& z) {
     fill_decay(h, unit, m);
     transpose<A>(ut, m.ls, s.u + h * z.p, z.ws, m.lp, round_up(z.p, kLanes<A>));
-    for (int64_t j = 0; j < m.l; j += kTile<A>)
+    for (int64_t j = 0; j < m.lp; j += kTile<A>) {
       for (int64_t i = j; i < m.l; i += kStrip) {
         Block<A> block;
         block.add(v + i * z.ws + h * z.p, z.ws, 1, ut + j, m.ls, z.p);
-#pragma GCC unroll 8
-        for (int r = 0; r < kStrip; ++r)
-#pragma GCC unroll 2
-          for (int x = 0; x < 2; ++x) {
-            const int64_t column = j + x * kLanes<A>, at = (i + r) * m.ls + column;
-            const Vec<A> e = block.sum[r][x] * load(row[static_cast<size_t>(i + r)] + column);
-            store(gamma + at, load(gamma + at) + e);
-            store(weights + at, e * load(s.g + at));
-          }
+        block.each([&](int r, int x, const Vec<A>& sum) __attribute__((always_inline)) {
+          const int64_t column = j + x * kLanes<A>, at = (i + r) * m.ls + column;
+          const Vec<A> e = sum * load(row[static_cast<size_t>(i + r)] + column);
+          store(gamma + at, load(gamma + at) + e);
+          store(weights + at, e * load(s.g + at));
+        });
       }
+    }
   }
 
   /// da[r] = sum_{i >= r > j} W_ij, whose sums over i grow from the last row, some columns at a time.
@@ -287,8 +282,8 @@ struct SquareBackward {
   }
 
   /// d = gamma B (dC), or gamma^T C (dB).
-  void group_gradient(bool of_c, const Lengths<A>& m, const Sizes<A>& z) {
-    for (int64_t n = 0; n < z.n; n += kTile<A>)
+  void group_gradient(bool of_c, const Lengths<A>& m) {
+    for (int64_t n = 0; n < m.nw; n += kTile<A>) {
       for (int64_t i = 0; i < m.l; i += kStrip) {
         Block<A> block;
         if (of_c)
@@ -297,6 +292,7 @@ struct SquareBackward {
           block.add(gamma + i * m.ls + i, 1, m.ls, s.c_rows + i * m.ns + n, m.ns, m.l - i);
         block.put(d + i * m.ns + n, m.ns);
       }
+    }
   }
 };
 
@@ -322,7 +318,7 @@ void square_forward(Tensor& y_out, Tensor& final_state, const SsdInput& in) {
     f.outputs(m, z);
     store_outputs(y.at(u.b, 0, u.head), y.row, y.head, f.y, f.s.decays.up.data(), r.x.at(u.b, 0, u.head), r.x.row, r.x.head,
                   D ? D + u.head * z.p : nullptr, u, z.l, z);
-    f.final_state(final_state.data<A>() + (u.b * z.heads + u.head) * z.p * z.n, u, m, z);
+    if (final_state.defined()) f.final_state(final_state.data<A>() + (u.b * z.heads + u.head) * z.p * z.n, u, m, z);
   });
 }
 
@@ -346,7 +342,7 @@ void square_backward(SsdGrad& grad, const Tensor& dy, const SsdInput& in) {
     }
     b.s.mask(b.gamma, m);
     for (const bool of_c : {false, true}) {
-      b.group_gradient(of_c, m, z);
+      b.group_gradient(of_c, m);
       for (int64_t t = 0; t < z.l; ++t) to.group_row(of_c ? 1 : 0, b.d + t * m.ns, u, t);
     }
   });

@@ -11,6 +11,7 @@ namespace krait::kernels::cpu::ssd {
 template <class T>
 bool in_one_square(const SsdInput& in);
 
+/// final_state may be undefined.
 template <class T>
 void square_forward(Tensor& y, Tensor& final_state, const SsdInput& in);
 
