@@ -7,6 +7,7 @@
 #include "kernels/attention_dropout.h"
 #include "kernels/attention_mask.h"
 #include "kernels/cpu/attention_tile.h"
+#include "kernels/cpu/philox_words.h"
 #include "kernels/cpu/vector_math.h"
 
 namespace krait::kernels::cpu {
@@ -131,15 +132,11 @@ template <class A>
 /// m of dropout for the keys of one tile row: 0 or 1. `call` numbers the first four keys.
 template <class A>
 [[gnu::flatten, gnu::noinline]] void keep_row(A* keep, const AttentionDropout& dropout, uint64_t call, uint64_t now) {
-  alignas(64) uint32_t words[4][kTile / 4];
-#pragma omp simd
-  for (int64_t c = 0; c < kTile / 4; ++c) {
-    const Philox r = philox(dropout.key, call + static_cast<uint64_t>(c), now);
-    for (int w = 0; w < 4; ++w) words[w][c] = r.word[w];
-  }
+  alignas(64) uint32_t words[kTile];
+  philox_words(words, dropout.key, call, kTile / 4, now);
   const uint32_t threshold = dropout.threshold;
-  for (int64_t c = 0; c < kTile / 4; ++c)
-    for (int w = 0; w < 4; ++w) keep[4 * c + w] = (words[w][c] >> 8) < threshold ? A{0} : A{1};
+#pragma omp simd
+  for (int64_t c = 0; c < kTile; ++c) keep[c] = (words[c] >> 8) < threshold ? A{0} : A{1};
 }
 
 /// x *= factor keep over n values.

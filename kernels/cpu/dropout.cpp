@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/parallel.h"
+#include "kernels/cpu/philox_words.h"
 #include "kernels/cpu/put.h"
 #include "kernels/cpu/vector_math.h"
 
@@ -13,15 +14,6 @@ namespace {
 
 constexpr int64_t kCounters = 256;  // Philox blocks made at a time
 constexpr int64_t kWords = 4 * kCounters;
-
-// Words 4 first, 4 first + 1, ... of the stream: all rounds of a counter in one loop body, so that it vectorises.
-void philox_block(uint32_t* words, uint64_t key, uint64_t first, int64_t counters, uint64_t step) {
-#pragma omp simd
-  for (int64_t i = 0; i < counters; ++i) {
-    const Philox r = philox(key, first + static_cast<uint64_t>(i), step);
-    for (int w = 0; w < 4; ++w) words[4 * i + w] = r.word[w];
-  }
-}
 
 double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 
@@ -47,7 +39,7 @@ void dropout(Tensor& y_out, const Tensor& x_in, const Tensor& residual, const Dr
         // Elements of the run that this block of the stream covers.
         const int64_t begin = std::max(block * kWords, start), end = std::min((block + 1) * kWords, start + run);
         if (begin >= end) continue;
-        philox_block(words, mask.key, static_cast<uint64_t>(begin / 4), (end + 3) / 4 - begin / 4, step);
+        philox_words(words, mask.key, static_cast<uint64_t>(begin / 4), (end + 3) / 4 - begin / 4, step);
         const uint32_t* const bits = words + begin % 4;
         const int64_t at = r * run + begin - start;
         const T* const x = x0 + at;
