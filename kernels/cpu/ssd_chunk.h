@@ -66,11 +66,13 @@ struct Sizes {
   }
 };
 
-/// Pieces of one zeroed block, 64-byte aligned.
+/// Pieces of one block, 64-byte aligned; zeroed, unless the user sees to it.
 template <class A>
 class Workspace {
  public:
-  explicit Workspace(int64_t values) : block_(zeros({values + 4096}, dtype_of<A>, kCpu)), next_(block_.data<A>()) {}
+  explicit Workspace(int64_t values, bool zeroed = true)
+      : block_(zeroed ? zeros({values + 4096}, dtype_of<A>, kCpu) : empty({values + 4096}, dtype_of<A>, kCpu)),
+        next_(block_.data<A>()) {}
   A* take(int64_t values) {
     A* p = next_;
     next_ += round_up(values, 64);

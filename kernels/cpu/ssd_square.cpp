@@ -76,12 +76,13 @@ struct Lengths {
 // What forward and backward share: B, C, their masked products G, u, and the decays between chunks.
 template <class A>
 struct Square {
-  A *b_rows, *c_rows, *bt, *g, *u, *factor;
+  A *b_rows, *c_rows, *bt, *g, *u;
+  std::vector<A> factors;      // (chunks, width), from the chunk before
   std::vector<int64_t> start;  // of each position's document
   Decays<A> decays;
   static int64_t values(const Sizes<A>& z) {
     const Lengths<A> m(z);
-    return m.rows * (2 * m.ns + m.ls + z.ws) + m.nw * m.ls + z.l * z.width + 512;
+    return m.rows * (2 * m.ns + m.ls + z.ws) + m.nw * m.ls + 512;
   }
   Square(Workspace<A>& w, const Sizes<A>& z) : start(static_cast<size_t>(z.l)) {
     const Lengths<A> m(z);
@@ -90,8 +91,10 @@ struct Square {
     bt = w.take(m.nw * m.ls);
     g = w.take(m.rows * m.ls);
     u = w.take(m.rows * z.ws);
-    factor = w.take(z.l * z.width);
+    clear_rest(u, m, z);
   }
+  /// Rows behind the last position: what blocks make of them is not used, but must not be a NaN where it meets a zero.
+  static void clear_rest(A* rows, const Lengths<A>& m, const Sizes<A>& z) { std::fill(rows + m.l * z.ws, rows + m.rows * z.ws, A(0)); }
 
   /// Zero above the diagonal, as far as a block of rows or columns reads, and before i's document.
   void mask(A* square, const Lengths<A>& m) const {
@@ -121,12 +124,12 @@ struct Square {
     }
     mask(g, m);
     r.pack_inputs(u, decays, {0, m.l, m.l, 0}, unit, 0);
+    factors.resize(decays.chunks.size() * static_cast<size_t>(z.width));
     for (size_t k = 1; k < decays.chunks.size(); ++k)
-      spread(factor_of(k, z), decays.out.data() + static_cast<int64_t>(k - 1) * unit.heads,
+      spread(factors.data() + static_cast<int64_t>(k) * z.width, decays.out.data() + static_cast<int64_t>(k - 1) * unit.heads,
              decays.in.data() + static_cast<int64_t>(k) * unit.heads, unit, z);
   }
-  /// From chunk k - 1 to k.
-  A* factor_of(size_t k, const Sizes<A>& z) const { return factor + static_cast<int64_t>(k) * z.width; }
+  const A* factor_of(size_t k, const Sizes<A>& z) const { return factors.data() + static_cast<int64_t>(k) * z.width; }
 };
 
 template <class A>
@@ -134,7 +137,7 @@ struct SquareForward {
   Workspace<A> w;
   Square<A> s;
   A *y, *last;
-  explicit SquareForward(const Sizes<A>& z) : w(Square<A>::values(z) + Lengths<A>(z).rows * z.ws + z.width + 256), s(w, z) {
+  explicit SquareForward(const Sizes<A>& z) : w(Square<A>::values(z) + Lengths<A>(z).rows * z.ws + z.width + 256, false), s(w, z) {
     y = w.take(Lengths<A>(z).rows * z.ws);
     last = w.take(z.width);
   }
@@ -192,7 +195,7 @@ struct SquareBackward {
     const Lengths<A> m(z);
     return Square<A>::values(z) + m.rows * (2 * z.ws + 2 * m.ls + m.ns) + round_up(z.p, kLanes<A>) * m.ls + 512;
   }
-  explicit SquareBackward(const Sizes<A>& z) : w(values(z)), s(w, z), sums(static_cast<size_t>(z.l)) {
+  explicit SquareBackward(const Sizes<A>& z) : w(values(z), false), s(w, z), sums(static_cast<size_t>(z.l)) {
     const Lengths<A> m(z);
     v = w.take(m.rows * z.ws);
     du = w.take(m.rows * z.ws);
@@ -200,6 +203,8 @@ struct SquareBackward {
     gamma = w.take(m.rows * m.ls);
     weights = w.take(m.rows * m.ls);
     d = w.take(m.rows * m.ns);
+    Square<A>::clear_rest(v, m, z);
+    std::fill_n(weights, m.rows * m.ls, A(0));  // above the diagonal sums read more than is written
     row.resize(static_cast<size_t>(m.rows));
   }
 
