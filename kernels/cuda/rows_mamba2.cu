@@ -41,8 +41,12 @@ static_assert(kOutSteps == 2 * kGroups * kFlightSteps && kOutColumns == kStep &&
 // clears slots.
 constexpr int kStateWarps = 13, kStateThreads = 32 * kStateWarps;
 constexpr int kPiece = 16, kPieces = kHeadChannels / kPiece;  // channels of a head
-constexpr int kMaxPieces = (kHalfRows * kMaxHeads * kPieces + kStateBlocks - 1) / kStateBlocks;
-constexpr int kUnits = (kMaxPieces + 2 * kPieces - 2) / kPieces;  // heads of rows that a block's pieces touch
+// Heads in rounds: all blocks make y of the first ones before y of the next, so that out_proj can ask for half of y before the last
+// round is done.
+constexpr int kRoundHeads = 8, kRoundPieces = kRoundHeads * kPieces, kMaxRounds = kMaxHeads / kRoundHeads;  // of a row
+constexpr int kRoundUnits = (kStateWarps + 2 * kPieces - 2) / kPieces, kUnits = kMaxRounds * kRoundUnits;    // heads of rows that a block's pieces touch
+constexpr int kRoundShift = kStateBlocks / kMaxRounds;  // who has a piece more than others in a round, has not in the next
+static_assert((kHalfRows * kRoundPieces + (kMaxRounds - 1) * kRoundShift + kStateBlocks - 1) / kStateBlocks <= kStateWarps);  // a piece a warp and round
 constexpr int kStepWarps = (kUnits * kMaxRecent + 31) / 32;  // of positions that states are behind with
 constexpr int kMaxRowsHere = 2, kCoefficientThreads = 32 * (kStepWarps + kMaxRowsHere), kBPitch = kHeadStates + 8;
 constexpr int kXSquares = mamba2_squares(kMaxD), kSlots = 4;
@@ -66,24 +70,24 @@ struct MapShared : Common {
   uint64_t in_full, in_free, past_full, past_free, out_full, out_free, seen[kHalves], scaled[kHalves];
 };
 
-/// Where a piece belongs (StatePlace, Slot): its unit among the block's, that one's row among the block's, its part; its first words
-/// among those of y and of y's squares.
-struct Piece {
-  uint8_t unit, place, part, head;
-  uint16_t y, square;
-};
-/// A block's pieces of a half's states: heads of rows (units) follow one another, and the pieces of each.
+/// A block's pieces of a half's states, in rounds: heads of rows (units) follow one another, and the pieces of each. Unit u is of
+/// round u / kRoundUnits.
 struct StatePlace {
-  int half, first, pieces, unit, units;  // the first piece, and the first unit, among the half's
-  int row, rows, split, heads;           // of the first unit; rows touched; units of the first of them
-  __device__ int place(int u) const { return u < split ? 0 : 1; }  // of its row among the block's
-  __device__ int head(int u) const { return heads - split + u - (u < split ? 0 : heads); }
-  __device__ int unit_of(int piece) const { return (first + piece) / kPieces - unit; }
-  __device__ int part_of(int piece) const { return (first + piece) % kPieces; }
-  __device__ Piece piece(int i) const;
+  int2 span[kMaxRounds];           // a round's pieces, among the half's of that round: the first, behind the last
+  int half, first, reach, pieces;  // the first of any round; from there to behind the last of any; all of all rounds
+  int unit, units;                 // the first one among a round's; those that any round's pieces touch
+  int row, rows, split;            // of the first unit; rows touched; units of the first of them
+  int heads, rounds;
+  __device__ bool has(int u) const { return u % kRoundUnits < units && u / kRoundUnits < rounds; }
+  __device__ int place(int u) const { return u % kRoundUnits < split ? 0 : 1; }  // of its row among the block's
+  __device__ int head(int u) const { return u / kRoundUnits * kRoundHeads + (unit + u % kRoundUnits) % kRoundHeads; }
   /// A unit belongs to the block that has its first piece.
-  __device__ bool owns(int u) const { return u > 0 || first % kPieces == 0; }
-  __device__ int64_t among_all(int u) const { return int64_t{half} * kHalfRows * heads + unit + u; }
+  __device__ bool owns(int u) const {
+    const int piece = (unit + u % kRoundUnits) * kPieces;
+    const int2 of = span[u / kRoundUnits];
+    return piece >= of.x && piece < of.y;
+  }
+  __device__ int64_t among_all(int u) const { return (int64_t{half} * kHalfRows + row + place(u)) * heads + head(u); }
   template <int kOf>  // threads, of which this is one
   __device__ void forget_front(Slot& slot, int thread) const;
   template <int kOf>
@@ -91,13 +95,13 @@ struct StatePlace {
 };
 
 constexpr int kRingBytes = 38 * 4096;
-/// Pieces of states: a warp takes every kStateWarps-th of a half's; kFlight are under way (more stand in the way of what others
-/// wait for). Who waits for a piece has had the one kStateWarps before it, and so kFlight before that have come: the barrier of its
-/// place is not two phases behind, which would look alike.
+/// Pieces of states, a warp one a round; kFlight are under way (more stand in the way of what others wait for). Who waits for a
+/// piece has had the one of the round before, and so kFlight before that have come; or knows that it has been asked for, and so the
+/// last one in its place has come: the barrier is not two phases behind, which would look alike.
 template <class T>
 struct Ring {
   static constexpr int kBytes = kPiece * kHeadStates * static_cast<int>(sizeof(T)), kStages = kRingBytes / kBytes;
-  static constexpr int kFlight = sizeof(T) == 2 ? 6 : 5;
+  static constexpr int kFlight = sizeof(T) == 2 ? 19 : 6;
   static_assert(kStateWarps + kFlight <= kStages);
 };
 /// What a half's states are behind with, and what their heads' outputs take.
@@ -105,7 +109,6 @@ struct Recent {
   alignas(128) bf16 x[kUnits][kMaxRecent][kHeadChannels];
   alignas(16) bf16 B[kMaxRowsHere][kMaxRecent][kBPitch];
   alignas(16) float2 steps[kUnits][kMaxRecent];  // dt, log P
-  alignas(16) float norm[kUnits][kHeadChannels], D[kUnits][kHeadChannels];
   float rate_log[kUnits], bias[kUnits];
   int count[kMaxRowsHere];  // positions that are not yet in h
   uint64_t full, free;
@@ -115,25 +118,26 @@ struct StateShared : Common {
   Recent recent[kHalves];
   alignas(16) bf16 C[kMaxRowsHere][kHeadStates];
   alignas(16) bf16 z[kUnits][kHeadChannels];
-  alignas(16) bf16 dt[kMaxRowsHere][kMaxHeads];
   float factor[kUnits][kMaxRecent], decay[kUnits], products[kMaxRowsHere][kMaxRecent];
-  alignas(16) bf16 high[kUnits][kMaxRecent], low[kUnits][kMaxRecent];  // of factor times product
-  alignas(8) Piece piece[kHalves][kMaxPieces];
+  alignas(16) bf16 coefficient[kUnits][2][kMaxRecent];  // factor times product, and what it lacks
   StatePlace place[kHalves];
   uint8_t counts[kMamba2Layers][kHalves][kMaxRowsHere];
+  volatile int asked;  // of the run's pieces
   uint64_t full[Ring<bf16>::kStages], empty[Ring<bf16>::kStages];
 };
 constexpr int kSharedBytes = sizeof(MapShared) > sizeof(StateShared) ? sizeof(MapShared) : sizeof(StateShared);
 static_assert(kSharedBytes <= 227 * 1024);
 
+constexpr int kStepWords = kHalfRows * kStep / 2;
 /// Rows of a half as products take them.
 template <int kSteps>
 struct Rows {  // (steps of k, tiles of 16 rows, g, t, lane's operand: rows g, g + 8 at 2 t, then at 2 t + 8)
   uint32_t words[kSteps][kRowTiles][8][4][4];
   __device__ uint32_t* operand(int step, int tile, int lane) { return words[step][tile][lane / 4][lane % 4]; }
-  __device__ uint32_t* at(int row, int column) {  // of two columns
-    return &words[column / kStep][row / 16][row % 8][column % 8 / 2][row / 8 % 2 + column % kStep / 8 * 2];
+  static __device__ int word(int row, int column) {  // of two columns
+    return column / kStep * kStepWords + row / 16 * (kStepWords / kRowTiles) + row % 8 * 16 + column % 8 / 2 * 4 + row / 8 % 2 + column % kStep / 8 * 2;
   }
+  __device__ uint32_t* at(int row, int column) { return &words[0][0][0][0][0] + word(row, column); }
 };
 /// What blocks send one another in a layer, of a half (rows_exchange.cuh); layer i uses slot i % kSlots. Words of x and y whose
 /// rows or columns do not exist, and such parts of squares, are zero.
@@ -151,8 +155,6 @@ struct Slot {
   float x_squares[kXSquares / 4][kHalfRows][4], y_squares[kMaxHeads][kHalfRows][kPieces];  // four of a row side by side
 };
 
-constexpr int kStepWords = kHalfRows * kStep / 2;
-
 struct Work {
   RowsMamba2 run;
   CUtensorMap in[kMamba2Layers], out[kMamba2Layers];  // (d, n), (e, d)
@@ -160,7 +162,7 @@ struct Work {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-enum Counter { kCleared, kInSent, kOutSent, kStateSent };
+enum Counter { kCleared, kInSent, kOutSent, kStateSent };  // of the last, one a round
 /// Of `count` hints, those that are waited for: who asks when some values are missing asks again for these alone, and has the rest
 /// sooner; but who asks often is in the way of all.
 __device__ __forceinline__ int enough_hints(Counter which, int count) { return which == kOutSent ? count * 7 / 8 : which == kStateSent ? count * 3 / 4 : count; }
@@ -170,8 +172,9 @@ __device__ __forceinline__ void wait_until(long long time) {
   while (clock64() < time) {
   }
 }
-__device__ __forceinline__ unsigned* counter(const RowsMamba2& a, int half, int layer, Counter which) {
-  return a.counters + (layer * kHalves + half) * 8 + which;
+__device__ __forceinline__ unsigned* counter(const RowsMamba2& a, int half, int layer, Counter which, int round = 0) {
+  static_assert(kStateSent + kMaxRounds <= 8);
+  return a.counters + (layer * kHalves + half) * 8 + which + round;
 }
 __device__ __forceinline__ Slot& slot(const RowsMamba2& a, int half, int layer) { return static_cast<Slot*>(a.exchange)[half * kSlots + layer % kSlots]; }
 /// A half's rows; the second has at least one.
@@ -217,10 +220,8 @@ __device__ __forceinline__ float add_squares(const float (&from)[kVectors][kHalf
 __device__ __forceinline__ int map_blocks(const RowsMamba2& a) {
   return max((a.n + kInColumns - 1) / kInColumns, (a.d + kOutColumns - 1) / kOutColumns);
 }
-__device__ __forceinline__ int state_blocks(const RowsMamba2& a) {
-  const int pieces = rows_of(a, 0) * a.heads * kPieces, each = (pieces + kStateBlocks - 1) / kStateBlocks;
-  return (pieces + each - 1) / each;
-}
+/// Those that have pieces of a half.
+__device__ __forceinline__ int state_blocks(const RowsMamba2& a, int half) { return min(rows_of(a, half) * kRoundPieces, kStateBlocks); }
 
 /// Neighbours among blocks run close to one another: both kinds are spread evenly, so that no part of the GPU has to pass the
 /// values to most of the blocks that map. Their number among their kind.
@@ -396,10 +397,10 @@ struct HalfMap {
 
   __device__ int thread() const { return now(static_cast<int>(threadIdx.x)) - half * kHalfThreads; }
   __device__ void meet() const { cuda::meet(3 + half, kHalfThreads); }
-  __device__ void wait_for_hints(Counter which, int layer, int count) const {
+  __device__ void wait_for_hints(Counter which, int layer, int count, int round = 0, bool last = true) const {
     if (thread() == 0) {
-      await_hints(counter(a, half, layer, which), enough_hints(which, count));
-      barrier_arrive(shared_address(&s.seen[half]));
+      await_hints(counter(a, half, layer, which, round), enough_hints(which, count));
+      if (last) barrier_arrive(shared_address(&s.seen[half]));
     }
     meet();
   }
@@ -416,6 +417,7 @@ struct HalfMap {
     }
   }
   __device__ void multiply_in(float (&acc)[kInTiles][4], int layer) const;
+  __device__ void multiply_out(float (&acc)[kOutTiles][4], int layer) const;
   __device__ void keep_normed(const RowsMamba2Layer& l, const MapPlace& at, int layer) const;
   __device__ void keep_gated(const RowsMamba2Layer& l, const MapPlace& at, int layer) const;
   __device__ void in_phase(const RowsMamba2Layer& l, int layer) const;
@@ -508,28 +510,31 @@ __device__ __forceinline__ void HalfMap::in_phase(const RowsMamba2Layer& l, int 
       for (int k = 0; k < 4; ++k) own[i][k] = group == 0 ? acc[i][k] : group == 1 ? acc[kOwnTiles + i][k] : acc[2 * kOwnTiles + i][k];
   }
   const MapPlace at(a);
-  const int tid = thread(), lane = tid % 32, tile = tid / 32 % kRowTiles, group = tid / 32 / kRowTiles, g = lane / 4, t = lane % 4;
-  const auto row = [&](int r) { return tile * 16 + g + 8 * r; };
-  const auto exists = [&](int r) { return half * kHalfRows + row(r) < a.rows; };
-  const auto column = [&](int i) { return (group * kOwnTiles + i) * 8; };  // of the block's: a tile's first; all eight exist, or none
-  const auto maps = [&](int i) { return column(i) < at.in_columns; };
-  const auto convolves = [&](int i) { return at.in_first + column(i) >= at.e && at.in_first + column(i) < at.e + at.channels; };
+  const int tid = thread(), lane = tid % 32, tile = tid / 32 % kRowTiles, group = tid / 32 / kRowTiles, t = lane % 4;
+  const int first_row = tile * 16 + lane / 4, first_column = group * kOwnTiles * 8 + 2 * t;  // of two rows, 8 apart, and of kOwnTiles pairs, 8 apart
+  const bool exists[2] = {half * kHalfRows + first_row < a.rows, half * kHalfRows + first_row + 8 < a.rows};
+  const auto maps = [&](int i) { return first_column + 8 * i < at.in_columns; };  // all eight columns of a tile exist, or none
+  const auto convolves = [&](int i) {
+    const int channel = at.in_first + first_column + 8 * i - at.e;
+    return channel >= 0 && channel < at.channels;
+  };
   barrier_wait(shared_address(&s.past_full), layer % 2);
   float2 past[kOwnTiles][2], last_tap[kOwnTiles];  // the convolution's sums without this position
 #pragma unroll
   for (int i = 0; i < kOwnTiles; ++i) {
-    const int c = column(i) + 2 * t;
+    const int c = first_column + 8 * i;
     const uint4 filter = *reinterpret_cast<const uint4*>(&s.filter[c]);
     const float2 bias = l.conv_bias != nullptr ? two(*reinterpret_cast<const uint32_t*>(&s.conv_bias[c])) : float2{0, 0};
     const float2 w01 = two(filter.x), w23 = two(filter.y), v01 = two(filter.z), v23 = two(filter.w);
     last_tap[i] = {w23.y, v23.y};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint32_t(&words)[kTaps - 1][kInColumns / 2] = s.past[half * kHalfRows + row(r)];
+      const uint32_t(&words)[kTaps - 1][kInColumns / 2] = s.past[half * kHalfRows + first_row + 8 * r];
       const float2 x0 = two(words[0][c / 2]), x1 = two(words[1][c / 2]), x2 = two(words[2][c / 2]);
       past[i][r] = {bias.x + w01.x * x0.x + w01.y * x1.x + w23.x * x2.x, bias.y + v01.x * x0.y + v01.y * x1.y + v23.x * x2.y};
     }
   }
+  bf16* const to = kept(&slot(a, half, layer).mixed[first_row][at.in_first + first_column]);
   meet();  // the weights have been read
   if (tid == 0) {
     barrier_arrive(shared_address(&s.in_free));
@@ -539,8 +544,7 @@ __device__ __forceinline__ void HalfMap::in_phase(const RowsMamba2Layer& l, int 
   for (int i = 0; i < kOwnTiles; ++i) add_sums(own[i], group, tile, i, lane);
   barrier_wait(shared_address(&s.scaled[half]), 0);
   if (l.normed != nullptr && at.in_columns > 0) keep_normed(l, at, layer);
-  const float factor[2] = {s.factor[half][0][layer % 2][row(0)], s.factor[half][0][layer % 2][row(1)]};
-  Slot& now = slot(a, half, layer);
+  const float factor[2] = {s.factor[half][0][layer % 2][first_row], s.factor[half][0][layer % 2][first_row + 8]};
 #pragma unroll
   for (int i = 0; i < kOwnTiles; ++i) {
 #pragma unroll
@@ -548,8 +552,8 @@ __device__ __forceinline__ void HalfMap::in_phase(const RowsMamba2Layer& l, int 
       const uint32_t made = pack(own[i][2 * r] * factor[r], own[i][2 * r + 1] * factor[r]);
       const float2 x = two(made);
       const uint32_t mixed = pack(silu_fast(past[i][r].x + last_tap[i].x * x.x), silu_fast(past[i][r].y + last_tap[i].y * x.y));
-      if (maps(i) && exists(r)) send(&now.mixed[row(r)][at.in_first + column(i) + 2 * t], convolves(i) ? mixed : made);
-      s.past[half * kHalfRows + row(r)][0][column(i) / 2 + t] = made;  // the thread's own: nobody has read another one's yet
+      if (maps(i) && exists[r]) send(to + 8 * r * kMaxN + 8 * i, convolves(i) ? mixed : made);
+      s.past[half * kHalfRows + first_row + 8 * r][0][first_column / 2 + 4 * i] = made;  // the thread's own: nobody has read another one's yet
     }
   }
   if (tid == 0) hint(counter(a, half, layer, kInSent));
@@ -585,6 +589,39 @@ __device__ __forceinline__ void HalfMap::keep_gated(const RowsMamba2Layer& l, co
   }
 }
 
+/// acc: the warp's rows and part of k, all columns of out_proj: of y's first half, asked for before the last round of states, and of
+/// the second.
+__device__ __forceinline__ void HalfMap::multiply_out(float (&acc)[kOutTiles][4], int layer) const {
+  constexpr int kAtOnce = 4, kPartSteps = kGroups * kFlightSteps, kPartBytes = kPartSteps * kStep / kLine * kOutBoxBytes;
+  static_assert(2 * kPartSteps == kOutSteps && kFlightSteps * kStep % kLine == 0);
+  const int tid = thread(), lane = tid % 32, tile = tid / 32 % kRowTiles, group = tid / 32 / kRowTiles, rounds = a.heads / kRoundHeads;
+  const uint32_t* const from = kept(slot(a, half, layer).y.operand(group * kFlightSteps, tile, lane));
+  const Columns columns(s.out + group * (kPartBytes / kGroups), lane);
+  uint4 x[kFlightSteps];
+  wait_for_hints(kStateSent, layer, state_blocks(a, half), max(rounds - 2, 0), false);
+  look_for_operands<kFlightSteps>(x, from);
+  barrier_wait(shared_address(&s.out_full), layer % 2);
+  wait_for_hints(kStateSent, layer, state_blocks(a, half), rounds - 1, true);
+  float sums[2][kOutTiles][4] = {};  // of even and odd steps: shorter chains
+#pragma unroll
+  for (int step = 0; step < 2 * kFlightSteps; step += kAtOnce) {
+    const int part = step / kFlightSteps, i = step % kFlightSteps;
+    uint32_t b[kAtOnce / 2][kOutTiles][4];
+#pragma unroll
+    for (int j = 0; j < kAtOnce / 2; ++j) columns.load<kOutBoxBytes>(b[j], (part * kPartSteps + i) / 2 + j, 0);
+    if (i == 0) insist_on_operands<kFlightSteps>(x, from + part * kPartSteps * kStepWords);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k)
+#pragma unroll
+      for (int j = 0; j < kOutTiles; ++j) multiply(sums[k % 2][j], x[i + k], b[k / 2][j][k % 2 * 2], b[k / 2][j][k % 2 * 2 + 1]);
+    if (part == 0) look_for_operands<kAtOnce>(x + i, from + (kPartSteps + i) * kStepWords);
+  }
+#pragma unroll
+  for (int j = 0; j < kOutTiles; ++j)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) acc[j][k] = sums[0][j][k] + sums[1][j][k];
+}
+
 /// Columns of out_proj, the sums with the residual stream, weighted by the next norm. The first group finishes them: a lane's
 /// values are an operand of in_proj's.
 __device__ __forceinline__ void HalfMap::out_phase(const RowsMamba2Layer& l, int layer) const {
@@ -615,38 +652,8 @@ __device__ __forceinline__ void HalfMap::out_phase(const RowsMamba2Layer& l, int
   }
   Slot& now = slot(a, half, layer);
   if (layer == 0) barrier_wait(shared_address(&s.clean[half]), 0);
-  wait_for_hints(kStateSent, layer, state_blocks(a));
   float acc[kOutTiles][4];
-  {
-    constexpr int kAtOnce = 4;
-    uint4 x[kFlightSteps];
-    const uint32_t* from = kept(now.y.operand(2 * group * kFlightSteps, tile, lane));
-    look_for_operands<kFlightSteps>(x, from);
-    constexpr int kPartBytes = kFlightSteps * kStep / kLine * kOutBoxBytes;
-    barrier_wait(shared_address(&s.out_full), layer % 2);
-    float sums[2][kOutTiles][4] = {};  // of even and odd steps: shorter chains
-#pragma unroll 1
-    for (int part = 0; part < 2; ++part) {
-      const Columns columns(s.out + (2 * group + part) * kPartBytes, lane);
-#pragma unroll
-      for (int i = 0; i < kFlightSteps; i += kAtOnce) {
-        uint32_t b[kAtOnce / 2][kOutTiles][4];
-#pragma unroll
-        for (int j = 0; j < kAtOnce / 2; ++j) columns.load<kOutBoxBytes>(b[j], i / 2 + j, 0);
-        insist_on_operands<kAtOnce>(x + i, from + i * kStepWords);
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k)
-#pragma unroll
-          for (int j = 0; j < kOutTiles; ++j) multiply(sums[k % 2][j], x[i + k], b[k / 2][j][k % 2 * 2], b[k / 2][j][k % 2 * 2 + 1]);
-        if (part == 0) look_for_operands<kAtOnce>(x + i, from + (kFlightSteps + i) * kStepWords);
-      }
-      from += kFlightSteps * kStepWords;
-    }
-#pragma unroll
-    for (int j = 0; j < kOutTiles; ++j)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) acc[j][k] = sums[0][j][k] + sums[1][j][k];
-  }
+  multiply_out(acc, layer);
   if (group != 0)
 #pragma unroll
     for (int j = 0; j < kOutTiles; ++j) leave(acc[j], group, 0, tile, j, lane);
@@ -701,23 +708,29 @@ __device__ __forceinline__ void HalfMap::out_phase(const RowsMamba2Layer& l, int
 
 template <int kOf>
 __device__ __forceinline__ void StatePlace::forget_front(Slot& slot, int thread) const {
-  for (int i = thread; i < pieces; i += kOf) {
-    const int u = unit_of(i), q = part_of(i), r = row + place(u);
-    for (int c = 0; c < kPiece; c += 2) forget_word(slot.y.at(r, head(u) * kHeadChannels + q * kPiece + c));
-    forget_word(&slot.y_squares[head(u)][r][q]);
-  }
+  for (int round = 0; round < rounds; ++round)
+    for (int i = span[round].x + thread; i < span[round].y; i += kOf) {
+      const int r = i / kRoundPieces, step = round * kRoundPieces + i % kRoundPieces;
+      for (int c = 0; c < kPiece; c += 2) forget_word(slot.y.at(r, step * kPiece + c));
+      forget_word(&slot.y_squares[step / kPieces][r][step % kPieces]);
+    }
 }
 __device__ __forceinline__ StatePlace state_place(const RowsMamba2& a, int half) {
-  const int blocks = state_blocks(a), all = rows_of(a, half) * a.heads * kPieces, each = (all + blocks - 1) / blocks;
+  const int all = rows_of(a, half) * kRoundPieces, block = block_number();
   StatePlace p{};
   p.half = half;
   p.heads = a.heads;
-  p.first = block_number() * each;
-  p.pieces = min(max(all - p.first, 0), each);
+  p.rounds = a.heads / kRoundHeads;
+  for (int round = 0; round < p.rounds; ++round) {
+    p.span[round] = {(block * all + round * kRoundShift) / kStateBlocks, ((block + 1) * all + round * kRoundShift) / kStateBlocks};
+    p.pieces += p.span[round].y - p.span[round].x;
+  }
+  p.first = p.span[0].x;
+  p.reach = p.span[p.rounds - 1].y - p.first;
   p.unit = p.first / kPieces;
-  p.units = p.pieces > 0 ? (p.first + p.pieces - 1) / kPieces - p.unit + 1 : 0;
-  p.row = p.unit / p.heads;
-  p.split = (p.row + 1) * p.heads - p.unit;
+  p.units = p.reach > 0 ? (p.first + p.reach - 1) / kPieces - p.unit + 1 : 0;
+  p.row = p.unit / kRoundHeads;
+  p.split = (p.row + 1) * kRoundHeads - p.unit;
   p.rows = p.units > p.split ? 2 : p.units > 0 ? 1 : 0;
   return p;
 }
@@ -730,12 +743,13 @@ struct RecentBringer {
 
   __device__ void bring(int layer, int half) const {
     const RowsMamba2Layer& l = s.layer[layer % 2];
-    const StatePlace at = s.place[half];
+    const StatePlace& at = s.place[half];
     Recent& to = s.recent[half];
     const uint32_t full = shared_address(&to.full);
     const int counts[kMaxRowsHere] = {s.counts[layer][half][0], s.counts[layer][half][1]};
     const auto count = [&](int place) { return place == 0 ? counts[0] : counts[1]; };
-    const int n = lane < at.units ? count(at.place(lane)) : 0, row = lane / kMaxRecent, j = lane % kMaxRecent;
+    const bool has = lane < kUnits && at.has(lane);
+    const int n = has ? count(at.place(lane)) : 0, row = lane / kMaxRecent, j = lane % kMaxRecent;
     const uint32_t x_bytes = n * kHeadChannels * 2, step_bytes = (n + 1) / 2 * 16, B_bytes = row < at.rows && j < count(row) ? kHeadStates * 2 : 0;
     const uint32_t bytes = __reduce_add_sync(0xffffffffu, x_bytes + step_bytes + B_bytes);
     if (lane == 0) {
@@ -750,16 +764,10 @@ struct RecentBringer {
     }
     if (B_bytes > 0)
       bring_bytes(shared_address(to.B[row][j]), l.recent_B + (int64_t{half * kHalfRows + at.row + row} * kMaxRecent + j) * kHeadStates, B_bytes, full);
-    if (lane < at.units) {
+    if (has) {
       copy_words<4>(&to.rate_log[lane], l.A_log + at.head(lane));
       copy_words<4>(&to.bias[lane], l.dt_bias + at.head(lane));
     }
-    for (int i = lane; i < at.units * (kHeadChannels / 4); i += 32) {
-      const int u = i / (kHeadChannels / 4), c = i % (kHeadChannels / 4) * 4;
-      copy_async(&to.norm[u][c], l.norm + at.head(u) * kHeadChannels + c, true);
-    }
-    for (int u = 0; u < at.units; ++u)
-      for (int c = lane; c < a.D_columns; c += 32) copy_words<4>(&to.D[u][c], l.D + at.head(u) * a.D_columns + c);
     arrive_with_copies(to.full);
     __syncwarp();
   }
@@ -775,68 +783,90 @@ struct RecentBringer {
   }
 };
 
-__device__ __forceinline__ Piece StatePlace::piece(int i) const {
-  const int u = unit_of(i), of = part_of(i), r = row + place(u), square = (head(u) * kHalfRows + r) * kPieces + of;
-  const int y = ((head(u) * kPieces + of) * kRowTiles + r / 16) * (kStepWords / kRowTiles) + r % 8 * 16 + r / 8 % 2;  // as Rows::at
-  return {static_cast<uint8_t>(u), static_cast<uint8_t>(place(u)), static_cast<uint8_t>(of), static_cast<uint8_t>(head(u)), static_cast<uint16_t>(y),
-          static_cast<uint16_t>(square)};
-}
-
 template <class T>
 struct StateBringer {
   const RowsMamba2& a;
   StateShared& s;
   int lane;
-  static constexpr int kStages = Ring<T>::kStages, kBytes = Ring<T>::kBytes, kFlight = Ring<T>::kFlight;
+  static constexpr int kStages = Ring<T>::kStages, kBytes = Ring<T>::kBytes, kFlight = Ring<T>::kFlight, kPieceStates = kPiece * kHeadStates;
 
   __device__ void run() const {
     const void* const own = lane < a.layers ? a.layer[lane].h : nullptr;  // of the lane's layer: arguments come late when they are first read
-    int stage = 0, round = 0;
+    int stage = 0, phase = 0, asked = 0;
 #pragma unroll 1
     for (int i = 0; i < kHalves * a.layers; ++i) {
-      const T* from = reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(own), i / kHalves));
+      const T* const h = reinterpret_cast<const T*>(__shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(own), i / kHalves));
       if (lane != 0) continue;
-      const StatePlace at = s.place[i % kHalves];
-      from += (at.among_all(0) * kHeadChannels + at.part_of(0) * kPiece) * kHeadStates;
+      const StatePlace& at = s.place[i % kHalves];
 #pragma unroll 1
-      for (int piece = 0; piece < at.pieces; ++piece, from += kPiece * kHeadStates) {
-        if (round > 0) barrier_wait(shared_address(&s.empty[stage]), (round - 1) % 2);
-        if (const int back = stage - kFlight; round > 0 || back >= 0)
-          barrier_wait(shared_address(&s.full[(back + kStages) % kStages]), (back >= 0 ? round : round - 1) % 2);
-        barrier_expect(shared_address(&s.full[stage]), kBytes);
-        bring_bytes(shared_address(s.ring + stage * kBytes), from, kBytes, shared_address(&s.full[stage]));
-        if (++stage == kStages) stage = 0, ++round;
+      for (int round = 0; round < at.rounds; ++round) {
+        const int2 span = at.span[round];
+        const int64_t first = (int64_t{at.half} * kHalfRows + span.x / kRoundPieces) * at.heads * kPieces + round * kRoundPieces + span.x % kRoundPieces;
+        const T* from = h + first * kPieceStates;
+        const int64_t to_next_row = (at.heads * kPieces - kRoundPieces) * kPieceStates;
+#pragma unroll 1
+        for (int piece = span.x; piece < span.y; ++piece) {
+          if (phase > 0) barrier_wait(shared_address(&s.empty[stage]), (phase - 1) % 2);
+          if (const int back = stage - kFlight; phase > 0 || back >= 0)
+            barrier_wait(shared_address(&s.full[(back + kStages) % kStages]), (back >= 0 ? phase : phase - 1) % 2);
+          barrier_expect(shared_address(&s.full[stage]), kBytes);
+          bring_bytes(shared_address(s.ring + stage * kBytes), from, kBytes, shared_address(&s.full[stage]));
+          s.asked = ++asked;
+          from += kPieceStates;
+          if ((piece + 1) % kRoundPieces == 0) from += to_next_row;
+          if (++stage == kStages) stage = 0, ++phase;
+        }
       }
     }
   }
 };
 
-/// Of kPiece channels' states h, a lane's: the product of channel t % 2 * 8 + g with C. bf16: a lane reads 16 bytes of a row, in odd
-/// rows the other one of two neighbours, so that banks differ; odd columns of the other factor are C in that order.
-__device__ __forceinline__ float product_with(const bf16* h, const bf16* C, int lane) {
-  const int g = lane / 4, t = lane % 4, odd = g % 2;
+/// A lane's part of a row's C.
+template <class T>
+struct LaneC;
+template <>
+struct LaneC<bf16> {  // words of odd or even pairs of products' operands, as rows with odd or even g read them
+  uint2 values[4];
+  __device__ LaneC(const bf16* C, int lane) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint4 v = reinterpret_cast<const uint4*>(C)[4 * (j ^ (g / 2 % 2)) + t];
+      values[j] = g % 2 == 0 ? uint2{v.x, v.z} : uint2{v.y, v.w};
+    }
+  }
+};
+template <>
+struct LaneC<float> {
+  float4 values;
+  __device__ LaneC(const bf16* C, int lane) : values(quad(C, lane)) {}
+};
+/// Of kPiece channels' states h, a lane's: the product of channel t / 2 * 8 + g with C. bf16: the 16 bytes of a channel that a lane reads
+/// are an operand as they are, whose upper rows have other states of the same channels than the lower ones: C of the former is in
+/// even columns, of the latter in odd ones. Rows of odd g read the other one of two neighbours, so that banks differ; columns 2, 3, 6
+/// and 7 are C in that order. So the lanes whose t is as odd as g have the sums.
+__device__ __forceinline__ float product_with(const bf16* h, const LaneC<bf16>& C, int lane) {
+  const int g = lane / 4, t = lane % 4;
   const uint4* const own = reinterpret_cast<const uint4*>(h) + g * (kHeadStates / 8) + t;
   float acc[2][4] = {};
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int at = 4 * (j ^ odd);
-    const uint4 c = reinterpret_cast<const uint4*>(C)[at + t], up = own[at], down = own[8 * (kHeadStates / 8) + at];
-    mma(acc[0], {up.x, down.x, up.y, down.y}, c.x, c.y);
-    mma(acc[1], {up.z, down.z, up.w, down.w}, c.z, c.w);
-  }
-  const auto of = [&](int k) { return acc[0][k] + acc[1][k]; };
-  return t % 2 == 0 ? (odd ? of(1) : of(0)) : (odd ? of(3) : of(2));
+  for (int j = 0; j < 4; ++j)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint4 v = own[8 * i * (kHeadStates / 8) + 4 * (j ^ (g % 2))];
+      mma(acc[i], {v.x, v.y, v.z, v.w}, C.values[j].x, C.values[j].y);
+    }
+  return t < 2 ? acc[0][0] + acc[0][3] : acc[1][0] + acc[1][3];
 }
-__device__ __forceinline__ float product_with(const float* h, const bf16* C, int lane) {
-  const float4 c = quad(C, lane);
+__device__ __forceinline__ float product_with(const float* h, const LaneC<float>& C, int lane) {
   float own = 0;
 #pragma unroll
   for (int q = 0; q < kPiece / 8; ++q) {
     float parts[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) parts[i] = dot(quad(h + (8 * q + i) * kHeadStates, lane), c);
+    for (int i = 0; i < 8; ++i) parts[i] = dot(quad(h + (8 * q + i) * kHeadStates, lane), C.values);
     const float sum = sum_lanes<4>(sum_of_own(parts, lane));
-    if (lane % 2 == q) own = sum;
+    if (lane % 4 / 2 == q) own = sum;
   }
   return own;
 }
@@ -900,44 +930,17 @@ __device__ __forceinline__ void take_in(float* to, const float* from, const bf16
   }
 }
 
-/// 16 bytes a thread: of a head's x (8) and z (8), of a row's B (16) and C (16), of its dt (3).
-__device__ __forceinline__ void receive_mixed(const RowsMamba2& a, StateShared& s, const StatePlace& at, int layer) {
-  constexpr int kOfRows = 16 * kUnits, kOfSteps = kOfRows + 32 * kMaxRowsHere, kStepPieces = kMaxHeads / 8;
-  static_assert(kOfSteps + kStepPieces * kMaxRowsHere <= kStateThreads);
-  const int tid = now(static_cast<int>(threadIdx.x)), e = at.heads * kHeadChannels;
-  const Slot& from_all = slot(a, at.half, layer);
-  Recent& recent = s.recent[at.half];
-  const bf16* from = nullptr;
-  bf16* to = nullptr;
-  if (tid < kOfRows) {
-    const int unit = tid / 16, c = tid % 8 * 8;
-    if (unit < at.units) {
-      const int place = at.place(unit);
-      const bool is_x = tid % 16 < 8;
-      from = &from_all.mixed[at.row + place][(is_x ? e : 0) + at.head(unit) * kHeadChannels + c];
-      to = is_x ? &recent.x[unit][recent.count[place]][c] : &s.z[unit][c];
-    }
-  } else if (tid < kOfSteps) {
-    const int place = (tid - kOfRows) / 32, c = tid % 16 * 8;
-    const bool is_B = (tid - kOfRows) % 32 < 16;
-    if (place < at.rows) {
-      from = &from_all.mixed[at.row + place][2 * e + (is_B ? 0 : kHeadStates) + c];
-      to = is_B ? &recent.B[place][recent.count[place]][c] : &s.C[place][c];
-    }
-  } else if (const int i = tid - kOfSteps; i < kStepPieces * at.rows && i % kStepPieces * 8 < at.heads) {
-    from = &from_all.mixed[at.row + i / kStepPieces][2 * e + 2 * kHeadStates + i % kStepPieces * 8];
-    to = &s.dt[i / kStepPieces][i % kStepPieces * 8];
+/// A warp: a row's B and C, and the products of C with B of positions that h lacks; of others, anything.
+__device__ __forceinline__ void make_products(StateShared& s, Recent& recent, const Slot& from, const StatePlace& at, int place, int lane) {
+  const int row = lane % 16, g = lane / 4, t = lane % 4, m = recent.count[place];
+  {
+    const bf16* const own = &from.mixed[at.row + place][2 * at.heads * kHeadChannels + 8 * lane];
+    uint4 v;
+    look(v, own);
+    insist(v, own);
+    *reinterpret_cast<uint4*>(lane < 16 ? &recent.B[place][m][8 * lane] : &s.C[place][8 * (lane - 16)]) = v;
+    __syncwarp();
   }
-  if (from == nullptr) return;
-  uint4 v;
-  look(v, from);
-  insist(v, from);
-  *reinterpret_cast<uint4*>(to) = v;
-}
-
-/// The products with C of the B of positions that h lacks, of a row; of others' B, anything. A warp.
-__device__ __forceinline__ void multiply_recent(StateShared& s, const Recent& recent, int place, int lane) {
-  const int row = lane % 16, g = lane / 4, t = lane % 4;
   float acc[2][4] = {};
 #pragma unroll
   for (int k = 0; k < kHeadStates; k += kStep) {
@@ -949,117 +952,177 @@ __device__ __forceinline__ void multiply_recent(StateShared& s, const Recent& re
   if (t > 1) return;
   s.products[place][g + 8 * t] = t == 0 ? acc[0][0] + acc[1][0] : acc[0][2] + acc[1][2];
 }
-/// A thread's position of a head that h lacks: what its x is multiplied with, and the decay of h. What can be had before this
-/// position's values comes first.
+/// A thread's position of a head that h lacks: what its x is multiplied with, and the decay of h; and 16 bytes of the head's x or z.
+/// What can be had before this position's values comes first.
 struct Step {
+  bool exists;
   int u, j, m;
   float rate, bias, past;
   float2 kept;
-  __device__ Step(const StatePlace& at, const Recent& recent, int tid) : u(tid / kMaxRecent), j(tid % kMaxRecent), m(0) {
-    if (u >= at.units) return;
+  const bf16 *dt, *from;  // in the slot
+  bf16* to;
+  __device__ Step(const StatePlace& at, StateShared& s, const Slot& slot, int tid)
+      : exists(tid < kUnits * kMaxRecent && at.has(tid / kMaxRecent)), u(tid / kMaxRecent), j(tid % kMaxRecent), m(0) {
+    if (!exists) return;
+    Recent& recent = s.recent[at.half];
     m = recent.count[at.place(u)];
     rate = expf(recent.rate_log[u]);
     bias = recent.bias[u];
     past = m > 0 ? recent.steps[u][m - 1].y : 0.0f;
     kept = recent.steps[u][j];
+    const int e = at.heads * kHeadChannels, c = tid % 8 * 8;
+    const bool is_x = j < 8;
+    const bf16* const row = slot.mixed[at.row + at.place(u)];
+    dt = cuda::kept(row + 2 * e + 2 * kHeadStates + at.head(u) / 2 * 2);
+    from = cuda::kept(row + (is_x ? e : 0) + at.head(u) * kHeadChannels + c);
+    to = cuda::kept(is_x ? &recent.x[u][m][c] : &s.z[u][c]);
   }
-  __device__ void make(const RowsMamba2Layer& l, StateShared& s, const StatePlace& at) const {
-    const bool exists = u < at.units, last = exists && j == m;
+  /// Returns dt, log P of its position.
+  __device__ float2 make(const RowsMamba2Layer& l, StateShared& s, const StatePlace& at) const {
     float factor = 0;
     float2 step{};
     if (exists) {
-      const float dt = fminf(fmaxf(softplus_of(static_cast<float>(s.dt[at.place(u)][at.head(u)]) + bias), l.low), l.high);
-      const float log_now = past - rate * dt;
-      step = j < m ? kept : float2{dt, log_now};
+      uint32_t word;
+      uint4 v;
+      look(word, dt);
+      look(v, from);
+      insist(word, dt);
+      const float2 both = two(word);
+      const float dt_now = fminf(fmaxf(softplus_of((at.head(u) % 2 == 0 ? both.x : both.y) + bias), l.low), l.high);
+      const float log_now = past - rate * dt_now;
+      step = j < m ? kept : float2{dt_now, log_now};
       if (j <= m) factor = expf(log_now - step.y) * step.x;
       s.factor[u][j] = factor;
-      if (last) s.decay[u] = expf(log_now);
+      if (j == m) s.decay[u] = expf(log_now);
+      insist(v, from);
+      *reinterpret_cast<uint4*>(to) = v;
     }
     cuda::meet(3, kCoefficientThreads);  // products are there
-    if (!exists) return;
+    if (!exists) return step;
     const float coefficient = j <= m ? factor * s.products[at.place(u)][j] : 0.0f;
     const bf16 high = static_cast<bf16>(coefficient);
-    s.high[u][j] = high;
-    s.low[u][j] = static_cast<bf16>(coefficient - static_cast<float>(high));
-    if (!last || !at.owns(u)) return;
+    s.coefficient[u][0][j] = high;
+    s.coefficient[u][1][j] = static_cast<bf16>(coefficient - static_cast<float>(high));
+    return step;
+  }
+  __device__ void keep(const RowsMamba2Layer& l, const StatePlace& at, float2 step) const {
+    if (!exists || j != m || !at.owns(u)) return;
     const int64_t unit = at.among_all(u);
     if (m + 1 < kMaxRecent) reinterpret_cast<float2*>(l.recent_steps)[unit * kMaxRecent + m] = step;
     l.count[unit] = m + 1 < kMaxRecent ? m + 1 : 0;
   }
 };
 
-/// Of kPiece channels of a head, a lane's: what positions that h lacks add to channels g, g + 8: the sum of factor (B C) x. The
-/// coefficients are split in two, so that no more is rounded than x is.
-__device__ __forceinline__ float2 recent_product(const StateShared& s, const Recent& recent, Piece p, int n, int lane) {
+/// A warp's pieces of a half, one a round at the same place among the round's; of a lane, channel t / 2 * 8 + g. What can be had
+/// before this position's values comes first.
+struct Pieces {
+  bool exist, sends;
+  int piece, unit, place, part, channel, n;  // unit: of the first round; n: positions that h lacks, but this one
+  uint32_t present[2];                       // of the lane's pairs of positions
+  float norm[kMaxRounds], D[kMaxRounds];
+  uint32_t* y;  // where the lane's words go, if it sends them
+  float* square;
+  __device__ Pieces(const RowsMamba2& a, const RowsMamba2Layer& l, const StatePlace& at, const Recent& recent, Slot& to, int tid)
+      : exist(tid / 32 < at.reach), sends(false), piece(at.first + tid / 32), unit(0), place(0), part(0), channel(0), n(0), present{}, norm{}, D{}, y(nullptr),
+        square(nullptr) {
+    if (!exist) return;
+    const int lane = tid % 32, g = lane / 4, t = lane % 4;
+    unit = piece / kPieces - at.unit, part = piece % kPieces, place = at.place(unit);
+    channel = part * kPiece + t / 2 * 8 + g;
+    n = recent.count[place];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) present[i] = 2 * t + 8 * i < n ? 0xffffffffu : 2 * t + 8 * i == n ? 0xffffu : 0u;
+    const int head = at.head(unit), row = at.row + place;
+    y = kept(to.y.at(row, head * kHeadChannels + part * kPiece) + g / 2 * 4 + t / 2 * 2);
+    square = kept(&to.y_squares[head][row][part]);
+    sends = g % 2 == 0 && t % 2 == 0;
+#pragma unroll
+    for (int i = 0; i < kMaxRounds; ++i) {
+      if (i >= at.rounds) break;
+      norm[i] = __ldg(l.norm + (head + i * kRoundHeads) * kHeadChannels + channel);
+      D[i] = __ldg(l.D + (head + i * kRoundHeads) * a.D_columns + (a.D_columns == 1 ? 0 : channel));
+    }
+  }
+};
+
+/// What positions that h lacks add to a lane's channel of unit u: the sum of factor (B C) x. The coefficients are split in two, even and
+/// odd columns of a product, so that no more is rounded than x is.
+__device__ __forceinline__ float recent_product(const StateShared& s, const Recent& recent, const Pieces& p, int u, int lane) {
   const int t = lane % 4, row = lane % 8 + lane / 16 * 8;
   uint32_t x[4];
-  load_matrices_transposed(x, &recent.x[p.unit][row][p.part * kPiece + lane / 8 % 2 * 8]);
-  const auto word = [&](const bf16 (&of)[kMaxRecent], int k) { return *reinterpret_cast<const uint32_t*>(&of[k]); };
+  load_matrices_transposed(x, &recent.x[u][row][p.part * kPiece + lane / 8 % 2 * 8]);
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {  // behind the last position x is anything
-    const int k = 2 * t + 8 * i;
-    const uint32_t exists = k < n ? 0xffffffffu : k == n ? 0xffffu : 0u;
-    x[2 * i] &= exists;
-    x[2 * i + 1] &= exists;
-  }
+  for (int i = 0; i < 4; ++i) x[i] &= p.present[i / 2];  // behind the last position x is anything
+  const uint32_t* const coefficients = reinterpret_cast<const uint32_t*>(&s.coefficient[u][lane / 4 % 2][2 * t]);
   float acc[4] = {};
-  mma(acc, x, word(s.high[p.unit], 2 * t), word(s.high[p.unit], 2 * t + 8));
-  mma(acc, x, word(s.low[p.unit], 2 * t), word(s.low[p.unit], 2 * t + 8));
-  return {acc[0], acc[2]};
+  mma(acc, x, coefficients[0], coefficients[4]);
+  return t < 2 ? acc[0] + acc[1] : acc[2] + acc[3];
 }
 
-/// y, of kPiece channels a warp and round. `before`: pieces of the run before these.
+/// y, of kPiece channels a warp and round.
 template <class T>
-__device__ __forceinline__ void make_y(const RowsMamba2& a, const RowsMamba2Layer& l, StateShared& s, const StatePlace& at, int layer, int before) {
+__device__ __forceinline__ void make_y(const RowsMamba2& a, const RowsMamba2Layer& l, StateShared& s, const StatePlace& at, Pieces& p, int layer, int before) {
+  if (!p.exist) return;
   constexpr int kStages = Ring<T>::kStages;
-  const int tid = now(static_cast<int>(threadIdx.x)), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4, lane_channel = t % 2 * 8 + g;
+  const int lane = now(static_cast<int>(threadIdx.x)) % 32;
   const Recent& recent = s.recent[at.half];
-  Slot& now = slot(a, at.half, layer);
-  uint32_t* const ys = kept(&now.y.words[0][0][0][0][0] + g / 2 * 4 + t % 2 * 2);
-  const bool sends = g % 2 == 0 && t < 2;
-  int stage = (before + warp) % kStages, round = (before + warp) / kStages;
+  const LaneC<T> C(s.C[p.place], lane);
+  bool last_one = true;  // was had in the round before
+  const auto to_next_round = [&](int2 span) {
+    before += span.y - span.x;
+    p.y += kRoundPieces * kStepWords;
+    p.square += kRoundHeads * kHalfRows * kPieces;
+#pragma unroll
+    for (int i = 0; i + 1 < kMaxRounds; ++i) p.norm[i] = p.norm[i + 1], p.D[i] = p.D[i + 1];
+  };
 #pragma unroll 1
-  for (int i = warp; i < at.pieces; i += kStateWarps) {
-    const Piece p = s.piece[at.half][i];
-    const int n = recent.count[p.place], channel = p.part * kPiece + lane_channel;
-    const float2 behind = recent_product(s, recent, p, n, lane);
-    const float added = (t % 2 == 0 ? behind.x : behind.y) + recent.D[p.unit][a.D_columns == 1 ? 0 : channel] * static_cast<float>(recent.x[p.unit][n][channel]);
-    const float z = static_cast<float>(s.z[p.unit][channel]), gate = __fdividef(z, 1.0f + __expf(-z));
-    const float decay = s.decay[p.unit], norm = recent.norm[p.unit][channel];
+  for (int round = 0; round < at.rounds; ++round) {
+    const int2 span = at.span[round];
+    if (p.piece < span.x || p.piece >= span.y) {
+      last_one = false;
+      to_next_round(span);
+      continue;
+    }
+    const int u = p.unit + round * kRoundUnits, index = before + p.piece - span.x, stage = index % kStages, phase = index / kStages % 2;
+    const float added = recent_product(s, recent, p, u, lane) + p.D[0] * static_cast<float>(recent.x[u][p.n][p.channel]);
+    const float z = static_cast<float>(s.z[u][p.channel]), gate = __fdividef(z, 1.0f + __expf(-z)), decay = s.decay[u];
     const T* const h = reinterpret_cast<const T*>(s.ring + stage * Ring<T>::kBytes);
-    barrier_wait(shared_address(&s.full[stage]), round % 2);
-    const float past = product_with(h, s.C[p.place], lane);
-    if (n + 1 == kMaxRecent)
-      take_in(static_cast<T*>(l.h) + (at.among_all(p.unit) * kHeadChannels + p.part * kPiece) * kHeadStates, h,
-              reinterpret_cast<const bf16(*)[kHeadChannels]>(&recent.x[p.unit][0][p.part * kPiece]), recent.B[p.place], s.factor[p.unit], decay);
+    while (!last_one && s.asked <= index) {
+    }
+    barrier_wait(shared_address(&s.full[stage]), phase);
+    const float past = product_with(h, C, lane);
+    if (p.n + 1 == kMaxRecent)
+      take_in(static_cast<T*>(l.h) + (at.among_all(u) * kHeadChannels + p.part * kPiece) * kHeadStates, h,
+              reinterpret_cast<const bf16(*)[kHeadChannels]>(&recent.x[u][0][p.part * kPiece]), recent.B[p.place], s.factor[u], decay);
     __syncwarp();
     if (lane == 0) barrier_arrive(shared_address(&s.empty[stage]));
-    stage += kStateWarps;
-    if (stage >= kStages) stage -= kStages, ++round;
+    last_one = true;
     const float gated = static_cast<float>(static_cast<bf16>(decay * past + added)) * gate;
-    const float own = gated * norm, next = __shfl_xor_sync(0xffffffffu, own, 4);
+    const float own = gated * p.norm[0], next = __shfl_xor_sync(0xffffffffu, own, 5);  // of those that have sums (product_with)
     const uint32_t y = pack(own, next);
-    if (l.out != nullptr && sends) send(ys + p.y, y);
-    float square = gated * gated;  // over lanes of different channels
+    if (l.out != nullptr && p.sends) send(p.y, y);
+    float square = gated * gated;
 #pragma unroll
-    for (const int lanes : {1, 4, 8, 16}) square += __shfl_xor_sync(0xffffffffu, square, lanes);
+    for (const int lanes : {2, 5, 8, 16}) square += __shfl_xor_sync(0xffffffffu, square, lanes);
     if (l.out != nullptr) {
-      if (lane == 0) send(&now.y_squares[0][0][0] + p.square, square);
+      if (lane == 0) send(p.square, square);
+      if (lane == 0 && p.piece + 1 == span.y) hint(counter(a, at.half, layer, kStateSent, round));
     } else {
-      const int64_t of = at.half * kHalfRows + at.row + p.place;
-      if (sends) set_pair(a.between + (of * at.heads + p.head) * kHeadChannels + channel, y);
-      if (lane == 0) a.between_squares[of * mamba2_state_squares(at.heads) + p.head * kPieces + p.part] = square;
+      const int64_t of = at.among_all(u);
+      if (p.sends) set_pair(a.between + of * kHeadChannels + p.channel, y);
+      if (lane == 0) a.between_squares[of * kPieces + p.part] = square;
     }
+    to_next_round(span);
   }
 }
 
 /// What is kept until h takes it in.
 __device__ __forceinline__ void keep_recent(const RowsMamba2Layer& l, const Recent& recent, const StatePlace& at) {
   const int tid = now(static_cast<int>(threadIdx.x)), unit = tid / 8, c = tid % 8 * 8;
-  if (unit < at.units && at.owns(unit))
+  if (unit < kUnits && at.has(unit) && at.owns(unit))
     if (const int m = recent.count[at.place(unit)]; m + 1 < kMaxRecent)
       *reinterpret_cast<uint4*>(l.recent_x + (at.among_all(unit) * kMaxRecent + m) * kHeadChannels + c) = *reinterpret_cast<const uint4*>(&recent.x[unit][m][c]);
-  const int place = tid / 16, state = tid % 16 * 8, first = place == 0 ? at.split - at.heads : at.split;  // the row's first unit among the block's
+  const int place = tid / 16, state = tid % 16 * 8, first = place == 0 ? at.split - kRoundHeads : at.split;  // the row's first unit among the block's
   if (place < at.rows && first >= 0 && at.owns(first))
     if (const int m = recent.count[place]; m + 1 < kMaxRecent)
       *reinterpret_cast<uint4*>(l.recent_B + (int64_t{at.half * kHalfRows + at.row + place} * kMaxRecent + m) * kHeadStates + state) =
@@ -1069,26 +1132,26 @@ __device__ __forceinline__ void keep_recent(const RowsMamba2Layer& l, const Rece
 template <class T>
 __device__ __forceinline__ void state_phase(const RowsMamba2& a, const RowsMamba2Layer& l, StateShared& s, int half, int layer) {
   const auto meet = [] { cuda::meet(1, kStateThreads); };
-  const StatePlace at = s.place[half];
+  const StatePlace& at = s.place[half];
   const int tid = now(static_cast<int>(threadIdx.x)), warp = tid / 32;
   barrier_wait(shared_address(&s.recent[half].full), layer % 2);
   barrier_wait(shared_address(&s.clean[half]), layer > 0 ? (layer - 1) % 2 : 0);
-  const Step step(at, s.recent[half], tid);
+  const Slot& from = slot(a, half, layer);
+  const Step step(at, s, from, tid);
+  Pieces pieces(a, l, at, s.recent[half], slot(a, half, layer), tid);
   if (threadIdx.x == 0) await_hints(counter(a, half, layer, kInSent), enough_hints(kInSent, map_blocks(a)));
   meet();
-  receive_mixed(a, s, at, layer);
-  meet();
-  if (threadIdx.x == 0) barrier_arrive(shared_address(&s.received[half]));
+  float2 now{};
   if (warp < kStepWarps) {
-    step.make(l, s, at);
+    now = step.make(l, s, at);
   } else if (const int place = warp - kStepWarps; place < kMaxRowsHere) {
-    if (place < at.rows) multiply_recent(s, s.recent[half], place, tid % 32);
+    if (place < at.rows) make_products(s, s.recent[half], from, at, place, tid % 32);
     cuda::meet(3, kCoefficientThreads);
   }
   meet();
-  make_y<T>(a, l, s, at, layer, layer * (s.place[0].pieces + s.place[1].pieces) + half * s.place[0].pieces);
-  meet();
-  if (threadIdx.x == 0) hint(counter(a, half, layer, kStateSent));
+  if (threadIdx.x == 0) barrier_arrive(shared_address(&s.received[half]));
+  make_y<T>(a, l, s, at, pieces, layer, layer * (s.place[0].pieces + s.place[1].pieces) + half * s.place[0].pieces);
+  if (warp < kStepWarps) step.keep(l, at, now);
   keep_recent(l, s.recent[half], at);
   publish_shared();
   meet();
@@ -1100,7 +1163,7 @@ template <int kThreads, class Place>
 __device__ __forceinline__ void clear_slots(const RowsMamba2& a, Common& s, const Place& place, int lane) {
   cuda::meet(2, kThreads + 32);  // those that compute have cleared all
   take_words_back<kHalves>(
-      a.layers, map_blocks(a) + state_blocks(a), s.received, s.clean, lane, [&](int layer, int half) { return counter(a, half, layer, kCleared); },
+      a.layers, map_blocks(a) + kStateBlocks, s.received, s.clean, lane, [&](int layer, int half) { return counter(a, half, layer, kCleared); },
       [&](int layer, int half) {
         place(half).template forget_front<32>(slot(a, half, layer + kSlots - 1), lane);
         place(half).template forget_before<32>(slot(a, half, layer + kSlots - 2), lane);
@@ -1167,6 +1230,7 @@ __device__ __forceinline__ void run_states(const RowsMamba2& a, StateShared& s, 
       init(s.full[i], 1);
       init(s.empty[i], 1);
     }
+    s.asked = 0;
     barriers_visible();
   }
   if (warp < kHalves) {
@@ -1175,7 +1239,6 @@ __device__ __forceinline__ void run_states(const RowsMamba2& a, StateShared& s, 
     // All of a row's heads are behind by as many positions. Read here, before the block announces anything: others change them.
     for (int place = 0; place < at.rows && lane < a.layers; ++place)
       s.counts[lane][warp][place] = static_cast<uint8_t>(a.layer[lane].count[int64_t{warp * kHalfRows + at.row + place} * at.heads]);
-    for (int piece = lane; piece < at.pieces; piece += 32) s.piece[warp][piece] = at.piece(piece);
   }
   __syncthreads();
   const auto place = [&](int half) -> const StatePlace& { return s.place[half]; };
@@ -1197,7 +1260,7 @@ __global__ void __launch_bounds__(kAllThreads, 1) rows_mamba2_kernel(const __gri
   const RowsMamba2& a = work.run;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const bool maps = block_maps();
-  if (block_number() >= (maps ? map_blocks(a) : state_blocks(a))) return;
+  if (maps && block_number() >= map_blocks(a)) return;
   if (maps)
     run_maps(work, *reinterpret_cast<MapShared*>(mamba2_shared), warp, lane);
   else
