@@ -1067,7 +1067,7 @@ __device__ __forceinline__ void make_y(const RowsMamba2& a, const RowsMamba2Laye
   const int lane = now(static_cast<int>(threadIdx.x)) % 32;
   const Recent& recent = s.recent[at.half];
   const LaneC<T> C(s.C[p.place], lane);
-  bool last_one = true;  // was had in the round before
+  bool had_last = true;  // a piece of the round before
   const auto to_next_round = [&](int2 span) {
     before += span.y - span.x;
     p.y += kRoundPieces * kStepWords;
@@ -1079,7 +1079,7 @@ __device__ __forceinline__ void make_y(const RowsMamba2& a, const RowsMamba2Laye
   for (int round = 0; round < at.rounds; ++round) {
     const int2 span = at.span[round];
     if (p.piece < span.x || p.piece >= span.y) {
-      last_one = false;
+      had_last = false;
       to_next_round(span);
       continue;
     }
@@ -1087,7 +1087,7 @@ __device__ __forceinline__ void make_y(const RowsMamba2& a, const RowsMamba2Laye
     const float added = recent_product(s, recent, p, u, lane) + p.D[0] * static_cast<float>(recent.x[u][p.n][p.channel]);
     const float z = static_cast<float>(s.z[u][p.channel]), gate = __fdividef(z, 1.0f + __expf(-z)), decay = s.decay[u];
     const T* const h = reinterpret_cast<const T*>(s.ring + stage * Ring<T>::kBytes);
-    while (!last_one && s.asked <= index) {
+    while (!had_last && s.asked <= index) {
     }
     barrier_wait(shared_address(&s.full[stage]), phase);
     const float past = product_with(h, C, lane);
@@ -1096,7 +1096,7 @@ __device__ __forceinline__ void make_y(const RowsMamba2& a, const RowsMamba2Laye
               reinterpret_cast<const bf16(*)[kHeadChannels]>(&recent.x[u][0][p.part * kPiece]), recent.B[p.place], s.factor[u], decay);
     __syncwarp();
     if (lane == 0) barrier_arrive(shared_address(&s.empty[stage]));
-    last_one = true;
+    had_last = true;
     const float gated = static_cast<float>(static_cast<bf16>(decay * past + added)) * gate;
     const float own = gated * p.norm[0], next = __shfl_xor_sync(0xffffffffu, own, 5);  // of those that have sums (product_with)
     const uint32_t y = pack(own, next);
