@@ -146,8 +146,28 @@ struct Decays {
   std::vector<double> sums_;
 };
 
-/// One register block of kStrip rows by NV vectors: the sum over k of a's column times b's row, where k runs over two
-/// pairs of matrices one after the other; a(i, k) = a[i row + k column]. `done(i, v, sum)` takes every vector.
+/// A register block of kStrip rows by NV vectors += a (kStrip, k) b (k, NV vectors); a(i, x) = a[i a_row + x a_column].
+template <class A, int NV>
+[[gnu::always_inline]] inline void add_product(Vec<A> (&sum)[kStrip][NV], const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t b_row,
+                                               int64_t k) {
+#pragma GCC unroll 4
+  for (int64_t x = 0; x < k; ++x, a += a_column, b += b_row) {
+    Vec<A> row[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      row[v] = load(b + v * kLanes<A>);
+      keep(row[v]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kStrip; ++i) {
+      const A factor = a[i * a_row];
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) sum[i][v] += factor * row[v];
+    }
+  }
+}
+/// One such block: the sum over k of a's column times b's row, where k runs over two pairs of matrices one after the other.
+/// `done(i, v, sum)` takes every vector.
 template <class A>
 struct Factors {
   const A *a, *b;
@@ -156,26 +176,8 @@ struct Factors {
 template <class A, int NV, class Done>
 [[gnu::always_inline]] inline void multiply_tile(int64_t a_row, const Factors<A>& one, const Factors<A>& two, Done&& done) {
   Vec<A> sum[kStrip][NV] = {};
-  const auto add = [&](const Factors<A>& f) __attribute__((always_inline)) {
-    const A *a = f.a, *b = f.b;
-#pragma GCC unroll 4
-    for (int64_t x = 0; x < f.k; ++x, a += f.a_column, b += f.b_row) {
-      Vec<A> row[NV];
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) {
-        row[v] = load(b + v * kLanes<A>);
-        keep(row[v]);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kStrip; ++i) {
-        const A factor = a[i * a_row];
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; ++v) sum[i][v] += factor * row[v];
-      }
-    }
-  };
-  add(one);
-  add(two);
+  add_product<A>(sum, one.a, a_row, one.a_column, one.b, one.b_row, one.k);
+  add_product<A>(sum, two.a, a_row, two.a_column, two.b, two.b_row, two.k);
 #pragma GCC unroll 8
   for (int i = 0; i < kStrip; ++i)
 #pragma GCC unroll 2

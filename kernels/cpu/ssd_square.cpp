@@ -20,23 +20,8 @@ template <class A>
 struct Block {
   Vec<A> sum[kStrip][2] = {};
 
-  /// += a (kStrip, k) b (k, two vectors), a(i, x) = a[i a_row + x a_column].
   [[gnu::always_inline]] void add(const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t b_row, int64_t k) {
-#pragma GCC unroll 4
-    for (int64_t x = 0; x < k; ++x, a += a_column, b += b_row) {
-      Vec<A> row[2];
-#pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        row[v] = load(b + v * kLanes<A>);
-        keep(row[v]);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kStrip; ++i) {
-        const A factor = a[i * a_row];
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) sum[i][v] += factor * row[v];
-      }
-    }
+    add_product<A>(sum, a, a_row, a_column, b, b_row, k);
   }
   [[gnu::always_inline]] void scale_columns(const A* factor) {
 #pragma GCC unroll 2
